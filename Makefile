@@ -1,0 +1,42 @@
+# make demo: sets everything up, then runs the whole chain on CPU.   make test: sets everything up, then tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: env demo showcase test test-full lint bench clean
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make env PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/python tools/demo.py recipes/demo.yaml
+
+showcase: env
+	$(BIN)/python tools/demo.py recipes/showcase.yaml
+
+# Under 10 minutes on two cores.
+test: env
+	$(PYTEST) -m "not slow and not slurm"
+
+# What make test leaves out: kills, Slurm, long runs.
+test-full: env
+	$(PYTEST) -m "slow or slurm" --timeout 1800
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: env
+	for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

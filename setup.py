@@ -1,0 +1,43 @@
+"""Packaging of vjepa_scale."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vjepa-scale",
+    version="0.1.0",
+    description="V-JEPA 2 pretraining at scale: shards, sharded training, cooldown, consolidation",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["vjepa_scale", "vjepa_scale.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=2",
+        "pydantic>=2.9",
+        "pyyaml>=6",
+        "einops>=0.8",
+        "webdataset>=1.0",
+        "av>=14",
+        "submitit>=1.5",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "tqdm>=4.66",
+        "rich>=13",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "import-linter",
+            "transformers>=5",
+            "psutil",
+        ],
+    },
+)

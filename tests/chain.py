@@ -1,0 +1,123 @@
+"""A tiny chain for tests: two data sets of real video, a recipe with everything in it, and the launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+# A warmup, a constant phase on another grid and mixture, then a cooldown with longer and larger clips.
+# Non-square pictures, two data sets, more micro-batches than ranks.
+RECIPE: dict[str, Any] = {
+    "run": {"seed": 5},
+    "launch": {"tasks_per_node": 1, "timeout_min": 10},
+    "engine": {"device": "cpu", "precision": "float32", "timeout_s": 60},
+    "data": {"seed": 3, "fps": 4, "lanes": 2, "workers": 1, "augment": {"flip": 0.5}},
+    "model": {
+        "encoder": {"width": 48, "depth": 2, "heads": 2},
+        "predictor": {"width": 24, "depth": 2, "heads": 2},
+        "patch": 8,
+        "tubelet": 2,
+    },
+    "masks": {"group": 4, "generators": [{"blocks": 4, "spatial_scale": 0.15}, {"blocks": 1, "spatial_scale": 0.5}]},
+    "jepa": {"ema_momentum": 0.9},
+    "checkpoint": {"every": 4, "keep": 2},
+    "log": {"every": 5, "effective_rank_every": 3},
+    "pretrain": {
+        "steps": 12,
+        "clip": {"frames": 4, "size": [32, 40]},
+        "global_batch": 8,
+        "micro_batch": 2,
+        "phases": [
+            {"name": "warmup", "steps": 5, "start_lr": 1e-4, "final_lr": 1e-3},
+            {"name": "constant", "clip": {"frames": 4, "size": [40, 32]}, "mixture": {"left": 1, "right": 3}},
+        ],
+    },
+    "cooldown": {
+        "continue_from": "pretrain",
+        "steps": 6,
+        "clip": {"frames": 8, "size": [40, 48]},
+        "global_batch": 8,
+        "micro_batch": 2,
+        "phases": [{"name": "decay", "final_lr": 1e-6}],
+    },
+}
+
+
+def tool(name: str, *arguments: object, check: bool = True, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run tools/NAME.py as a user would, from the repository's root."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if check:
+        assert done.returncode == 0, f"{name} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_data(folder: Path) -> dict[str, Path]:
+    """Two data sets of rendered MP4 files, sharded by the real tool."""
+    sets = {}
+    for seed, name in enumerate(("left", "right")):
+        tool(
+            "make_synthetic",
+            folder / name,
+            "--clips",
+            24 + 8 * seed,
+            "--val-clips",
+            8,
+            "--size",
+            48,
+            "--seed",
+            seed,
+            "--workers",
+            2,
+        )
+        tool("make_shards", folder / name / "train", folder / f"{name}-shards", "--shard-records", 10)
+        sets[name] = folder / f"{name}-shards"
+    return sets
+
+
+def write_recipe(path: Path, run_dir: Path, sets: dict[str, Path], **sections: Any) -> Path:
+    """RECIPE for these data sets, with sections merged over it."""
+    tree = json.loads(json.dumps(RECIPE))
+    tree["run"]["dir"] = str(run_dir)
+    tree["data"]["sets"] = {name: {"path": str(shards), "weight": 2} for name, shards in sets.items()}
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values} if values is not None else None
+    tree = {section: values for section, values in tree.items() if values is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage, without the one column that tells the time."""
+    rows = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "clips_per_s"} for row in rows]
+
+
+def checkpoint_tensors(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint, read by PyTorch's own converter (none of our code)."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = folder / f"{checkpoint.parent.parent.name}-{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint, file)
+    return _flat(torch.load(file, weights_only=True))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out

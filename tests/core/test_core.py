@@ -1,0 +1,126 @@
+"""core: errors, keyed randomness, files, ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import publish_dir, read_json, read_jsonl, write_atomic
+from vjepa_scale.core.keyed import Draws, key64, mix64, permuted
+from vjepa_scale.core.ranks import detect_ranks
+
+
+def test_mix64_is_the_published_splitmix64() -> None:
+    # First outputs of SplitMix64 seeded with 0, as in its reference implementation and java.util.SplittableRandom.
+    state = np.array([0, 0x9E3779B97F4A7C15, (2 * 0x9E3779B97F4A7C15) % 2**64], np.uint64)
+    assert [hex(word) for word in mix64(state).tolist()] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permuted_is_a_permutation(n: int, key: int) -> None:
+    assert sorted(permuted(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_draws_are_uniform_and_independent_of_each_other() -> None:
+    draws = np.array([Draws(7, "crop", step, slot).uniform() for step in range(50) for slot in range(40)])
+    assert stats.kstest(draws, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.08
+    places = [int(permuted(0, 10, key64(1, "p", i))) for i in range(2000)]
+    assert stats.chisquare(np.bincount(places, minlength=10)).pvalue > 1e-3
+    shuffles = np.array([Draws(1, "s", i).shuffled(5) for i in range(2000)])
+    assert stats.chisquare(np.bincount(shuffles[:, 0], minlength=5)).pvalue > 1e-3
+
+
+def test_a_draw_is_named_by_everything_in_its_key() -> None:
+    keys = {key64(0, "a", 1, 2), key64(1, "a", 1, 2), key64(0, "b", 1, 2), key64(0, "a", 2, 1), key64(0, "a", 1, 2, 0)}
+    assert len(keys) == 5
+
+
+def test_order_of_draws_does_not_depend_on_how_many_are_taken_at_once() -> None:
+    one, two = Draws(3, "x", 9), Draws(3, "x", 9)
+    assert one.uniforms(5).tolist() == [two.uniform() for _ in range(5)]
+
+
+def test_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    program = (
+        "from vjepa_scale.core.errors import UserError, run_command\n"
+        "def main():\n"
+        "    raise UserError('bad\\nthing', where='a.yaml:key', fix='do this')\n"
+        "run_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: a.yaml:key: bad thing (do this)\n"
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "deep" / "file", "text")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "part").write_text("x")
+    publish_dir(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "part").read_text() == "x"
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json"):
+        read_json(tmp_path / "broken.json")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": 1}) + '\n{"a":')  # cut short by a kill
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == [{"a": 1}]
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+}
+LOCAL = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+    "SUBMITIT_LOCAL_LOCALID": "1",
+    "SUBMITIT_LOCAL_JOB_ID": "9",
+}
+
+
+def test_ranks_come_from_whichever_environment_there_is() -> None:
+    torchrun = detect_ranks(TORCHRUN)
+    assert (torchrun.rank, torchrun.world_size, torchrun.local_rank, torchrun.local_world_size) == (3, 4, 1, 2)
+    slurm = detect_ranks(SLURM)
+    assert (slurm.rank, slurm.world_size, slurm.local_rank, slurm.local_world_size) == (5, 8, 1, 4)
+    assert detect_ranks({**SLURM, "SLURM_RESTART_COUNT": "1"}).job != slurm.job
+    assert detect_ranks(LOCAL).world_size == 2
+    assert detect_ranks({}).world_size == 1
+    # A shell inside an allocation is not a task of it.
+    assert detect_ranks({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+@pytest.mark.parametrize("whole", [TORCHRUN, SLURM, LOCAL])
+def test_an_incomplete_environment_is_an_error_never_world_size_1(whole: dict[str, str]) -> None:
+    always_there = {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_TASKS_PER_NODE", "SUBMITIT_EXECUTOR"}
+    for name in whole.keys() - always_there:
+        partial = {key: value for key, value in whole.items() if key != name}
+        with pytest.raises(UserError, match=name):
+            detect_ranks(partial)
+    with pytest.raises(UserError, match="impossible"):
+        detect_ranks({**TORCHRUN, "RANK": "4"})

@@ -1,0 +1,74 @@
+"""The error contract of tools/launch.py: exit code 2, one line that names file:key, nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.chain import tool, write_recipe
+
+
+def refused(*arguments: object) -> str:
+    done = tool("launch", *arguments, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_each_mistake_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
+    error = refused(recipe, "--wait", "optimiser.eps=1")
+    assert f"{recipe}:optimiser" in error
+    assert "did you mean 'optimizer'" in error
+
+    error = refused(recipe, "--wait", f"data.sets.left.path={tmp_path / 'nowhere'}")
+    assert "data.sets.left.path" in error
+    assert str(tmp_path / "nowhere") in error
+
+    error = refused(recipe, "--wait", "launch.tasks_per_node=3")
+    assert "pretrain.global_batch" in error
+    assert "a multiple of micro_batch × ranks = 6" in error
+
+    error = refused(recipe, "--wait", "pretrain.global_batch=10")
+    assert "pretrain.global_batch" in error
+
+    error = refused(recipe, "--wait", "data.sets.left.weight=1e-9")  # never drawn in these few steps
+    assert "left" in error
+
+    error = refused(tmp_path / "none.yaml")
+    assert "none.yaml" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_shard_folders(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
+    copy = tmp_path / "shards"
+    shutil.copytree(two_data_sets["left"], copy)
+    override = f"data.sets.left.path={copy}"
+
+    tar = next(copy.glob("*.tar"))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1000])
+    assert tar.name in refused(recipe, "--wait", override)
+    tar.unlink()
+    assert tar.name in refused(recipe, "--wait", override)
+    tar.write_bytes(whole)
+
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "records": 0, "shards": []}))
+    assert "manifest.json" in refused(recipe, "--wait", override)
+    (copy / "manifest.json").write_text("{")
+    assert "manifest.json" in refused(recipe, "--wait", override)
+    (copy / "manifest.json").unlink()
+    assert "make_shards" in refused(recipe, "--wait", override)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["vitl_256", "vith_256", "vitg_256", "vitg_384"])
+def test_real_recipes_pass_dry_run(name: str) -> None:
+    done = tool("launch", f"recipes/{name}.yaml", "--dry-run")
+    assert "3072 = 128 ranks × 1 × 24" in done.stdout
+    assert ("64 × 384×384 px = 18432 tokens" in done.stdout) == (name == "vitg_384")

@@ -1,0 +1,108 @@
+"""RoPE tables and rotation against a float64 reference written from the formulas (method: paper section 2.1)."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjepa_scale.model.rope import Layout, RopeTables, rope_tables, rotate
+
+
+def reference(x: Tensor, index: list[int], grid: tuple[int, int, int], layout: Layout) -> Tensor:
+    """x [h, K, d] float64, one channel at a time, in plain Python arithmetic."""
+    d = x.shape[-1]
+    a = 2 * ((d // 3) // 2)
+    out = x.clone()
+    for k, n in enumerate(index):
+        place = (n // (grid[1] * grid[2]), n // grid[2] % grid[1], n % grid[2])
+        for axis in range(3):
+            for channel in range(a):
+                frequency = channel % (a // 2) if layout == "tiled" else channel // 2
+                angle = place[axis] * 10000.0 ** (-frequency / (a / 2))
+                c = axis * a + channel
+                partner = -x[:, k, c + 1] if channel % 2 == 0 else x[:, k, c - 1]
+                out[:, k, c] = x[:, k, c] * math.cos(angle) + partner * math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("layout", ["tiled", "interleaved"])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 88, 6])
+def test_equals_reference_on_a_masked_subset_of_a_non_square_grid(layout: Layout, head_dim: int) -> None:
+    grid = (5, 3, 7)
+    generator = torch.Generator().manual_seed(head_dim)
+    index = torch.stack([torch.randperm(105, generator=generator)[:20] for _ in range(2)])
+    x = torch.randn(2, 2, 20, head_dim, generator=generator)
+    ours = rotate(x, rope_tables(index, grid=grid, head_dim=head_dim, layout=layout))
+    for b in range(2):
+        torch.testing.assert_close(
+            ours[b].double(), reference(x[b].double(), index[b].tolist(), grid, layout), rtol=0, atol=5e-7
+        )
+
+
+def test_one_subset_for_all_clips() -> None:
+    index = torch.tensor([3, 40, 17])
+    x = torch.randn(2, 4, 3, 32)
+    shared = rotate(x, rope_tables(index, grid=(4, 3, 4), head_dim=32, layout="tiled"))
+    for b in range(2):
+        expected = reference(x[b].double(), index.tolist(), (4, 3, 4), "tiled")
+        torch.testing.assert_close(shared[b].double(), expected, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("layout", ["tiled", "interleaved"])
+def test_all_tokens_are_the_tokens_in_order(layout: Layout) -> None:
+    x = torch.randn(1, 1, 24, 20)
+    ours = rotate(x, rope_tables(None, grid=(2, 3, 4), head_dim=20, layout=layout))
+    expected = reference(x[0].double(), list(range(24)), (2, 3, 4), layout)
+    torch.testing.assert_close(ours[0].double(), expected, rtol=0, atol=5e-7)
+
+
+def test_interleaved_scores_depend_on_distance_only() -> None:
+    """A true rotation: moving query and key by the same offset leaves their product alone."""
+    q, k = torch.randn(2, 1, 1, 1, 64)
+    grid = (8, 8, 8)
+
+    def score(q_place: int, k_place: int) -> float:
+        tables = [
+            rope_tables(torch.tensor([n]), grid=grid, head_dim=64, layout="interleaved") for n in (q_place, k_place)
+        ]
+        return float((rotate(q, tables[0]) * rotate(k, tables[1])).sum())
+
+    moved = 2 * 64 + 3 * 8 + 1
+    assert score(10, 77) == pytest.approx(score(10 + moved, 77 + moved), abs=1e-5)
+
+
+def test_bfloat16_input_is_rotated_in_float32() -> None:
+    """float32 tables under bfloat16 leave the rounding of the result only; bfloat16 throughout triples the error."""
+    grid = (32, 24, 24)
+    index = torch.arange(32 * 24 * 24)[::97]
+    tables = rope_tables(index, grid=grid, head_dim=64, layout="tiled")
+    assert tables.cos.dtype == tables.signed_sin.dtype == torch.float32
+    x = torch.randn(1, 1, len(index), 64).bfloat16()
+    exact = reference(x[0].double(), index.tolist(), grid, "tiled")
+
+    a = 20  # the same in the type of the activations throughout
+    omega = 1.0 / 10000 ** (torch.arange(a // 2, dtype=torch.bfloat16) / (a / 2))
+    parts = []
+    for axis, place in enumerate((index // 576, index // 24 % 24, index % 24)):
+        angle = (place.to(torch.bfloat16)[:, None] * omega).repeat(1, 2)
+        part = x[..., axis * a : (axis + 1) * a]
+        partner = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
+        parts.append(part * angle.cos() + partner * angle.sin())
+    low = torch.cat([*parts, x[..., 3 * a :]], dim=-1)
+    ours = rotate(x, tables)
+    assert ours.dtype == torch.bfloat16
+
+    def error(y: Tensor) -> float:
+        return float((y[0].double() - exact).square().mean().sqrt())
+
+    rounding = (exact.to(torch.bfloat16).double() - exact).square().mean().sqrt()
+    assert error(ours) < 1.01 * float(rounding)
+    assert error(ours) < 0.4 * error(low)
+
+
+def test_tables_are_no_tree_of_tensors() -> None:
+    """FSDP2 casts tensors that torch's pytree finds in a module's arguments; it must not find these."""
+    tables = rope_tables(None, grid=(1, 2, 2), head_dim=12, layout="tiled")
+    leaves = torch.utils._pytree.tree_leaves(((tables,), {"tables": tables}))
+    assert all(isinstance(leaf, RopeTables) for leaf in leaves)

@@ -1,0 +1,141 @@
+"""A tiny job of JEPA's shape, twice: through the engine on any number of ranks, and in plain PyTorch.
+
+Per step and micro-batch: the target network without gradient, two passes of encoder and predictor, one
+backward. The grid is 2 × 2 × 3 tokens, so that height and width cannot be swapped unnoticed.
+"""
+
+import copy
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.predictor import Predictor
+from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.parallel.optim import build_optimizer
+from vjepa_scale.recipe.schema import EncoderConfig, EngineConfig, ModelConfig, OptimizerConfig, PredictorConfig
+
+# Width 36 and 3 mask tokens do not divide by 2 or 4 ranks evenly everywhere: uneven and empty shards occur.
+MODEL = ModelConfig(
+    encoder=EncoderConfig(width=36, depth=2, heads=3),
+    predictor=PredictorConfig(width=18, depth=1, heads=3, mlp_hidden=30),
+    patch=8,
+)
+GRID = (2, 2, 3)
+CLIPS, STEPS, SEED = 8, 4, 5
+MOMENTUM, RATE, DECAY = 0.9, 0.3, 0.04
+
+
+@dataclass
+class Outcome:
+    """Per step: loss and gradient norm. At the end: all weights by canonical name, whole."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def start(name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """Larger weights than a real start's, and no zeros: a few steps move the loss, and every parameter counts."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    return 0.15 * torch.randn(shape, generator=generator) + (1.0 if "norm" in name and "weight" in name else 0.0)
+
+
+def batch(step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Clips [8, 3, 4, 16, 24] and two (context, target) pairs of token indices, other for each clip."""
+    generator = torch.Generator().manual_seed(100 + step)
+    clips = torch.randn(CLIPS, 3, 4, 16, 24, generator=generator)
+    pairs = []
+    for context_size in (7, 4):
+        order = torch.stack([torch.randperm(12, generator=generator) for _ in range(CLIPS)])
+        pairs.append((order[:, :context_size].sort().values, order[:, context_size:].sort().values))
+    return clips, pairs
+
+
+def loss_of(
+    encoder: nn.Module,
+    predictor: nn.Module,
+    target_encoder: nn.Module,
+    clips: Tensor,
+    pairs: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    with torch.no_grad():
+        wanted = F.layer_norm(target_encoder(clips), (MODEL.encoder.width,))
+    losses = []
+    for number, (context, target) in enumerate(pairs):
+        predicted = predictor(encoder(clips, context), context, target, GRID, number)
+        rows = torch.arange(len(clips))[:, None]
+        losses.append((predicted - wanted[rows, target]).abs().mean())
+    return (losses[0] + losses[1]) / 2
+
+
+def train_sharded(
+    ranks: Ranks, cfg: EngineConfig, kind: str = "sgd", rate: float = RATE, steps: int = STEPS
+) -> Outcome:
+    """This rank's part of the job, in micro-batches of one clip."""
+    engine = FsdpEngine(cfg, ranks)
+    with torch.device("meta"):
+        encoder, predictor, target_encoder = Encoder(MODEL), Predictor(MODEL), Encoder(MODEL)
+    engine.shard(encoder, name="encoder", seed=SEED, trainable=True, initial_value=start)
+    engine.shard(predictor, name="predictor", seed=SEED, trainable=True, initial_value=start)
+    engine.shard(target_encoder, name="encoder", seed=SEED, trainable=False, initial_value=start)
+    engine.match_ema(target_encoder, encoder)
+    trained = {"encoder": encoder, "predictor": predictor}
+    named = [(f"{network}.{name}", p) for network, module in trained.items() for name, p in module.named_parameters()]
+    optimizer = build_optimizer(OptimizerConfig(kind=kind, weight_decay=DECAY), named)  # type: ignore[arg-type]
+    outcome = Outcome()
+    share = CLIPS // engine.dp_world_size
+    own = range(engine.dp_rank * share, (engine.dp_rank + 1) * share)
+    for step in range(steps):
+        clips, pairs = batch(step)
+        total = torch.zeros(())
+        for slot in own:
+            with engine.accumulating(trained.values(), last=slot == own[-1]):
+                one = slice(slot, slot + 1)
+                loss = loss_of(encoder, predictor, target_encoder, clips[one], [(c[one], t[one]) for c, t in pairs])
+                (loss / share).backward()
+            total += loss.detach() / share
+        outcome.losses.append(float(engine.mean(total)))
+        outcome.norms.append(engine.grad_norm(p for _, p in named))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.ema_update(target_encoder, encoder, MOMENTUM)
+    everything = {**trained, "target_encoder": target_encoder}
+    for network, module in everything.items():
+        for name, parameter in module.named_parameters():
+            outcome.weights[f"{network}.{name}"] = parameter.full_tensor().detach()  # type: ignore[attr-defined]
+    return outcome
+
+
+def train_plain(steps: int = STEPS) -> Outcome:
+    """The same job in one process: whole batch at once, SGD and EMA written out."""
+    encoder, predictor = Encoder(MODEL), Predictor(MODEL)
+    with torch.no_grad():
+        for network, module in {"encoder": encoder, "predictor": predictor}.items():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(start(f"{network}.{name}", parameter.shape, seed=SEED))
+    target_encoder = copy.deepcopy(encoder)
+    outcome = Outcome()
+    for step in range(steps):
+        loss = loss_of(encoder, predictor, target_encoder, *batch(step))
+        parameters = [*encoder.named_parameters(), *predictor.named_parameters()]
+        gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
+        outcome.losses.append(float(loss.detach()))
+        outcome.norms.append(sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5)
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    continue
+                decay = 0.0 if name.endswith("bias") or parameter.ndim == 1 else DECAY
+                parameter -= RATE * (gradient + decay * parameter)
+            for old, new in zip(target_encoder.parameters(), encoder.parameters(), strict=True):
+                old.copy_(MOMENTUM * old + (1 - MOMENTUM) * new)
+    for network, module in {"encoder": encoder, "predictor": predictor, "target_encoder": target_encoder}.items():
+        outcome.weights |= {f"{network}.{name}": p.detach().clone() for name, p in module.named_parameters()}
+    return outcome

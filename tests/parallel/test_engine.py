@@ -1,0 +1,224 @@
+"""What the engine promises beside the arithmetic of a step: starts, averages, precision, communication, EMA."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from tests.parallel.jepa_shape import MODEL, batch, loss_of, start, train_sharded
+from tests.processes import ENGINE, run_processes
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.model import attention
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.init import initialise
+from vjepa_scale.model.predictor import Predictor
+from vjepa_scale.model.rope import RopeTables
+from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.recipe.schema import EngineConfig
+
+pytestmark = pytest.mark.distributed
+
+BF16 = ENGINE.model_copy(update={"precision": "bfloat16"})
+
+
+def sharded_encoder(engine: FsdpEngine, *, trainable: bool = True, name: str = "encoder") -> nn.Module:
+    with torch.device("meta"):
+        encoder = Encoder(MODEL)
+    return engine.shard(encoder, name=name, seed=3, trainable=trainable)
+
+
+# -- initial values ----------------------------------------------------------------------------------
+
+
+def _starts(ranks: Ranks) -> dict[str, torch.Tensor]:
+    encoder = sharded_encoder(FsdpEngine(ENGINE, ranks))
+    return {name: p.full_tensor().detach() for name, p in encoder.named_parameters()}
+
+
+def test_initial_values_are_those_of_a_plain_network_at_any_world_size() -> None:
+    plain = Encoder(MODEL)
+    initialise(plain, seed=3, prefix="encoder")
+    for world_size in (1, 4):
+        for starts in run_processes(_starts, world_size):
+            assert starts.keys() == dict(plain.named_parameters()).keys()
+            for name, parameter in plain.named_parameters():
+                assert torch.equal(starts[name], parameter), name
+
+
+# -- averages ------------------------------------------------------------------------------------------
+
+
+def _one_weight(ranks: Ranks) -> tuple[float, float, float]:
+    engine = FsdpEngine(ENGINE, ranks)
+    with torch.device("meta"):
+        network = nn.Linear(1, 1, bias=False)
+    engine.shard(network, name="n", seed=0, trainable=True, initial_value=lambda name, shape, seed: torch.ones(shape))
+    (parameter,) = network.parameters()
+    with engine.accumulating([network], last=True):
+        network(torch.tensor([[10.0**ranks.rank]])).sum().backward()  # the gradient is the input
+    assert isinstance(parameter.grad, DTensor)
+    gradient = float(parameter.grad.full_tensor())
+    engine.scale_gradients([parameter], 0.5)
+    return gradient, engine.grad_norm([parameter]), float(engine.mean(torch.tensor(float(ranks.rank))))
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_gradients_are_averaged_not_summed(replicate: int) -> None:
+    cfg = ENGINE.model_copy(update={"replicate": replicate})
+    for gradient, halved_norm, mean_rank in run_processes(_one_weight, 4, cfg=cfg):
+        assert gradient == pytest.approx((1 + 10 + 100 + 1000) / 4)
+        assert halved_norm == pytest.approx((1 + 10 + 100 + 1000) / 8)
+        assert mean_rank == 1.5
+
+
+# -- communication -------------------------------------------------------------------------------------
+
+
+def _gradient_collectives(ranks: Ranks) -> list[int]:
+    engine = FsdpEngine(ENGINE, ranks)
+    encoder = sharded_encoder(engine)
+    counts = []
+    for last in (False, False, True):
+        with CommDebugMode() as mode, engine.accumulating([encoder], last=last):
+            encoder(batch(0)[0][:1]).sum().backward()
+        counts.append(mode.get_comm_counts()[torch.ops.c10d._reduce_scatter_base_])
+    return counts
+
+
+def test_only_the_last_micro_batch_communicates_gradients() -> None:
+    for counts in run_processes(_gradient_collectives, 2):
+        assert counts == [0, 0, MODEL.encoder.depth + 1]  # one per block and one for the rest
+
+
+# -- precision -----------------------------------------------------------------------------------------
+
+
+def _types_under_bf16(ranks: Ranks) -> dict[str, set[torch.dtype]]:
+    engine = FsdpEngine(BF16, ranks)
+    with torch.device("meta"):
+        encoder, predictor, target = Encoder(MODEL), Predictor(MODEL), Encoder(MODEL)
+    engine.shard(encoder, name="encoder", seed=3, trainable=True)
+    engine.shard(predictor, name="predictor", seed=3, trainable=True)
+    engine.shard(target, name="encoder", seed=3, trainable=False)
+    seen: dict[str, set[torch.dtype]] = {"tables": set(), "tokens": set()}
+    rotate = attention.rotate
+
+    def watching(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+        seen["tables"] |= {value.dtype for value in vars(tables).values()}
+        seen["tokens"].add(x.dtype)
+        return rotate(x, tables)
+
+    attention.rotate = watching
+    clips, pairs = batch(0)
+    loss = loss_of(encoder, predictor, target, clips, pairs)
+    loss.backward()
+    parameters = [*encoder.parameters(), *predictor.parameters()]
+    seen["masters"] = {p.dtype for p in [*parameters, *target.parameters()]}
+    seen["gradients"] = {p.grad.dtype for p in parameters if p.grad is not None}
+    seen["features"] = {encoder(clips).dtype}
+    return seen
+
+
+def test_bf16_computes_in_bf16_and_keeps_the_rest_in_float32() -> None:
+    for seen in run_processes(_types_under_bf16, 2, cfg=BF16):
+        assert seen["tokens"] == {torch.bfloat16}
+        for name in ("tables", "masters", "gradients", "features"):
+            assert seen[name] == {torch.float32}, name
+
+
+def test_bf16_stays_close_to_float32() -> None:
+    half = run_processes(train_sharded, 2, BF16, cfg=BF16)[0]
+    full = run_processes(train_sharded, 2, ENGINE)[0]
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=1e-2)
+
+
+# -- EMA -----------------------------------------------------------------------------------------------
+
+
+def _ema_after_forward(ranks: Ranks) -> float:
+    """The trap: a forward without gradient must not leave the target gathered, deaf to its shards."""
+    engine = FsdpEngine(ENGINE, ranks)
+    source, target = sharded_encoder(engine), sharded_encoder(engine, trainable=False, name="other")
+    clips = batch(0)[0][:2]
+    with torch.no_grad():
+        wanted = source(clips)
+        before = target(clips)
+        engine.ema_update(target, source, 0.0)  # momentum 0: the target becomes the source
+        after = target(clips)
+    assert not torch.equal(before, wanted)
+    return float((after - wanted).abs().max())
+
+
+def test_the_target_computes_with_its_updated_weights() -> None:
+    for difference in run_processes(_ema_after_forward, 2):
+        assert difference == 0.0
+
+
+def _ema_refusals(ranks: Ranks) -> list[str]:
+    engine = FsdpEngine(ENGINE, ranks)
+    source, target = sharded_encoder(engine), sharded_encoder(engine, trainable=False)
+    messages = []
+    with torch.device("meta"):
+        on_other_mesh = Encoder(MODEL)
+    fully_shard(on_other_mesh, mesh=FsdpEngine(ENGINE.model_copy(update={"replicate": 2}), ranks).mesh)
+    on_other_mesh.to_empty(device="cpu").requires_grad_(False)
+    for other in (on_other_mesh, Encoder(MODEL)):
+        try:
+            engine.match_ema(other, source)
+        except AssertionError as error:
+            messages.append(str(error))
+    engine.match_ema(target, source)
+    assert isinstance(target, FSDPModule)
+    target.unshard()
+    try:
+        engine.ema_update(target, source, 0.9)
+    except AssertionError as error:
+        messages.append(str(error))
+    dist.barrier()
+    return messages
+
+
+def test_ema_refuses_other_placements_and_gathered_networks() -> None:
+    for misplaced, plain, gathered in run_processes(_ema_refusals, 2):
+        assert "is placed" in misplaced
+        assert "not in its sharded state" in plain
+        assert "not in its sharded state" in gathered
+
+
+# -- what shard refuses ----------------------------------------------------------------------------------
+
+
+def _shard_refusals(ranks: Ranks) -> list[str]:
+    engine = FsdpEngine(ENGINE, ranks)
+    with torch.device("meta"):
+        with_buffer = nn.BatchNorm1d(3)
+        linear = nn.Linear(3, 3)
+    messages = []
+    for network, values in (
+        (nn.Linear(3, 3), start),
+        (with_buffer, start),
+        (linear, lambda name, shape, seed: torch.zeros(shape, dtype=torch.bfloat16)),
+    ):
+        try:
+            engine.shard(network, name="n", seed=0, trainable=True, initial_value=values)
+        except AssertionError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_shard_refuses_what_it_could_not_initialise() -> None:
+    (messages,) = run_processes(_shard_refusals, 1)
+    assert ["meta device" in messages[0], "buffers" in messages[1], "float32" in messages[2]] == [True] * 3
+
+
+def _bits(ranks: Ranks, cfg: EngineConfig) -> list[float]:
+    outcome = train_sharded(ranks, cfg, "adamw", 1e-3)
+    return [*outcome.losses, *(float(w.double().sum()) for w in outcome.weights.values())]
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    assert run_processes(_bits, 2, ENGINE) == run_processes(_bits, 2, ENGINE)

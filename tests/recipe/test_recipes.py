@@ -1,0 +1,190 @@
+"""The real recipes say what the method says (numbers of the paper and the published configs, written out here)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe import load_recipe, recipe_yaml, resolve_phases
+from vjepa_scale.recipe.load import validate_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SIZES = {
+    "vitl_256": (1024, 24, 16, 4096),
+    "vith_256": (1280, 32, 16, 5120),
+    "vitg_256": (1408, 40, 22, 6144),
+    "vitg_384": (1408, 40, 22, 6144),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_recipes_are_the_papers(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    encoder = recipe.model.encoder
+    assert (encoder.width, encoder.depth, encoder.heads, encoder.mlp_hidden) == SIZES[name]
+    predictor = recipe.model.predictor
+    assert (predictor.width, predictor.depth, predictor.heads, predictor.mlp_hidden) == (384, 12, 12, 1536)
+    assert (recipe.model.patch, recipe.model.tubelet, recipe.model.rope.layout) == (16, 2, "tiled")
+
+    short, long = recipe.masks.generators
+    assert (short.blocks, short.spatial_scale, short.temporal_scale) == (8, (0.15, 0.15), (1.0, 1.0))
+    assert (long.blocks, long.spatial_scale, long.temporal_scale) == (2, (0.7, 0.7), (1.0, 1.0))
+    assert short.aspect_ratio == long.aspect_ratio == (0.75, 1.5)
+    assert recipe.masks.group == 24
+
+    assert recipe.jepa.ema_momentum == 0.99925
+    assert recipe.jepa.loss_exponent == 1.0
+    optimizer = recipe.optimizer
+    assert (optimizer.kind, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (
+        "adamw",
+        (0.9, 0.999),
+        1e-8,
+        0.04,
+    )
+    assert optimizer.clip_grad_norm is None
+
+    assert recipe.data.fps == 4
+    augment = recipe.data.augment
+    assert (augment.area, augment.aspect, augment.flip) == ((0.3, 1.0), (0.75, 1.35), 0.5)
+    assert sorted(s.weight for s in recipe.data.sets.values()) == [0.1, 0.335, 0.565]
+
+    warmup, constant = resolve_phases(recipe, "pretrain")
+    (decay,) = resolve_phases(recipe, "cooldown")
+    assert (warmup.first, warmup.end, constant.end, decay.end) == (0, 12_000, 240_000, 252_000)
+    assert warmup.lr(11_999) == constant.lr(12_000) == constant.lr(239_999) == 5.25e-4
+    assert warmup.lr(0) == pytest.approx(1e-4 + (5.25e-4 - 1e-4) / 12_000, rel=1e-12)
+    assert decay.lr(251_999) == 1e-6
+    assert {p.global_batch for p in (warmup, constant, decay)} == {3072}
+    assert warmup.frames == constant.frames == 16
+    assert warmup.size == constant.size == (256, 256)
+    assert decay.frames == 64
+    assert decay.size == ((384, 384) if name == "vitg_384" else (256, 256))
+
+
+@pytest.mark.parametrize("name", [*SIZES, "demo", "showcase"])
+def test_resolved_recipe_loads_back_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_learning_rate_of_every_step_is_the_closed_form() -> None:
+    recipe = validate_recipe(
+        small_recipe(
+            pretrain={
+                "steps": 10,
+                "phases": [
+                    {"name": "warmup", "steps": 4, "start_lr": 0.1, "final_lr": 0.5},
+                    {"name": "constant"},
+                ],
+            },
+            cooldown={"steps": 3, "continue_from": "pretrain", "phases": [{"name": "decay", "final_lr": 0.2}]},
+        ),
+        source="test",
+    )
+    rates = [
+        p.lr(s)
+        for stage in ("pretrain", "cooldown")
+        for p in resolve_phases(recipe, stage)
+        for s in range(p.first, p.end)
+    ]
+    # warmup: 0.1 + 0.4·(s+1)/4; constant; decay: 0.5 − 0.3·(i+1)/3
+    assert rates == pytest.approx([0.2, 0.3, 0.4, 0.5, *[0.5] * 6, 0.4, 0.3, 0.2], rel=1e-12)
+    assert rates[-1] == 0.2  # exactly
+
+
+def small_recipe(**stages: dict) -> dict:
+    small = {"global_batch": 24, "micro_batch": 12, "clip": {"frames": 4, "size": [32, 48]}}
+    return {
+        "run": {"dir": "runs/x"},
+        "data": {"sets": {"a": {"path": "a"}, "b": {"path": "b", "weight": 3}}},
+        "model": {"encoder": {"width": 32, "depth": 1, "heads": 2}},
+        **{name: {**small, **stage} for name, stage in stages.items()},
+    }
+
+
+ONE_PHASE = [{"name": "all", "start_lr": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key", "hint"),
+    [
+        ("model.encodr", 1, "model.encodr", "did you mean 'encoder'"),
+        ("model.encoder", "vit_enormous", "model.encoder", "vit_giant"),
+        ("model.encoder", {"width": 100, "depth": 1, "heads": 3}, "model.encoder", "head size"),
+        ("pretrain.stepz", 3, "pretrain.stepz", "did you mean 'steps'"),
+        ("pretrain.steps", "many", "pretrain.steps", "'many'"),
+        ("pretrain.steps", 0, "pretrain.steps", "greater than 0"),
+        ("pretrain.global_batch", 100, "pretrain.global_batch", "a multiple of masks.group (24)"),
+        ("pretrain.micro_batch", 7, "pretrain.micro_batch", "a divisor of masks.group (24)"),
+        ("pretrain.clip.size", 250, "pretrain.clip.size", "patches of 16"),
+        ("pretrain.clip.frames", 5, "pretrain.clip.frames", "tubelets of 2"),
+        ("pretrain.mixture", {"c": 1.0}, "pretrain.mixture", "known: a, b"),
+        ("pretrain.mixture", {"a": 0.0}, "pretrain.mixture", "nothing to draw from"),
+        ("pretrain.phases", [{"name": "w", "steps": 12, "start_lr": 0.1}], "pretrain.phases", "the stage has 10"),
+        ("pretrain.continue_from", "cooldown", "pretrain.continue_from", "no earlier stage"),
+        ("data.sets", {}, "data.sets", "at least 1 item"),
+        ("engine.kind", "fsdp3", "engine.kind", "'fsdp'"),
+    ],
+)
+def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, key: str, hint: str) -> None:
+    tree = small_recipe(pretrain={"steps": 10, "phases": ONE_PHASE})
+    node = tree
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value
+    with pytest.raises(UserError) as caught:
+        validate_recipe(tree, source="my.yaml")
+    assert f"my.yaml:{key}" in str(caught.value)
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_and_extends(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        RECIPES / "vitg_384.yaml",
+        ["model.encoder=vit_large", "pretrain.phases.0.steps=100", "optimizer.eps=1e-6", "run.dir=somewhere else"],
+    )
+    assert recipe.model.encoder.width == 1024
+    assert recipe.optimizer.eps == 1e-6
+    assert recipe.run.dir == "somewhere else"
+    assert resolve_phases(recipe, "pretrain")[0].steps == 100
+    refined = load_recipe(RECIPES / "vitg_384.yaml", ["model.encoder.depth=2"])
+    assert (refined.model.encoder.width, refined.model.encoder.depth) == (1408, 2)
+    with pytest.raises(UserError, match=r"dotted\.key=value"):
+        load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.steps"])
+    with pytest.raises(UserError, match="0 to 1"):
+        load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.phases.7.steps=100"])
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_recipe(tmp_path / "loop.yaml")
+
+
+def test_real_networks_are_built_on_the_meta_device() -> None:
+    from vjepa_scale.model.encoder import Encoder
+    from vjepa_scale.model.predictor import Predictor
+
+    recipe = load_recipe(RECIPES / "vitg_384.yaml")
+    with torch.device("meta"):
+        encoder, predictor = Encoder(recipe.model), Predictor(recipe.model)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    assert 1.00e9 < parameters < 1.02e9  # ViT-g: 1.01 B in the paper
+    assert 20e6 < sum(p.numel() for p in predictor.parameters()) < 25e6  # "ViT-s", 22 M
+    assert all(p.is_meta for p in [*encoder.parameters(), *predictor.parameters()])
+
+
+def test_the_page_of_keys_is_up_to_date() -> None:
+    from vjepa_scale.recipe.reference import reference
+
+    page = (RECIPES.parent / "docs" / "recipe_keys.md").read_text()
+    assert page == reference(), "run: python -m vjepa_scale.recipe.reference > docs/recipe_keys.md"
+    for key in (
+        "`run.dir`",
+        "`engine.kind`",
+        "`<stage>.steps`",
+        "`data.sets.NAME.weight`",
+        "`<stage>.phases.N.final_lr`",
+    ):
+        assert key in page

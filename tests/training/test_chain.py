@@ -1,0 +1,142 @@
+"""Whole runs through tools/launch.py: the same numbers for any ranks, the cooldown's start, the schedule."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.chain import checkpoint_tensors, metrics, tool, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def finished(two_data_sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretrain and cooldown on two processes."""
+    folder = tmp_path_factory.mktemp("finished run")  # a path with a space
+    recipe = write_recipe(folder / "recipe.yaml", folder / "run", two_data_sets, launch={"tasks_per_node": 2})
+    tool("launch", recipe, "--wait")
+    return folder / "run"
+
+
+def test_metrics_have_every_step_and_the_schedule(finished: Path) -> None:
+    rows = metrics(finished, "pretrain") + metrics(finished, "cooldown")
+    assert [row["step"] for row in rows] == list(range(18))
+    assert [row["phase"] for row in rows] == ["warmup"] * 5 + ["constant"] * 7 + ["decay"] * 6
+    warmup = [1e-4 + 9e-4 * (s + 1) / 5 for s in range(5)]
+    decay = [1e-3 + (1e-6 - 1e-3) * (s + 1) / 6 for s in range(6)]
+    assert [row["lr"] for row in rows] == pytest.approx([*warmup, *[1e-3] * 7, *decay], rel=1e-12)
+    assert rows[-1]["lr"] == 1e-6  # exactly
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["ema"] == 0.9 for row in rows)
+    ranks = [row["effective_rank"] for row in rows if row["effective_rank"] is not None]
+    assert len(ranks) >= 6
+    assert all(1 <= rank <= 48 for rank in ranks)
+
+
+def test_files_are_where_users_are_told(finished: Path) -> None:
+    names = {path.name for path in (finished / "pretrain" / "checkpoints").iterdir()}
+    # every 4 steps with 2 kept, and the ends of phases (5, 12) always
+    assert names == {"step_00000005", "step_00000008", "step_00000012"}
+    assert (finished / "cooldown" / "checkpoints" / "step_00000018").is_dir()
+    assert (finished / "cooldown" / "recipe.yaml").exists()
+    assert (finished / "ledger.jsonl").read_text() == ""
+
+
+def test_cooldown_goes_on_from_pretraining(finished: Path, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    """With a rate of 0 and a still EMA, cooldown's first checkpoint holds what the stage started from."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tmp_path / "run",
+        two_data_sets,
+        pretrain=None,
+        jepa={"ema_momentum": 1.0},
+        optimizer={"betas": [0.9, 0.999]},
+        cooldown={
+            "continue_from": str(finished / "pretrain"),
+            "steps": 1,
+            "phases": [{"name": "still", "start_lr": 0.0}],
+        },
+    )
+    tool("launch", recipe, "--wait")
+    before = checkpoint_tensors(finished / "pretrain" / "checkpoints" / "step_00000012", tmp_path)
+    after = checkpoint_tensors(tmp_path / "run" / "cooldown" / "checkpoints" / "step_00000013", tmp_path)
+    assert before.keys() == after.keys()
+    for name in before:
+        if not name.startswith("optimizer."):
+            assert torch.equal(before[name], after[name]), name
+    # One more step of AdamW: v' = 0.999·v + 0.001·g², so v' ≥ 0.999·v says that v was carried over.
+    second = [name for name in before if name.startswith("optimizer.exp_avg_sq.")]
+    assert second
+    assert all((after[name] >= before[name] * 0.999 * (1 - 1e-6)).all() for name in second)
+    assert any((before[name] > 0).any() for name in second)
+    first = next(name for name in before if name == "optimizer.exp_avg.encoder.blocks.0.attn.qkv.weight")
+    assert torch.nn.functional.cosine_similarity(before[first].flatten(), after[first].flatten(), dim=0) > 0.5
+
+
+def test_cooldown_without_its_checkpoint_is_refused(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
+    done = tool("launch", recipe, "--stages", "cooldown", "--wait", check=False)
+    assert done.returncode == 2
+    assert "cooldown.continue_from" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "cooldown" / "checkpoints").exists()
+    tool("launch", recipe, "--stages", "pretrain", "pretrain.steps=8", "--wait")
+    done = tool("launch", recipe, "--stages", "cooldown", "--wait", check=False)  # 8 of 12 steps
+    assert done.returncode == 2
+    assert "stands at step 8" in done.stderr
+
+
+def test_a_second_launch_of_a_finished_run_does_nothing(finished: Path) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    done = tool("launch", finished / "recipe.yaml", "--wait")
+    assert "already complete" in done.stdout
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+
+
+def test_consolidated_encoder_has_the_target_encoders_weights(finished: Path, tmp_path: Path) -> None:
+    import vjepa_scale
+
+    tool("consolidate", finished, "--to", "safetensors", "--out", tmp_path / "out")
+    trained = checkpoint_tensors(finished / "cooldown" / "checkpoints" / "step_00000018", tmp_path)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in stored.items():
+        source = name.replace("encoder.", "target_encoder.", 1) if name.startswith("encoder.") else name
+        assert torch.equal(tensor, trained[source]), name
+    assert {name for name in trained if name.startswith("target_encoder.")} == {
+        f"target_{name}" for name in stored if name.startswith("encoder.")
+    }
+    for place in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        encoder = vjepa_scale.load_encoder(place)
+        assert encoder(torch.randn(2, 3, 8, 40, 48)).shape == (2, 4 * 5 * 6, 48)
+
+
+def test_same_numbers_for_any_ranks_and_micro_batches(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    """1, 2 and 4 processes; micro-batches of 1, 2 and 4; 20 steps over a phase switch; float32.
+
+    1e-5: sums of a few thousand float32 terms in another order differ by about 1e-6 relative, and twenty
+    AdamW steps at this rate amplify that by less than ten.
+    """
+    runs = {}
+    for tasks, micro in ((1, 4), (1, 1), (2, 2), (4, 1), (2, 4)):
+        name = f"{tasks}x{micro}"
+        recipe = write_recipe(
+            tmp_path / f"{name}.yaml",
+            tmp_path / name,
+            two_data_sets,
+            launch={"tasks_per_node": tasks},
+            optimizer={"eps": 1e-4},  # damps Adam where the true gradient is zero (attention key biases)
+            pretrain={"steps": 20, "micro_batch": micro},
+            cooldown=None,
+        )
+        order = tool("launch", recipe, "--dump-order", "0:20").stdout
+        tool("launch", recipe, "--wait")
+        runs[name] = (order, metrics(tmp_path / name, "pretrain"))
+    order, reference = runs.pop("1x4")
+    assert len(order.splitlines()) == 20 * 8
+    assert len(reference) == 20
+    assert abs(reference[-1]["loss"] / reference[0]["loss"] - 1) > 0.01  # something was learned
+    for name, (other_order, rows) in runs.items():
+        assert other_order == order, name
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in rows] == pytest.approx([row[key] for row in reference], rel=1e-5), (name, key)

@@ -1,0 +1,110 @@
+"""kill -9 at any moment, then the same command: the run that results is the run that was never killed, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.chain import ROOT, checkpoint_tensors, metrics, tool, write_recipe
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+LONG = {
+    "launch": {"tasks_per_node": 2},
+    "checkpoint": {"every": 4, "keep": 2},
+    "pretrain": {
+        "steps": 60,
+        "phases": [
+            {"name": "warmup", "steps": 25, "start_lr": 1e-4, "final_lr": 1e-3},
+            {"name": "constant", "clip": {"frames": 4, "size": [40, 32]}, "mixture": {"left": 1, "right": 3}},
+        ],
+    },
+}
+SWITCH = 25
+
+
+class Run:
+    """The launcher and all its processes, as one process group."""
+
+    def __init__(self, recipe: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "launch.py", recipe, "--wait"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def kill_when(self, condition: Callable[[], bool], *, timeout: float = 200) -> bool:
+        """kill -9 everything as soon as the condition holds; False where the run ended before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.0005)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return True
+
+
+def newest_step(run_dir: Path) -> int:
+    path = run_dir / "pretrain" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else -1
+
+
+def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    undisturbed = write_recipe(tmp_path / "undisturbed.yaml", tmp_path / "undisturbed", two_data_sets, **LONG)
+    began = time.monotonic()
+    tool("launch", undisturbed, "--wait")
+    duration = time.monotonic() - began
+
+    run_dir = tmp_path / "killed"
+    recipe = write_recipe(tmp_path / "killed.yaml", run_dir, two_data_sets, **LONG)
+    checkpoints = run_dir / "pretrain" / "checkpoints"
+
+    def in_a_save() -> bool:
+        # A checkpoint under construction, after at least one whole one.
+        return any(checkpoints.glob("step_*")) and any(checkpoints.glob(".step_*.tmp/*"))
+
+    def at_the_switch() -> bool:
+        return newest_step(run_dir) >= SWITCH - 2
+
+    dice = random.Random(20)
+    kills = 0
+    left_unfinished = False
+    for moment in ("time", "switch", "save", "time", "time"):
+        run = Run(recipe)
+        if moment == "time":
+            # Uniform over the first half of an undisturbed run: start, loader start, steps, saves.
+            alarm = time.monotonic() + dice.uniform(0.0, 0.5) * duration
+            kills += run.kill_when(lambda alarm=alarm: time.monotonic() > alarm)
+        elif moment == "save":
+            kills += run.kill_when(in_a_save)
+            left_unfinished = any(checkpoints.glob(".step_*.tmp"))
+        else:
+            kills += run.kill_when(at_the_switch)
+            assert SWITCH - 2 <= newest_step(run_dir) <= SWITCH + 1
+        print(f"killed ({moment}) at step {newest_step(run_dir)}")
+    tool("launch", recipe, "--wait")
+
+    assert kills == 5
+    assert left_unfinished, "no kill fell inside a save"
+    for stage, last in (("pretrain", "step_00000060"), ("cooldown", "step_00000066")):
+        assert metrics(run_dir, stage) == metrics(tmp_path / "undisturbed", stage)
+        expected = checkpoint_tensors(tmp_path / "undisturbed" / stage / "checkpoints" / last, tmp_path)
+        found = checkpoint_tensors(run_dir / stage / "checkpoints" / last, tmp_path)
+        assert expected.keys() == found.keys()
+        assert any(name.startswith("optimizer.exp_avg_sq.") for name in found)
+        assert any(name.startswith("target_encoder.") for name in found)
+        for name in expected:
+            assert torch.equal(expected[name], found[name]), f"{stage}: {name}"
+        assert not any((run_dir / stage / "checkpoints").glob(".step_*"))

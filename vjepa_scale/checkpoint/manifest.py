@@ -1,0 +1,85 @@
+"""manifest.json of a checkpoint: what is inside, and how to know that it still is.
+
+It is written last, holds the size and SHA-256 of every other file, and ends with a checksum of itself.
+"""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vjepa_scale
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import sha256_file, write_atomic
+
+MANIFEST = "manifest.json"
+FORMAT = "vjepa_scale.checkpoint"
+VERSION = 1
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What the manifest keeps of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def write_manifest(folder: Path, *, step: int, world_size: int, files: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Write manifest.json into a checkpoint folder. ``extra``: JSON values under keys of their own."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "world_size": world_size,
+        "libraries": {
+            "vjepa_scale": vjepa_scale.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    assert not extra.keys() & {*content, "files", "checksum"}, "a key of the manifest's own"
+    content |= extra | {"files": dict(sorted(files.items()))}
+    write_atomic(folder / MANIFEST, _text(content | {"checksum": _checksum(content)}))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises UserError where it is absent, not whole, or of another format."""
+    path = checkpoint / MANIFEST
+    unusable = "this checkpoint is unfinished or damaged: use another"
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError("file not found", where=path, fix="give a folder checkpoints/step_XXXXXXXX") from None
+    except ValueError:  # not JSON, or not even text
+        raise UserError("not valid JSON", where=path, fix=unusable) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"not a manifest of format {FORMAT}", where=path, fix=unusable)
+    if content.get("version") != VERSION:
+        raise UserError(f"version {content.get('version')}; this program reads {VERSION}", where=path)
+    checksum = content.pop("checksum", None)
+    # Byte for byte, so that a change anywhere in the file is seen, even in what does not matter.
+    if checksum != _checksum(content) or raw != _text(content | {"checksum": checksum}).encode():
+        raise UserError("its checksum does not match its content", where=path, fix=unusable)
+    return content
+
+
+def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read: bool = True) -> str | None:
+    """What is wrong with one file of a checkpoint, in words; None if nothing. ``read``: check the bytes too."""
+    path = checkpoint / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != recorded["bytes"]:
+        return f"{name} has {size} bytes instead of {recorded['bytes']}"
+    if read and sha256_file(path) != recorded["sha256"]:
+        return f"{name} does not have the bytes that were written (SHA-256)"
+    return None
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(content).encode()).hexdigest()

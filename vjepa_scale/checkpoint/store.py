@@ -1,0 +1,275 @@
+"""The checkpoints of a stage. Written whole or not at all; a damaged one is recognised, never trained from.
+
+    <run>/<stage>/checkpoints/
+      step_00000100/          the state after 100 completed steps
+        __0_0.distcp          the tensors' shards, a file per rank (PyTorch DCP)
+        __1_0.distcp
+        .metadata             DCP's index: which tensor is where
+        manifest.json         step, recipe, counts …, size and SHA-256 of all files above, own checksum
+      step_00000200/
+      .step_00000300.tmp/     being written; unfinished if its writer is dead
+
+``save``, ``find_latest``, ``verify`` and ``load`` are collective where a process group exists: every rank
+calls them, and gets the same answer or the same error. Without one they work alone.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
+from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import publish_dir, remove_dir
+
+__all__ = [
+    "MANIFEST",
+    "LoadReport",
+    "find_latest",
+    "load",
+    "newest_name",
+    "read_manifest",
+    "remove_unfinished",
+    "retain",
+    "save",
+    "verify",
+]
+
+_NAME = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|replaced|removing)")
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> Path:
+    """Write the checkpoint of ``step`` completed steps; returns its folder, complete and on disk.
+
+    tensors:  plain ones (equal on all ranks) or DTensors, by canonical name
+    manifest: JSON values that the manifest shall hold beside its own
+
+    One of the same step (from before a restart, or damaged) is replaced.
+    """
+    rank, world_size = _rank_and_world_size()
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+    _gathered(None)
+
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    dcp.save(detached, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+    written = sorted(temporary.glob(f"__{rank}_*.distcp")) + ([temporary / ".metadata"] if rank == 0 else [])
+    parts = _gathered({path.name: describe_file(path) for path in written})
+
+    if rank == 0:
+        files = {name: description for part in parts for name, description in part.items()}
+        write_manifest(temporary, step=step, world_size=world_size, files=files, extra=manifest)
+        _publish(temporary, final)
+    _gathered(None)
+    return final
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    publish_dir(temporary, final)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def retain(folder: Path, *, keep: int, protect: Collection[int] = ()) -> None:
+    """Remove all but the ``keep`` newest checkpoints. Rank 0 acts; others return at once.
+
+    Ends of phases (``ends_phase`` in the manifest) and the steps in ``protect`` always stay, and so does one
+    whose manifest cannot be read: it may have been one of them.
+    """
+    if _rank_and_world_size()[0] != 0:
+        return
+    for checkpoint in _newest_first(folder)[keep:]:
+        try:
+            manifest = read_manifest(checkpoint)
+        except UserError:
+            continue
+        if not manifest.get("ends_phase") and manifest["step"] not in protect:
+            remove_dir(checkpoint)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear what a killed writer left behind. For the one process that will write here, before it starts."""
+    if not folder.exists():
+        return
+    for path in sorted(folder.iterdir()):
+        if not (leftover := _LEFTOVER.fullmatch(path.name)):
+            continue
+        final = folder / path.name[1:].partition(".")[0]
+        if leftover[1] == "replaced" and not final.exists():
+            os.rename(path, final)  # killed between taking the old one away and putting the new one in place
+            continue
+        if leftover[1] == "tmp":
+            print(f"warning: {path} is an unfinished checkpoint: removed", file=sys.stderr, flush=True)
+        shutil.rmtree(path)
+
+
+# -- finding -----------------------------------------------------------------------------------------
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
+
+    Damaged ones on the way are named on stderr. Raises UserError if there are some and none is good.
+    """
+    # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
+    checkpoints = _from_rank_0(_newest_first(folder))
+    for checkpoint in checkpoints:
+        problems = _problems(checkpoint)
+        if not problems:
+            return checkpoint
+        if _rank_and_world_size()[0] == 0:
+            named = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            print(f"warning: checkpoint {checkpoint} is damaged and not used: {named}", file=sys.stderr, flush=True)
+    if checkpoints:
+        raise UserError(
+            f"none of {len(checkpoints)} checkpoints is good (they are named above)",
+            where=folder,
+            fix="restore one from a copy, or move the folder away to start again on purpose",
+        )
+    return None
+
+
+def newest_name(folder: Path) -> Path | None:
+    """The newest checkpoint that looks whole by its manifest and file sizes. Nothing is read, or said, beyond that."""
+    for checkpoint in _newest_first(folder):
+        try:
+            files = read_manifest(checkpoint)["files"]
+        except UserError:
+            continue
+        if not any(file_problem(checkpoint, name, recorded, read=False) for name, recorded in files.items()):
+            return checkpoint
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise UserError naming what is wrong with a checkpoint, if anything is."""
+    if problems := _problems(checkpoint):
+        raise UserError("; ".join(problems[:4]), where=checkpoint, fix="use another checkpoint, or restore this one")
+
+
+def _problems(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, equal on all ranks; each looks at its share of the files."""
+    rank, world_size = _rank_and_world_size()
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError as error:
+        own = [f"{MANIFEST}: {error.what}"]
+    else:
+        share = sorted(manifest["files"].items())[rank::world_size]
+        # Ranks are as many as cores; a process alone may take them all (hashing releases the GIL).
+        with ThreadPoolExecutor(os.cpu_count() if world_size == 1 else 1) as pool:
+            found = pool.map(lambda entry: file_problem(checkpoint, *entry), share)
+        own = [problem for problem in found if problem]
+        named = _NAME.fullmatch(checkpoint.name)
+        if named and int(named[1]) != manifest["step"]:
+            own.append(f"{MANIFEST} is of step {manifest['step']}")
+    return sorted({problem for part in _gathered(own) for problem in part})
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Finished checkpoints, good or not, by falling step."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+# -- loading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did. Nothing is ever missing; unexpected are those that the caller allowed to be left out."""
+
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.matched} tensors matched, {len(self.missing)} missing, {len(self.unexpected)} left out"
+
+
+def load(
+    checkpoint: Path, tensors: Mapping[str, Tensor], *, allow_unexpected: tuple[str, ...] = (), check: bool = True
+) -> LoadReport:
+    """Fill ``tensors``, plain or DTensors of any sharding, in place from a checkpoint.
+
+    allow_unexpected: prefixes of names that the checkpoint may hold and ``tensors`` not
+    check:            verify the files first; False for a caller that has just done so
+
+    Raises UserError, before anything is changed, where names, shapes or dtypes differ in any way.
+    """
+    if check:
+        verify(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    stored = reader.tensors()
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    missing = sorted(tensors.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - tensors.keys())
+    refused = [name for name in unexpected if not name.startswith(allow_unexpected)]
+    matching = sorted(stored.keys() & tensors.keys())
+    other = [name for name in matching if stored[name] != wanted[name]]
+    if missing or refused or other:
+        examples = [
+            *(f"{name} is missing" for name in missing[:3]),
+            *(f"{name} is unexpected" for name in refused[:3]),
+            *(f"{name} is {_form(*stored[name])}, not {_form(*wanted[name])}" for name in other[:3]),
+        ]
+        raise UserError(
+            f"{len(matching) - len(other)} tensors match, {len(missing)} missing, {len(refused)} unexpected, "
+            f"{len(other)} of another shape or dtype: {'; '.join(examples)}",
+            where=checkpoint,
+            fix="give a checkpoint of the same model and optimizer",
+        )
+    targets = {name: tensor.detach() for name, tensor in tensors.items()}
+    dcp.load(targets, storage_reader=reader)
+    return LoadReport(len(matching), unexpected=tuple(unexpected))
+
+
+def _form(shape: Any, dtype: Any) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+# -- all ranks together --------------------------------------------------------------------------------
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank; also a barrier."""
+    _, world_size = _rank_and_world_size()
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _from_rank_0(value: Any) -> Any:
+    holder = [value]
+    if _rank_and_world_size()[1] > 1:
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]

@@ -1,0 +1,40 @@
+"""The one exception for mistakes a user can mend, and how a command line reports it."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: a recipe, a folder, a checkpoint.
+
+    what:  one sentence: what is wrong.
+    where: ``file:key`` or a path: the place to look.
+    fix:   what would work.
+    """
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        place = f"{where}: " if where is not None else ""
+        remedy = f" ({fix})" if fix else ""
+        super().__init__(f"{place}{what}{remedy}".replace("\n", " "))
+
+    def __reduce__(self) -> tuple:  # keyword-only arguments do not survive pickling by themselves
+        return _rebuild, (self.what, self.where, self.fix)
+
+
+def _rebuild(what: str, where: object, fix: str | None) -> UserError:
+    return UserError(what, where=where, fix=fix)
+
+
+def run_command(command: Callable[[], int | None]) -> None:
+    """Run a command line to its exit: 0, what it returned, or 2 with one line on stderr for a UserError."""
+    try:
+        code = command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)

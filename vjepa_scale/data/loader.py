@@ -1,0 +1,176 @@
+"""Micro-batches for one rank and one phase, from any step on.
+
+A map-style data set whose index is (step, micro-batch), a list of indices that starts where the run starts,
+and PyTorch's DataLoader between them: workers prepare ahead, results come in order. Nothing has a state.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.augment import random_crop
+from vjepa_scale.data.batch import MicroBatch, StepBatch
+from vjepa_scale.data.clips import clip_refs, decode_ref
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.processes import start_worker, worker_context
+from vjepa_scale.masking import draw_masks
+from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe.phases import accumulation
+
+Index = TypeVar("Index")
+Item = TypeVar("Item")
+
+
+class PhaseLoader:
+    """Iterates over this rank's StepBatch of every step from ``first_step`` to the end of the phase.
+
+    manifests:               by data set name
+    dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
+    pin_memory:              for a copy to a GPU that does not block
+    Use it in a ``with``: its workers end with it. Raises UserError where a clip cannot be read or decoded.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        phase: Phase,
+        order: DataOrder,
+        manifests: Mapping[str, Manifest],
+        dp_rank: int,
+        dp_world_size: int,
+        first_step: int,
+        pin_memory: bool = False,
+    ) -> None:
+        assert phase.first <= first_step < phase.end, f"step {first_step} is not in phase {phase.name}"
+        self._per_step = accumulation(phase, dp_world_size=dp_world_size)
+        mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
+        self._items = Prefetched(
+            partial(load_micro_batch, recipe, phase, order, dict(manifests)),
+            _Indices(range(first_step, phase.end), mine),
+            workers=recipe.data.workers,
+            prefetch=recipe.data.prefetch,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        micro_batches = iter(self._items)
+        for first in micro_batches:
+            yield [first, *(next(micro_batches) for _ in range(self._per_step - 1))]
+
+    def close(self) -> None:
+        """End the workers."""
+        self._items.close()
+
+    def __enter__(self) -> "PhaseLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_micro_batch(
+    recipe: Recipe, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], index: tuple[int, int]
+) -> MicroBatch:
+    """Micro-batch number m of a step, by index (step, m): decoded, cropped, with its masks."""
+    step, number = index
+    slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
+    fps, frames = recipe.data.fps, phase.frames
+    refs = clip_refs(order, manifests, step=step, slots=slots, seed=recipe.data.seed, fps=fps, frames=frames)
+    clips = torch.empty(len(refs), 3, frames, *phase.size, dtype=torch.uint8)
+    for row, ref in zip(clips, refs, strict=True):
+        pictures = decode_ref(manifests[ref.dataset], ref, fps=fps, frames=frames)
+        row.copy_(
+            random_crop(pictures, phase.size, recipe.data.augment, seed=recipe.run.seed, step=step, slot=ref.slot)
+        )
+    grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
+    masks = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=slots, grid=grid)
+    return MicroBatch(clips, masks, step, slots, tuple(ref.dataset for ref in refs))
+
+
+class Prefetched(Generic[Index, Item]):
+    """``load(index)`` for every index, in order, prepared ahead by worker processes (0: in this one).
+
+    A UserError in a worker is raised here as itself, without the worker's traceback.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Index], Item],
+        indices: Iterable[Index],
+        *,
+        workers: int,
+        prefetch: int,
+        pin_memory: bool = False,
+    ) -> None:
+        assert isinstance(indices, Sized), "indices that can be iterated over again, with a length"
+        self._iterator: Iterator[Any] | None = None
+        # One item of the DataLoader is one index: batching is ours.
+        self._loader: DataLoader[Item | UserError] = DataLoader(
+            _Items(load),
+            batch_size=None,
+            sampler=indices,
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_loader_worker if workers else None,
+            multiprocessing_context=worker_context() if workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Item]:
+        self._iterator = iter(self._loader)
+        for item in self._iterator:
+            if isinstance(item, UserError):
+                self.close()
+                raise item
+            yield item
+
+    def close(self) -> None:
+        # DataLoader has no close of its own; dropping its iterator only works once nothing else refers to it.
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+        self._iterator = None
+
+
+class _Items(Dataset[Item | UserError], Generic[Index, Item]):
+    """A user's error travels as a value: DataLoader would wrap an exception in a page of traceback."""
+
+    def __init__(self, load: Callable[[Index], Item]) -> None:
+        self._load = load
+
+    def __getitem__(self, index: Index) -> Item | UserError:
+        try:
+            return self._load(index)
+        except UserError as error:
+            return error
+
+
+class _Indices:
+    """(step, micro-batch) for the steps of a phase and the micro-batches of a rank, in order."""
+
+    def __init__(self, steps: range, micro_batches: range) -> None:
+        self._steps, self._micro_batches = steps, micro_batches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((step, number) for step in self._steps for number in self._micro_batches)
+
+    def __len__(self) -> int:
+        return len(self._steps) * len(self._micro_batches)
+
+
+def _as_is(item: Item) -> Item:
+    return item
+
+
+def _start_loader_worker(_: int) -> None:
+    start_worker()

@@ -1,0 +1,180 @@
+"""What a folder of shards holds, and where each byte of it lies.
+
+    OUT/shard-000000.tar …   WebDataset: <key>.<ext> (the video), <key>.json (what is known of it)
+    OUT/manifest.json        shards, classes, columns, checksums: written last, so it is there only if all is
+    OUT/columns/*.npy        one number per record, in shard order, memory-mapped
+    OUT/rejected.jsonl       source files that were left out, and why
+
+Columns: ``key`` (bytes), ``video.offset``, ``video.size``, ``json.offset``, ``json.size`` (in its tar),
+``duration`` (s), ``fps``, ``frames``, ``width``, ``height``, ``label`` (index into classes, -1 for none).
+Record r is the r-th of all shards' records, in the order of the shards.
+"""
+
+import hashlib
+import io
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json, sha256_file, write_atomic, write_json
+
+VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. bytes: of the file; sha256: of the file, hexadecimal."""
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+class Manifest:
+    """An opened folder of shards. Small to pickle: another process opens the same folder."""
+
+    def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
+        self.folder = folder
+        self.records: int = tree["records"]
+        self.classes: list[str] = tree["classes"]
+        self.identity: str = tree["identity"]
+        self.source: dict[str, Any] = tree["source"]
+        self.shards = [Shard(**shard) for shard in tree["shards"]]
+        self._columns: dict[str, dict[str, str]] = {column["name"]: column for column in tree["columns"]}
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (self.folder,)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Manifest":
+        """Open and check that every shard is there in its full length (contents are not read).
+
+        Raises UserError naming the folder or file, and what would work.
+        """
+        folder = Path(folder)
+        fix = "write shards with tools/make_shards.py VIDEOS OUT"
+        if not folder.is_dir():
+            raise UserError("no such data folder", where=folder, fix=fix)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"no {MANIFEST} here: not a folder of shards, or one that was not finished", where=folder, fix=fix
+            )
+        manifest = _reopen(folder)
+        if manifest.records == 0:
+            raise UserError("the manifest lists no records", where=folder / MANIFEST, fix=fix)
+        for shard in manifest.shards:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"the shard {found}, the manifest says {shard.bytes}", where=path, fix="copy it again")
+        for name in manifest._columns:
+            if len(manifest.column(name)) != manifest.records:
+                raise UserError("the column's length is not the manifest's", where=manifest._column_path(name))
+        return manifest
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One value per record, memory-mapped, read-only."""
+        return _mapped(self._column_path(name))
+
+    @cached_property
+    def records_per_shard(self) -> npt.NDArray[np.int64]:
+        """Records of each shard: what DataOrder wants."""
+        return np.array([shard.records for shard in self.shards], np.int64)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return np.cumsum(self.records_per_shard).tolist()
+
+    def shard_of(self, record: int) -> Shard:
+        return self.shards[bisect_right(self._ends, record)]
+
+    def key(self, record: int) -> str:
+        """The WebDataset key of a record."""
+        return self.column("key")[record].decode()
+
+    def read(self, record: int, member: str = "video") -> bytes:
+        """The bytes of one member (``video`` or ``json``) of a record, and nothing else of the shard."""
+        path = self.folder / self.shard_of(record).name
+        offset, size = int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise UserError(f"cannot read record {self.key(record)}: {error.strerror}", where=path) from None
+        if len(data) != size:
+            raise UserError(f"the shard ends inside record {self.key(record)}", where=path, fix="copy it again")
+        return data
+
+    def _column_path(self, name: str) -> Path:
+        return self.folder / self._columns[name]["file"]
+
+
+def _reopen(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    tree = read_json(path)
+    if not isinstance(tree, dict) or tree.get("version") != VERSION:
+        found = tree.get("version") if isinstance(tree, dict) else None
+        raise UserError(
+            f"manifest version {found!r}, this code reads {VERSION}", where=path, fix="make the shards again"
+        )
+    try:
+        return Manifest(folder, tree)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not a manifest of this project: {error}", where=path, fix="make the shards again") from None
+
+
+@lru_cache(maxsize=256)
+def _mapped(path: Path) -> npt.NDArray[Any]:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the column: {error}", where=path, fix="make the shards again") from None
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    shards: Sequence[Shard],
+    classes: Sequence[str],
+    columns: dict[str, npt.NDArray[Any]],
+    source: dict[str, Any],
+) -> None:
+    """Columns, then manifest.json: the moment the data set exists.
+
+    source: what it was made from; a second run compares it.
+    """
+    described = []
+    for name, values in columns.items():
+        path = folder / "columns" / f"{name}.npy"
+        write_atomic(path, _npy(values))
+        described.append(
+            {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": sha256_file(path)}
+        )
+    tree = {
+        "version": VERSION,
+        "records": sum(shard.records for shard in shards),
+        "identity": hashlib.sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest(),
+        "source": source,
+        "classes": list(classes),
+        "columns": described,
+        "shards": [vars(shard) for shard in shards],
+    }
+    write_json(folder / MANIFEST, tree)
+
+
+def _npy(values: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()

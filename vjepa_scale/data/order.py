@@ -1,0 +1,184 @@
+"""The order of the data is arithmetic: which record is slot i of the global batch at step s.
+
+Nothing is shuffled, buffered or remembered. From the step alone follow, in this order:
+
+    step  -> how many clips each data set has given before it       (nested divisions of the draw counter)
+    draw  -> epoch and place k' in it                                (draw k is record k mod R of epoch k div R)
+    place -> position in the epoch's sequence                        (laid out in lanes, so that reads stay local)
+    position -> shard and record                                     (keyed permutations of shards and inside them)
+
+An epoch gives each record exactly once, across phases that change batch or mixture too: ``base``
+carries the counts on. All of it is integers, so that every machine computes the same order.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.keyed import key64, keys64, permuted
+from vjepa_scale.recipe.phases import Phase
+
+Ints = npt.NDArray[np.int64]
+
+_SHARE_BITS = 40  # weights become integers of this precision: exact to a clip over 10^11 draws
+_EPOCHS_KEPT = 4
+
+
+class BatchOrder(NamedTuple):
+    """The global batch of one step, by slot.
+
+    dataset: int64 [B], index into the order's sets
+    record:  int64 [B], index into the data set's manifest
+    """
+
+    dataset: Ints
+    record: Ints
+
+
+class DataOrder:
+    """The order of a run of phases.
+
+    seed:   data.seed
+    sets:   (name, records of each shard) of every data set, in the order that indices refer to
+    phases: consecutive phases, each with its global batch and mixture
+    base:   draws that each set had given before the first phase (what ``drawn`` said there); default none
+    lanes:  how many shards an epoch of one set walks through side by side
+    Raises UserError for a data set in a phase's mixture that the phase is too short to draw from.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        sets: Sequence[tuple[str, npt.ArrayLike]],
+        phases: Sequence[Phase],
+        base: Mapping[str, int] | None = None,
+        lanes: int = 128,
+    ) -> None:
+        self.names = [name for name, _ in sets]
+        self._sets = [
+            _SetOrder(key64(seed, "order", i), np.asarray(sizes, np.int64), lanes) for i, (_, sizes) in enumerate(sets)
+        ]
+        self._phases = list(phases)
+        self._shares = [_shares(phase.mixture, self.names) for phase in phases]
+        assert all(a.end == b.first for a, b in pairwise(phases)), "phases have a gap"
+        self._base = [[int((base or {}).get(name, 0)) for name in self.names]]
+        for phase, shares in zip(self._phases, self._shares, strict=True):
+            given = split_draws(phase.global_batch * phase.steps, shares)
+            for name, n in zip(self.names, given, strict=True):
+                if n == 0 and phase.mixture.get(name, 0) > 0:
+                    raise UserError(
+                        f"phase {phase.name!r} has {phase.steps} steps of {phase.global_batch} clips, "
+                        f"too few to draw even once from {name!r}",
+                        where=f"{phase.stage}.mixture.{name}",
+                        fix="a larger weight, more steps, or weight 0",
+                    )
+            self._base.append([b + n for b, n in zip(self._base[-1], given, strict=True)])
+
+    def drawn(self, step: int) -> dict[str, int]:
+        """How many clips each data set has given before a step, ``base`` included."""
+        if step == self._phases[-1].end:
+            return dict(zip(self.names, self._base[-1], strict=True))
+        return dict(zip(self.names, self._given(step, at_end=False), strict=True))
+
+    def batch(self, step: int) -> BatchOrder:
+        """Data set and record of every slot of one step."""
+        dataset, record, lane_rank = [], [], []
+        for i, (first, end) in enumerate(
+            zip(self._given(step, at_end=False), self._given(step, at_end=True), strict=True)
+        ):
+            n = end - first
+            if n == 0:
+                continue
+            # Draws of a set by (lane, k), so that neighbours in the batch are neighbours in a shard;
+            # then the sets are spread evenly over the batch. Equal quotients of integers are equal floats.
+            record.append(self._sets[i].records(np.arange(first, end, dtype=np.int64)))
+            dataset.append(np.full(n, i, np.int64))
+            lane_rank.append((np.arange(n) + 0.5) / n)
+        datasets, records = np.concatenate(dataset), np.concatenate(record)
+        slots = np.lexsort((datasets, np.concatenate(lane_rank)))
+        return BatchOrder(datasets[slots], records[slots])
+
+    def _given(self, step: int, *, at_end: bool) -> list[int]:
+        """Draws of each set before a step, or before the next one."""
+        if not self._phases[0].first <= step < self._phases[-1].end:
+            raise ValueError(f"step {step} is outside {self._phases[0].first} to {self._phases[-1].end - 1}")
+        number = bisect_right([phase.first for phase in self._phases], step) - 1
+        phase = self._phases[number]
+        given = split_draws(phase.global_batch * (step + at_end - phase.first), self._shares[number])
+        return [b + n for b, n in zip(self._base[number], given, strict=True)]
+
+
+def _shares(mixture: Mapping[str, float], names: Sequence[str]) -> list[int]:
+    """Weights as integers, 0 for the data sets that a phase leaves out."""
+    assert set(mixture) <= set(names), f"mixture {sorted(mixture)} of unknown data sets; known: {names}"
+    total = sum(mixture.values())
+    return [round(mixture.get(name, 0) / total * 2**_SHARE_BITS) for name in names]
+
+
+def split_draws(draws: int, shares: Sequence[int]) -> list[int]:
+    """How many of the first q draws each data set gives.
+
+    By falling share, with rest = q and Q = Σ shares: N = rest·share // Q; rest -= N; Q -= share.
+    The counts sum to q, never fall as q grows, and stay within two of the exact share.
+    """
+    given = [0] * len(shares)
+    rest, total = draws, sum(shares)
+    for i in sorted(range(len(shares)), key=lambda i: (-shares[i], i)):
+        if shares[i] > 0:
+            given[i] = rest * shares[i] // total
+            rest -= given[i]
+            total -= shares[i]
+    return given
+
+
+class _SetOrder:
+    """Draw k of one data set -> record. An epoch is every record once; shards in a fixed number of lanes.
+
+    key:   of this data set's permutations
+    sizes: records of each shard
+    """
+
+    def __init__(self, key: int, sizes: Ints, lanes: int) -> None:
+        self._key, self._sizes, self._lanes = key, sizes, lanes
+        self._starts = np.cumsum(sizes) - sizes
+        self._total = int(sizes.sum())
+        assert self._total > 0, "a data set without records"
+        self._tables: dict[int, tuple[Ints, Ints]] = {}
+
+    def records(self, draws: Ints) -> Ints:
+        """Records of some draws, ordered by (lane, draw)."""
+        epoch, place = np.divmod(draws, self._total)
+        deep, wide = divmod(self._total, self._lanes)  # every lane has `deep` records, the first `wide` one more
+        lane = np.where(place < self._lanes * deep, place % self._lanes, place - self._lanes * deep)
+        walked = np.minimum(place // self._lanes, deep)
+        position = lane * deep + np.minimum(lane, wide) + walked
+        by_lane = np.lexsort((draws, lane))
+        return self._at(epoch[by_lane], position[by_lane])
+
+    def _at(self, epoch: Ints, position: Ints) -> Ints:
+        """Records at positions of epochs' permuted sequences."""
+        shard, inside = np.empty_like(position), np.empty_like(position)
+        for e in np.unique(epoch):
+            shards, ends = self._table(int(e))
+            here = epoch == e
+            n = np.searchsorted(ends, position[here], side="right")
+            shard[here] = shards[n]
+            inside[here] = position[here] - (ends[n] - self._sizes[shards[n]])
+        keys = keys64(self._key, "order.records", epoch, shard)
+        return self._starts[shard] + permuted(inside, self._sizes[shard], keys)
+
+    def _table(self, epoch: int) -> tuple[Ints, Ints]:
+        """An epoch's sequence of shards, and where each ends in it."""
+        if epoch not in self._tables:
+            if len(self._tables) >= _EPOCHS_KEPT:
+                self._tables.pop(next(iter(self._tables)))
+            n = len(self._sizes)
+            shards = permuted(np.arange(n), n, key64(self._key, "order.shards", epoch))
+            self._tables[epoch] = shards, np.cumsum(self._sizes[shards])
+        return self._tables[epoch]

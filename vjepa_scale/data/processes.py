@@ -1,0 +1,78 @@
+"""Worker processes: how they start, and that they end with the process that wanted them.
+
+They come from a fork server, which imports the heavy libraries once, before any thread exists; forking the
+trainer itself, with its threads and devices, would be unsafe.
+"""
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Crashed:
+    """What stands for the result of an item whose worker died of it (a crash inside a native library)."""
+
+
+def worker_context() -> ForkServerContext:
+    """The start method of all worker processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "av", "vjepa_scale.data.loader"])
+    return context
+
+
+def start_worker() -> None:
+    """First thing in a worker: one thread, Ctrl-C left to the parent, death with the fork server.
+
+    The fork server ends when the process that started it does, killed or not; so no worker outlives it.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def map_in_workers(
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int
+) -> Iterator[tuple[int, Result | Crashed]]:
+    """(index, function(item)) for every item, as they finish.
+
+    A worker that dies takes its neighbours' work with it: what was in flight is done again, one item at a
+    time, and only the item that kills a worker when alone comes back as Crashed. Exceptions propagate.
+    """
+    waiting, suspects = deque(range(len(items))), deque[int]()
+    while waiting or suspects:
+        # Suspects run alone; the others a few per worker ahead.
+        alone = not waiting
+        queue, width, ahead = (suspects, 1, 1) if alone else (waiting, workers, 4 * workers)
+        running: dict[Future[Result], int] = {}
+        with ProcessPoolExecutor(width, mp_context=worker_context(), initializer=start_worker) as pool:
+            try:
+                while queue or running:
+                    while queue and len(running) < ahead:
+                        running[pool.submit(function, items[queue[0]])] = queue[0]
+                        queue.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        result = future.result()
+                        yield running.pop(future), result
+            except BrokenProcessPool:
+                if alone:
+                    yield from ((index, Crashed()) for index in running.values())
+                else:
+                    suspects.extend(running.values())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise

@@ -1,0 +1,1 @@
+"""A recipe becomes jobs: plan, preflight, submission, and the entry of each task."""

@@ -1,0 +1,92 @@
+"""The chain of stages on this machine: submitit's local executor for each, and our loop around it."""
+
+import time
+from pathlib import Path
+
+import submitit
+import torch
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json
+from vjepa_scale.launch.task import failure_folder, run_stage
+from vjepa_scale.recipe import Recipe
+from vjepa_scale.training.start import is_finished, stage_folder
+
+
+class StageFailedError(RuntimeError):
+    """A stage ended without its last checkpoint."""
+
+
+def run_chain(recipe: Recipe, stages: list[str]) -> None:
+    """Run stages one after the other, each as one submitit job; show rank 0's lines as they come.
+
+    Raises UserError for what the user can mend, StageFailedError for everything else.
+    """
+    for stage in stages:
+        if is_finished(recipe, stage):
+            print(f"{stage} is already complete")
+            continue
+        run_one(recipe, stage)
+
+
+def run_one(recipe: Recipe, stage: str) -> None:
+    """One stage through submitit's local executor, to its end."""
+    if recipe.launch.nodes > 1:
+        raise UserError(
+            f"{recipe.launch.nodes} nodes, but this is one machine",
+            where="launch.nodes",
+            fix="--cluster slurm, or launch.nodes=1",
+        )
+    for stale in failure_folder(recipe, stage).glob("*.json"):
+        stale.unlink()
+    logs = stage_folder(recipe, stage) / "logs"
+    executor = submitit.LocalExecutor(folder=logs)
+    tasks = recipe.launch.tasks_per_node
+    executor.update_parameters(
+        tasks_per_node=tasks,
+        # submitit hides every GPU that is not asked for
+        gpus_per_node=0 if recipe.engine.device == "cpu" else torch.cuda.device_count(),
+        timeout_min=recipe.launch.timeout_min,
+    )
+    job = executor.submit(run_stage, recipe, stage)
+    print(f"{stage}: {tasks} processes, logs in {logs}/{job.job_id}_*", flush=True)
+    _follow(job, Path(job.paths.stdout))
+    if not is_finished(recipe, stage):
+        raise _failure(recipe, stage, logs)
+
+
+def _follow(job: submitit.Job, log: Path) -> None:
+    """Copy what rank 0 prints to our own stdout until the job is over."""
+    position = 0
+    while True:
+        over = job.done()
+        if log.exists():
+            with open(log, encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                for line in iter(file.readline, ""):
+                    if not line.endswith("\n") and not over:
+                        break
+                    position = file.tell()
+                    if not line.startswith("submitit "):
+                        print(line, end="", flush=True)
+        if over:
+            return
+        time.sleep(0.2)
+
+
+def _failure(recipe: Recipe, stage: str, logs: Path) -> Exception:
+    """The error of the rank that knows most: a user's mistake first, then whoever is not just a bystander."""
+    reports = [read_json(path) for path in sorted(failure_folder(recipe, stage).glob("*.json"))]
+    for report in reports:
+        if report["user_error"]:
+            return UserError(report["message"])
+    # A rank whose peer died sees a broken connection: less telling than the peer's own exception.
+    reports.sort(key=lambda report: "DistBackendError" in report["kind"] or "gloo" in report["message"].lower())
+    if not reports:
+        return StageFailedError(f"{stage}: the processes ended without a word; see {logs}")
+    worst = reports[0]
+    first_line = worst["message"].partition("\n")[0]
+    return StageFailedError(
+        f"{stage}: rank {worst['rank']} failed with {worst['kind']}: {first_line}; "
+        f"traceback in {failure_folder(recipe, stage)}, logs in {logs}"
+    )

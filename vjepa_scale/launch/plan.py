@@ -1,0 +1,87 @@
+"""What a launch will do, in words, before it does it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.clips import dump_order
+from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.training.start import data_order, is_finished, open_data, preflight
+
+
+def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
+    """The stages to run, in the recipe's order. Raises UserError for a name the recipe does not have."""
+    every = list(recipe.stages())
+    for name in names or ():
+        if name not in every:
+            raise UserError(f"no stage {name!r} in the recipe", where="--stages", fix=f"one of {', '.join(every)}")
+    return [name for name in every if not names or name in names]
+
+
+def check(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """Preflight of every stage that is not finished; returns the names of those that remain."""
+    remaining = [name for name in stages if not is_finished(recipe, name)]
+    world_size = recipe.launch.nodes * recipe.launch.tasks_per_node
+    before: set[str] = set()
+    for name in remaining:
+        preflight(recipe, name, world_size=world_size, will_have_run=before)
+        before.add(name)
+    return remaining
+
+
+def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
+    """The plan as lines: ranks, then every phase with its steps, rate, geometry and batch."""
+    launch, model = recipe.launch, recipe.model
+    world_size = launch.nodes * launch.tasks_per_node
+    encoder = model.encoder
+    yield f"run     {recipe.run.dir}"
+    yield f"ranks   {launch.nodes} nodes × {launch.tasks_per_node} = {world_size}, {recipe.engine.kind}, " + (
+        f"{recipe.engine.precision}, on {recipe.engine.device}"
+    )
+    yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}"
+    for name, data_set in recipe.data.sets.items():
+        found = "" if (Path(data_set.path) / "manifest.json").exists() else "  (no manifest there yet)"
+        yield f"data    {name}: {data_set.path}, weight {data_set.weight:g}{found}"
+    for name in stages:
+        stage = recipe.stages()[name]
+        origin = (
+            f"continues from {stage.continue_from}"
+            if stage.continue_from
+            else (f"starts from the weights of {stage.init_from}" if stage.init_from else "starts fresh")
+        )
+        yield f"{name}: {stage.steps} steps, {origin}"
+        for phase in resolve_phases(recipe, name):
+            yield "  " + _phase_line(recipe, phase, world_size)
+
+
+def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:
+    t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
+    per_rank = accumulation(phase, dp_world_size=world_size)
+    return (
+        f"{phase.name}: steps {phase.first} to {phase.end - 1}, lr {phase.start_lr:g} → {phase.final_lr:g}, "
+        f"{phase.frames} × {phase.size[0]}×{phase.size[1]} px = {t * h * w} tokens, "
+        f"batch {phase.global_batch} = {world_size} ranks × {per_rank} × {phase.micro_batch}"
+    )
+
+
+def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[str]:
+    """``--dump-order FIRST:LAST``: a line per clip of the global steps FIRST … LAST−1, without training.
+
+    Columns, separated by tabs: step, slot, data set, record key, start time in seconds.
+    """
+    first_text, colon, last_text = text.partition(":")
+    if not (colon and first_text.isdigit() and last_text.isdigit()):
+        raise UserError(f"{text!r} is not a range of steps", where="--dump-order", fix="FIRST:LAST, for example 0:20")
+    manifests = open_data(recipe)
+    wanted = range(int(first_text), int(last_text))
+    drawn: dict[str, int] = {}
+    for name in stages:
+        phases = resolve_phases(recipe, name)
+        if recipe.stages()[name].continue_from not in recipe.stages():
+            drawn = {}
+        order = data_order(recipe, manifests, phases, drawn)
+        for phase in phases:
+            for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):
+                yield from dump_order(recipe, phase, order, manifests, step)
+        drawn = order.drawn(phases[-1].end)

@@ -1,0 +1,12 @@
+"""The networks: plain modules that know nothing of processes, sharding or precision.
+
+Parameter names are those of the published weights (``blocks.3.attn.qkv.weight``), so that a checkpoint
+needs no table of names. Letters in tensor names: B clips, T frames, H×W pixels, N tokens of a clip,
+K tokens kept, M tokens predicted, D width, h heads, d channels of a head.
+"""
+
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.init import initial_value, initialise
+from vjepa_scale.model.predictor import Predictor
+
+__all__ = ["Encoder", "Predictor", "initial_value", "initialise"]

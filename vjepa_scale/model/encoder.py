@@ -1,0 +1,88 @@
+"""The encoder: a video ViT that computes only the tokens it is asked for (V-JEPA 2 paper, section 2.1).
+
+The context encoder, its EMA copy (the target encoder) and the encoder that users load are all this class.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
+from vjepa_scale.model.rope import Grid, rope_tables
+from vjepa_scale.recipe.schema import ModelConfig
+
+CHANNELS = 3
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a clip into tubelets and maps each to a token.
+
+    The weight has the published convolution's name and shape [D, 3, tubelet, patch, patch]. It is applied
+    as a matrix to the tubelets that are kept, so those that are dropped cost nothing.
+    """
+
+    def __init__(self, width: int, *, tubelet: int, patch: int) -> None:
+        super().__init__()
+        self.tubelet, self.patch = tubelet, patch
+        size = (tubelet, patch, patch)
+        self.proj = nn.Conv3d(CHANNELS, width, kernel_size=size, stride=size)
+
+    def grid(self, clips_BCTHW: Tensor) -> Grid:
+        """Tokens (t, h, w) of a clip of this size; UserError where it does not divide into tubelets."""
+        frames, height, width = clips_BCTHW.shape[2:]
+        if frames % self.tubelet or height % self.patch or width % self.patch:
+            raise UserError(
+                f"a clip of {frames} frames of {height}×{width} pixels does not divide into tubelets of "
+                f"{self.tubelet}×{self.patch}×{self.patch}",
+                where="clip",
+                fix="pad, crop or resize it to multiples of these",
+            )
+        return frames // self.tubelet, height // self.patch, width // self.patch
+
+    def forward(self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        tubelets = rearrange(
+            clips_BCTHW,
+            "b c (t f) (h p) (w q) -> b (t h w) (c f p q)",
+            f=self.tubelet,
+            p=self.patch,
+            q=self.patch,
+        )
+        if keep_BK is not None:
+            tubelets = tubelets.gather(1, keep_BK[..., None].expand(-1, -1, tubelets.shape[-1]))
+        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Clips to tokens.
+
+    >>> tokens_BND = encoder(clips)             # every token
+    >>> tokens_BKD = encoder(clips, keep_BK)    # only these, as if the others did not exist
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        encoder = config.encoder
+        self.width = encoder.width
+        self.head_dim = encoder.width // encoder.heads
+        self.rope_layout = config.rope.layout
+        self.patch_embed = PatchEmbed(encoder.width, tubelet=config.tubelet, patch=config.patch)
+        self.blocks = nn.ModuleList(
+            Block(encoder.width, encoder.heads, encoder.mlp_hidden) for _ in range(encoder.depth)
+        )
+        self.norm = nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS)
+
+    def forward(self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``.
+
+        clips_BCTHW:  float, normalised, of any length and size that divides into tubelets
+        keep_BK:      int64 token numbers n = τ·h·w + y·w + x; None: all
+        """
+        grid = self.patch_embed.grid(clips_BCTHW)
+        tables = rope_tables(
+            keep_BK, grid=grid, head_dim=self.head_dim, layout=self.rope_layout, device=clips_BCTHW.device
+        )
+        x_BKD = self.patch_embed(clips_BCTHW, keep_BK)
+        for block in self.blocks:
+            x_BKD = block(x_BKD, tables)
+        return self.norm(x_BKD)

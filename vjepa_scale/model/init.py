@@ -1,0 +1,48 @@
+"""What every weight is before the first step: a function of (seed, name) only.
+
+So the start does not depend on the order in which modules are built, on the world size or on how
+parameters are sharded: whoever needs a parameter computes it.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from vjepa_scale.core.keyed import key64
+
+STD = 0.02
+
+_RESIDUAL_OUTPUT = re.compile(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$")
+_MASK_TOKEN = re.compile(r"(^|\.)mask_tokens\.\d+$")
+
+
+def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int) -> Tensor:
+    """The start of one parameter, float32 on the CPU (method: paper's published code).
+
+    name:  with its network: ``encoder.blocks.3.attn.proj.weight``. ``target_encoder.*`` starts as the
+           exact copy of ``encoder.*``.
+
+    Weights are normal with std 0.02 (the published truncation is at ±2, a hundred standard deviations,
+    and cuts nothing); biases and mask tokens 0; LayerNorm 1 and 0. In block i, counted from 1, the two
+    weights that write to the residual stream are divided by sqrt(2·i).
+    """
+    name = name.removeprefix("target_")
+    if name.endswith(".bias") or _MASK_TOKEN.search(name):
+        return torch.zeros(shape)
+    assert name.endswith(".weight"), f"no rule for the start of {name}"
+    if len(shape) == 1:  # LayerNorm
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(key64(seed, "init." + name))
+    value = torch.empty(shape).normal_(std=STD, generator=generator)
+    if residual := _RESIDUAL_OUTPUT.search(name):
+        value /= math.sqrt(2 * (int(residual[1]) + 1))
+    return value
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, *, seed: int, prefix: str) -> None:
+    """Give every parameter of a plain (not sharded) module its start. ``prefix``: the network's name."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(initial_value(f"{prefix}.{name}", parameter.shape, seed=seed))

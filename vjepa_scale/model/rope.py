@@ -1,0 +1,95 @@
+"""Rotary positions in three axes: time, height, width (V-JEPA 2 paper, section 2.1).
+
+A head's d channels are cut into three axis groups of a = 2·((d//3)//2) channels and a rest that is
+not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') becomes
+(x·cos − x'·sin, x'·cos + x·sin), each of the two with its own angle from the table:
+
+    tiled        θ0 … θ(a/2−1), θ0 … θ(a/2−1)    every released V-JEPA 2 weight; the two angles of a pair differ
+    interleaved  θ0, θ0, θ1, θ1, …               a true rotation; V-JEPA 2.1
+
+with θk = p · 10000^(−k/(a/2)) for a token at integer position p of the axis.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+Grid = tuple[int, int, int]
+Layout = Literal["tiled", "interleaved"]
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """What rotates the queries and keys of all blocks in one forward: float32, [K, d] or [B, K, d].
+
+    cos:         1 in channels that are not rotated
+    signed_sin:  what the other channel of the pair is multiplied by: −sin in even channels, +sin in odd
+                 ones, 0 in channels that are not rotated
+
+    Not registered as a pytree, on purpose: FSDP2 casts every floating-point tensor that it finds in a
+    module's arguments, and cos and sin rounded to bfloat16 tell neighbouring positions apart only in the
+    highest frequencies.
+    """
+
+    cos: Tensor
+    signed_sin: Tensor
+
+
+def rope_tables(
+    index: Tensor | None,
+    *,
+    grid: Grid,
+    head_dim: int,
+    layout: Layout,
+    device: torch.device | None = None,
+) -> RopeTables:
+    """The tables for the tokens that are present, computed once per forward.
+
+    index:   token numbers n = τ·h·w + y·w + x, int64 [K] or [B, K]; None: all t·h·w in order
+    grid:    (t, h, w) in tokens
+    device:  where to build them if ``index`` is None
+    """
+    if index is None:
+        index = torch.arange(grid[0] * grid[1] * grid[2], device=device)
+    _, height, width = grid
+    rows = index // width
+    positions = (rows // height, rows % height, index - rows * width)
+    rest = index.new_zeros((), dtype=torch.float32).expand(*index.shape, head_dim - 3 * axis_channels(head_dim))
+    cos, signed_sin = [], []
+    for position, length in zip(positions, grid, strict=True):
+        axis_cos, axis_signed_sin = _axis_tables(length, axis_channels(head_dim), layout, index.device)
+        cos.append(axis_cos[position])
+        signed_sin.append(axis_signed_sin[position])
+    return RopeTables(torch.cat([*cos, rest + 1], dim=-1), torch.cat([*signed_sin, rest], dim=-1))
+
+
+def axis_channels(head_dim: int) -> int:
+    """a: how many channels of a head one axis rotates."""
+    return 2 * ((head_dim // 3) // 2)
+
+
+def _axis_tables(length: int, channels: int, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of every position of one axis, [length, a].
+
+    Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
+    the rounding of the result does.
+    """
+    frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
+    angles = angles.repeat(1, 2) if layout == "tiled" else angles.repeat_interleave(2, dim=1)
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=device).repeat(channels // 2)
+    return angles.cos().float(), (angles.sin() * sign).float()
+
+
+def rotate(x_BhKd: Tensor, tables: RopeTables) -> Tensor:
+    """Queries or keys, rotated: computed in float32 whatever their type, and returned in it."""
+    cos, signed_sin = tables.cos, tables.signed_sin
+    if cos.ndim == 3:
+        cos, signed_sin = cos[:, None], signed_sin[:, None]
+    x = x_BhKd.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, signed_sin).to(x_BhKd.dtype)

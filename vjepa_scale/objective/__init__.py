@@ -1,0 +1,1 @@
+"""What a stage learns: networks, loss, and what it reports."""

@@ -1,0 +1,48 @@
+"""How many directions do features use? The collapse that a falling loss does not show.
+
+Effective rank (Roy & Vetterli 2007; RankMe, Garrido et al. 2023): exp of the entropy of the normalised
+singular values of the centred feature matrix. It is D for isotropic features and 1 for a line.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp(−Σ p·log p) with p the singular values divided by their sum."""
+    total = singular_values.sum()
+    if not total > 0:
+        return 0.0
+    p = singular_values / total
+    return float(torch.special.entr(p).sum().exp())
+
+
+class FeatureCovariance:
+    """Sums over feature rows [n, D], enough for the singular values of all of them together.
+
+    Rows may be added on every rank and in any number of parts; ``effective_rank`` adds up the ranks.
+    """
+
+    def __init__(self) -> None:
+        self._sums: tuple[Tensor, Tensor] | None = None  # of outer products [D, D] and of rows [D], float64
+        self._rows = 0
+
+    def add(self, features: Tensor) -> None:
+        rows = features.detach().double()
+        outer_DD, sum_D = rows.T @ rows, rows.sum(0)
+        if self._sums is not None:
+            outer_DD, sum_D = outer_DD + self._sums[0], sum_D + self._sums[1]
+        self._sums = outer_DD, sum_D
+        self._rows += rows.shape[0]
+
+    def effective_rank(self) -> float:
+        """Of all rows of all ranks; every rank must call it and gets the same number."""
+        assert self._sums is not None, "no features were added"
+        outer_DD, sum_D = self._sums
+        rows = sum_D.new_tensor(self._rows)
+        if dist.is_initialized():
+            for part in (outer_DD, sum_D, rows):
+                dist.all_reduce(part)
+        centred_DD = outer_DD - torch.outer(sum_D, sum_D) / rows
+        return effective_rank(torch.linalg.eigvalsh(centred_DD.cpu()).clamp(min=0).sqrt())

@@ -1,0 +1,88 @@
+"""Is a frozen representation worth something? Few labels, held-out clips, no training of the encoder.
+
+The same three questions are put to any features [N, F], so that a trained encoder can be set beside an
+untrained one and raw pixels: how many directions do they use, does the nearest labelled neighbour share
+the label, can a linear map read the label. Few labels on purpose: with thousands, a probe learns the task
+by itself and hides the encoder.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vjepa_scale.core.keyed import Draws
+from vjepa_scale.objective import effective_rank as spectrum
+
+Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def few_labels(labels: Ints, *, per_class: int, seed: int) -> Ints:
+    """Indices of ``per_class`` examples of every class, sorted: a keyed draw, so equal for all encoders."""
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        assert len(members) >= per_class, f"class {label} has {len(members)} examples, fewer than {per_class}"
+        chosen.append(members[Draws(seed, "labels", int(label)).shuffled(len(members))[:per_class]])
+    return np.sort(np.concatenate(chosen))
+
+
+def effective_rank(features: Floats) -> float:
+    """exp of the entropy of the normalised singular values of the centred features [N, F].
+
+    F for many isotropic rows, 1 where all rows lie on a line, 0 where they are equal.
+    """
+    centred = torch.from_numpy(features).double()
+    centred = centred - centred.mean(0)
+    return spectrum.effective_rank(torch.linalg.svdvals(centred))
+
+
+def knn_accuracy(train: Floats, train_labels: Ints, val: Floats, val_labels: Ints, *, k: int = 5) -> float:
+    """Share of val rows whose k nearest labelled rows (cosine, standardised features) vote for their label."""
+    scaler = StandardScaler().fit(train)
+    model = KNeighborsClassifier(k, metric="cosine").fit(scaler.transform(train), train_labels)
+    return float(model.score(scaler.transform(val), val_labels))
+
+
+def linear_probe_accuracy(
+    train: Floats, train_labels: Ints, val: Floats, val_labels: Ints, *, strength: float = 0.1
+) -> float:
+    """Accuracy on val of an L2-regularised logistic regression on standardised features.
+
+    strength: scikit-learn's C, the inverse of the penalty; fixed, so that nothing is chosen on val.
+    """
+    scaler = StandardScaler().fit(train)
+    model = LogisticRegression(C=strength, max_iter=500).fit(scaler.transform(train), train_labels)
+    return float(model.score(scaler.transform(val), val_labels))
+
+
+def encoder_features(
+    encoder: nn.Module, clips: Tensor, *, tubelet: int, mean: Floats, std: Floats, batch: int = 16
+) -> npt.NDArray[np.float32]:
+    """Tokens averaged over space, one row per clip: [N, T/tubelet · D].
+
+    encoder: normalised clips [B, 3, T, H, W] -> tokens [B, N, D], as ``load_encoder`` returns it.
+    clips:   uint8 [N, 3, T, H, W];  mean, std: of the three channels, on the scale 0 to 1.
+    """
+    scale, shift = (torch.as_tensor(v, dtype=torch.float32).view(1, 3, 1, 1, 1) for v in (std, mean))
+    rows = []
+    with torch.no_grad():
+        for part in clips.split(batch):
+            tokens_BND = encoder((part.float() / 255 - shift) / scale)
+            times = clips.shape[2] // tubelet
+            B, _, D = tokens_BND.shape
+            rows.append(tokens_BND.view(B, times, -1, D).mean(2).flatten(1))
+    return torch.cat(rows).numpy()
+
+
+def pixel_features(clips: Tensor, *, size: int = 16) -> npt.NDArray[np.float32]:
+    """The clips themselves, shrunk: uint8 [N, 3, T, H, W] -> [N, 3 · T · size²] on the scale 0 to 1."""
+    N, C, T, H, W = clips.shape
+    frames = clips.transpose(1, 2).reshape(N * T, C, H, W).float() / 255
+    small = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return small.reshape(N, -1).numpy()

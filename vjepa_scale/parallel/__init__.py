@@ -1,0 +1,1 @@
+"""Processes, device mesh, and the engine that makes plain networks sharded ones."""

@@ -1,0 +1,137 @@
+"""The processes of a job find each other, work together, and part.
+
+One process takes the same path as many: a group of one. Under torchrun the group comes from its
+environment. Otherwise rank 0 opens a store on a free port and publishes ``host:port`` in a file that the
+others wait for. The file is named after this start of the job and removed once everyone is there, so an
+address of an earlier start is never met.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_atomic
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.parallel.mesh import check_replicate
+from vjepa_scale.recipe.schema import EngineConfig
+
+POLL_S = 0.05
+
+
+def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
+    """Set threads and device, and join the process group.
+
+    rendezvous: a folder that all processes see (not used under torchrun).
+    Raises UserError, before anyone waits for anyone, for a device or a mesh that is impossible; RuntimeError
+    naming the file or the ranks when some processes have not come within ``cfg.timeout_s`` seconds.
+    """
+    check_replicate(ranks.world_size, cfg.replicate)
+    device = pick_device(cfg, ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(cfg.threads)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=cfg.timeout_s)
+    if ranks.source == "torchrun":
+        dist.init_process_group(
+            backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+        )
+        return
+    file = rendezvous / ranks.job
+    store = _open_store(ranks, file, timeout)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("vjepa_scale", store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+    )
+    barrier()
+    if ranks.is_main:
+        file.unlink()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    # An object collective takes the CPU backend, so no stream of a GPU is synchronised and no device guessed.
+    dist.all_gather_object([None] * dist.get_world_size(), None)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_cleanly(code: int = 0) -> NoReturn:
+    """End a process that has finished its work, by the short way.
+
+    Threads of gloo now and then abort an interpreter that takes itself apart after finished work. Never
+    call this on an error path: it skips everything that would report the error.
+    """
+    stop()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def pick_device(cfg: EngineConfig, ranks: Ranks) -> torch.device:
+    """This process's device: the one that the recipe asks for, or with ``auto`` a GPU where there is one."""
+    found = torch.cuda.device_count()
+    if cfg.device == "cpu" or (cfg.device == "auto" and found == 0):
+        return torch.device("cpu")
+    if ranks.local_rank >= found:
+        raise UserError(
+            f"process {ranks.local_rank} of this node has no GPU: {found} found",
+            where="engine.device",
+            fix="cpu, or launch.tasks_per_node no larger than the number of GPUs",
+        )
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _open_store(ranks: Ranks, file: Path, timeout: timedelta) -> dist.TCPStore:
+    """The key-value store that rank 0 serves and every rank has entered when this returns."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    if ranks.is_main:
+        host = _own_address(ranks, os.environ)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        write_atomic(file, f"{host}:{store.port}\n")
+        _wait_for_everyone(store, ranks, deadline)
+        return store
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"rank {ranks.rank} of {ranks.world_size}: rank 0 did not write {file} "
+                f"within {timeout.total_seconds():g} s (engine.timeout_s)"
+            )
+        time.sleep(POLL_S)
+    host, _, port = file.read_text().strip().rpartition(":")
+    store = dist.TCPStore(host, int(port), wait_for_workers=False, timeout=timeout)
+    store.set(f"here/{ranks.rank}", "")
+    return store
+
+
+def _own_address(ranks: Ranks, environment: Mapping[str, str]) -> str:
+    """How the other processes of the job reach this one."""
+    return environment["SLURMD_NODENAME"] if ranks.source == "slurm" else "127.0.0.1"
+
+
+def _wait_for_everyone(store: dist.TCPStore, ranks: Ranks, deadline: float) -> None:
+    missing = list(range(1, ranks.world_size))
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        if time.monotonic() > deadline:
+            named = ", ".join(map(str, missing[:16])) + (" …" if len(missing) > 16 else "")
+            raise RuntimeError(
+                f"{len(missing)} of {ranks.world_size} processes did not come within engine.timeout_s: rank {named}"
+            )
+        time.sleep(POLL_S)

@@ -1,0 +1,168 @@
+"""A YAML file and dotted overrides become a Recipe, or one error that names file and key."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.schema import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number: 1e-4 is one (YAML 1.1 reads it as text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    path:      a YAML file; ``extends: other.yaml`` (relative to it) is merged underneath.
+    overrides: ``dotted.key=value`` with YAML values; list items by number (``pretrain.phases.0.steps=10``).
+    Raises UserError naming ``file:key`` and what would work.
+    """
+    path = Path(path)
+    tree = _read(path, seen=())
+    for override in overrides:
+        _apply(tree, override)
+    return validate_recipe(tree, source=path)
+
+
+def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
+    """Check a parsed tree against the schema and across sections."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    _cross_check(recipe, source)
+    return recipe
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: loading it again gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError("extends itself", where=path)
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(
+            "no such recipe", where=path, fix="give the path of a YAML file, e.g. recipes/demo.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
+    if not isinstance(tree, dict):
+        raise UserError("a recipe is a mapping of sections", where=path)
+    if (parent := tree.pop("extends", None)) is not None:
+        base = _read(path.parent / str(parent), (*seen, path.resolve()))
+        tree = _merged(base, tree)
+    return tree
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``: mappings merge key by key, anything else (lists too) replaces."""
+    out = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override", where="command line", fix="write dotted.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a YAML value", where=f"command line:{key}") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        where = f"command line:{'.'.join(parents[: depth + 1])}"
+        if isinstance(node, list):
+            node = node[_list_index(node, part, where)]
+        elif isinstance(node, dict):
+            if not isinstance(node.get(part), (dict, list)):
+                node[part] = _expanded(node.get(part), key, where)
+            node = node[part]
+    if isinstance(node, list):
+        node[_list_index(node, last, f"command line:{key}")] = value
+    else:
+        node[last] = value
+
+
+def _expanded(value: Any, key: str, where: str) -> dict[str, Any]:
+    """What an override finds where it wants a mapping: nothing, or an encoder's name that it refines."""
+    if value is None:
+        return {}
+    if isinstance(value, str) and key.startswith("model.encoder."):
+        from vjepa_scale.recipe.schema import ENCODERS
+
+        if value in ENCODERS:
+            return dict(zip(("width", "depth", "heads", "mlp_hidden"), ENCODERS[value], strict=True))
+    raise UserError(f"{value!r} has no keys below it", where=where)
+
+
+def _list_index(node: list[Any], part: str, where: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{part!r} is not an item of this list", where=where, fix=f"0 to {len(node) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError, source: object) -> UserError:
+    first = error.errors()[0]
+    location = [
+        str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict", "constrained"))
+    ]
+    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
+    what = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    if not isinstance(given, (dict, list)) and first["type"] not in ("missing", "value_error"):
+        what = f"{what}, not {given!r}"
+    return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys of the section at a location of the schema."""
+    section: Any = Recipe
+    for part in location:
+        if part.isdigit() or not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        field = section.model_fields.get(part)
+        section = _section_of(field.annotation) if field is not None else section
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_of(inner)) is not None:
+            return found
+    return None
+
+
+def _cross_check(recipe: Recipe, source: object) -> None:
+    """What one section alone cannot know."""
+    from vjepa_scale.recipe.phases import check_stages
+
+    check_stages(recipe, source)

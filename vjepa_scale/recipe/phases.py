@@ -1,0 +1,177 @@
+"""Stages become phases: stretches of the global step with everything about them decided.
+
+Steps are counted from 0; a phase covers ``first <= step < end`` of the global step, which never resets:
+a cooldown's phases count from the step of the checkpoint that it continues from.
+"""
+
+from dataclasses import dataclass
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.schema import Recipe, StageConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of steps.
+
+    first, steps:  the global steps first … first+steps-1
+    frames, size:  T and (H, W) of a clip, in frames and pixels
+    mixture:       weight of each data set that is drawn from (all positive)
+    """
+
+    stage: str
+    name: str
+    first: int
+    steps: int
+    start_lr: float
+    final_lr: float
+    frames: int
+    size: tuple[int, int]
+    global_batch: int
+    micro_batch: int
+    mixture: dict[str, float]
+
+    @property
+    def end(self) -> int:
+        return self.first + self.steps
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a global step: a linear ramp whose last step has exactly final_lr.
+
+        lr(s) = start + (final − start)·(s − first + 1)/steps; a constant phase has start = final.
+        """
+        if not self.first <= step < self.end:
+            raise ValueError(f"step {step} is not in phase {self.name} ({self.first} to {self.end - 1})")
+        done = step - self.first + 1
+        if done == self.steps:  # exactly, whatever the rounding of the formula
+            return self.final_lr
+        return self.start_lr + (self.final_lr - self.start_lr) * done / self.steps
+
+    def grid(self, *, patch: int, tubelet: int) -> tuple[int, int, int]:
+        """Tokens (t, h, w) of a clip."""
+        return self.frames // tubelet, self.size[0] // patch, self.size[1] // patch
+
+
+def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None) -> list[Phase]:
+    """The phases of a stage on the global step.
+
+    first: the step the stage starts from; by default the end of the stage of this recipe that it
+           continues from, else 0. Phases of no steps (a fraction too small) are left out.
+    """
+    stage = recipe.stages()[stage_name]
+    start_lr: float | None = None
+    if stage.continue_from in recipe.stages():
+        before = resolve_phases(recipe, stage.continue_from)[-1]
+        start_lr = before.final_lr
+        first = before.end if first is None else first
+    first = first or 0
+    phases = []
+    for config, steps in zip(stage.phases, _phase_steps(stage), strict=True):
+        begin_lr = config.start_lr if config.start_lr is not None else start_lr
+        if begin_lr is None:
+            begin_lr = config.final_lr
+        if begin_lr is None:
+            raise ValueError(f"{stage_name}.phases: {config.name!r} has no learning rate")
+        start_lr = config.final_lr if config.final_lr is not None else begin_lr
+        if steps == 0:
+            continue
+        clip = config.clip or stage.clip
+        mixture = config.mixture or stage.mixture or {name: s.weight for name, s in recipe.data.sets.items()}
+        phases.append(
+            Phase(
+                stage=stage_name,
+                name=config.name,
+                first=first,
+                steps=steps,
+                start_lr=begin_lr,
+                final_lr=start_lr,
+                frames=clip.frames,
+                size=clip.size,
+                global_batch=config.global_batch or stage.global_batch,
+                micro_batch=config.micro_batch or stage.micro_batch,
+                mixture={name: weight for name, weight in mixture.items() if weight > 0},
+            )
+        )
+        first += steps
+    return phases
+
+
+def _phase_steps(stage: StageConfig) -> list[int]:
+    """Steps of each phase; raises ValueError where they do not add up to the stage's."""
+    fixed = [
+        None if p.steps is None else p.steps if isinstance(p.steps, int) else round(p.steps * stage.steps)
+        for p in stage.phases
+    ]
+    rest = stage.steps - sum(n for n in fixed if n is not None)
+    open_phases = fixed.count(None)
+    if open_phases > 1:
+        raise ValueError("only one phase may leave out steps")
+    if rest < 0 or (open_phases == 0 and rest != 0):
+        raise ValueError(f"phases take {stage.steps - rest} steps, the stage has {stage.steps}")
+    return [rest if n is None else n for n in fixed]
+
+
+def check_stages(recipe: Recipe, source: object) -> None:
+    """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
+    if not recipe.stages():
+        raise UserError("no stage to run", where=source, fix="add a section pretrain: or cooldown:")
+    names = list(recipe.stages())
+    for name, stage in recipe.stages().items():
+        key = f"{source}:{name}"
+        if stage.continue_from in Recipe.model_fields and stage.continue_from not in names[: names.index(name)]:
+            raise UserError(
+                f"{stage.continue_from!r} is no earlier stage of this recipe",
+                where=f"{key}.continue_from",
+                fix="name an earlier stage or a checkpoint folder",
+            )
+        try:
+            phases = resolve_phases(recipe, name)
+        except ValueError as error:
+            raise UserError(str(error), where=f"{key}.phases", fix="change steps of the stage or of a phase") from None
+        for phase in phases:
+            _check_phase(recipe, phase, key)
+
+
+def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
+    model, group = recipe.model, recipe.masks.group
+    if phase.frames % model.tubelet:
+        raise UserError(
+            f"{phase.frames} frames do not divide into tubelets of {model.tubelet}", where=f"{key}.clip.frames"
+        )
+    if phase.size[0] % model.patch or phase.size[1] % model.patch:
+        raise UserError(
+            f"{phase.size[0]}×{phase.size[1]} pixels do not divide into patches of {model.patch}",
+            where=f"{key}.clip.size",
+        )
+    if group % phase.micro_batch:
+        raise UserError(
+            f"a micro-batch of {phase.micro_batch} does not divide the mask group of {group} slots",
+            where=f"{key}.micro_batch",
+            fix=f"a divisor of masks.group ({group})",
+        )
+    if phase.global_batch % group:
+        raise UserError(
+            f"a global batch of {phase.global_batch} clips does not divide into mask groups of {group}",
+            where=f"{key}.global_batch",
+            fix=f"a multiple of masks.group ({group})",
+        )
+    for name in phase.mixture:
+        if name not in recipe.data.sets:
+            raise UserError(
+                f"{name!r} is not in data.sets", where=f"{key}.mixture", fix=f"known: {', '.join(recipe.data.sets)}"
+            )
+    if not phase.mixture:
+        raise UserError("every weight is 0: nothing to draw from", where=f"{key}.mixture")
+
+
+def accumulation(phase: Phase, *, dp_world_size: int) -> int:
+    """Micro-batches per rank and step. Raises UserError where the ranks do not divide them."""
+    micro_batches = phase.global_batch // phase.micro_batch
+    if micro_batches % dp_world_size:
+        raise UserError(
+            f"{phase.global_batch} clips in micro-batches of {phase.micro_batch} are {micro_batches}, "
+            f"which {dp_world_size} ranks cannot share equally",
+            where=f"{phase.stage}.global_batch",
+            fix=f"a multiple of micro_batch × ranks = {phase.micro_batch * dp_world_size}",
+        )
+    return micro_batches // dp_world_size

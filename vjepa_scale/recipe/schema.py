@@ -1,0 +1,303 @@
+"""What a recipe may say. Unknown keys are errors; defaults are the V-JEPA 2 paper's (arXiv 2506.09985).
+
+Batches are global and counted in clips; lengths are in steps; sizes in pixels; times in seconds.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _as_range(value: Any) -> Any:
+    return (value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"a range goes from low to high, not {value[0]} to {value[1]}")
+    return value
+
+
+# A single number stands for a range of that one value.
+Range = Annotated[tuple[float, float], BeforeValidator(_as_range)]
+
+
+# -- run, launch, engine ---------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = Field(description="the run folder; everything the run writes is inside it")
+    seed: int = Field(0, description="key of weights, masks and augmentation")
+
+
+class LaunchConfig(Section):
+    """How many processes the stages get."""
+
+    nodes: PositiveInt = Field(1, description="machines per stage")
+    tasks_per_node: PositiveInt = Field(1, description="processes per node: one per GPU, or any number on CPU")
+    cpus_per_task: PositiveInt = Field(1, description="CPU cores per process, for loader workers and threads")
+    timeout_min: PositiveInt = Field(24 * 60, description="time limit of one stage's job, in minutes")
+
+
+class EngineConfig(Section):
+    """How networks are sharded and computed. The method does not depend on it."""
+
+    kind: Literal["fsdp"] = Field("fsdp", description="how networks are sharded: PyTorch's FSDP2")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU per process where there is one")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="compute type; master weights, optimiser, EMA and reduction stay float32"
+    )
+    replicate: PositiveInt = Field(1, description="hybrid sharding: how many groups hold a full sharded copy each")
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="full: keep only each block's input and compute the rest again in the backward pass"
+    )
+    threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
+    timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+class DataSetConfig(Section):
+    """One folder of shards."""
+
+    path: str = Field(description="a folder with manifest.json, written by tools/make_shards.py")
+    weight: Annotated[float, Field(ge=0)] = Field(1.0, description="share of the mixture, relative to the others")
+
+
+class AugmentConfig(Section):
+    """One draw per clip (method: paper section 2.3 and the published configs)."""
+
+    area: Range = Field((0.3, 1.0), description="share of the picture's area that the crop takes")
+    aspect: Range = Field((0.75, 1.35), description="width over height of the crop")
+    flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of RGB in [0, 1]: ImageNet's")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
+
+
+class DataConfig(Section):
+    sets: dict[str, DataSetConfig] = Field(min_length=1)
+    seed: int = Field(0, description="key of the order of the data and of clip windows")
+    fps: Annotated[float, Field(gt=0)] = Field(4.0, description="frames per second of a clip, in physical time")
+    lanes: PositiveInt = Field(128, description="how many shards an epoch walks through side by side")
+    workers: Annotated[int, Field(ge=0, strict=True)] = Field(
+        4, description="loader processes per rank; 0: in the rank"
+    )
+    prefetch: PositiveInt = Field(2, description="micro-batches each worker prepares ahead")
+    augment: AugmentConfig = AugmentConfig()
+
+
+# -- model -----------------------------------------------------------------------------------------
+
+# width, depth, heads, MLP hidden (docs/method.md 2)
+ENCODERS = {
+    "vit_tiny": (192, 12, 3, 768),
+    "vit_small": (384, 12, 6, 1536),
+    "vit_base": (768, 12, 12, 3072),
+    "vit_large": (1024, 24, 16, 4096),
+    "vit_huge": (1280, 32, 16, 5120),
+    "vit_giant": (1408, 40, 22, 6144),
+    "vit_gigantic": (1664, 48, 26, 8192),
+}
+
+
+def _named_encoder(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in ENCODERS:
+        raise ValueError(f"no encoder named {value!r}; there are {', '.join(ENCODERS)}, or give width, depth, heads")
+    return dict(zip(("width", "depth", "heads", "mlp_hidden"), ENCODERS[value], strict=True))
+
+
+class _Transformer(Section):
+    width: PositiveInt = Field(description="channels of a token")
+    depth: PositiveInt = Field(description="blocks")
+    heads: PositiveInt = Field(description="attention heads; the published sizes have head size 64")
+    mlp_hidden: Annotated[int, Field(ge=0, strict=True)] = Field(
+        0, description="hidden channels of the MLP; 0 stands for 4 × width"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_hidden(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("mlp_hidden") and isinstance(value.get("width"), int):
+            value = {**value, "mlp_hidden": 4 * value["width"]}
+        return value
+
+    @model_validator(mode="after")
+    def _head_size(self) -> "_Transformer":
+        if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads < 6:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads: the head size must be an even whole number of at least 6"
+            )
+        return self
+
+
+class EncoderConfig(_Transformer):
+    """A ViT, by explicit sizes (or by a name, see ENCODERS)."""
+
+
+class PredictorConfig(_Transformer):
+    """The pretraining predictor (docs/method.md 5)."""
+
+    width: PositiveInt = Field(384, description="channels of a token")
+    depth: PositiveInt = Field(12, description="blocks")
+    heads: PositiveInt = Field(12, description="attention heads")
+    mlp_hidden: PositiveInt = Field(1536, description="hidden channels of the MLP; if width is given: 4 × width")
+    mask_tokens: PositiveInt = Field(2, description="learned mask tokens; mask generator j uses token j mod this")
+
+
+class RopeConfig(Section):
+    layout: Literal["tiled", "interleaved"] = Field(
+        "tiled", description="order of the angles over a head's channels (docs/method.md 3); tiled is V-JEPA 2's"
+    )
+
+
+class ModelConfig(Section):
+    encoder: Annotated[EncoderConfig, BeforeValidator(_named_encoder)]
+    predictor: PredictorConfig = PredictorConfig()
+    patch: PositiveInt = Field(16, description="pixels per token side")
+    tubelet: PositiveInt = Field(2, description="frames per token")
+    rope: RopeConfig = RopeConfig()
+
+
+# -- masks, loss, optimiser ------------------------------------------------------------------------
+
+
+class MaskGeneratorConfig(Section):
+    """Multi-block masking (docs/method.md 4): targets are the union of blocks, context is the rest."""
+
+    blocks: PositiveInt = Field(description="how many blocks; targets are their union")
+    spatial_scale: Range = Field(description="share of the h×w grid that one block covers")
+    temporal_scale: Range = Field((1.0, 1.0), description="share of time that one block covers")
+    aspect_ratio: Range = Field((0.75, 1.5), description="height over width of a block")
+    max_context_frames: Fraction = Field(1.0, description="share of time the context may come from, from the start")
+    max_keep: PositiveInt | None = Field(None, description="at most this many context tokens")
+    full_complement: bool = Field(False, description="targets are all tokens outside the (truncated) context")
+    pred_full_complement: bool = Field(False, description="context is all tokens outside the (truncated) targets")
+    invert: bool = Field(False, description="swap context and targets")
+
+
+class MasksConfig(Section):
+    generators: tuple[MaskGeneratorConfig, ...] = Field(
+        (
+            MaskGeneratorConfig(blocks=8, spatial_scale=(0.15, 0.15)),
+            MaskGeneratorConfig(blocks=2, spatial_scale=(0.7, 0.7)),
+        ),
+        min_length=1,
+    )
+    group: PositiveInt = Field(24, description="consecutive slots of the global batch that share one token count")
+    truncate: Literal["random", "tail"] = Field(
+        "random", description="how lists are cut to that count: a random subset, or dropping the latest (published)"
+    )
+
+
+class JepaConfig(Section):
+    ema_momentum: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.99925, description="m of the target encoder: θ̄ ← m·θ̄ + (1−m)·θ after every step"
+    )
+    loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="1: L1, 2: squared error")
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain: for tests and comparisons")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
+
+
+# -- stages ----------------------------------------------------------------------------------------
+
+
+class ClipConfig(Section):
+    frames: PositiveInt = Field(16, description="frames of a clip, at data.fps")
+    size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)] = (
+        Field((256, 256), description="height and width in pixels; one number for a square")
+    )
+
+
+class PhaseConfig(Section):
+    """A stretch of steps with one learning-rate ramp, one geometry, one batch, one mixture.
+
+    What a phase leaves out, it takes from its stage.
+    """
+
+    name: str = Field(description="as metrics and checkpoints call it")
+    steps: PositiveInt | Fraction | None = Field(
+        None, description="a whole number of steps, a fraction of the stage's, or (in one phase) all that remain"
+    )
+    start_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: where the previous phase ended")
+    final_lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="exactly the last step's; default: start_lr"
+    )
+    clip: ClipConfig | None = None
+    global_batch: PositiveInt | None = Field(None, description="default: the stage's")
+    micro_batch: PositiveInt | None = Field(None, description="default: the stage's")
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")
+
+
+class StageConfig(Section):
+    """What one job runs."""
+
+    steps: PositiveInt = Field(description="optimiser steps of the stage")
+    clip: ClipConfig = ClipConfig()
+    global_batch: PositiveInt = Field(3072, description="clips per optimiser step, over all ranks")
+    micro_batch: PositiveInt = Field(24, description="clips per forward pass; divides masks.group")
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="weights of data.sets for this stage; default: the weights given there"
+    )
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    continue_from: str | None = Field(
+        None, description="a stage of this recipe or a checkpoint: weights, EMA, optimiser and step go on from there"
+    )
+    init_from: str | None = Field(None, description="a checkpoint: weights only, step 0")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StageConfig":
+        if self.continue_from and self.init_from:
+            raise ValueError("continue_from (everything goes on) and init_from (weights only) exclude each other")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase is always one")
+    keep: PositiveInt = Field(3, description="how many recent ones stay; ends of phases always stay")
+
+
+class LogConfig(Section):
+    every: PositiveInt = Field(10, description="steps between console lines; metrics.jsonl has every step")
+    effective_rank_every: PositiveInt = Field(10, description="steps between measurements of the target features")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: RunConfig
+    launch: LaunchConfig = LaunchConfig()
+    engine: EngineConfig = EngineConfig()
+    data: DataConfig
+    model: ModelConfig
+    masks: MasksConfig = MasksConfig()
+    jepa: JepaConfig = JepaConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    pretrain: StageConfig | None = None
+    cooldown: StageConfig | None = None
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages this recipe has, in the order they run."""
+        every = {"pretrain": self.pretrain, "cooldown": self.cooldown}
+        return {name: stage for name, stage in every.items() if stage is not None}

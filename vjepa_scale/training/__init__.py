@@ -1,0 +1,1 @@
+"""The loop: where a stage starts, one step, metrics, checkpoints in time."""

@@ -1,0 +1,40 @@
+"""metrics.jsonl: one row per step, gapless over restarts. Only the trainer writes here, on rank 0."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.files import append_jsonl, read_jsonl, write_atomic
+
+
+class MetricsLog:
+    """Rows for machines, a line now and then for people.
+
+    Resuming at ``step`` removes the rows of later steps: they will be trained, and written, again.
+    """
+
+    def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
+        self._path, self._last, self._every = path, last_step, console_every
+        rows = list(read_jsonl(path)) if path.exists() else []
+        kept = [row for row in rows if row["step"] < step]
+        if path.exists():
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, and print it where it is due."""
+        append_jsonl(self._path, row)
+        step = row["step"]
+        if (step + 1) % self._every == 0 or step + 1 == self._last:
+            rank = "" if row["effective_rank"] is None else f"  rank {row['effective_rank']:6.1f}"
+            print(
+                f"{row['stage']}/{row['phase']}  step {step + 1}/{self._last}  loss {row['loss']:.4f}  "
+                f"lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}{rank}  {row['clips_per_s']:.1f} clips/s",
+                flush=True,
+            )
+
+
+def touch(path: Path) -> None:
+    """Make an empty file where there is none: an empty ledger says that nothing happened."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o644))
