@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, metavar="VIDEOS", help="a folder; every file below it is looked at")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the shards")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: cores)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-records", type=int, metavar="N", help="clips per shard")
     size.add_argument("--shard-mb", type=int, metavar="N", default=256, help="megabytes per shard (default: 256)")
@@ -44,6 +44,11 @@ def main() -> None:
 
     summary = make_shards(args.videos, args.out, settings, workers=args.workers, progress=progress)
     report(args.out, summary)
+
+
+def _cores() -> int:
+    """Cores this process may use (Slurm gives fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(out: Path, summary: Summary) -> None:

@@ -18,6 +18,8 @@ FILES = {
     "mkv variable rate": lambda: encoded(len(VARIABLE_MS), pts_ms=VARIABLE_MS, gop=5, container="matroska"),
     "mpegts, which starts late": lambda: encoded(60, rate=25, container="mpegts"),
     "avi mpeg4, one tick a frame": lambda: encoded(60, rate=30, container="avi", codec="mpeg4"),
+    "mpeg program stream, which seeks badly": lambda: encoded(60, rate=25, container="mpeg", codec="mpeg1video"),
+    "mpeg2 in avi": lambda: encoded(40, rate=25, container="avi", codec="mpeg2video"),
     "mkv vp9": lambda: encoded(40, rate=10, container="webm", codec="libvpx-vp9", options={"cpu-used": "8"}),
 }
 

@@ -123,6 +123,7 @@ def test_an_interrupted_run_goes_on(videos: Path, shards: Manifest, tmp_path: Pa
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(UserError, match=r"manifest\.json"):
         Manifest.open(tmp_path / "out")
+    (tmp_path / "out" / "shard-000002.tar").unlink(missing_ok=True)  # as if killed inside the last one
     (tmp_path / "out" / ".shard-000002.tar.tmp").write_bytes(b"half")
 
     doings = set()

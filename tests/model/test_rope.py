@@ -1,10 +1,12 @@
 """RoPE tables and rotation against a float64 reference written from the formulas (method: paper section 2.1)."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from vjepa_scale.model.rope import Layout, RopeTables, rope_tables, rotate
 
@@ -101,8 +103,24 @@ def test_bfloat16_input_is_rotated_in_float32() -> None:
     assert error(ours) < 0.4 * error(low)
 
 
-def test_tables_are_no_tree_of_tensors() -> None:
-    """FSDP2 casts tensors that torch's pytree finds in a module's arguments; it must not find these."""
-    tables = rope_tables(None, grid=(1, 2, 2), head_dim=12, layout="tiled")
-    leaves = torch.utils._pytree.tree_leaves(((tables,), {"tables": tables}))
-    assert all(isinstance(leaf, RopeTables) for leaf in leaves)
+def test_tables_stay_float32_inside_a_block_sharded_in_bfloat16(tmp_path: Path) -> None:
+    """FSDP2's bfloat16 policy casts the arguments of a block; it must not find the tables."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(12))
+
+        def forward(self, x: Tensor, tables: RopeTables) -> Tensor:
+            seen.append((x.dtype, tables.cos.dtype))
+            return rotate(x * self.scale, tables)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        block = fully_shard(Probe(), mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        block(torch.randn(1, 1, 4, 12), rope_tables(None, grid=(1, 2, 2), head_dim=12, layout="tiled"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [(torch.bfloat16, torch.float32)]

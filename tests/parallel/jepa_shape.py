@@ -86,7 +86,7 @@ def train_sharded(
     engine.match_ema(target_encoder, encoder)
     trained = {"encoder": encoder, "predictor": predictor}
     named = [(f"{network}.{name}", p) for network, module in trained.items() for name, p in module.named_parameters()]
-    optimizer = build_optimizer(OptimizerConfig(kind=kind, weight_decay=DECAY), named)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimizerConfig(kind=kind, weight_decay=DECAY), named)
     outcome = Outcome()
     share = CLIPS // engine.dp_world_size
     own = range(engine.dp_rank * share, (engine.dp_rank + 1) * share)

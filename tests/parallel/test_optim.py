@@ -26,7 +26,7 @@ def named_parameters() -> list[tuple[str, nn.Parameter]]:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_biases_and_norms_do_not_decay_and_mask_tokens_do(kind: str) -> None:
     named = named_parameters()
-    optimizer = build_optimizer(OptimizerConfig(kind=kind, weight_decay=0.5), named)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimizerConfig(kind=kind, weight_decay=0.5), named)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(named)
     for name, parameter in named:

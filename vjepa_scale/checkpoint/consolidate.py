@@ -27,7 +27,7 @@ def consolidate(source: Path, out: Path, *, weights: Weights = "target") -> Path
              last stage's)
     weights: encoder.* is the EMA target encoder, or the context encoder that was trained
 
-    Needs no process group; peak memory is near twice the largest tensor. Every file is verified before it
+    Needs no process group; peak memory is a few times the largest tensor. Every file is verified before it
     is read. Raises UserError where there is nothing good to read.
     """
     checkpoint = find_checkpoint(source)

@@ -21,6 +21,8 @@ from av.video.stream import VideoStream
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
 _NOT_VIDEO_FORMATS = ("image2", "tty")
+# After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
+_SEEKS_BADLY = ("mpeg",)
 
 
 class DecodeError(Exception):
@@ -35,6 +37,15 @@ class DecodeError(Exception):
 
 
 @contextmanager
+def ffmpeg_errors(reason: str) -> Iterator[None]:
+    """What FFmpeg raises inside becomes a DecodeError with this reason."""
+    try:
+        yield
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise DecodeError(reason, " ".join(str(getattr(error, "strerror", None) or error).split())) from None
+
+
+@contextmanager
 def open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first real video stream (cover art of audio files is none), single-threaded.
 
@@ -42,11 +53,9 @@ def open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """
     if not data:
         raise DecodeError("zero length", "the file is empty")
-    try:
+    with ffmpeg_errors("unreadable"):
         # Bytes only: a playlist inside a shard must not open other files or addresses.
         container = av.open(io.BytesIO(data), metadata_errors="ignore", options={"protocol_whitelist": "none"})
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise DecodeError("unreadable", _text(error)) from None
     with container:
         name = container.format.name
         if name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS:
@@ -55,11 +64,11 @@ def open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
         if not streams:
             raise DecodeError("no video stream", f"format {name}")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise DecodeError("unreadable", "no decoder for its codec")
         stream.codec_context.thread_count = 1
-        try:
+        with ffmpeg_errors("does not decode to the end"):
             yield container, stream
-        except av.FFmpegError as error:
-            raise DecodeError("does not decode to the end", _text(error)) from None
 
 
 def decode_clip(data: bytes, *, start_s: float, fps: float, frames: int) -> npt.NDArray[np.uint8]:
@@ -76,7 +85,8 @@ def decode_clip(data: bytes, *, start_s: float, fps: float, frames: int) -> npt.
         if k and picture is pictures[k - 1]:
             rgb.append(rgb[-1])
             continue
-        array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
+        with ffmpeg_errors("pixels that cannot be converted"):
+            array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
         # The display matrix's rotation is counter-clockwise, as numpy's is.
         rgb.append(np.rot90(array, k=round(picture.rotation / 90)) if picture.rotation else array)
     if any(array.shape != rgb[0].shape for array in rgb):
@@ -87,8 +97,9 @@ def decode_clip(data: bytes, *, start_s: float, fps: float, frames: int) -> npt.
 def pictures_at(data: bytes, times_s: Sequence[float]) -> list[av.VideoFrame]:
     """The frame on screen at each of some ascending times, decoding from the keyframe before the first.
 
-    A seek can land late (indices count decoding time, or are broken). Then it starts further back, in the
-    end from the beginning, so that the result is that of decoding the whole file.
+    A seek can land late (indices count decoding time, or are broken) or between keyframes. Frames before the
+    first keyframe are dropped, and where that comes too late it starts further back, in the end from the
+    beginning, so that the result is that of decoding the whole file.
     """
     back_s = 0.0
     while True:
@@ -96,7 +107,7 @@ def pictures_at(data: bytes, times_s: Sequence[float]) -> list[av.VideoFrame]:
             ticks = _ticks(stream, times_s)
             from_start = times_s[0] - back_s <= 0 or not _sought(container, stream, times_s[0] - back_s)
             frames = _timed_frames(container, stream)
-            first = next(frames, None)
+            first = next((frame for frame in frames if from_start or frame.key_frame), None)
             if first is not None and (from_start or _pts(first) <= ticks[0]):
                 return _on_screen(chain([first], frames), ticks)
             if from_start:
@@ -122,6 +133,8 @@ def _ticks(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
 
 def _sought(container: InputContainer, stream: VideoStream, time_s: float) -> bool:
     """Seek to the keyframe at or before a time; False where the container cannot seek (nothing is read yet)."""
+    if container.format.name in _SEEKS_BADLY:
+        return False
     try:
         container.seek(_ticks(stream, [time_s])[0], stream=stream, backward=True)
     except av.FFmpegError:
@@ -151,7 +164,3 @@ def _on_screen(frames: Iterator[av.VideoFrame], ticks: Sequence[int]) -> list[av
             break
         current = following
     return found
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())

@@ -124,6 +124,7 @@ class Prefetched(Generic[Index, Item]):
             worker_init_fn=_start_loader_worker if workers else None,
             multiprocessing_context=worker_context() if workers else None,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # else the loader draws a seed from the process's own, for nothing
         )
 
     def __iter__(self) -> Iterator[Item]:

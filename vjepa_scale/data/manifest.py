@@ -16,7 +16,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Manifest:
         self.source: dict[str, Any] = tree["source"]
         self.shards = [Shard(**shard) for shard in tree["shards"]]
         self._columns: dict[str, dict[str, str]] = {column["name"]: column for column in tree["columns"]}
+        self._mapped: dict[str, npt.NDArray[Any]] = {}
 
     def __reduce__(self) -> tuple:
         return _reopen, (self.folder,)
@@ -86,7 +87,13 @@ class Manifest:
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One value per record, memory-mapped, read-only."""
-        return _mapped(self._column_path(name))
+        if name not in self._mapped:
+            path = self._column_path(name)
+            try:
+                self._mapped[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the column: {error}", where=path, fix="make the shards again") from None
+        return self._mapped[name]
 
     @cached_property
     def records_per_shard(self) -> npt.NDArray[np.int64]:
@@ -133,14 +140,6 @@ def _reopen(folder: Path) -> Manifest:
         return Manifest(folder, tree)
     except (KeyError, TypeError) as error:
         raise UserError(f"not a manifest of this project: {error}", where=path, fix="make the shards again") from None
-
-
-@lru_cache(maxsize=256)
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the column: {error}", where=path, fix="make the shards again") from None
 
 
 def write_manifest(

@@ -79,6 +79,7 @@ class DataOrder:
                         fix="a larger weight, more steps, or weight 0",
                     )
             self._base.append([b + n for b, n in zip(self._base[-1], given, strict=True)])
+        self._last_step, self._last = -1, BatchOrder(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def drawn(self, step: int) -> dict[str, int]:
         """How many clips each data set has given before a step, ``base`` included."""
@@ -88,6 +89,11 @@ class DataOrder:
 
     def batch(self, step: int) -> BatchOrder:
         """Data set and record of every slot of one step."""
+        if step != self._last_step:  # a step's micro-batches ask one after the other
+            self._last_step, self._last = step, self._batch(step)
+        return self._last
+
+    def _batch(self, step: int) -> BatchOrder:
         dataset, record, lane_rank = [], [], []
         for i, (first, end) in enumerate(
             zip(self._given(step, at_end=False), self._given(step, at_end=True), strict=True)

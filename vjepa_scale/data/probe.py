@@ -14,7 +14,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, open_video, pictures_at, stream_start, time_base
+from vjepa_scale.data.decode import DecodeError, ffmpeg_errors, open_video, pictures_at, stream_start, time_base
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
 
@@ -88,8 +88,11 @@ def _decode_all(
 
 
 def _thumbnail(reformatter: VideoReformatter, frame: VideoFrame) -> npt.NDArray[np.uint8]:
-    small = reformatter.reformat(frame, width=_THUMB, height=_THUMB, format="gray8", interpolation="POINT", threads=1)
-    return np.asarray(small.to_ndarray(), np.uint8)
+    with ffmpeg_errors("pixels that cannot be converted"):
+        small = reformatter.reformat(
+            frame, width=_THUMB, height=_THUMB, format="gray8", interpolation="POINT", threads=1
+        )
+        return np.asarray(small.to_ndarray(), np.uint8)
 
 
 def _mean_gap(stream: VideoStream, ticks: list[int]) -> int:

@@ -4,14 +4,15 @@ They come from a fork server, which imports the heavy libraries once, before any
 trainer itself, with its threads and devices, would be unsafe.
 """
 
-import ctypes
 import multiprocessing
+import os
 import signal
-import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
@@ -19,8 +20,6 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Crashed:
@@ -35,14 +34,21 @@ def worker_context() -> ForkServerContext:
 
 
 def start_worker() -> None:
-    """First thing in a worker: one thread, Ctrl-C left to the parent, death with the fork server.
+    """First thing in a worker: one thread, Ctrl-C left to the parent, and death with it, even by SIGKILL.
 
-    The fork server ends when the process that started it does, killed or not; so no worker outlives it.
+    The worker's parent by pid is the fork server, which lives as long as any of its children does; so what
+    watches for a lost parent by pid (as DataLoader's own watchdog) would wait for ever.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "start_worker is for worker processes"
+    threading.Thread(target=_die_with, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+
+
+def _die_with(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
 
 
 def map_in_workers(

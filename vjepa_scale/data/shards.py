@@ -116,6 +116,7 @@ def list_sources(videos: Path, out: Path) -> list[str]:
         raise UserError("OUT lies inside VIDEOS", where=out, fix="give a folder elsewhere")
     found, seen = [], set()
     for folder, below, names in os.walk(videos, followlinks=True):
+        below.sort()  # which of two ways to a folder comes first must not depend on the file system
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
@@ -174,6 +175,8 @@ def probe_sources(
 
 def _probe(task: tuple[str, str]) -> Record | Rejected:
     videos, path = task
+    if not (Path(videos) / path).is_file():  # a pipe would never end
+        return Rejected(path, "unreadable", "not a file")
     try:
         data = (Path(videos) / path).read_bytes()
         facts = probe_video(data)

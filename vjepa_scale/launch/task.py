@@ -5,32 +5,28 @@ torchrun --nproc-per-node 8 -m vjepa_scale.launch.task recipes/vitg_384.yaml pre
 
 import argparse
 import atexit
-import os
-import sys
 import traceback
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.files import write_json
 from vjepa_scale.core.ranks import detect_ranks
+from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.training.start import stage_folder
+from vjepa_scale.training.trainer import train_stage
 
 
 def run_stage(recipe: Recipe, stage: str) -> str:
     """Train one stage as one rank of this job. Returns "done"; leaves ``failures/JOB.RANK.json`` on any error."""
-    # Imported here: the parents of local tasks read recipes, but do not need torch's distributed machinery.
-    from vjepa_scale.training.trainer import train_stage
-
     ranks = detect_ranks()
     try:
         train_stage(recipe, stage, ranks)
     except BaseException as error:
         _report_failure(recipe, stage, ranks.job, ranks.rank, error)
         raise
-    # Threads of gloo may abort the interpreter while it takes itself apart after finished work. By then
-    # everything is written: leave by the short way. Never on an error path.
-    atexit.register(_leave_now)
+    # Only now that the work is done, and only at exit: submitit has a result to write first.
+    atexit.register(process_group.exit_cleanly)
     return "done"
 
 
@@ -49,12 +45,6 @@ def _report_failure(recipe: Recipe, stage: str, job: str, rank: int, error: Base
             "traceback": traceback.format_exc(),
         },
     )
-
-
-def _leave_now() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def main() -> int:

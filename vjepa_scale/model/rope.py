@@ -10,7 +10,6 @@ not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') beco
 with θk = p · 10000^(−k/(a/2)) for a token at integer position p of the axis.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,7 +21,6 @@ Grid = tuple[int, int, int]
 Layout = Literal["tiled", "interleaved"]
 
 
-@dataclass(frozen=True)
 class RopeTables:
     """What rotates the queries and keys of all blocks in one forward: float32, [K, d] or [B, K, d].
 
@@ -30,13 +28,13 @@ class RopeTables:
     signed_sin:  what the other channel of the pair is multiplied by: −sin in even channels, +sin in odd
                  ones, 0 in channels that are not rotated
 
-    Not registered as a pytree, on purpose: FSDP2 casts every floating-point tensor that it finds in a
-    module's arguments, and cos and sin rounded to bfloat16 tell neighbouring positions apart only in the
-    highest frequencies.
+    A plain class, on purpose: FSDP2 casts every floating-point tensor that it finds in a module's arguments,
+    also inside tuples, dictionaries and dataclasses, and cos and sin rounded to bfloat16 tell neighbouring
+    positions apart only in the highest frequencies.
     """
 
-    cos: Tensor
-    signed_sin: Tensor
+    def __init__(self, cos: Tensor, signed_sin: Tensor) -> None:
+        self.cos, self.signed_sin = cos, signed_sin
 
 
 def rope_tables(

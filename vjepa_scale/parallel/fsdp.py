@@ -71,6 +71,8 @@ class FsdpEngine:
             for block in blocks:
                 checkpoint_activations(block)
 
+        network.register_forward_hook(_own_output)  # before FSDP's, which then sees what this returns
+
         # Root and blocks go back to shards after every forward. A root left gathered (FSDP2's default) would
         # save one small all-gather, and hide every write to its shards until some backward pass.
         for block in blocks:
@@ -158,6 +160,11 @@ def checkpoint_activations(block: nn.Module) -> None:
     stay outside, so the parameters are gathered when the block is computed again.
     """
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
+    """A network's output that is no view: an in-place operation on a view would cut off FSDP's backward hook."""
+    return output.clone() if output.requires_grad and output._is_view() else output
 
 
 @torch.no_grad()

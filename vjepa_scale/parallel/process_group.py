@@ -6,6 +6,7 @@ others wait for. The file is named after this start of the job and removed once 
 address of an earlier start is never met.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -79,6 +80,7 @@ def exit_cleanly(code: int = 0) -> NoReturn:
     call this on an error path: it skips everything that would report the error.
     """
     stop()
+    gc.collect()  # semaphores of the loaders' queues are unlinked when these are collected
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,109 @@
+"""A finished run in figures: how it trained, and what its frozen encoder is worth on held-out clips.
+
+The encoder is set beside an untrained one of the same architecture and beside raw pixels, with few labels per
+class (objective/frozen.py), in the geometry that it was trained on last.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from vjepa_scale.checkpoint.consolidated import load_encoder, read_config
+from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.init import initialise
+from vjepa_scale.objective import frozen
+from vjepa_scale.recipe import Recipe
+
+LABELS_PER_CLASS = 10
+LABEL_DRAWS = 5
+
+
+def summarise(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) -> dict[str, Any]:
+    """Everything the demo's table says, as one JSON value. Decodes ``train`` and ``val`` once."""
+    stages = {name: _stage(Path(recipe.run.dir) / name / "metrics.jsonl") for name in recipe.stages()}
+    return {
+        "stages": stages,
+        **_frozen(recipe, consolidated, train, val),
+        "files": {"run": recipe.run.dir, "consolidated": str(consolidated)},
+    }
+
+
+def _stage(metrics: Path) -> dict[str, Any]:
+    rows = list(read_jsonl(metrics))
+    # One step's loss depends on its masks: the ends of a stage are means over a tenth of it.
+    few = max(1, len(rows) // 10)
+    ranks = [row["effective_rank"] for row in rows if row["effective_rank"] is not None]
+    return {
+        "steps": len(rows),
+        "loss_start": mean(row["loss"] for row in rows[:few]),
+        "loss_end": mean(row["loss"] for row in rows[-few:]),
+        "effective_rank_start": ranks[0],
+        "effective_rank_end": ranks[-1],
+        "clips_per_s": mean(row["clips_per_s"] for row in rows),
+    }
+
+
+def _frozen(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) -> dict[str, Any]:
+    config = read_config(consolidated)
+    untrained = Encoder(recipe.model)
+    initialise(untrained, seed=recipe.run.seed, prefix="encoder")
+    encoders = {"trained": load_encoder(consolidated), "untrained": untrained.eval()}
+    features: dict[str, dict[str, list[np.ndarray]]] = {
+        name: {"train": [], "val": []} for name in (*encoders, "pixels")
+    }
+    labels: dict[str, list[torch.Tensor]] = {"train": [], "val": []}
+    channel_mean, channel_std = np.asarray(config.mean), np.asarray(config.std)
+    for split, manifest in (("train", train), ("val", val)):
+        batches = evaluation_clips(
+            manifest, frames=config.frames, size=config.size, fps=config.fps, batch=16, classes=train.classes
+        )
+        for clips, numbers in batches:
+            labels[split].append(numbers)
+            features["pixels"][split].append(frozen.pixel_features(clips))
+            for name, encoder in encoders.items():
+                rows = frozen.encoder_features(
+                    encoder, clips, tubelet=config.model.tubelet, mean=channel_mean, std=channel_std
+                )
+                features[name][split].append(rows)
+    train_labels, val_labels = (torch.cat(labels[split]).numpy() for split in ("train", "val"))
+
+    draws = [frozen.few_labels(train_labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
+    out: dict[str, Any] = {"knn": {}, "linear_probe": {}, "effective_rank": {}}
+    for name, parts in features.items():
+        rows, held_out = np.concatenate(parts["train"]), np.concatenate(parts["val"])
+        for key, accuracy in (("knn", frozen.knn_accuracy), ("linear_probe", frozen.linear_probe_accuracy)):
+            out[key][name] = mean(accuracy(rows[few], train_labels[few], held_out, val_labels) for few in draws)
+        out["effective_rank"][name] = frozen.effective_rank(held_out)
+    classes = len(train.classes)
+    out["chance"] = 1 / classes
+    out["evaluation"] = {"classes": classes, "labels_per_class": LABELS_PER_CLASS, "held_out_clips": len(val_labels)}
+    return out
+
+
+def table(summary: dict[str, Any]) -> Iterator[str]:
+    """The summary as lines for a terminal."""
+    yield f"{'stage':<12}{'steps':>7}{'loss: start':>14}{'end':>9}{'rank: start':>14}{'end':>9}{'clips/s':>10}"
+    for name, stage in summary["stages"].items():
+        yield (
+            f"{name:<12}{stage['steps']:>7}{stage['loss_start']:>14.4f}{stage['loss_end']:>9.4f}"
+            f"{stage['effective_rank_start']:>14.1f}{stage['effective_rank_end']:>9.1f}{stage['clips_per_s']:>10.1f}"
+        )
+    about = summary["evaluation"]
+    yield ""
+    yield (
+        f"Frozen features, {about['labels_per_class']} labels for each of {about['classes']} classes, "
+        f"{about['held_out_clips']} held-out clips (chance {summary['chance']:.1%}):"
+    )
+    yield f"{'':<12}{'k-NN':>10}{'linear probe':>15}{'effective rank':>17}"
+    for name in ("trained", "untrained", "pixels"):
+        yield (
+            f"{name:<12}{summary['knn'][name]:>10.1%}{summary['linear_probe'][name]:>15.1%}"
+            f"{summary['effective_rank'][name]:>17.1f}"
+        )
