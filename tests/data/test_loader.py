@@ -1,7 +1,9 @@
 """Batches are a function of recipe and step: not of ranks, workers, micro-batches or restarts."""
 
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import submitit
 import torch
 
+from tests.data.conftest import quiet
 from tests.data.videos import encoded, number_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.batch import MicroBatch
@@ -21,6 +25,7 @@ from vjepa_scale.data.evaluation import evaluation_clips, labels_of
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.shards import Settings, make_shards
 from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.load import validate_recipe
@@ -185,8 +190,6 @@ def test_loaded_pictures_are_those_of_the_order(shards: Manifest, reference: dic
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_that_does_not_decode_is_one_user_error(shards: Manifest, tmp_path: Path, workers: int) -> None:
     """It names data set, shard, record and cause, and carries no traceback text from the worker."""
-    import shutil
-
     folder = tmp_path / "shards"
     shutil.copytree(shards.folder, folder)
     for record in range(shards.records):
@@ -205,16 +208,13 @@ def test_a_clip_that_does_not_decode_is_one_user_error(shards: Manifest, tmp_pat
     assert "\n" not in message
 
 
-def test_evaluation_is_every_record_once_in_order_with_its_label(shards: Manifest, tmp_path: Path) -> None:
+def test_a_record_without_a_label_cannot_be_evaluated(shards: Manifest) -> None:
     with pytest.raises(UserError, match="has no label"):
         labels_of(shards)
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    from tests.data.conftest import quiet
-    from vjepa_scale.data.shards import Settings, make_shards
-
     folder = tmp_path_factory.mktemp("labelled")
     for i in range(5):
         path = folder / "videos" / ("odd" if i % 2 else "even") / f"{i}.mp4"
@@ -227,8 +227,6 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_shows_the_middle_of_every_record_in_order(labelled: Manifest, workers: int) -> None:
-    import json
-
     got = list(evaluation_clips(labelled, frames=2, size=(48, 64), fps=4, batch=2, workers=workers))
     assert [tuple(clips.shape) for clips, _ in got] == [(2, 3, 2, 48, 64), (2, 3, 2, 48, 64), (1, 3, 2, 48, 64)]
     clips, labels = torch.cat([c for c, _ in got]), torch.cat([label for _, label in got])
@@ -275,7 +273,7 @@ if __name__ == "__main__":
 
 
 def start(how: str, folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """A rank that loads, started as a script, as a module or from a function that submitit unpickles."""
+    """A rank that loads, started as a script or as a module."""
     script = folder / "load_it.py"
     script.write_text(LOAD)
     command = {"script": [script], "module": ["-m", "load_it"]}[how]
@@ -306,8 +304,6 @@ def _load_under_submitit(folder: str) -> int:
 
 @pytest.mark.distributed
 def test_workers_start_under_submitit(shards: Manifest, tmp_path: Path) -> None:
-    import submitit
-
     executor = submitit.LocalExecutor(tmp_path)
     executor.update_parameters(timeout_min=5)
     assert executor.submit(_load_under_submitit, str(shards.folder)).result() == 4

@@ -1,8 +1,10 @@
 """A small world of moving pictures, rendered to real MP4 files, for demos and tests.
 
-A clip is a background and two flocks of equal-sized shapes, one nearer than the other, each painted
-with its own smooth texture. All shapes of a clip are of one kind, everything in it moves in one manner,
-and the label is ``shape-motion``.
+A clip is a sheet of equal shapes, set out on a square lattice, sliding over a background that moves in the
+same manner at half the speed; both are painted with smooth textures of their own. The label is
+``shape-motion``. Everything that is hidden can be worked out from what is seen: a lattice goes on behind a
+mask as it does beside it. In worlds without such order tiny models learn little but colours
+(docs/learning.md).
 
 Why a single frame cannot tell the motion: the pose of a layer is four phases on circles (x, y, angle,
 scale), each drawn uniformly; a motion lets exactly one of them advance at a constant rate. A uniform
@@ -29,31 +31,34 @@ from vjepa_scale.core.keyed import Draws
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-SHAPES = ("disc", "square", "triangle", "cross")
+SHAPES = ("disc", "bar", "ring", "cross")
 MOTIONS = ("sideways", "updown", "turn", "pulse")  # each is its own mirror image, so flips keep the label
 LABELS = tuple(f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS)
 SPLITS = ("train", "val")
 
-TORUS = 2.2  # side of the square in which a flock lives and wraps; larger than any view of it
 ZOOM = 0.25  # a layer's scale breathes between exp(-ZOOM) and exp(ZOOM)
 
 
 @dataclass(frozen=True)
 class World:
-    """What a data set looks like. Lengths are in units of the frame's side.
+    """What a data set looks like. Lengths are in units of the frame's side; pairs are ranges over clips.
 
-    size: pixels; fps, seconds: of a clip; shapes: per flock; radius: of a disc, range over clips;
-    slide: frame sides per second; turn, pulse: revolutions per second, ranges over clips.
+    size: pixels; fps, seconds: of a clip; radius: of a disc; period: of the lattice, in radii;
+    slide: frame sides per second; turn, pulse: revolutions per second;
+    tint, texture: how far colours stray from grey, and how strong textures are, as shares of a layer's
+    range of brightness.
     """
 
     size: int = 72
     fps: int = 8
     seconds: float = 4.0
-    shapes: int = 12
-    radius: tuple[float, float] = (0.13, 0.19)
+    radius: tuple[float, float] = (0.1, 0.16)
+    period: tuple[float, float] = (3.2, 3.8)
     slide: tuple[float, float] = (0.25, 0.5)
     turn: tuple[float, float] = (0.1, 0.2)
     pulse: tuple[float, float] = (0.4, 0.7)
+    tint: float = 0.15
+    texture: float = 0.5
 
     @property
     def frames(self) -> int:
@@ -64,18 +69,20 @@ class World:
 
 
 def signed_distance(shape: str, x: F32, y: F32) -> F32:
-    """Distance to a shape's edge, negative inside, exact near the edge's straight parts.
+    """Distance to a shape's edge, negative inside, exact near the edge's smooth parts.
 
-    x, y: any equal shapes, in units in which the disc has radius 1; every shape has the disc's area, π.
+    x, y: any equal shapes, in units in which the disc has radius 1; every shape has the disc's area, π,
+    and reaches at most 1.62 from its centre.
     """
     if shape == "disc":
         return np.sqrt(x * x + y * y) - np.float32(1)
-    x, y = np.abs(x), (y if shape == "triangle" else np.abs(y))
-    if shape == "square":
-        return np.maximum(x, y) - np.float32(np.sqrt(np.pi) / 2)
-    if shape == "triangle":  # equilateral: inradius r, area 3·sqrt(3)·r²
-        inradius = np.sqrt(np.pi / np.sqrt(27))
-        return np.maximum(x * np.float32(np.sqrt(0.75)) + y * np.float32(0.5), -y) - np.float32(inradius)
+    if shape == "ring":  # between half of R and R, area 3/4·π·R²
+        outer = np.sqrt(4 / 3)
+        return np.abs(np.sqrt(x * x + y * y) - np.float32(0.75 * outer)) - np.float32(0.25 * outer)
+    x, y = np.abs(x), np.abs(y)
+    if shape == "bar":  # half-lengths 3a and a, area 12·a²
+        a = np.sqrt(np.pi / 12)
+        return np.maximum(x - np.float32(3 * a), y - np.float32(a))
     if shape == "cross":  # two bars of half-lengths 1.9a and 0.6a, area 4·(2·1.9·0.6 − 0.6²)·a²
         a = np.sqrt(np.pi / (4 * (2 * 1.9 * 0.6 - 0.6**2)))
         long, short = np.float32(1.9 * a), np.float32(0.6 * a)
@@ -93,13 +100,16 @@ class _Paint:
     phases: F32  # [W]
 
     @staticmethod
-    def draw(draws: Draws, wavelength: tuple[float, float]) -> "_Paint":
-        colours = draws.uniforms(6).reshape(2, 3)
+    def draw(draws: Draws, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]) -> "_Paint":
+        """brightness: the layer's range, about which the two colours lie; wavelength: of the waves."""
+        middle, span = sum(brightness) / 2, brightness[1] - brightness[0]
+        tones = world.texture / 2 * (draws.uniforms(2)[:, None] - 0.5) + world.tint * (draws.uniforms(3) - 0.5)
         angles = 2 * np.pi * draws.uniforms(2)
         lengths = wavelength[0] + (wavelength[1] - wavelength[0]) * draws.uniforms(2)
         waves = 2 * np.pi / lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         phases = 2 * np.pi * draws.uniforms(2)
-        return _Paint(*(np.float32(v) for v in (colours[0], colours[1], waves, phases)))
+        low, high = (middle + span * tones).astype(np.float32)
+        return _Paint(low, high, waves.astype(np.float32), phases.astype(np.float32))
 
     def at(self, x: F32, y: F32) -> F32:
         """Colours in [0, 1] at scene points: [..., 3]."""
@@ -109,82 +119,81 @@ class _Paint:
         return self.low + (self.high - self.low) * mix[..., None]
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A rigid plane, its pose a function of time. Views: [T] arrays; ``phase``: of x and y at the start."""
+
+    phase: npt.NDArray[np.float64]
+    slide_x: F32
+    slide_y: F32
+    angle: F32
+    scale: F32
+
+    @staticmethod
+    def draw(draws: Draws, motion: str, advance: F32) -> "_Layer":
+        """advance: what the motion adds to its phase by each frame."""
+        phases = draws.uniforms(4)
+        by = {name: advance if name == motion else np.zeros_like(advance) for name in MOTIONS}
+        angle = np.float32(2 * np.pi) * (np.float32(phases[2]) + by["turn"])
+        breath = np.float32(2 * np.pi) * (np.float32(phases[3]) + by["pulse"])
+        return _Layer(phases[:2], by["sideways"], by["updown"], angle, np.exp(np.float32(ZOOM) * np.sin(breath)))
+
+    def points(self, screen_x: F32, screen_y: F32, frame: int) -> tuple[F32, F32]:
+        """Where on the plane the pixels look: undo the zoom, the slide along the screen's axes, the turn."""
+        x = screen_x / self.scale[frame] - self.slide_x[frame]
+        y = screen_y / self.scale[frame] - self.slide_y[frame]
+        cos, sin = np.cos(self.angle[frame]), np.sin(self.angle[frame])
+        return cos * x + sin * y, cos * y - sin * x
+
+
 def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, str]:
     """Clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels take turns."""
     label = LABELS[index % len(LABELS)]
     shape, motion = label.split("-")
     draws = Draws(seed, "world", SPLITS.index(split), index)
-    speeds = {
-        "sideways": draws.uniform(*world.slide),
-        "updown": draws.uniform(*world.slide),
-        "turn": draws.uniform(*world.turn),
-        "pulse": draws.uniform(*world.pulse),
-    }
-    rate = speeds[motion] * (1 if draws.uniform() < 0.5 else -1)
-    t = np.arange(world.frames, dtype=np.float32) / np.float32(world.fps)
+    # Every speed is drawn whatever the motion, so that all later draws are the same for all labels.
+    slide, turn, pulse = (draws.uniform(*r) for r in (world.slide, world.turn, world.pulse))
+    speed = {"sideways": slide, "updown": slide, "turn": turn, "pulse": pulse}[motion]
+    rate = speed if draws.uniform() < 0.5 else -speed
+    advance = np.float32(rate) * np.arange(world.frames, dtype=np.float32) / np.float32(world.fps)
+
     radius = draws.uniform(*world.radius)
+    period = radius * draws.uniform(*world.period)
+    tilt = 2 * np.pi * draws.uniform()
+    ground, sheet = _Layer.draw(draws, motion, np.float32(0.5) * advance), _Layer.draw(draws, motion, advance)
+    ground_paint = _Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
+    sheet_paint = _Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
 
     side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size) - np.float32(0.5)
     screen_y, screen_x = np.meshgrid(side, side, indexing="ij")
-    frames = np.empty((world.frames, world.size, world.size, 3), np.float32)
-
-    for depth, relative_speed in enumerate((0.4, 0.7, 1.0)):
-        phases = draws.uniforms(4)
-        paint = _Paint.draw(draws, (0.5, 1.0) if depth == 0 else (2 * radius, 5 * radius))
-        places = (draws.uniforms(2 * world.shapes).reshape(-1, 2) - 0.5) * TORUS
-        turns = draws.uniforms(world.shapes)
-        advance = np.float32(rate * relative_speed) * t
-        slide_x = np.float32(phases[0] * TORUS) + (advance if motion == "sideways" else 0)
-        slide_y = np.float32(phases[1] * TORUS) + (advance if motion == "updown" else 0)
-        angle = np.float32(2 * np.pi) * (np.float32(phases[2]) + (advance if motion == "turn" else 0))
-        breath = np.float32(2 * np.pi) * (np.float32(phases[3]) + (advance if motion == "pulse" else 0))
-        scale = np.exp(np.float32(ZOOM) * np.sin(breath)) * np.ones_like(t)
-        cos, sin = np.cos(angle) * np.ones_like(t), np.sin(angle) * np.ones_like(t)
-        slide_x, slide_y = slide_x * np.ones_like(t), slide_y * np.ones_like(t)
-
-        for k in range(world.frames):
-            # screen -> scene: undo the scale, turn about the frame's centre
-            sx, sy = screen_x / scale[k], screen_y / scale[k]
-            x, y = cos[k] * sx + sin[k] * sy, cos[k] * sy - sin[k] * sx
-            # the slide is along the screen's axes, so the shapes' turned frame sees it turned
-            dx, dy = cos[k] * slide_x[k] + sin[k] * slide_y[k], cos[k] * slide_y[k] - sin[k] * slide_x[k]
-            if depth == 0:
-                frames[k] = paint.at(x - dx, y - dy)
-                continue
-            for (px, py), turn in zip(places, turns, strict=True):
-                _stamp(frames[k], world, shape, radius, scale[k], px + dx, py + dy, turn, x, y, paint)
-    return np.clip(frames * 255 + np.float32(0.5), 0, 255).astype(np.uint8), label
-
-
-def _stamp(
-    frame: F32, world: World, shape: str, radius: float, scale: float, px: float, py: float, turn: float,
-    x: F32, y: F32, paint: _Paint,
-) -> None:  # fmt: skip
-    """Paint one shape over a frame, its edge one pixel soft. x, y: the pixels' scene points, [size, size]."""
-    px = (px + TORUS / 2) % TORUS - TORUS / 2
-    py = (py + TORUS / 2) % TORUS - TORUS / 2
-    if px * px + py * py > (0.71 / scale + 2 * radius) ** 2:
-        return
-    u, v = (x - np.float32(px)) / np.float32(radius), (y - np.float32(py)) / np.float32(radius)
-    near = u * u + v * v < 4
-    if not near.any():
-        return
-    u, v = u[near], v[near]
-    c, s = np.float32(np.cos(2 * np.pi * turn)), np.float32(np.sin(2 * np.pi * turn))
-    edge = signed_distance(shape, c * u + s * v, c * v - s * u)
-    pixels = np.float32(radius * scale * world.size)
-    cover = np.clip(np.float32(0.5) - edge * pixels, 0, 1)[:, None]
-    frame[near] += cover * (paint.at(u * np.float32(radius), v * np.float32(radius)) - frame[near])
+    frames = np.empty((world.frames, world.size, world.size, 3), np.uint8)
+    cos, sin = np.float32(np.cos(tilt) / radius), np.float32(np.sin(tilt) / radius)
+    for k in range(world.frames):
+        picture = ground_paint.at(*ground.points(screen_x, screen_y, k))
+        # the place within a cell of the lattice, from the centre of its shape
+        x, y = (
+            np.float32(period) * ((at := place / np.float32(period) + np.float32(phase)) - np.round(at))
+            for place, phase in zip(sheet.points(screen_x, screen_y, k), sheet.phase, strict=True)
+        )
+        distance = signed_distance(shape, cos * x + sin * y, cos * y - sin * x)
+        # an edge one pixel soft
+        cover = np.clip(np.float32(0.5) - distance * (np.float32(radius * world.size) * sheet.scale[k]), 0, 1)
+        picture += cover[..., None] * (sheet_paint.at(x, y) - picture)
+        frames[k] = np.clip(picture * 255 + np.float32(0.5), 0, 255)
+    return frames, label
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
 def encode_mp4(frames: U8, fps: int) -> bytes:
-    """h264, yuv420p, a keyframe at least every 30 frames, from frames [T, H, W, 3]; H and W even."""
+    """h264, yuv420p, a keyframe at least every 30 frames, from frames [T, H, W, 3]; H and W even.
+
+    A constant quantiser: x264's rate control was seen to give other bytes for equal frames now and then.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "fast", "g": "30"})
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "20", "preset": "fast", "g": "30"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # the bytes depend on the number of threads

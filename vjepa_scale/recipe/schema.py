@@ -188,6 +188,12 @@ class MaskGeneratorConfig(Section):
     pred_full_complement: bool = Field(False, description="context is all tokens outside the (truncated) targets")
     invert: bool = Field(False, description="swap context and targets")
 
+    @model_validator(mode="after")
+    def _one_complement(self) -> "MaskGeneratorConfig":
+        if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
+            raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
+        return self
+
 
 class MasksConfig(Section):
     generators: tuple[MaskGeneratorConfig, ...] = Field(

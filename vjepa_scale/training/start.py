@@ -13,6 +13,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
+from vjepa_scale.masking import check_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.phases import accumulation
 
@@ -135,6 +136,7 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
     phases = resolve_phases(recipe, stage_name)
     for phase in phases:
         accumulation(phase, dp_world_size=world_size)
+        check_masks(recipe.masks, grid=phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet))
     if world_size % recipe.engine.replicate:
         raise UserError(
             f"{world_size} processes do not divide into {recipe.engine.replicate} replicas",

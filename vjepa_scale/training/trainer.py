@@ -120,6 +120,7 @@ class _Trainer:
             dp_rank=self.engine.dp_rank,
             dp_world_size=self.engine.dp_world_size,
             first_step=first,
+            pin_memory=self.engine.device.type == "cuda",
         )
         clock = time.perf_counter()
         with loader:
