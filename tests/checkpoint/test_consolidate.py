@@ -181,9 +181,10 @@ print(status("VmHWM") - before)
 """
 
 
-def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path) -> None:
-    # 20 tensors of 10 MB in the checkpoint, all of them to be written. A first, tiny one loads all code.
-    large = {f"{'predictor' if i % 2 else 'target_encoder'}.t{i}": torch.randn(2_500_000) for i in range(20)}
+@pytest.mark.parametrize("count", [20, 60])
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path, count: int) -> None:
+    # Tensors of 10 MB in the checkpoint, all of them to be written. A first, tiny one loads all code.
+    large = {f"{'predictor' if i % 2 else 'target_encoder'}.t{i}": torch.randn(2_500_000) for i in range(count)}
     save(tmp_path / "small", "pretrain", 1)
     store.save(tmp_path / "large/pretrain/checkpoints", 1, large, {"stage": "pretrain", **MANIFEST})
     done = subprocess.run(
@@ -192,10 +193,12 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path
         text=True,
         timeout=120,
         cwd=ROOT,
-        env={"PATH": "", "OMP_NUM_THREADS": "1"},
+        # With its threshold left to adapt, glibc keeps a varying handful of freed blocks of up to 32 MB in its
+        # heap (19 to 57 MB were seen here, for 20 and for 60 tensors). This measures what the program holds.
+        env={"PATH": "", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
     )
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(found["predictor.t1"], large["predictor.t1"])
-    assert sum(tensor.nbytes for tensor in found.values()) == 200e6
-    assert float(done.stdout) < 45, "MB above the start, where one tensor has 10"
+    assert sum(tensor.nbytes for tensor in found.values()) == count * 10e6
+    assert float(done.stdout) < 25, "MiB above the start: two tensors, the whole one and a shard as it is read, are 19"

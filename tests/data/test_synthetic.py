@@ -63,7 +63,7 @@ def clips():
 def test_pixels_and_colours_do_not_tell_the_label(clips, part):
     """Few labels on one frame's pixels, and on the clip's colour statistics, leave both parts near chance."""
     frames, labels = clips
-    names = SHAPES if part == "shape" else MOTIONS
+    names = SHAPES if part == "shape" else tuple(MOTIONS)
     y = np.array([names.index(label.split("-")[part == "motion"]) for label in labels])
     pixels = frames[:, 4, ::2, ::2].reshape(len(frames), -1) / 255
     colours = np.concatenate([frames[:, 4].mean((1, 2)), frames[:, 4].std((1, 2))], 1) / 255

@@ -81,7 +81,7 @@ def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Pat
     dice = random.Random(20)
     kills = 0
     left_unfinished = False
-    for moment in ("time", "switch", "save", "time", "time"):
+    for moment in ("switch", "save", "time", "time", "time"):
         run = Run(recipe)
         if moment == "time":
             # Uniform over the first half of an undisturbed run: start, loader start, steps, saves.

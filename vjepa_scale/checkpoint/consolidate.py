@@ -27,8 +27,8 @@ def consolidate(source: Path, out: Path, *, weights: Weights = "target") -> Path
              last stage's)
     weights: encoder.* is the EMA target encoder, or the context encoder that was trained
 
-    Needs no process group; peak memory is a few times the largest tensor. Every file is verified before it
-    is read. Raises UserError where there is nothing good to read.
+    Needs no process group; it holds at most one whole tensor and one shard of it at a time. Every file is
+    verified before it is read. Raises UserError where there is nothing good to read.
     """
     checkpoint = find_checkpoint(source)
     manifest = store.read_manifest(checkpoint)

@@ -31,6 +31,7 @@ from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_proble
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, remove_dir
+from vjepa_scale.parallel.process_group import from_rank_0
 
 __all__ = [
     "MANIFEST",
@@ -134,7 +135,7 @@ def find_latest(folder: Path) -> Path | None:
     Damaged ones on the way are named on stderr. Raises UserError if there are some and none is good.
     """
     # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
-    checkpoints = _from_rank_0(_newest_first(folder))
+    checkpoints = from_rank_0(_newest_first(folder))
     for checkpoint in checkpoints:
         problems = _problems(checkpoint)
         if not problems:
@@ -266,10 +267,3 @@ def _gathered(value: Any) -> list[Any]:
     if world_size > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def _from_rank_0(value: Any) -> Any:
-    holder = [value]
-    if _rank_and_world_size()[1] > 1:
-        dist.broadcast_object_list(holder, src=0)
-    return holder[0]

@@ -55,11 +55,11 @@ def detect_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
         return _checked(int(rank), int(world), int(local), int(node_tasks), job, "torchrun")
     # SLURM_PROCID exists only inside an srun step; a login or salloc shell has just the job's variables.
     if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in ("", "4294967291", "4294967290"):
-        rank, world, local, job_id, _ = _require(env, _SLURM, "Slurm")
+        rank, world, local, job_id, step_id = _require(env, _SLURM, "Slurm")
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
         local_world = int(per_node.split(",")[0].split("(")[0])
         restart = env.get("SLURM_RESTART_COUNT", "0")
-        return _checked(int(rank), int(world), int(local), local_world, f"{job_id}-{restart}", "slurm")
+        return _checked(int(rank), int(world), int(local), local_world, f"{job_id}.{step_id}-{restart}", "slurm")
     return Ranks(0, 1, 0, 1, f"single-{os.getpid()}", "single")
 
 

@@ -6,10 +6,10 @@ same manner at half the speed; both are painted with smooth textures of their ow
 mask as it does beside it. In worlds without such order tiny models learn little but colours
 (docs/learning.md).
 
-Why a single frame cannot tell the motion: the pose of a layer is four phases on circles (x, y, angle,
-scale), each drawn uniformly; a motion lets exactly one of them advance at a constant rate. A uniform
-phase plus a constant is uniform, so every frame of every motion has the same distribution. Shapes have
-equal areas, and colour, texture, size and place are drawn without looking at the label.
+A single frame cannot tell the motion: where a layer stands at the start is drawn uniformly over its period,
+and a uniform phase plus a constant is uniform, so every frame of every motion has the same distribution.
+Shapes have equal areas; colour, texture, size, speed and place are drawn without looking at the label.
+A mirrored clip has another label (left is right), so train on this world with ``data.augment.flip: 0``.
 """
 
 import io
@@ -32,11 +32,9 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 SHAPES = ("disc", "bar", "ring", "cross")
-MOTIONS = ("sideways", "updown", "turn", "pulse")  # each is its own mirror image, so flips keep the label
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y points down, as rows do
 LABELS = tuple(f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS)
 SPLITS = ("train", "val")
-
-ZOOM = 0.25  # a layer's scale breathes between exp(-ZOOM) and exp(ZOOM)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class World:
     """What a data set looks like. Lengths are in units of the frame's side; pairs are ranges over clips.
 
     size: pixels; fps, seconds: of a clip; radius: of a disc; period: of the lattice, in radii;
-    slide: frame sides per second; turn, pulse: revolutions per second;
+    speed: frame sides per second;
     tint, texture: how far colours stray from grey, and how strong textures are, as shares of a layer's
     range of brightness.
     """
@@ -54,9 +52,7 @@ class World:
     seconds: float = 4.0
     radius: tuple[float, float] = (0.1, 0.16)
     period: tuple[float, float] = (3.2, 3.8)
-    slide: tuple[float, float] = (0.25, 0.5)
-    turn: tuple[float, float] = (0.1, 0.2)
-    pulse: tuple[float, float] = (0.4, 0.7)
+    speed: tuple[float, float] = (0.25, 0.5)
     tint: float = 0.15
     texture: float = 0.5
 
@@ -119,68 +115,49 @@ class _Paint:
         return self.low + (self.high - self.low) * mix[..., None]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A rigid plane, its pose a function of time. Views: [T] arrays; ``phase``: of x and y at the start."""
-
-    phase: npt.NDArray[np.float64]
-    slide_x: F32
-    slide_y: F32
-    angle: F32
-    scale: F32
-
-    @staticmethod
-    def draw(draws: Draws, motion: str, advance: F32) -> "_Layer":
-        """advance: what the motion adds to its phase by each frame."""
-        phases = draws.uniforms(4)
-        by = {name: advance if name == motion else np.zeros_like(advance) for name in MOTIONS}
-        angle = np.float32(2 * np.pi) * (np.float32(phases[2]) + by["turn"])
-        breath = np.float32(2 * np.pi) * (np.float32(phases[3]) + by["pulse"])
-        return _Layer(phases[:2], by["sideways"], by["updown"], angle, np.exp(np.float32(ZOOM) * np.sin(breath)))
-
-    def points(self, screen_x: F32, screen_y: F32, frame: int) -> tuple[F32, F32]:
-        """Where on the plane the pixels look: undo the zoom, the slide along the screen's axes, the turn."""
-        x = screen_x / self.scale[frame] - self.slide_x[frame]
-        y = screen_y / self.scale[frame] - self.slide_y[frame]
-        cos, sin = np.cos(self.angle[frame]), np.sin(self.angle[frame])
-        return cos * x + sin * y, cos * y - sin * x
-
-
 def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, str]:
     """Clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels take turns."""
     label = LABELS[index % len(LABELS)]
     shape, motion = label.split("-")
     draws = Draws(seed, "world", SPLITS.index(split), index)
-    # Every speed is drawn whatever the motion, so that all later draws are the same for all labels.
-    slide, turn, pulse = (draws.uniform(*r) for r in (world.slide, world.turn, world.pulse))
-    speed = {"sideways": slide, "updown": slide, "turn": turn, "pulse": pulse}[motion]
-    rate = speed if draws.uniform() < 0.5 else -speed
-    advance = np.float32(rate) * np.arange(world.frames, dtype=np.float32) / np.float32(world.fps)
-
     radius = draws.uniform(*world.radius)
     period = radius * draws.uniform(*world.period)
-    tilt = 2 * np.pi * draws.uniform()
-    ground, sheet = _Layer.draw(draws, motion, np.float32(0.5) * advance), _Layer.draw(draws, motion, advance)
+    speed = draws.uniform(*world.speed)
+    lattice_cos, lattice_sin = _cos_sin(draws.uniform())
+    shape_cos, shape_sin = _cos_sin(draws.uniform())
+    phase_x, phase_y = (np.float32(phase) for phase in draws.uniforms(2))
     ground_paint = _Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
     sheet_paint = _Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
 
-    side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size) - np.float32(0.5)
+    side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size)
     screen_y, screen_x = np.meshgrid(side, side, indexing="ij")
     frames = np.empty((world.frames, world.size, world.size, 3), np.uint8)
-    cos, sin = np.float32(np.cos(tilt) / radius), np.float32(np.sin(tilt) / radius)
     for k in range(world.frames):
-        picture = ground_paint.at(*ground.points(screen_x, screen_y, k))
-        # the place within a cell of the lattice, from the centre of its shape
-        x, y = (
-            np.float32(period) * ((at := place / np.float32(period) + np.float32(phase)) - np.round(at))
-            for place, phase in zip(sheet.points(screen_x, screen_y, k), sheet.phase, strict=True)
-        )
-        distance = signed_distance(shape, cos * x + sin * y, cos * y - sin * x)
-        # an edge one pixel soft
-        cover = np.clip(np.float32(0.5) - distance * (np.float32(radius * world.size) * sheet.scale[k]), 0, 1)
+        moved_x, moved_y = (np.float32(speed * k / world.fps * direction) for direction in MOTIONS[motion])
+        picture = ground_paint.at(screen_x - moved_x / 2, screen_y - moved_y / 2)
+        # the place within a cell of the lattice, from the centre of its shape, which turns with the lattice
+        x, y = _turned(screen_x - moved_x, screen_y - moved_y, lattice_cos, lattice_sin)
+        x, y = _within_cell(x, period, phase_x), _within_cell(y, period, phase_y)
+        u, v = _turned(x, y, shape_cos, shape_sin)
+        distance = np.float32(radius) * signed_distance(shape, u / np.float32(radius), v / np.float32(radius))
+        cover = np.clip(np.float32(0.5) - distance * np.float32(world.size), 0, 1)  # an edge one pixel soft
         picture += cover[..., None] * (sheet_paint.at(x, y) - picture)
         frames[k] = np.clip(picture * 255 + np.float32(0.5), 0, 255)
     return frames, label
+
+
+def _cos_sin(turn: float) -> tuple[np.float32, np.float32]:
+    return np.float32(np.cos(2 * np.pi * turn)), np.float32(np.sin(2 * np.pi * turn))
+
+
+def _turned(x: F32, y: F32, cos: np.float32, sin: np.float32) -> tuple[F32, F32]:
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _within_cell(place: F32, period: float, phase: np.float32) -> F32:
+    """A coordinate's distance from the middle of its cell, in [-period/2, period/2]."""
+    cells = place / np.float32(period) + phase
+    return np.float32(period) * (cells - np.round(cells))
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from vjepa_scale.launch.task import failure_folder, run_stage
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.training.start import is_finished, stage_folder
 
+FAILURE_GRACE_S = 15.0
+
 
 class StageFailedError(RuntimeError):
     """A stage ended without its last checkpoint."""
@@ -50,28 +52,45 @@ def run_one(recipe: Recipe, stage: str) -> None:
     )
     job = executor.submit(run_stage, recipe, stage)
     print(f"{stage}: {tasks} processes, logs in {logs}/{job.job_id}_*", flush=True)
-    _follow(job, Path(job.paths.stdout))
+    _follow(job, Path(job.paths.stdout), failure_folder(recipe, stage))
     if not is_finished(recipe, stage):
         raise _failure(recipe, stage, logs)
 
 
-def _follow(job: submitit.Job, log: Path) -> None:
-    """Copy what rank 0 prints to our own stdout until the job is over."""
+def _follow(job: submitit.Job, log: Path, failures: Path) -> None:
+    """Copy what rank 0 prints to our own stdout until the job is over.
+
+    Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
+    reached the group would wait for its dead peer until ``engine.timeout_s``.
+    """
     position = 0
+    deadline: float | None = None
     while True:
         over = job.done()
-        if log.exists():
-            with open(log, encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                for line in iter(file.readline, ""):
-                    if not line.endswith("\n") and not over:
-                        break
-                    position = file.tell()
-                    if not line.startswith("submitit "):
-                        print(line, end="", flush=True)
+        position = _copy_lines(log, position, whole_lines=not over)
         if over:
             return
+        if deadline is None and any(failures.glob("*.json")):
+            deadline = time.monotonic() + FAILURE_GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            job.cancel()
+            deadline = None
         time.sleep(0.2)
+
+
+def _copy_lines(log: Path, position: int, *, whole_lines: bool) -> int:
+    """Print a log's lines from a position on, without submitit's own; returns where to go on."""
+    if not log.exists():
+        return position
+    with open(log, encoding="utf-8", errors="replace") as file:
+        file.seek(position)
+        for line in iter(file.readline, ""):
+            if whole_lines and not line.endswith("\n"):
+                break
+            position = file.tell()
+            if not line.startswith("submitit "):
+                print(line, end="", flush=True)
+    return position
 
 
 def _failure(recipe: Recipe, stage: str, logs: Path) -> Exception:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from vjepa_scale.parallel.mesh import check_replicate
 from vjepa_scale.recipe.schema import EngineConfig
 
 POLL_S = 0.05
+
+T = TypeVar("T")
 
 
 def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
@@ -65,6 +67,14 @@ def barrier() -> None:
     """Wait until every process is here."""
     # An object collective takes the CPU backend, so no stream of a GPU is synchronised and no device guessed.
     dist.all_gather_object([None] * dist.get_world_size(), None)
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank (also without a group: the only process is rank 0)."""
+    holder = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -31,6 +32,8 @@ from vjepa_scale.training.start import (
 )
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
+LOCK_PATIENCE_S = 10.0
+
 
 def train_stage(recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
     """Train a stage until its last step is checkpointed. Resumes by itself.
@@ -39,30 +42,34 @@ def train_stage(recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
     """
     folder = stage_folder(recipe, stage_name)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_trainer_of(folder, ranks):
-        process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
-        try:
+    process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
+    try:
+        with _only_trainer_of(folder, ranks):
             _Trainer(recipe, stage_name, ranks).run()
-        finally:
-            process_group.stop()
+    finally:
+        process_group.stop()
 
 
 @contextmanager
 def _only_trainer_of(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Rank 0 holds the stage's lock while it trains; the kernel releases it however the process ends."""
-    if not ranks.is_main:
+    with open(folder / ".lock", "a") as lock:
+        if not process_group.from_rank_0(ranks.is_main and _locked(lock)):
+            raise UserError("another process is training this stage", where=folder, fix="wait for it, or end it")
         yield
-        return
-    with open(folder / ".lock", "w") as lock:
-        for attempt in range(20):  # the ranks of a run that was just killed may take a moment to be gone
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 19:
-                    raise UserError("another process is training this stage", where=folder) from None
-                time.sleep(0.5)
-        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    # The ranks of a run that was just killed may take a moment to be gone.
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
 
 
 class _Trainer:

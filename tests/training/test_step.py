@@ -1,0 +1,219 @@
+"""Whole training steps against Hugging Face's V-JEPA 2 model with PyTorch's own AdamW and an EMA written out.
+
+Nothing of ours is on the other side but the fixed clips and masks: the model, the rotary positions, the loss, the
+optimiser's groups and the average are transformers', torch's and this file's.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
+from transformers import VJEPA2Model
+
+from tests.model.published import our_weights, random_published
+from tests.processes import ENGINE, run_processes
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.masking import MaskPair
+from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.parallel.optim import build_optimizer
+from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.training.step import training_step
+
+pytestmark = pytest.mark.distributed
+
+STEPS, CLIPS, SIZE, FRAMES = 3, 4, 32, 4
+TOKENS = 2 * 4 * 4
+RATE, DECAY, MOMENTUM, EPS = 1e-2, 0.04, 0.9, 1e-5  # eps damps Adam where the true gradient is 0
+
+RECIPE = validate_recipe(
+    {
+        "run": {"dir": "unused"},
+        "data": {"sets": {"a": {"path": "unused"}}},
+        "model": {
+            "encoder": {"width": 48, "depth": 2, "heads": 2},
+            "predictor": {"width": 24, "depth": 2, "heads": 2, "mask_tokens": 1},  # Hugging Face always takes one
+            "patch": 8,
+        },
+        "masks": {"group": CLIPS},
+        "jepa": {"ema_momentum": MOMENTUM},
+        "optimizer": {"weight_decay": DECAY, "eps": EPS},
+        "pretrain": {
+            "steps": STEPS,
+            "clip": {"frames": FRAMES, "size": SIZE},
+            "global_batch": CLIPS,
+            "micro_batch": 1,
+            "phases": [{"name": "all", "start_lr": RATE}],
+        },
+    },
+    source="test",
+)
+
+
+def fixed_batch(step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Clips uint8 [4, 3, 4, 32, 32] and two pairs of sorted token indices, other for every clip."""
+    generator = torch.Generator().manual_seed(step)
+    clips = torch.randint(0, 256, (CLIPS, 3, FRAMES, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    pairs = []
+    for context in (12, 5):
+        order = torch.stack([torch.randperm(TOKENS, generator=generator) for _ in range(CLIPS)])
+        pairs.append((order[:, :context].sort().values, order[:, context : context + 15].sort().values))
+    return clips, pairs
+
+
+def published() -> VJEPA2Model:
+    return random_published(RECIPE.model, crop=SIZE, frames=FRAMES, seed=3)
+
+
+def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and the final weights by our names, by transformers and torch."""
+    student = published().train()
+    teacher = copy.deepcopy(student.encoder).requires_grad_(False)
+    named = dict(student.named_parameters())
+    decayed = [p for name, p in named.items() if not name.endswith("bias") and _rank(name, p) > 1]
+    rest = [p for name, p in named.items() if name.endswith("bias") or _rank(name, p) <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}], lr=RATE, eps=EPS
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        clips, pairs = fixed_batch(step)
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+        video = ((clips / 255 - mean) / std).transpose(1, 2)  # [B, T, C, H, W]
+        features = teacher(video).last_hidden_state
+        wanted = (features - features.mean(-1, keepdim=True)) / (
+            features.var(-1, correction=0, keepdim=True) + 1e-5
+        ).sqrt()
+        loss = torch.zeros(())
+        for context, target in pairs:
+            # transformers' encoder sees every token: run it on the kept ones as ours does, by its own layers.
+            kept = student.encoder.embeddings(video).gather(1, context[..., None].expand(-1, -1, 48))
+            for layer in student.encoder.layer:
+                out = layer(kept, context)
+                kept = out[0] if isinstance(out, tuple) else out
+            kept = student.encoder.layernorm(kept)
+            whole = torch.zeros(CLIPS, TOKENS, 48).scatter(1, context[..., None].expand(-1, -1, 48), kept)
+            predicted = student.predictor(whole, [context], [target]).last_hidden_state
+            loss = loss + (predicted - wanted.gather(1, target[..., None].expand(-1, -1, 48))).abs().mean() / 2
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(
+            float(
+                torch.stack([p.grad.double().square().sum() for p in named.values() if p.grad is not None]).sum().sqrt()
+            )
+        )
+        optimizer.step()
+        with torch.no_grad():
+            for old, new in zip(teacher.parameters(), student.encoder.parameters(), strict=True):
+                old.mul_(MOMENTUM).add_(new, alpha=1 - MOMENTUM)
+    weights = _named(student)
+    student.encoder = teacher
+    weights |= {f"target_{name}": value for name, value in _named(student).items() if name.startswith("encoder.")}
+    return losses, norms, weights
+
+
+def _rank(name: str, parameter: Tensor) -> int:
+    return 3 if name.endswith("mask_tokens") else parameter.ndim
+
+
+def _named(model: VJEPA2Model) -> dict[str, Tensor]:
+    encoder, predictor = our_weights(model)
+    return {f"encoder.{n}": v.clone() for n, v in encoder.items()} | {
+        f"predictor.{n}": v.clone() for n, v in predictor.items()
+    }
+
+
+def ours(ranks: Ranks) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    engine = FsdpEngine(ENGINE, ranks)
+    objective = Jepa(RECIPE, engine)
+    encoder, predictor = our_weights(published())
+    for network, weights in (
+        (objective.encoder, encoder),
+        (objective.target_encoder, encoder),
+        (objective.predictor, predictor),
+    ):
+        _fill(network, weights)
+    named = [(f"{n}.{k}", p) for n, network in objective.trained.items() for k, p in network.named_parameters()]
+    optimizer = build_optimizer(RECIPE.optimizer, named)
+    share = CLIPS // ranks.world_size
+    losses, norms = [], []
+    for step in range(STEPS):
+        clips, pairs = fixed_batch(step)
+        batch = [
+            MicroBatch(
+                clips[slot : slot + 1],
+                tuple(MaskPair(c[slot : slot + 1], t[slot : slot + 1]) for c, t in pairs),
+                step,
+                range(slot, slot + 1),
+                ("a",),
+            )
+            for slot in range(ranks.rank * share, (ranks.rank + 1) * share)
+        ]
+        result = training_step(objective, engine, optimizer, batch, lr=RATE)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    final = {
+        f"{n}.{k}": p.full_tensor().detach()  # type: ignore[attr-defined]
+        for n, network in objective.networks.items()
+        for k, p in network.named_parameters()
+    }
+    return losses, norms, final
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    parameters = dict(network.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        parameter.copy_(distribute_tensor(weights[name], mesh, placements))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_three_steps_equal_the_published_models(world_size: int) -> None:
+    """Loss 1e-5, gradient norm 1e-4, weights 1e-5: float32 sums in another order, three steps of AdamW."""
+    losses, norms, weights = reference()
+    found_losses, found_norms, found = run_processes(ours, world_size)[0]
+    assert max(losses) - min(losses) > 0.001
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    assert found_norms == pytest.approx(norms, rel=1e-4)
+    assert found.keys() == weights.keys()
+    start = our_weights(published())[0]["blocks.0.mlp.fc1.weight"]
+    assert (weights["encoder.blocks.0.mlp.fc1.weight"] - start).abs().mean() > 1e-4  # ten times the tolerance
+    for name, value in weights.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def nothing_moves(ranks: Ranks) -> list[str]:
+    from vjepa_scale.training.step import NonFiniteLossError
+
+    engine = FsdpEngine(ENGINE, ranks)
+    objective = Jepa(RECIPE, engine)
+    named = [(f"{n}.{k}", p) for n, network in objective.trained.items() for k, p in network.named_parameters()]
+    optimizer = build_optimizer(RECIPE.optimizer, named)
+    clips, pairs = fixed_batch(0)
+    batch = [MicroBatch(clips[:1], tuple(MaskPair(c[:1], t[:1]) for c, t in pairs), 0, range(1), ("a",))]
+    if ranks.rank == 1:  # one rank's weights alone are enough to spoil the sum of all
+        with torch.no_grad():
+            next(iter(objective.encoder.parameters())).to_local().fill_(float("nan"))  # type: ignore[attr-defined]
+    before = {name: p.full_tensor().clone() for name, p in named}  # type: ignore[attr-defined]
+    try:
+        training_step(objective, engine, optimizer, batch, lr=RATE)
+    except NonFiniteLossError as error:
+        after = {name: p.full_tensor() for name, p in named}  # type: ignore[attr-defined]
+        assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
+        assert all(p.grad is None for _, p in named)
+        return [str(error)]
+    return []
+
+
+def test_a_loss_that_is_not_a_number_moves_nothing_on_any_rank() -> None:
+    for (message,) in run_processes(nothing_moves, 2):
+        assert "nan" in message
