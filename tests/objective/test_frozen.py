@@ -3,6 +3,9 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from vjepa_scale.objective.frozen import (
     effective_rank,
@@ -52,6 +55,18 @@ def test_knn_agrees_with_a_vote_by_hand(digits):
     by_hand = np.mean([np.bincount(v).argmax() == label for v, label in zip(votes, val_labels, strict=True)])
     assert knn_accuracy(train, train_labels, val, val_labels) == pytest.approx(by_hand, abs=2e-3)
     assert by_hand > 0.8
+
+
+def test_linear_probe_is_logistic_regression_on_standardised_features(digits):
+    """Also where features outnumber labels, which the probe solves in a smaller basis."""
+    train, train_labels, val, val_labels = digits
+    few = np.r_[:40]
+    for rows in (few, np.arange(len(train))):
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        expected = plain.fit(train[rows], train_labels[rows]).score(val, val_labels)
+        assert linear_probe_accuracy(train[rows], train_labels[rows], val, val_labels) == pytest.approx(
+            expected, abs=3e-3
+        )
 
 
 def test_shuffled_labels_are_at_chance(digits):

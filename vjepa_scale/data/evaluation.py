@@ -45,24 +45,27 @@ def evaluation_clips(
     fps: float,
     batch: int,
     classes: Sequence[str] | None = None,
+    records: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(clips uint8 [n, 3, T, H, W], labels int64 [n]) for all records in order, n = batch (the last fewer).
 
+    records: only these, in this order
     The window is the middle of the video, the crop the centre. Labels as in ``labels_of``.
     """
     labels = labels_of(manifest, classes)
-    spans = [range(i, min(i + batch, manifest.records)) for i in range(0, manifest.records, batch)]
+    wanted = range(manifest.records) if records is None else [int(record) for record in records]
+    spans = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
     load = partial(_load_span, manifest, frames, size, fps)
     loader = Prefetched(load, spans, workers=workers, prefetch=2)
     try:
         for span, clips in zip(spans, loader, strict=True):
-            yield clips, labels[span.start : span.stop]
+            yield clips, labels[list(span)]
     finally:
         loader.close()
 
 
-def _load_span(manifest: Manifest, frames: int, size: tuple[int, int], fps: float, records: range) -> Tensor:
+def _load_span(manifest: Manifest, frames: int, size: tuple[int, int], fps: float, records: Sequence[int]) -> Tensor:
     clips = torch.empty(len(records), 3, frames, *size, dtype=torch.uint8)
     for row, record in zip(clips, records, strict=True):
         start_s = max(0.0, (float(manifest.column("duration")[record]) - frames / fps) / 2)

@@ -10,11 +10,10 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 
 from vjepa_scale.checkpoint.consolidated import load_encoder, read_config
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.evaluation import evaluation_clips, labels_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
@@ -22,11 +21,11 @@ from vjepa_scale.objective import frozen
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
-LABEL_DRAWS = 5
+LABEL_DRAWS = 3
 
 
 def summarise(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) -> dict[str, Any]:
-    """Everything the demo's table says, as one JSON value. Decodes ``train`` and ``val`` once."""
+    """Everything the demo's table says, as one JSON value. Decodes ``val`` and the labelled part of ``train``."""
     stages = {name: _stage(Path(recipe.run.dir) / name / "metrics.jsonl") for name in recipe.stages()}
     return {
         "stages": stages,
@@ -58,28 +57,36 @@ def _frozen(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
     features: dict[str, dict[str, list[np.ndarray]]] = {
         name: {"train": [], "val": []} for name in (*encoders, "pixels")
     }
-    labels: dict[str, list[torch.Tensor]] = {"train": [], "val": []}
+    train_labels, val_labels = labels_of(train).numpy(), labels_of(val, train.classes).numpy()
+    draws = [frozen.few_labels(train_labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
+    labelled = np.unique(np.concatenate(draws))
     channel_mean, channel_std = np.asarray(config.mean), np.asarray(config.std)
-    for split, manifest in (("train", train), ("val", val)):
+    for split, manifest, records in (("train", train, labelled), ("val", val, np.arange(val.records))):
         batches = evaluation_clips(
-            manifest, frames=config.frames, size=config.size, fps=config.fps, batch=16, classes=train.classes
+            manifest,
+            frames=config.frames,
+            size=config.size,
+            fps=config.fps,
+            batch=16,
+            classes=train.classes,
+            records=records.tolist(),
+            workers=1,
         )
-        for clips, numbers in batches:
-            labels[split].append(numbers)
+        for clips, _ in batches:
             features["pixels"][split].append(frozen.pixel_features(clips))
             for name, encoder in encoders.items():
                 rows = frozen.encoder_features(
                     encoder, clips, tubelet=config.model.tubelet, mean=channel_mean, std=channel_std
                 )
                 features[name][split].append(rows)
-    train_labels, val_labels = (torch.cat(labels[split]).numpy() for split in ("train", "val"))
 
-    draws = [frozen.few_labels(train_labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
     out: dict[str, Any] = {"knn": {}, "linear_probe": {}, "effective_rank": {}}
     for name, parts in features.items():
         rows, held_out = np.concatenate(parts["train"]), np.concatenate(parts["val"])
         for key, accuracy in (("knn", frozen.knn_accuracy), ("linear_probe", frozen.linear_probe_accuracy)):
-            out[key][name] = mean(accuracy(rows[few], train_labels[few], held_out, val_labels) for few in draws)
+            out[key][name] = mean(
+                accuracy(rows[np.searchsorted(labelled, few)], train_labels[few], held_out, val_labels) for few in draws
+            )
         out["effective_rank"][name] = frozen.effective_rank(held_out)
     classes = len(train.classes)
     out["chance"] = 1 / classes
