@@ -19,13 +19,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="recipes/demo.yaml, or recipes/showcase.yaml for a longer run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    parser.add_argument("--clips", type=int, default=2048, help="training clips to render")
+    parser.add_argument("--val-clips", type=int, default=640, help="held-out clips to render")
+    arguments = parser.parse_intermixed_args()
     began = time.monotonic()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     train, val = train_and_val(Path(next(iter(recipe.data.sets.values())).path))
     videos, run = train.parent.parent / "videos", Path(recipe.run.dir)
 
-    step("1. Render a synthetic world as h264 files", "make_synthetic", videos)
+    step(
+        "1. Render a synthetic world as h264 files",
+        "make_synthetic",
+        videos,
+        "--clips",
+        arguments.clips,
+        "--val-clips",
+        arguments.val_clips,
+    )
     step("2. Pack them into shards", "make_shards", videos / "train", train)
     step("", "make_shards", videos / "val", val)
     step(

@@ -11,6 +11,7 @@ WAYS: dict[str, tuple[int, dict[str, object]]] = {
     "4 ranks": (4, {}),
     "hybrid 2x2": (4, {"replicate": 2}),
     "plain replication": (2, {"replicate": 2}),
+    "weights kept gathered": (2, {"reshard_after_forward": False}),
     "activation checkpointing": (2, {"activation_checkpointing": "full"}),
 }
 

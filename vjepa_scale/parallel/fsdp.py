@@ -73,11 +73,12 @@ class FsdpEngine:
 
         network.register_forward_hook(_own_output)  # before FSDP's, which then sees what this returns
 
-        # Root and blocks go back to shards after every forward. A root left gathered (FSDP2's default) would
-        # save one small all-gather, and hide every write to its shards until some backward pass.
+        # A frozen network has no backward pass that would shard it again: left gathered (FSDP2's default for a
+        # root), every write to its shards would be hidden until one came.
+        reshard = self._cfg.reshard_after_forward or not trainable
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=self._policy(root=False), reshard_after_forward=True)
-        fully_shard(network, mesh=self.mesh, mp_policy=self._policy(root=True), reshard_after_forward=True)
+            fully_shard(block, mesh=self.mesh, mp_policy=self._policy(root=False), reshard_after_forward=reshard)
+        fully_shard(network, mesh=self.mesh, mp_policy=self._policy(root=True), reshard_after_forward=reshard)
 
         network.to_empty(device=self.device)
 

@@ -59,6 +59,9 @@ class EngineConfig(Section):
         "bfloat16", description="compute type; master weights, optimiser, EMA and reduction stay float32"
     )
     replicate: PositiveInt = Field(1, description="hybrid sharding: how many groups hold a full sharded copy each")
+    reshard_after_forward: bool = Field(
+        True, description="false keeps gathered weights from forward to backward: more memory, fewer all-gathers"
+    )
     activation_checkpointing: Literal["none", "full"] = Field(
         "none", description="full: keep only each block's input and compute the rest again in the backward pass"
     )

@@ -4,7 +4,7 @@ The encoder is set beside an untrained one of the same architecture and beside r
 class (objective/frozen.py), in the geometry that it was trained on last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -80,18 +80,43 @@ def _frozen(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
                 )
                 features[name][split].append(rows)
 
-    out: dict[str, Any] = {"knn": {}, "linear_probe": {}, "effective_rank": {}}
-    for name, parts in features.items():
-        rows, held_out = np.concatenate(parts["train"]), np.concatenate(parts["val"])
-        for key, accuracy in (("knn", frozen.knn_accuracy), ("linear_probe", frozen.linear_probe_accuracy)):
-            out[key][name] = mean(
-                accuracy(rows[np.searchsorted(labelled, few)], train_labels[few], held_out, val_labels) for few in draws
-            )
-        out["effective_rank"][name] = frozen.effective_rank(held_out)
-    classes = len(train.classes)
-    out["chance"] = 1 / classes
-    out["evaluation"] = {"classes": classes, "labels_per_class": LABELS_PER_CLASS, "held_out_clips": len(val_labels)}
-    return out
+    probes = {
+        task: {
+            measure: {
+                name: mean(
+                    accuracy(
+                        np.concatenate(parts["train"])[np.searchsorted(labelled, few)],
+                        of_class[train_labels[few]],
+                        np.concatenate(parts["val"]),
+                        of_class[val_labels],
+                    )
+                    for few in draws
+                )
+                for name, parts in features.items()
+            }
+            for measure, accuracy in (("linear_probe", frozen.linear_probe_accuracy), ("knn", frozen.knn_accuracy))
+        }
+        | {"chance": 1 / len(np.unique(of_class))}
+        for task, of_class in _tasks(train.classes).items()
+    }
+    return {
+        **probes["label"],
+        "parts": {task: probe for task, probe in probes.items() if task != "label"},
+        "evaluation": {
+            "classes": len(train.classes),
+            "labels_per_class": LABELS_PER_CLASS,
+            "held_out_clips": len(val_labels),
+        },
+    }
+
+
+def _tasks(classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """What can be asked of a clip: its label, and each part of labels ``shape-motion``. Class -> number."""
+    tasks = {"label": np.arange(len(classes))}
+    if all(name.count("-") == 1 for name in classes):
+        for part, task in enumerate(("shape", "motion")):
+            tasks[task] = np.unique([name.split("-")[part] for name in classes], return_inverse=True)[1]
+    return tasks
 
 
 def table(summary: dict[str, Any]) -> Iterator[str]:
@@ -106,11 +131,11 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Frozen features, {about['labels_per_class']} labels for each of {about['classes']} classes, "
-        f"{about['held_out_clips']} held-out clips (chance {summary['chance']:.1%}):"
+        f"{about['held_out_clips']} held-out clips:"
     )
-    yield f"{'':<12}{'k-NN':>10}{'linear probe':>15}{'effective rank':>17}"
+    tasks = {"label": summary, **summary["parts"]}
+    yield f"{'linear probe (k-NN)':<20}" + "".join(f"{task:>18}" for task in tasks)
     for name in ("trained", "untrained", "pixels"):
-        yield (
-            f"{name:<12}{summary['knn'][name]:>10.1%}{summary['linear_probe'][name]:>15.1%}"
-            f"{summary['effective_rank'][name]:>17.1f}"
-        )
+        cells = (f"{probe['linear_probe'][name]:.1%} ({probe['knn'][name]:.1%})" for probe in tasks.values())
+        yield f"{name:<20}" + "".join(f"{cell:>18}" for cell in cells)
+    yield f"{'chance':<20}" + "".join(f"{probe['chance']:>18.1%}" for probe in tasks.values())
