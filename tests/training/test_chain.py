@@ -87,6 +87,36 @@ def test_cooldown_without_its_checkpoint_is_refused(two_data_sets: dict[str, Pat
     assert "stands at step 8" in done.stderr
 
 
+def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=None)
+    tool("launch", recipe, "--wait", "pretrain.steps=8")
+    for override, named in (
+        ("model.encoder.heads=4", "model"),
+        ("jepa.ema_momentum=0.5", "jepa"),
+        ("run.seed=6", "run.seed"),
+        ("pretrain.phases.0.final_lr=2e-3", "pretrain (steps 0 to 7)"),
+        ("data.fps=5", "data"),
+    ):
+        done = tool("launch", recipe, "--wait", override, check=False)
+        assert done.returncode == 2
+        assert "the recipe differs from the one that trained" in done.stderr
+        assert named in done.stderr
+    # Other shards under the same path, and nothing else changed.
+    kept = two_data_sets["left"].with_name("kept")
+    two_data_sets["left"].rename(kept)
+    try:
+        two_data_sets["left"].symlink_to(two_data_sets["right"])
+        done = tool("launch", recipe, "--wait", check=False)
+    finally:
+        two_data_sets["left"].unlink()
+        kept.rename(two_data_sets["left"])
+    assert done.returncode == 2
+    assert "data.sets.left.path" in done.stderr
+    # A longer stage is not another history: the finished run of 8 steps goes on to 12.
+    tool("launch", recipe, "--wait", "log.every=1", "data.workers=0")
+    assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
+
+
 def test_a_second_launch_of_a_finished_run_does_nothing(finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     done = tool("launch", finished / "recipe.yaml", "--wait")

@@ -5,6 +5,7 @@ first), ``continue_from`` (weights, EMA, optimiser and step go on from another s
 ``init_from`` (weights only, step 0).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import check_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
 
 
@@ -42,22 +44,29 @@ def checkpoints_folder(recipe: Recipe, stage: str) -> Path:
     return stage_folder(recipe, stage) / "checkpoints"
 
 
-def find_start(recipe: Recipe, stage_name: str) -> Start:
+def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest]) -> Start:
     """Decide where the stage starts. Every rank calls it and gets the same answer.
 
+    manifests: of today's data sets. One that is not what a finished step was drawn from makes a resume
+    impossible; a stage that continues from elsewhere counts such a data set from its first epoch.
     Raises UserError where a checkpoint that was asked for is absent, unfinished or damaged: a stage never
     starts from scratch instead.
     """
     own = store.find_latest(checkpoints_folder(recipe, stage_name))
     if own is not None:
+        _refuse_rewritten_history(recipe, stage_name, manifests, own)
         manifest = store.read_manifest(own)
-        _refuse_rewritten_history(recipe, stage_name, manifest, own)
         return Start("resume", own, manifest["step"], manifest["first"], manifest["base"])
     stage = recipe.stages()[stage_name]
     if stage.continue_from is not None:
         source = _source(recipe, stage_name, "continue_from", stage.continue_from)
         manifest = store.read_manifest(source)
-        return Start("continue", source, manifest["step"], manifest["step"], manifest["drawn"])
+        base = {
+            name: manifest["drawn"][name]
+            for name, data_set in manifests.items()
+            if manifest["data"].get(name) == data_set.identity
+        }
+        return Start("continue", source, manifest["step"], manifest["step"], base)
     if stage.init_from is not None:
         return Start("init", _source(recipe, stage_name, "init_from", stage.init_from))
     return Start("fresh")
@@ -143,22 +152,25 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
             where="engine.replicate",
             fix="a divisor of launch.nodes × launch.tasks_per_node",
         )
+    manifests = open_data(recipe)
     stage = recipe.stages()[stage_name]
-    resuming = store.newest_name(checkpoints_folder(recipe, stage_name)) is not None
-    if not resuming:
+    own = store.newest_name(checkpoints_folder(recipe, stage_name))
+    if own is not None:
+        _refuse_rewritten_history(recipe, stage_name, manifests, own)
+    else:
         for word, value in (("continue_from", stage.continue_from), ("init_from", stage.init_from)):
             if value is not None and value not in will_have_run:
                 _source(recipe, stage_name, word, value, verify=False)
-    data_order(recipe, open_data(recipe), phases, {})
+    data_order(recipe, manifests, phases, {})
 
 
-def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifest: dict[str, Any], path: Path) -> None:
-    """Resume must continue what was trained. Steps already done must be the same under today's recipe.
+def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest], path: Path) -> None:
+    """Resume must continue what was trained: the steps done must be the same under today's recipe and data.
 
-    Later steps may change (a stage may be made longer), and so may what no number depends on.
+    path: the stage's own checkpoint. Later steps may change (a stage may be made longer), and so may what no
+    number depends on. Raises UserError with what differs.
     """
-    from vjepa_scale.recipe.load import validate_recipe
-
+    manifest = store.read_manifest(path)
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
     changed = []
     for section in ("model", "masks", "jepa", "optimizer"):
@@ -168,9 +180,11 @@ def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifest: dict[st
         changed.append("run.seed")
     if done.engine.precision != recipe.engine.precision:
         changed.append("engine.precision")
-    neutral = {"workers", "prefetch"}
-    if done.data.model_dump(exclude=neutral) != recipe.data.model_dump(exclude=neutral):
+    elsewhere = {"workers", "prefetch", "sets"}  # what no number depends on; sets: by identity and mixture, below
+    if done.data.model_dump(exclude=elsewhere) != recipe.data.model_dump(exclude=elsewhere):
         changed.append("data")
+    if list(done.data.sets) != list(recipe.data.sets):
+        changed.append("names or order of data.sets")
     step, first = manifest["step"], manifest["first"]
     if _trained(resolve_phases(done, stage_name, first=first), step) != _trained(
         resolve_phases(recipe, stage_name, first=first), step
@@ -182,6 +196,13 @@ def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifest: dict[st
             where="resume",
             fix="put it back, choose another run.dir, or start another run with init_from or continue_from",
         )
+    for name, data_set in manifests.items():
+        if manifest["data"].get(name) != data_set.identity:
+            raise UserError(
+                f"not the shards that {path} was trained on",
+                where=f"data.sets.{name}.path",
+                fix="put them back, or start another run with continue_from or init_from",
+            )
 
 
 def _trained(phases: list[Phase], step: int) -> list[tuple[Any, ...]]:

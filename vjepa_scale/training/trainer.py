@@ -82,10 +82,10 @@ class _Trainer:
             store.remove_unfinished(self.checkpoints)
             touch(Path(recipe.run.dir) / "ledger.jsonl")
         process_group.barrier()
-        self.start = find_start(recipe, stage_name)
+        self.manifests = open_data(recipe)
+        self.start = find_start(recipe, stage_name, self.manifests)
         self.phases = stage_phases(recipe, stage_name, self.start)
         self.end = self.phases[-1].end
-        self.manifests = open_data(recipe)
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base)
         self.objective = Jepa(recipe, self.engine)
         named = [
