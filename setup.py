@@ -25,7 +25,6 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tqdm>=4.66",
-        "rich>=13",
     ],
     extras_require={
         "dev": [

@@ -36,28 +36,27 @@ def main() -> int:
         for line in plan.order_lines(recipe, stages, arguments.dump_order):
             print(line)
         return 0
-    for line in plan.describe(recipe, stages):
-        print(line)
+    with plan.errors_name(arguments.recipe):
+        description = list(plan.describe(recipe, stages))
+    remaining = [] if arguments.dry_run else plan.check(recipe, stages, source=arguments.recipe)
+    print("\n".join(description))
     if arguments.dry_run:
         return 0
-
-    remaining = plan.check(recipe, stages)
     if not remaining:
         print("every stage is already complete")
         return 0
     run_folder = Path(recipe.run.dir)
     write_atomic(run_folder / "recipe.yaml", recipe_yaml(recipe))
-    if arguments.cluster == "slurm":
-        from vjepa_scale.launch.slurm import submit_chain
-
-        submit_chain(recipe, remaining, wait=arguments.wait)
-        return 0
-    if not arguments.wait:
+    if arguments.cluster == "local" and not arguments.wait:
         return _in_background(run_folder, remaining)
     from vjepa_scale.launch.local import StageFailedError, run_chain
+    from vjepa_scale.launch.slurm import submit_chain
 
     try:
-        run_chain(recipe, remaining)
+        if arguments.cluster == "slurm":
+            submit_chain(recipe, remaining, wait=arguments.wait)
+        else:
+            run_chain(recipe, remaining)
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,11 +29,14 @@ def test_each_mistake_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path
     assert str(tmp_path / "nowhere") in error
 
     error = refused(recipe, "--wait", "launch.tasks_per_node=3")
-    assert "pretrain.global_batch" in error
+    assert f"{recipe}:pretrain.global_batch" in error
     assert "a multiple of micro_batch × ranks = 6" in error
 
     error = refused(recipe, "--wait", "pretrain.global_batch=10")
     assert "pretrain.global_batch" in error
+
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refused(recipe, "--wait", f"run.dir={tmp_path / 'file'}")
 
     error = refused(tmp_path / "none.yaml")
     assert "none.yaml" in error

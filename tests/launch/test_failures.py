@@ -119,6 +119,11 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
         done = tool("launch", recipe, "--wait", check=False)
         assert done.returncode == 2
         assert "another process is training this stage" in done.stderr
+        assert not (tmp_path / "run" / "pretrain" / "failures").exists()  # refused before it touched anything
+        rows = log.read_bytes().count(b"\n")
+        while log.read_bytes().count(b"\n") < rows + 10:  # the first run goes on
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert first.is_running()
     finally:
         os.killpg(pid, signal.SIGKILL)  # a background launch is a session of its own

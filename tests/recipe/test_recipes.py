@@ -124,6 +124,16 @@ ONE_PHASE = [{"name": "all", "start_lr": 0.1}]
         ("pretrain.mixture", {"a": 0.0}, "pretrain.mixture", "nothing to draw from"),
         ("pretrain.phases", [{"name": "w", "steps": 12, "start_lr": 0.1}], "pretrain.phases", "the stage has 10"),
         ("pretrain.continue_from", "cooldown", "pretrain.continue_from", "no earlier stage"),
+        ("pretrain.phases", [{"name": "a", "final_lr": 0.1}], "pretrain.phases", "no start_lr"),
+        ("data.augment", {"area": [1.0, 0.3]}, "data.augment.area", "from low to high"),
+        ("data.augment", {"std": [0, 0, 0]}, "data.augment.std.0", "greater than 0"),
+        (
+            "masks",
+            {"generators": [{"blocks": 1, "spatial_scale": 0.1, "aspect_ratio": 0}]},
+            "masks.gen",
+            "greater than 0",
+        ),
+        ("optimizer.betas", [2, 3], "optimizer.betas.0", "less than 1"),
         ("data.sets", {}, "data.sets", "at least 1 item"),
         ("engine.kind", "fsdp3", "engine.kind", "'fsdp'"),
     ],
@@ -142,6 +152,15 @@ def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, k
     assert "\n" not in str(caught.value)
 
 
+def test_a_phase_takes_from_its_stage_what_it_leaves_out() -> None:
+    phases = [{"name": "a", "start_lr": 0.1, "steps": 2}, {"name": "b", "clip": {"size": 64}}]
+    recipe = validate_recipe(small_recipe(pretrain={"steps": 10, "phases": phases}), source="test")
+    first, second = resolve_phases(recipe, "pretrain")
+    assert (first.frames, first.size) == (4, (32, 48))
+    assert (second.frames, second.size) == (4, (64, 64))
+    assert second.lr(9) == 0.1
+
+
 def test_overrides_and_extends(tmp_path: Path) -> None:
     recipe = load_recipe(
         RECIPES / "vitg_384.yaml",
@@ -153,8 +172,13 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
     assert resolve_phases(recipe, "pretrain")[0].steps == 100
     refined = load_recipe(RECIPES / "vitg_384.yaml", ["model.encoder.depth=2"])
     assert (refined.model.encoder.width, refined.model.encoder.depth) == (1408, 2)
+    for override in ("pretrain.phases.0.steps.x=1", "pretrain.steps.x=1", "run.dir.x=1"):
+        with pytest.raises(UserError, match="no keys below it"):
+            load_recipe(RECIPES / "vitg_384.yaml", [override])
     with pytest.raises(UserError, match=r"dotted\.key=value"):
         load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.steps"])
+    mine = load_recipe(RECIPES / "demo.yaml", ["data.sets.synthetic=null", "data.sets.mine.path=shards"])
+    assert list(mine.data.sets) == ["mine"]
     with pytest.raises(UserError, match="0 to 1"):
         load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.phases.7.steps=100"])
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")

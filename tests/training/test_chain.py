@@ -117,6 +117,32 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
 
 
+def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:
+    for override, named in (("run.seed=9", "run.seed"), ("pretrain.steps=14", "goes back to step 12")):
+        done = tool("launch", finished / "recipe.yaml", override, "--stages", "cooldown", "--wait", check=False)
+        assert done.returncode == 2
+        assert named in done.stderr
+        assert "recipe.yaml:" in done.stderr
+
+
+def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
+    finished: Path, two_data_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "not run yet", two_data_sets)
+    whole = tool("launch", recipe, "--dump-order", "12:15").stdout
+    assert len(whole.splitlines()) == 3 * 8
+    assert tool("launch", recipe, "--stages", "cooldown", "--dump-order", "12:15").stdout == whole
+    assert tool("launch", finished / "recipe.yaml", "--dump-order", "12:15").stdout == whole  # as it was trained
+    branch = write_recipe(
+        tmp_path / "branch.yaml",
+        tmp_path / "branch",
+        two_data_sets,
+        pretrain=None,
+        cooldown={"continue_from": str(finished / "pretrain"), "phases": [{"name": "decay", "start_lr": 1e-3}]},
+    )
+    assert tool("launch", branch, "--dump-order", "12:15").stdout == whole
+
+
 def test_a_second_launch_of_a_finished_run_does_nothing(finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     done = tool("launch", finished / "recipe.yaml", "--wait")
@@ -159,7 +185,7 @@ def test_same_numbers_for_any_ranks_and_micro_batches(two_data_sets: dict[str, P
             pretrain={"steps": 20, "micro_batch": micro},
             cooldown=None,
         )
-        order = tool("launch", recipe, "--dump-order", "0:20").stdout
+        order = tool("launch", recipe, "--dump-order", "0:20").stdout  # what ranks load: tests/data/test_loader.py
         tool("launch", recipe, "--wait")
         runs[name] = (order, metrics(tmp_path / name, "pretrain"))
     order, reference = runs.pop("1x4")

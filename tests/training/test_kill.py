@@ -84,9 +84,9 @@ def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Pat
     for moment in ("switch", "save", "time", "time", "time"):
         run = Run(recipe)
         if moment == "time":
-            # Uniform over the first half of an undisturbed run: start, loader start, steps, saves. A machine that
+            # Uniform over an undisturbed run: start, loader start, steps, saves. A machine that
             # has become faster since is caught by the step.
-            alarm, last = time.monotonic() + dice.uniform(0.0, 0.5) * duration, 60 + 20 * (kills - 2)
+            alarm, last = time.monotonic() + dice.uniform(0.0, 1.0) * duration, 60 + 20 * (kills - 2)
             kills += run.kill_when(
                 lambda alarm=alarm, last=last: time.monotonic() > alarm or newest_step(run_dir) >= last
             )

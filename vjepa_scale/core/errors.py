@@ -29,11 +29,19 @@ def _rebuild(what: str, where: object, fix: str | None) -> UserError:
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command line to its exit: 0, what it returned, or 2 with one line on stderr for a UserError."""
+    """Run a command line to its exit: 0, what it returned, or 2 with one line on stderr.
+
+    The line is a UserError's, or names the path that the operating system refused.
+    """
     try:
         code = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:  # a full disk, a folder that may not be written: the user's to mend, where it has a path
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -68,7 +68,7 @@ def decode_record(
         raise UserError(
             f"data set {dataset!r}, record {manifest.key(record)} cannot be decoded at {start_s:.3f} s: {error}",
             where=manifest.folder / manifest.shard_of(record).name,
-            fix="make the shards again; files that do not decode are left out then",
+            fix="restore this shard from a copy; or shard again without that video and start a run with continue_from",
         ) from None
 
 

@@ -62,7 +62,7 @@ class DataOrder:
     ) -> None:
         self.names = [name for name, _ in sets]
         self._sets = [
-            _SetOrder(key64(seed, "order", i), np.asarray(sizes, np.int64), lanes) for i, (_, sizes) in enumerate(sets)
+            _SetOrder(key64(seed, f"order.{name}"), np.asarray(sizes, np.int64), lanes) for name, sizes in sets
         ]
         self._phases = list(phases)
         self._shares = [_shares(phase.mixture, self.names) for phase in phases]

@@ -1,6 +1,8 @@
 """The chain of stages on this machine: submitit's local executor for each, and our loop around it."""
 
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import submitit
@@ -39,38 +41,52 @@ def run_one(recipe: Recipe, stage: str) -> None:
             where="launch.nodes",
             fix="--cluster slurm, or launch.nodes=1",
         )
-    for stale in failure_folder(recipe, stage).glob("*.json"):
-        stale.unlink()
+    for leftover in ("failures/*.json", "rendezvous/*"):  # a job's name is a process id, which may come again
+        for stale in stage_folder(recipe, stage).glob(leftover):
+            stale.unlink()
     logs = stage_folder(recipe, stage) / "logs"
     executor = submitit.LocalExecutor(folder=logs)
     tasks = recipe.launch.tasks_per_node
+    gpus = [] if recipe.engine.device == "cpu" else _visible_gpus(os.environ)
     executor.update_parameters(
         tasks_per_node=tasks,
-        # submitit hides every GPU that is not asked for
-        gpus_per_node=0 if recipe.engine.device == "cpu" else torch.cuda.device_count(),
+        gpus_per_node=len(gpus),  # submitit hides every GPU that is not asked for
+        visible_gpus=gpus,
         timeout_min=recipe.launch.timeout_min,
     )
     job = executor.submit(run_stage, recipe, stage)
     print(f"{stage}: {tasks} processes, logs in {logs}/{job.job_id}_*", flush=True)
-    _follow(job, Path(job.paths.stdout), failure_folder(recipe, stage))
+    _follow(job, failure_folder(recipe, stage))
     if not is_finished(recipe, stage):
-        raise _failure(recipe, stage, logs)
+        raise failure(recipe, stage, job, logs)
 
 
-def _follow(job: submitit.Job, log: Path, failures: Path) -> None:
-    """Copy what rank 0 prints to our own stdout until the job is over.
+def _visible_gpus(environment: Mapping[str, str]) -> list[int]:
+    """The GPUs that this process may use, by the numbers that CUDA_VISIBLE_DEVICES has for them."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(range(torch.cuda.device_count()))
+    numbers = [part.strip() for part in named.split(",") if part.strip()]
+    if not all(number.isdigit() for number in numbers):
+        raise UserError(f"{named!r} is not a list of numbers", where="CUDA_VISIBLE_DEVICES", fix="for example 0,1")
+    return [int(number) for number in numbers]
+
+
+def _follow(job: submitit.Job, failures: Path) -> None:
+    """Copy what rank 0 prints, and its warnings, to our own stdout until the job is over.
 
     Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
     reached the group would wait for its dead peer until ``engine.timeout_s``.
     """
-    position = 0
+    said = warned = 0
     deadline: float | None = None
     while True:
         over = job.done()
-        position = _copy_lines(log, position, whole_lines=not over)
+        warned = _copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ")
+        said = _copy_lines(Path(job.paths.stdout), said, whole_lines=not over)
         if over:
             return
-        if deadline is None and any(failures.glob("*.json")):
+        if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
             deadline = time.monotonic() + FAILURE_GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             job.cancel()
@@ -78,8 +94,8 @@ def _follow(job: submitit.Job, log: Path, failures: Path) -> None:
         time.sleep(0.2)
 
 
-def _copy_lines(log: Path, position: int, *, whole_lines: bool) -> int:
-    """Print a log's lines from a position on, without submitit's own; returns where to go on."""
+def _copy_lines(log: Path, position: int, *, whole_lines: bool, only: str = "") -> int:
+    """Print a log's lines that begin with ``only``, from a position on, without submitit's; returns where to go on."""
     if not log.exists():
         return position
     with open(log, encoding="utf-8", errors="replace") as file:
@@ -88,14 +104,14 @@ def _copy_lines(log: Path, position: int, *, whole_lines: bool) -> int:
             if whole_lines and not line.endswith("\n"):
                 break
             position = file.tell()
-            if not line.startswith("submitit "):
+            if line.startswith(only) and not line.startswith("submitit "):
                 print(line, end="", flush=True)
     return position
 
 
-def _failure(recipe: Recipe, stage: str, logs: Path) -> Exception:
+def failure(recipe: Recipe, stage: str, job: submitit.Job, logs: Path) -> Exception:
     """The error of the rank that knows most: a user's mistake first, then whoever is not just a bystander."""
-    reports = [read_json(path) for path in sorted(failure_folder(recipe, stage).glob("*.json"))]
+    reports = [read_json(path) for path in sorted(failure_folder(recipe, stage).glob(f"{job.job_id}.*.json"))]
     for report in reports:
         if report["user_error"]:
             return UserError(report["message"])

@@ -1,13 +1,23 @@
 """What a launch will do, in words, before it does it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import dump_order
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.phases import accumulation
-from vjepa_scale.training.start import data_order, is_finished, open_data, preflight
+from vjepa_scale.training.lock import refuse_if_training
+from vjepa_scale.training.start import (
+    check_finished,
+    is_finished,
+    open_data,
+    planned_first,
+    planned_order,
+    preflight,
+    stage_folder,
+)
 
 
 def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
@@ -19,15 +29,32 @@ def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
     return [name for name in every if not names or name in names]
 
 
-def check(recipe: Recipe, stages: Sequence[str]) -> list[str]:
-    """Preflight of every stage that is not finished; returns the names of those that remain."""
-    remaining = [name for name in stages if not is_finished(recipe, name)]
+def check(recipe: Recipe, stages: Sequence[str], *, source: object) -> list[str]:
+    """Preflight of every stage; returns the names of those that are not finished.
+
+    source: the recipe's file, which errors name
+    """
     world_size = recipe.launch.nodes * recipe.launch.tasks_per_node
-    before: set[str] = set()
+    remaining: list[str] = []
+    for name in stages:
+        with errors_name(source):
+            if is_finished(recipe, name):
+                check_finished(recipe, name)
+                continue
+            preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
+        remaining.append(name)
     for name in remaining:
-        preflight(recipe, name, world_size=world_size, will_have_run=before)
-        before.add(name)
+        refuse_if_training(stage_folder(recipe, name))
     return remaining
+
+
+@contextmanager
+def errors_name(source: object) -> Iterator[None]:
+    """Errors about a key inside begin with the recipe's file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, where=f"{source}:{error.where}", fix=error.fix) from None
 
 
 def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
@@ -51,7 +78,7 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
             else (f"starts from the weights of {stage.init_from}" if stage.init_from else "starts fresh")
         )
         yield f"{name}: {stage.steps} steps, {origin}"
-        for phase in resolve_phases(recipe, name):
+        for phase in resolve_phases(recipe, name, first=planned_first(recipe, name)):
             yield "  " + _phase_line(recipe, phase, world_size)
 
 
@@ -75,13 +102,8 @@ def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[st
         raise UserError(f"{text!r} is not a range of steps", where="--dump-order", fix="FIRST:LAST, for example 0:20")
     manifests = open_data(recipe)
     wanted = range(int(first_text), int(last_text))
-    drawn: dict[str, int] = {}
     for name in stages:
-        phases = resolve_phases(recipe, name)
-        if recipe.stages()[name].continue_from not in recipe.stages():
-            drawn = {}
-        order = data_order(recipe, manifests, phases, drawn)
+        phases, order = planned_order(recipe, name, manifests)
         for phase in phases:
             for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):
                 yield from dump_order(recipe, phase, order, manifests, step)
-        drawn = order.drawn(phases[-1].end)

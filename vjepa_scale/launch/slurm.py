@@ -2,15 +2,22 @@
 
 import submitit
 
-from vjepa_scale.launch.task import run_stage
+from vjepa_scale.launch.local import failure
+from vjepa_scale.launch.task import failure_folder, run_stage
 from vjepa_scale.recipe import Recipe
-from vjepa_scale.training.start import stage_folder
+from vjepa_scale.training.start import is_finished, stage_folder
 
 
 def submit_chain(recipe: Recipe, stages: list[str], *, wait: bool) -> None:
-    """Submit the stages; with ``wait``, stay until the last job is over and raise its error, if any."""
-    previous: submitit.Job | None = None
+    """Submit the stages; with ``wait``, stay until the last job is over.
+
+    Raises UserError or StageFailedError of the first stage that ends without its last checkpoint; the stages
+    behind it are cancelled.
+    """
+    jobs: list[submitit.Job] = []
     for stage in stages:
+        for stale in failure_folder(recipe, stage).glob("*.json"):
+            stale.unlink()
         executor = submitit.SlurmExecutor(folder=stage_folder(recipe, stage) / "logs")
         parameters = {
             "job_name": f"{stage}",
@@ -21,10 +28,15 @@ def submit_chain(recipe: Recipe, stages: list[str], *, wait: bool) -> None:
         }
         if recipe.engine.device != "cpu":
             parameters["gpus_per_node"] = recipe.launch.tasks_per_node
-        if previous is not None:
-            parameters["dependency"] = f"afterok:{previous.job_id}"
+        if jobs:
+            parameters["dependency"] = f"afterok:{jobs[-1].job_id}"
+            parameters["additional_parameters"] = {"kill_on_invalid_dep": "yes"}
         executor.update_parameters(**parameters)
-        previous = executor.submit(run_stage, recipe, stage)
-        print(f"{stage}: Slurm job {previous.job_id}, logs in {executor.folder}", flush=True)
-    if wait and previous is not None:
-        previous.results()
+        jobs.append(executor.submit(run_stage, recipe, stage))
+        print(f"{stage}: Slurm job {jobs[-1].job_id}, logs in {executor.folder}", flush=True)
+    for index, (stage, job) in enumerate(zip(stages, jobs, strict=True) if wait else ()):
+        job.wait()
+        if not is_finished(recipe, stage):
+            for behind in jobs[index + 1 :]:
+                behind.cancel()
+            raise failure(recipe, stage, job, executor.folder)

@@ -35,6 +35,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read(path, seen=())
     for override in overrides:
         _apply(tree, override)
+    _drop_removed_sets(tree)
     return validate_recipe(tree, source=path)
 
 
@@ -62,7 +63,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             "no such recipe", where=path, fix="give the path of a YAML file, e.g. recipes/demo.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections", where=path)
@@ -81,6 +82,13 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _drop_removed_sets(tree: dict[str, Any]) -> None:
+    """``data.sets.NAME: null`` takes a data set of the recipe that is extended away."""
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sets"), dict):
+        data["sets"] = {name: value for name, value in data["sets"].items() if value is not None}
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -93,16 +101,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for depth, part in enumerate(parents):
         where = f"command line:{'.'.join(parents[: depth + 1])}"
-        if isinstance(node, list):
-            node = node[_list_index(node, part, where)]
-        elif isinstance(node, dict):
-            if not isinstance(node.get(part), (dict, list)):
-                node[part] = _expanded(node.get(part), key, where)
+        index = _list_index(node, part, where) if isinstance(node, list) else part
+        if isinstance(node, list) or isinstance(node.get(part), (dict, list)):
+            node = node[index]
+            if not isinstance(node, (dict, list)):
+                raise UserError(f"{node!r} has no keys below it", where=where)
+        else:
+            node[part] = _expanded(node.get(part), key, where)
             node = node[part]
-    if isinstance(node, list):
-        node[_list_index(node, last, f"command line:{key}")] = value
-    else:
-        node[last] = value
+    node[_list_index(node, last, f"command line:{key}") if isinstance(node, list) else last] = value
 
 
 def _expanded(value: Any, key: str, where: str) -> dict[str, Any]:

@@ -69,13 +69,10 @@ def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None)
     for config, steps in zip(stage.phases, _phase_steps(stage), strict=True):
         begin_lr = config.start_lr if config.start_lr is not None else start_lr
         if begin_lr is None:
-            begin_lr = config.final_lr
-        if begin_lr is None:
-            raise ValueError(f"{stage_name}.phases: {config.name!r} has no learning rate")
+            raise ValueError(f"{config.name!r} has no start_lr, and no phase before it to go on from")
         start_lr = config.final_lr if config.final_lr is not None else begin_lr
         if steps == 0:
             continue
-        clip = config.clip or stage.clip
         mixture = config.mixture or stage.mixture or {name: s.weight for name, s in recipe.data.sets.items()}
         phases.append(
             Phase(
@@ -85,8 +82,8 @@ def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None)
                 steps=steps,
                 start_lr=begin_lr,
                 final_lr=start_lr,
-                frames=clip.frames,
-                size=clip.size,
+                frames=(config.clip and config.clip.frames) or stage.clip.frames,
+                size=(config.clip and config.clip.size) or stage.clip.size,
                 global_batch=config.global_batch or stage.global_batch,
                 micro_batch=config.micro_batch or stage.micro_batch,
                 mixture={name: weight for name, weight in mixture.items() if weight > 0},
@@ -172,6 +169,7 @@ def accumulation(phase: Phase, *, dp_world_size: int) -> int:
             f"{phase.global_batch} clips in micro-batches of {phase.micro_batch} are {micro_batches}, "
             f"which {dp_world_size} ranks cannot share equally",
             where=f"{phase.stage}.global_batch",
-            fix=f"a multiple of micro_batch × ranks = {phase.micro_batch * dp_world_size}",
+            fix=f"other launch.nodes × launch.tasks_per_node, or a multiple of micro_batch × ranks = "
+            f"{phase.micro_batch * dp_world_size}",
         )
     return micro_batches // dp_world_size

@@ -5,7 +5,7 @@ Batches are global and counted in clips; lengths are in steps; sizes in pixels; 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -28,7 +28,9 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 
 # A single number stands for a range of that one value.
-Range = Annotated[tuple[float, float], BeforeValidator(_as_range)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveRange = Annotated[tuple[Positive, Positive], BeforeValidator(_as_range), AfterValidator(_ordered)]
+ShareRange = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_range), AfterValidator(_ordered)]
 
 
 # -- run, launch, engine ---------------------------------------------------------------------------
@@ -82,11 +84,11 @@ class DataSetConfig(Section):
 class AugmentConfig(Section):
     """One draw per clip (method: paper section 2.3 and the published configs)."""
 
-    area: Range = Field((0.3, 1.0), description="share of the picture's area that the crop takes")
-    aspect: Range = Field((0.75, 1.35), description="width over height of the crop")
+    area: ShareRange = Field((0.3, 1.0), description="share of the picture's area that the crop takes")
+    aspect: PositiveRange = Field((0.75, 1.35), description="width over height of the crop")
     flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of RGB in [0, 1]: ImageNet's")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
 
 
 class DataConfig(Section):
@@ -182,9 +184,9 @@ class MaskGeneratorConfig(Section):
     """Multi-block masking (docs/method.md 4): targets are the union of blocks, context is the rest."""
 
     blocks: PositiveInt = Field(description="how many blocks; targets are their union")
-    spatial_scale: Range = Field(description="share of the h×w grid that one block covers")
-    temporal_scale: Range = Field((1.0, 1.0), description="share of time that one block covers")
-    aspect_ratio: Range = Field((0.75, 1.5), description="height over width of a block")
+    spatial_scale: ShareRange = Field(description="share of the h×w grid that one block covers")
+    temporal_scale: ShareRange = Field((1.0, 1.0), description="share of time that one block covers")
+    aspect_ratio: PositiveRange = Field((0.75, 1.5), description="height over width of a block")
     max_context_frames: Fraction = Field(1.0, description="share of time the context may come from, from the start")
     max_keep: PositiveInt | None = Field(None, description="at most this many context tokens")
     full_complement: bool = Field(False, description="targets are all tokens outside the (truncated) context")
@@ -216,12 +218,15 @@ class JepaConfig(Section):
     ema_momentum: Annotated[float, Field(ge=0, le=1)] = Field(
         0.99925, description="m of the target encoder: θ̄ ← m·θ̄ + (1−m)·θ after every step"
     )
-    loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="1: L1, 2: squared error")
+    loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
+
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain: for tests and comparisons")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of AdamW")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
@@ -230,11 +235,17 @@ class OptimizerConfig(Section):
 # -- stages ----------------------------------------------------------------------------------------
 
 
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)]
+
+
 class ClipConfig(Section):
     frames: PositiveInt = Field(16, description="frames of a clip, at data.fps")
-    size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)] = (
-        Field((256, 256), description="height and width in pixels; one number for a square")
-    )
+    size: Size = Field((256, 256), description="height and width in pixels; one number for a square")
+
+
+class PhaseClipConfig(Section):
+    frames: PositiveInt | None = Field(None, description="default: the stage's")
+    size: Size | None = Field(None, description="default: the stage's")
 
 
 class PhaseConfig(Section):
@@ -251,7 +262,7 @@ class PhaseConfig(Section):
     final_lr: Annotated[float, Field(ge=0)] | None = Field(
         None, description="exactly the last step's; default: start_lr"
     )
-    clip: ClipConfig | None = None
+    clip: PhaseClipConfig | None = None
     global_batch: PositiveInt | None = Field(None, description="default: the stage's")
     micro_batch: PositiveInt | None = Field(None, description="default: the stage's")
     mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")

@@ -48,25 +48,21 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
     """Decide where the stage starts. Every rank calls it and gets the same answer.
 
     manifests: of today's data sets. One that is not what a finished step was drawn from makes a resume
-    impossible; a stage that continues from elsewhere counts such a data set from its first epoch.
+    impossible.
     Raises UserError where a checkpoint that was asked for is absent, unfinished or damaged: a stage never
     starts from scratch instead.
     """
     own = store.find_latest(checkpoints_folder(recipe, stage_name))
     if own is not None:
-        _refuse_rewritten_history(recipe, stage_name, manifests, own)
+        refuse_other_recipe(recipe, stage_name, own)
+        _refuse_other_data(manifests, own)
         manifest = store.read_manifest(own)
         return Start("resume", own, manifest["step"], manifest["first"], manifest["base"])
     stage = recipe.stages()[stage_name]
     if stage.continue_from is not None:
         source = _source(recipe, stage_name, "continue_from", stage.continue_from)
-        manifest = store.read_manifest(source)
-        base = {
-            name: manifest["drawn"][name]
-            for name, data_set in manifests.items()
-            if manifest["data"].get(name) == data_set.identity
-        }
-        return Start("continue", source, manifest["step"], manifest["step"], base)
+        step = store.read_manifest(source)["step"]
+        return Start("continue", source, step, step, _carried(recipe, manifests, source))
     if stage.init_from is not None:
         return Start("init", _source(recipe, stage_name, "init_from", stage.init_from))
     return Start("fresh")
@@ -103,6 +99,51 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
     return latest
 
 
+def _carried(recipe: Recipe, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
+    """How many clips each data set has given before a stage that continues from ``source``.
+
+    A data set whose order is another one now (other shards, seed or lanes) begins with its first epoch.
+    """
+    manifest = store.read_manifest(source)
+    data = manifest["recipe"]["data"]
+    if (data["seed"], data["lanes"]) != (recipe.data.seed, recipe.data.lanes):
+        return {}
+    return {
+        name: manifest["drawn"][name]
+        for name, data_set in manifests.items()
+        if manifest["data"].get(name) == data_set.identity
+    }
+
+
+def planned_first(recipe: Recipe, stage_name: str) -> int:
+    """The global step that a stage begins, or began, at, by names and manifests only."""
+    own = store.newest_name(checkpoints_folder(recipe, stage_name))
+    if own is not None:
+        return store.read_manifest(own)["first"]
+    before = recipe.stages()[stage_name].continue_from
+    if before is None:
+        return 0
+    if before in recipe.stages():
+        return resolve_phases(recipe, before, first=planned_first(recipe, before))[-1].end
+    return store.read_manifest(_source(recipe, stage_name, "continue_from", before, verify=False))["step"]
+
+
+def planned_order(recipe: Recipe, stage_name: str, manifests: dict[str, Manifest]) -> tuple[list[Phase], DataOrder]:
+    """The phases of a stage and the order of its data, as they were or will be trained."""
+    phases = resolve_phases(recipe, stage_name, first=planned_first(recipe, stage_name))
+    own = store.newest_name(checkpoints_folder(recipe, stage_name))
+    before = recipe.stages()[stage_name].continue_from
+    if own is not None:
+        base = store.read_manifest(own)["base"]
+    elif before is None:
+        base = {}
+    elif before in recipe.stages():
+        base = planned_order(recipe, before, manifests)[1].drawn(phases[0].first)
+    else:
+        base = _carried(recipe, manifests, _source(recipe, stage_name, "continue_from", before, verify=False))
+    return phases, data_order(recipe, manifests, phases, base)
+
+
 def stage_phases(recipe: Recipe, stage_name: str, start: Start) -> list[Phase]:
     return resolve_phases(recipe, stage_name, first=start.first)
 
@@ -114,6 +155,13 @@ def is_finished(recipe: Recipe, stage_name: str) -> bool:
         return False
     manifest = store.read_manifest(newest)
     return manifest["step"] == resolve_phases(recipe, stage_name, first=manifest["first"])[-1].end
+
+
+def check_finished(recipe: Recipe, stage_name: str) -> None:
+    """Refuse a recipe that a finished stage was not trained with: it would be taken for its result."""
+    newest = store.newest_name(checkpoints_folder(recipe, stage_name))
+    assert newest is not None, "is_finished said so"
+    refuse_other_recipe(recipe, stage_name, newest)
 
 
 def open_data(recipe: Recipe) -> dict[str, Manifest]:
@@ -156,7 +204,8 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
     stage = recipe.stages()[stage_name]
     own = store.newest_name(checkpoints_folder(recipe, stage_name))
     if own is not None:
-        _refuse_rewritten_history(recipe, stage_name, manifests, own)
+        refuse_other_recipe(recipe, stage_name, own)
+        _refuse_other_data(manifests, own)
     else:
         for word, value in (("continue_from", stage.continue_from), ("init_from", stage.init_from)):
             if value is not None and value not in will_have_run:
@@ -164,13 +213,20 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
     data_order(recipe, manifests, phases, {})
 
 
-def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest], path: Path) -> None:
-    """Resume must continue what was trained: the steps done must be the same under today's recipe and data.
+def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
+    """Resume must continue what was trained: the steps done must be the same under today's recipe.
 
     path: the stage's own checkpoint. Later steps may change (a stage may be made longer), and so may what no
     number depends on. Raises UserError with what differs.
     """
     manifest = store.read_manifest(path)
+    before = recipe.stages()[stage_name].continue_from
+    if before in recipe.stages() and (end := resolve_phases(recipe, before)[-1].end) != manifest["first"]:
+        raise UserError(
+            f"{path} goes back to step {manifest['first']} of {before!r}, which now ends at {end}",
+            where=stage_name,
+            fix=f"put {before}.steps back, or move {path.parent.parent} away to run {stage_name!r} again",
+        )
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
     changed = []
     for section in ("model", "masks", "jepa", "optimizer"):
@@ -196,8 +252,12 @@ def _refuse_rewritten_history(recipe: Recipe, stage_name: str, manifests: Mappin
             where="resume",
             fix="put it back, choose another run.dir, or start another run with init_from or continue_from",
         )
+
+
+def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
+    trained_on = store.read_manifest(path)["data"]
     for name, data_set in manifests.items():
-        if manifest["data"].get(name) != data_set.identity:
+        if trained_on.get(name) != data_set.identity:
             raise UserError(
                 f"not the shards that {path} was trained on",
                 where=f"data.sets.{name}.path",

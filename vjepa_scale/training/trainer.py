@@ -1,17 +1,12 @@
 """One stage, from its start to its last checkpoint. The same function on every rank."""
 
-import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, write_atomic
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.loader import PhaseLoader
@@ -20,6 +15,7 @@ from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.fsdp import FsdpEngine
 from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml
+from vjepa_scale.training.lock import only_trainer_of
 from vjepa_scale.training.metrics import MetricsLog, touch
 from vjepa_scale.training.start import (
     Start,
@@ -32,8 +28,6 @@ from vjepa_scale.training.start import (
 )
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
-LOCK_PATIENCE_S = 10.0
-
 
 def train_stage(recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
     """Train a stage until its last step is checkpointed. Resumes by itself.
@@ -44,32 +38,10 @@ def train_stage(recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
     try:
-        with _only_trainer_of(folder, ranks):
+        with only_trainer_of(folder, ranks):
             _Trainer(recipe, stage_name, ranks).run()
     finally:
         process_group.stop()
-
-
-@contextmanager
-def _only_trainer_of(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 holds the stage's lock while it trains; the kernel releases it however the process ends."""
-    with open(folder / ".lock", "a") as lock:
-        if not process_group.from_rank_0(ranks.is_main and _locked(lock)):
-            raise UserError("another process is training this stage", where=folder, fix="wait for it, or end it")
-        yield
-
-
-def _locked(lock: IO[str]) -> bool:
-    # The ranks of a run that was just killed may take a moment to be gone.
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
 
 
 class _Trainer:

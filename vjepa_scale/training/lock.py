@@ -1,0 +1,48 @@
+"""One trainer per stage. The lock is the kernel's: it is released however its holder ends."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.parallel import process_group
+
+# The ranks of a run that was just killed may take a moment to be gone.
+PATIENCE_S = 10.0
+
+
+@contextmanager
+def only_trainer_of(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 holds a stage's lock inside; every rank raises UserError where another job holds it."""
+    with open(folder / ".lock", "a") as lock:
+        if not process_group.from_rank_0(ranks.is_main and _locked(lock)):
+            raise _held_by_another(folder)
+        yield
+
+
+def refuse_if_training(folder: Path) -> None:
+    """Raise UserError if a stage is being trained now. For launchers, before they touch anything of it."""
+    if (folder / ".lock").exists():
+        with open(folder / ".lock", "a") as lock:
+            if not _locked(lock):
+                raise _held_by_another(folder)
+
+
+def _held_by_another(folder: Path) -> UserError:
+    return UserError("another process is training this stage", where=folder, fix="wait for it, or end it")
+
+
+def _locked(lock: IO[str]) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
