@@ -35,7 +35,7 @@ RECIPE = Recipe.model_validate(
             "patch": 8,
         },
         "masks": {"group": 4},
-        "pretrain": {"steps": 4, "global_batch": 4, "micro_batch": 4, "phases": [{"name": "all", "final_lr": 1e-3}]},
+        "pretrain": {"steps": 4, "global_batch": 4, "micro_batch": 4, "phases": [{"name": "all", "start_lr": 1e-3}]},
     }
 )
 MANIFEST: dict[str, Any] = {

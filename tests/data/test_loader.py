@@ -50,7 +50,7 @@ def recipe_for(
             "clip": {"frames": 4, "size": list(size)},
             "global_batch": 8,
             "micro_batch": micro_batch,
-            "phases": [{"name": "warmup", "steps": 2, "final_lr": 1e-4}, {"name": "constant"}],
+            "phases": [{"name": "warmup", "steps": 2, "start_lr": 1e-4}, {"name": "constant"}],
         },
     }
     return validate_recipe(tree, source="test")

@@ -1,7 +1,9 @@
 """The chain of stages on Slurm: one submitit job per stage, each waiting for the one before (afterok)."""
 
 import submitit
+from submitit.core.utils import FailedJobError
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.local import failure
 from vjepa_scale.launch.task import failure_folder, run_stage
 from vjepa_scale.recipe import Recipe
@@ -32,7 +34,12 @@ def submit_chain(recipe: Recipe, stages: list[str], *, wait: bool) -> None:
             parameters["dependency"] = f"afterok:{jobs[-1].job_id}"
             parameters["additional_parameters"] = {"kill_on_invalid_dep": "yes"}
         executor.update_parameters(**parameters)
-        jobs.append(executor.submit(run_stage, recipe, stage))
+        try:
+            jobs.append(executor.submit(run_stage, recipe, stage))
+        except FailedJobError as error:
+            for job in jobs:
+                job.cancel()
+            raise UserError(f"Slurm refused the job of {stage!r}: {error}", where="launch") from None
         print(f"{stage}: Slurm job {jobs[-1].job_id}, logs in {executor.folder}", flush=True)
     for index, (stage, job) in enumerate(zip(stages, jobs, strict=True) if wait else ()):
         job.wait()
