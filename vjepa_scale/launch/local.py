@@ -15,6 +15,7 @@ from vjepa_scale.recipe import Recipe
 from vjepa_scale.training.start import is_finished, stage_folder
 
 FAILURE_GRACE_S = 15.0
+INTERRUPT_GRACE_S = 3.0
 
 
 class StageFailedError(RuntimeError):
@@ -56,7 +57,14 @@ def run_one(recipe: Recipe, stage: str) -> None:
     )
     job = executor.submit(run_stage, recipe, stage)
     print(f"{stage}: {tasks} processes, logs in {logs}/{job.job_id}_*", flush=True)
-    _follow(job, failure_folder(recipe, stage))
+    try:
+        _follow(job, failure_folder(recipe, stage))
+    except KeyboardInterrupt:
+        # Ctrl-C has reached the processes too; an interrupt of the launcher alone has not.
+        time.sleep(INTERRUPT_GRACE_S)
+        if not job.done():
+            job.cancel()
+        raise
     if not is_finished(recipe, stage):
         raise failure(recipe, stage, job, logs)
 
