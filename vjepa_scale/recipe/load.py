@@ -44,7 +44,7 @@ def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise explain_invalid(error, source, Recipe) from None
     _cross_check(recipe, source)
     return recipe
 
@@ -130,14 +130,17 @@ def _list_index(node: list[Any], part: str, where: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError, source: object) -> UserError:
+def explain_invalid(error: ValidationError, source: object, schema: type[BaseModel]) -> UserError:
+    """What pydantic found in a file, as one line that names ``source:key`` and what would work."""
     first = error.errors()[0]
     location = [
-        str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict", "constrained"))
+        str(part)
+        for part in first["loc"]
+        if not str(part).startswith(("function-", "lax-or-strict", "constrained", "[key]"))
     ]
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(schema, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
@@ -148,9 +151,9 @@ def _explain(error: ValidationError, source: object) -> UserError:
     return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}")
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
     """The keys of the section at a location of the schema."""
-    section: Any = Recipe
+    section: Any = schema
     for part in location:
         if part.isdigit() or not (isinstance(section, type) and issubclass(section, BaseModel)):
             continue
