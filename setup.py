@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vjepa_scale", "vjepa_scale.*"]),
+    package_data={"vjepa_scale.launch": ["epilogue.sh"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -22,6 +23,7 @@ setup(
         "webdataset>=1.0",
         "av>=14",
         "submitit>=1.5",
+        "psutil>=6",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tqdm>=4.66",
@@ -37,7 +39,6 @@ setup(
             "types-PyYAML",
             "import-linter",
             "transformers>=5",
-            "psutil",
         ],
     },
 )

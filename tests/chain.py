@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Non-square pictures, two data sets, more micro-batches than ranks.
 RECIPE: dict[str, Any] = {
     "run": {"seed": 5},
-    "launch": {"tasks_per_node": 1, "timeout_min": 10},
+    "launch": {"cluster": "local", "tasks_per_node": 1, "timeout_min": 10},
     "engine": {"device": "cpu", "precision": "float32", "timeout_s": 60},
     "data": {"seed": 3, "fps": 4, "lanes": 2, "workers": 1, "augment": {"flip": 0.5}},
     "model": {

@@ -77,7 +77,7 @@ def _start(
     job = f"test-{uuid.uuid4().hex}"
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        ranks = Ranks(rank, world_size, rank, world_size, job, "submitit-local")
+        ranks = Ranks(rank, world_size, rank, world_size, job, "submitit-local", job)
         process = context.Process(target=_worker, args=(function, ranks, cfg, folder, args, theirs))
         process.start()
         theirs.close()

@@ -1,78 +1,173 @@
 #!/usr/bin/env python3
-"""Run a recipe's stages: here, or (through submitit) on Slurm.
+"""Run a recipe's stages on Slurm (through submitit) or on this machine, and look after the run.
 
-python tools/launch.py recipes/demo.yaml --cluster local --wait
 python tools/launch.py recipes/vitg_384.yaml --dry-run
-python tools/launch.py recipes/demo.yaml pretrain.steps=50 --dump-order 0:2
+python tools/launch.py recipes/vitg_384.yaml launch.profile=mine --dry-run --print-sbatch
+python tools/launch.py recipes/vitg_384.yaml launch.profile=mine
+python tools/launch.py status RUN [--json]     what became of each stage; exit code 1 if one failed
+python tools/launch.py follow RUN              what rank 0 says, until the last stage is over (Ctrl-C leaves it running)
+python tools/launch.py cancel RUN              end its jobs; the same launch goes on later
+
+The same launch command again refuses a run that is at work and continues one that has stopped.
 """
 
 import argparse
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from vjepa_scale.core.errors import run_command
-from vjepa_scale.core.files import write_atomic
-from vjepa_scale.launch import plan
-from vjepa_scale.recipe import load_recipe, recipe_yaml
+from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.recipe import Recipe, load_recipe
+from vjepa_scale.recipe.folders import stage_folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("recipe", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. pretrain.steps=100")
-    parser.add_argument("--cluster", choices=["local", "slurm"], default="local")
-    parser.add_argument("--stages", help="comma-separated; default: all of the recipe")
-    parser.add_argument("--wait", action="store_true", help="stay until the last stage is complete, showing its lines")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--dump-order", metavar="FIRST:LAST", help="print every clip of these global steps and stop")
-    arguments = parser.parse_intermixed_args()
+    if len(sys.argv) > 1 and sys.argv[1] in ("status", "follow", "cancel"):
+        return look_after(sys.argv[1], sys.argv[2:])
+    from vjepa_scale.launch import plan  # imports torch, which status does without
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    arguments = _parser().parse_intermixed_args()
+    overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
+    recipe = load_recipe(arguments.recipe, overrides)
     stages = plan.chosen_stages(recipe, arguments.stages.split(",") if arguments.stages else None)
     if arguments.dump_order:
         for line in plan.order_lines(recipe, stages, arguments.dump_order):
             print(line)
         return 0
+    cluster = plan.chosen_cluster(recipe)
+    if arguments.print_sbatch:
+        return _print_scripts(recipe, stages, cluster, dry_run=arguments.dry_run)
     with plan.errors_name(arguments.recipe):
         description = list(plan.describe(recipe, stages))
-    remaining = [] if arguments.dry_run else plan.check(recipe, stages, source=arguments.recipe)
-    print("\n".join(description))
     if arguments.dry_run:
+        print("\n".join(description))
         return 0
+    return _launch(recipe, stages, cluster, description, arguments, overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. pretrain.steps=100")
+    parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="launch.cluster of the recipe")
+    parser.add_argument("--stages", help="comma-separated; default: all of the recipe")
+    parser.add_argument("--wait", action="store_true", help="stay until the last stage is complete, showing its lines")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--print-sbatch", action="store_true", help="with --dry-run: print the batch scripts instead")
+    parser.add_argument("--dump-order", metavar="FIRST:LAST", help="print every clip of these global steps and stop")
+    return parser
+
+
+def _launch(
+    recipe: Recipe,
+    stages: list[str],
+    cluster: str,
+    description: list[str],
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+) -> int:
+    from vjepa_scale.launch import plan
+    from vjepa_scale.launch.record import only_launcher_of, record_launch
+
+    run = Path(recipe.run.dir)
+    remaining = plan.check(recipe, stages, source=arguments.recipe, cluster=cluster)
     if not remaining:
-        print("every stage is already complete")
+        print("\n".join([*description, "every stage is already complete"]))
         return 0
-    run_folder = Path(recipe.run.dir)
-    write_atomic(run_folder / "recipe.yaml", recipe_yaml(recipe))
-    if arguments.cluster == "local" and not arguments.wait:
-        return _in_background(run_folder, remaining)
-    from vjepa_scale.launch.local import StageFailedError, run_chain
-    from vjepa_scale.launch.slurm import submit_chain
+    if cluster == "local" and not arguments.wait:
+        return _in_background(recipe, remaining, [arguments.recipe, *overrides, "--stages", ",".join(remaining)])
+    with only_launcher_of(run):
+        plan.refuse_if_at_work(recipe)  # another launch may have come between
+        print("\n".join(description), flush=True)
+        launch = record_launch(recipe, remaining, cluster=cluster)
+        if cluster == "local":
+            from vjepa_scale.launch.local import LocalChain, StageFailedError, StoppedError
 
-    try:
-        if arguments.cluster == "slurm":
-            submit_chain(recipe, remaining, wait=arguments.wait)
-        else:
-            run_chain(recipe, remaining)
-    except StageFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            try:
+                LocalChain(recipe, launch).run(remaining)
+            except StageFailedError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            except StoppedError as stopped:
+                print(f"stopped by {stopped}: the same command goes on", file=sys.stderr)
+                return stopped.exit_code
+            return 0
+        from vjepa_scale.launch.slurm import submit_chain
+
+        submit_chain(recipe, remaining, launch)
+    if not arguments.wait:
+        print(f"look after it with: python tools/launch.py status|follow|cancel {run}")
+        return 0
+    return look_after("follow", [str(run)])
 
 
-def _in_background(run_folder: Path, stages: list[str]) -> int:
-    """The same command with --wait, in a session of its own, so that closing the terminal does not end it."""
-    log = run_folder / "launch.log"
-    command = [sys.executable, __file__, str(run_folder / "recipe.yaml"), "--stages", ",".join(stages), "--wait"]
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+def _print_scripts(recipe: Recipe, stages: list[str], cluster: str, *, dry_run: bool) -> int:
+    if not dry_run:
+        raise UserError("--print-sbatch only prints", where="command line", fix="give --dry-run too")
+    if cluster != "slurm":
+        raise UserError(
+            "no sbatch command here", where="launch.cluster", fix="--cluster slurm prints them all the same"
         )
-    print(f"started as process {process.pid}; follow it with: tail -f {log}")
+    from vjepa_scale.launch.record import planned_launch
+    from vjepa_scale.launch.slurm import scripts
+
+    for stage, text in scripts(recipe, stages, planned_launch(recipe)).items():
+        print(f"# -- {stage}.sbatch\n{text}")
     return 0
+
+
+def _in_background(recipe: Recipe, stages: list[str], again: list[str]) -> int:
+    """The same command with --wait, in a session of its own, so that closing the terminal does not end it."""
+    run = Path(recipe.run.dir)
+    log = run / "launch.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        said = output.tell()
+        process = subprocess.Popen(
+            [sys.executable, __file__, *again, "--cluster", "local", "--wait"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    history = stage_folder(recipe, stages[0]) / "history.jsonl"
+    while not any(row.get("pid") == process.pid for row in read_jsonl(history)):
+        if (code := process.poll()) is not None:
+            print(log.read_bytes()[said:].decode(errors="replace"), end="", file=sys.stderr)
+            return code
+        time.sleep(0.1)
+    print(
+        f"started as process {process.pid}, which writes {log}\n"
+        f"look after it with: python tools/launch.py status|follow|cancel {run}"
+    )
+    return 0
+
+
+def look_after(command: str, words: list[str]) -> int:
+    """``status RUN [--json]``, ``follow RUN``, ``cancel RUN``."""
+    parser = argparse.ArgumentParser(prog=f"launch.py {command}", allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the run folder: run.dir of its recipe")
+    if command == "status":
+        parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args(words)
+    if command == "follow":
+        from vjepa_scale.launch.follow import follow
+
+        return follow(arguments.run)
+    if command == "cancel":
+        from vjepa_scale.launch.cancel import cancel
+
+        return cancel(arguments.run)
+    from vjepa_scale.launch.status import as_json, read_status, render
+
+    status = read_status(arguments.run)
+    print(as_json(status) if arguments.json else render(status))
+    return status.exit_code
 
 
 if __name__ == "__main__":

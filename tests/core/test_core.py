@@ -90,6 +90,7 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "8",
     "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_ID": "0",
     "SLURM_TASKS_PER_NODE": "4(x2)",
@@ -111,8 +112,12 @@ def test_ranks_come_from_whichever_environment_there_is() -> None:
     assert detect_ranks({**SLURM, "SLURM_RESTART_COUNT": "1"}).job != slurm.job
     assert detect_ranks(LOCAL).world_size == 2
     assert detect_ranks({}).world_size == 1
-    # A shell inside an allocation is not a task of it.
-    assert detect_ranks({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}).world_size == 1
+    assert (slurm.job_id, torchrun.job_id, detect_ranks(LOCAL).job_id) == ("77", torchrun.job, "9")
+    # Nodes need not be alike: two with three tasks, one with two.
+    third = {**SLURM, "SLURM_NODEID": "2", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_TASKS_PER_NODE": "3(x2),2"}
+    assert detect_ranks(third).local_world_size == 2
+    # A shell inside an allocation of one task is that task's; mpirun with one process is one process.
+    assert detect_ranks({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}).world_size == 1
 
 
 @pytest.mark.parametrize("whole", [TORCHRUN, SLURM, LOCAL])
@@ -124,3 +129,17 @@ def test_an_incomplete_environment_is_an_error_never_world_size_1(whole: dict[st
             detect_ranks(partial)
     with pytest.raises(UserError, match="impossible"):
         detect_ranks({**TORCHRUN, "RANK": "4"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"},  # salloc's shell
+        {**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},  # a batch script without srun
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+    ],
+)
+def test_one_of_several_processes_never_trains_alone(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="srun or torchrun"):
+        detect_ranks(environment)

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,8 +31,105 @@ def rank_process(launcher: psutil.Process, rank: int) -> psutil.Process | None:
     return None
 
 
-def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
+def start(recipe: Path, *words: str) -> subprocess.Popen[str]:
+    """The launcher in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "launch.py"), str(recipe), "--wait", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_steps(launcher: subprocess.Popen[str], run: Path, steps: int) -> None:
+    log = run / "pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= steps):
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def events(run: Path, stage: str = "pretrain") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / stage / "history.jsonl").read_text().splitlines()]
+
+
+def named(rows: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["event"] == event]
+
+
+@pytest.mark.parametrize("max_restarts", [0, 3])
+def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Without restarts the launcher says which rank failed, and the same command goes on; else it goes on itself."""
+    run = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        run,
+        two_data_sets,
+        launch={"tasks_per_node": 2, "max_restarts": max_restarts},
+        pretrain={"steps": 60},
+        cooldown=None,
+    )
+    launcher = start(recipe)
+    wait_for_steps(launcher, run, 6)
+    victim = rank_process(psutil.Process(launcher.pid), 1)
+    assert victim is not None
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    victim.send_signal(signal.SIGKILL)
+    stdout, stderr = launcher.communicate(timeout=100)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, f"still running: {alive}"
+    if max_restarts == 0:
+        assert launcher.returncode == 1
+        assert stderr.startswith("error: pretrain: rank 0 failed with ")
+        assert str(run / "pretrain" / "failures") in stderr
+        assert stderr.count("\n") == 1
+        tool("launch", recipe, "--wait")
+    else:
+        assert launcher.returncode == 0, stdout + stderr
+        assert [row["kind"] for row in named(events(run), "started")] == ["fresh", "resume"]
+        assert len(named(events(run), "requeued")) == 1
+    assert [row["step"] for row in metrics(run, "pretrain")] == list(range(60))
+    failed = named(events(run), "failed")
+    assert len(failed) == 1
+    assert failed[0]["rank"] == 0  # rank 1 could not say anything
+    assert Path(failed[0]["log"]).exists()
+
+
+def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     two_data_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tmp_path / "run",
+        two_data_sets,
+        pretrain={
+            "phases": [
+                {"name": "warmup", "steps": 5, "start_lr": 1e-4, "final_lr": 1e-3},
+                {"name": "constant", "start_lr": 1e30},  # the first step of it ruins the weights
+            ]
+        },
+    )
+    done = tool("launch", recipe, "--wait", check=False)
+    assert done.returncode == 1
+    assert "rank 0 failed with NonFiniteLossError at step 6" in done.stderr
+    assert "twice in a row" in done.stderr
+    rows = events(tmp_path / "run")
+    assert [row["step"] for row in named(rows, "started")] == [0, 5]
+    assert [(row["kind"], row["step"]) for row in named(rows, "failed")] == [("NonFiniteLossError", 6)] * 2
+    assert not (tmp_path / "run" / "cooldown").exists()
+
+    # The rate of steps that are not trained yet may change: the run goes on.
+    tool("launch", recipe, "pretrain.phases.1.start_lr=1e-3", "--wait")
+    assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_is_told_to_stop_saves_first(
+    number: signal.Signals, two_data_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     recipe = write_recipe(
@@ -39,40 +137,20 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(
         run,
         two_data_sets,
         launch={"tasks_per_node": 2},
-        pretrain={"steps": 60},
-        cooldown=None,
+        checkpoint={"every": 1000},
+        pretrain={"steps": 400},
     )
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(recipe), "--wait"]
-    launcher = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    log = run / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 6):
-        assert launcher.poll() is None, launcher.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    victim = rank_process(psutil.Process(launcher.pid), 1)
-    assert victim is not None
-    family = psutil.Process(launcher.pid).children(recursive=True)
-    victim.send_signal(signal.SIGKILL)
-    killed_at = time.monotonic()
-    _, stderr = launcher.communicate(timeout=100)
-    assert launcher.returncode == 1
-    assert stderr.startswith("error: pretrain: rank 0 failed with ")
-    assert str(run / "pretrain" / "failures") in stderr
-    assert stderr.count("\n") == 1
-    print(f"the launcher said so {time.monotonic() - killed_at:.1f} s after the kill")
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive, f"still running: {alive}"
-
-    tool("launch", recipe, "--wait")
-    assert [row["step"] for row in metrics(run, "pretrain")] == list(range(60))
+    launcher = start(recipe)
+    wait_for_steps(launcher, run, 12)
+    os.killpg(launcher.pid, number) if number == signal.SIGINT else launcher.send_signal(number)  # Ctrl-C: everyone's
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + number
+    assert "Traceback" not in stderr
+    interrupted = named(events(run), "interrupted")[-1]
+    assert interrupted["step"] == len(metrics(run, "pretrain")) > 11
+    assert (run / "pretrain" / "checkpoints" / f"step_{interrupted['step']:08d}").is_dir()
+    assert named(events(run), "cancelled")
+    assert not (run / "cooldown").exists()
 
 
 def test_a_clip_that_does_not_decode_stops_the_run_and_is_named(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -107,8 +185,7 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
         cooldown=None,
     )
     started = tool("launch", recipe)  # in the background
-    assert "tail -f" in started.stdout
-    pid = int(started.stdout.split("started as process ")[1].split(";")[0])
+    pid = int(started.stdout.split("started as process ")[1].split(",")[0])
     first = psutil.Process(pid)
     try:
         log = tmp_path / "run" / "pretrain" / "metrics.jsonl"
@@ -118,7 +195,7 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
             time.sleep(0.05)
         done = tool("launch", recipe, "--wait", check=False)
         assert done.returncode == 2
-        assert "another process is training this stage" in done.stderr
+        assert f"process {pid} of 'pretrain' is at work" in done.stderr
         assert not (tmp_path / "run" / "pretrain" / "failures").exists()  # refused before it touched anything
         rows = log.read_bytes().count(b"\n")
         while log.read_bytes().count(b"\n") < rows + 10:  # the first run goes on

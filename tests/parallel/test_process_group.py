@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def ranks_of(rank: int, world_size: int, job: str = "job") -> Ranks:
-    return Ranks(rank, world_size, rank, world_size, job, "submitit-local")
+    return Ranks(rank, world_size, rank, world_size, job, "submitit-local", job)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+# sysexits.h EX_TEMPFAIL: a rank obeyed a signal and has saved; the same command goes on.
+EXIT_SAVED = 75
 
 
 class UserError(Exception):

@@ -49,20 +49,26 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = False) -> None:
     """Append one JSON line with a single write, so that lines of several writers do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
-        file.write((json.dumps(row) + "\n").encode())
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a kill: our line must not be part of it
+        file.write((b"\n" if torn else b"") + (json.dumps(row) + "\n").encode())
         if durable:
             os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file. A last line cut short by a kill is left out: it was never finished."""
+    """The rows of a JSON-lines file. A line cut short by a kill is left out: it was never finished."""
     if not path.exists():
         return
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                yield row
 
 
 def sha256_file(path: Path) -> str:

@@ -14,6 +14,7 @@ class Ranks:
     rank, world_size:             among all processes of the job
     local_rank, local_world_size: among those of this node
     job:                          a name that is new for each start of the job, shared by its processes
+    job_id:                       what the cluster manager, and the names of log files, call the job
     source:                       which environment said so: torchrun, slurm, submitit-local or single
     """
 
@@ -23,6 +24,7 @@ class Ranks:
     local_world_size: int
     job: str
     source: str
+    job_id: str
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +38,10 @@ _SUBMITIT_LOCAL = (
     "SUBMITIT_LOCAL_LOCALID",
     "SUBMITIT_LOCAL_JOB_ID",
 )
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_NOT_A_STEP = ("", "4294967290", "4294967291", "4294967292")  # no step; an interactive, a batch, an external one
+# How many processes there are, in environments that do not say enough to build a group from them.
+_ONLY_A_SIZE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def detect_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
@@ -47,20 +52,37 @@ def detect_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
     """
     if env.get("SUBMITIT_EXECUTOR") == "local":
         rank, world, local, job = _require(env, _SUBMITIT_LOCAL, "submitit's local executor")
-        return _checked(int(rank), int(world), int(local), int(world), job, "submitit-local")
+        return _checked(int(rank), int(world), int(local), int(world), job, "submitit-local", job_id=job)
     # RANK or WORLD_SIZE alone may be left over from another tool: either one demands the whole set.
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
         rank, world, local, node_tasks, addr, port = _require(env, _TORCHRUN, "torchrun")
         job = f"{addr}:{port}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        return _checked(int(rank), int(world), int(local), int(node_tasks), job, "torchrun")
-    # SLURM_PROCID exists only inside an srun step; a login or salloc shell has just the job's variables.
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in ("", "4294967291", "4294967290"):
-        rank, world, local, job_id, step_id = _require(env, _SLURM, "Slurm")
-        per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
-        local_world = int(per_node.split(",")[0].split("(")[0])
-        restart = env.get("SLURM_RESTART_COUNT", "0")
-        return _checked(int(rank), int(world), int(local), local_world, f"{job_id}.{step_id}-{restart}", "slurm")
-    return Ranks(0, 1, 0, 1, f"single-{os.getpid()}", "single")
+        return _checked(int(rank), int(world), int(local), int(node_tasks), job, "torchrun", job_id=job)
+    # A login, salloc or batch shell has just the job's variables; tasks of srun have a step of their own.
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in _NOT_A_STEP:
+        rank, world, local, node, job_id, step_id = _require(env, _SLURM, "Slurm")
+        per_node = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1"))
+        local_world = per_node[int(node)] if int(node) < len(per_node) else 0
+        job = f"{job_id}.{step_id}-{env.get('SLURM_RESTART_COUNT', '0')}"
+        return _checked(int(rank), int(world), int(local), local_world, job, "slurm", job_id=job_id)
+    for name in _ONLY_A_SIZE:
+        if env.get(name, "1") != "1":
+            raise UserError(
+                f"{name} is {env[name]}, but nothing says which of them this process is",
+                where="environment",
+                fix="start the processes with srun or torchrun, or unset it to train in this process alone",
+            )
+    job = f"single-{os.getpid()}"
+    return Ranks(0, 1, 0, 1, job, "single", job)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's ``2(x3),1``: three nodes with two tasks, one with one."""
+    counts: list[int] = []
+    for part in text.split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1)
+    return counts
 
 
 def _require(env: Mapping[str, str], names: tuple[str, ...], source: str) -> list[str]:
@@ -74,10 +96,10 @@ def _require(env: Mapping[str, str], names: tuple[str, ...], source: str) -> lis
     return [env[name] for name in names]
 
 
-def _checked(rank: int, world: int, local: int, local_world: int, job: str, source: str) -> Ranks:
+def _checked(rank: int, world: int, local: int, local_world: int, job: str, source: str, *, job_id: str) -> Ranks:
     if not (0 <= rank < world and 0 <= local < local_world <= world):
         raise UserError(
             f"rank {rank} of {world}, local rank {local} of {local_world}: impossible",
             where=f"environment of {source}",
         )
-    return Ranks(rank, world, local, local_world, job, source)
+    return Ranks(rank, world, local, local_world, job, source, job_id)

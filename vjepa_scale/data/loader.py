@@ -139,7 +139,11 @@ class Prefetched(Generic[Index, Item]):
         # DataLoader has no close of its own; dropping its iterator only works once nothing else refers to it.
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
+            workers = list(self._iterator._workers)  # type: ignore[union-attr]
             shutdown()
+            for worker in workers:  # one that hangs in a decoder may be deaf to SIGTERM
+                if worker.is_alive():
+                    worker.kill()
         self._iterator = None
 
 

@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext
 from typing import TypeVar
@@ -31,6 +32,22 @@ def worker_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "av", "vjepa_scale.data.loader"])
     return context
+
+
+def start_fork_server(*, deaf_to: Collection[signal.Signals]) -> None:
+    """Start the server now, so that it and its workers never get these signals.
+
+    A cluster manager signals every process of a job. The rank wants to finish its step then, with data from
+    its workers. Signals that arrive meanwhile reach this process when the server is up. (Not ignored, but
+    blocked: that is inherited without a moment in which this process would ignore them too.)
+    """
+    worker_context()
+    signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
+    try:
+        resource_tracker.ensure_running()
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)
 
 
 def start_worker() -> None:

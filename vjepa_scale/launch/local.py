@@ -1,72 +1,215 @@
-"""The chain of stages on this machine: submitit's local executor for each, and our loop around it."""
+"""The chain of stages on this machine: submitit's local executor for each attempt, and our loop around it.
+
+The loop does what Slurm does elsewhere: a stage that was interrupted or failed is started again by the same
+rules (``restarts``), and a stage waits for the one before.
+"""
 
 import os
+import signal
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+import psutil
 import submitit
 import torch
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json
-from vjepa_scale.launch.task import failure_folder, run_stage
+from vjepa_scale.launch.follow import copy_lines
+from vjepa_scale.launch.record import Launch
+from vjepa_scale.launch.restarts import Verdict, attempts, close_attempt, judge
+from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
-from vjepa_scale.training.start import is_finished, stage_folder
+from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.history import History
+from vjepa_scale.training.start import is_finished
 
 FAILURE_GRACE_S = 15.0
-INTERRUPT_GRACE_S = 3.0
+# A signal that comes while submitit is starting the ranks is lost, so it is repeated; ranks do not mind.
+ASK_AGAIN_S = 5.0
+# Time to finish a step and save, before submitit's local executor ends a job at its time limit.
+SIGNAL_DELAY_S = 30
 
 
 class StageFailedError(RuntimeError):
     """A stage ended without its last checkpoint."""
 
 
-def run_chain(recipe: Recipe, stages: list[str]) -> None:
-    """Run stages one after the other, each as one submitit job; show rank 0's lines as they come.
+class StoppedError(Exception):
+    """The launcher was told to stop: its ranks have saved, or were killed when it was told twice."""
 
-    Raises UserError for what the user can mend, StageFailedError for everything else.
-    """
-    for stage in stages:
-        if is_finished(recipe, stage):
-            print(f"{stage} is already complete")
-            continue
-        run_one(recipe, stage)
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
 
 
-def run_one(recipe: Recipe, stage: str) -> None:
-    """One stage through submitit's local executor, to its end."""
-    if recipe.launch.nodes > 1:
-        raise UserError(
-            f"{recipe.launch.nodes} nodes, but this is one machine",
-            where="launch.nodes",
-            fix="--cluster slurm, or launch.nodes=1",
+class LocalChain:
+    """Runs stages one after the other, each to its end, over restarts; shows rank 0's lines as they come."""
+
+    def __init__(self, recipe: Recipe, launch: Launch) -> None:
+        self._recipe, self._launch = recipe, launch
+        self._job: submitit.Job | None = None
+        self._stopping: int | None = None
+
+    def run(self, stages: list[str]) -> None:
+        """Raises UserError for what the user can mend, StoppedError after a signal, else StageFailedError."""
+        with self._listening():
+            for stage in stages:
+                if is_finished(self._recipe, stage):
+                    print(f"{stage} is already complete")
+                else:
+                    self._run_stage(stage)
+
+    # -- one stage -----------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: str) -> None:
+        folder = stage_folder(self._recipe, stage)
+        for leftover in (*folder.glob("failures/*.json"), *folder.glob("rendezvous/*")):
+            leftover.unlink()  # a local job's name is a process id, which may come again
+        history = History(folder)
+        job = self._start(stage)
+        me = psutil.Process()
+        history.add(
+            "submitted",
+            cluster="local",
+            job_id=job.job_id,
+            name=f"{Path(self._recipe.run.dir).name}-{stage}",
+            launch=str(self._launch.folder),
+            host=socket.gethostname(),
+            pid=me.pid,
+            created=me.create_time(),
         )
-    for leftover in ("failures/*.json", "rendezvous/*"):  # a job's name is a process id, which may come again
-        for stale in stage_folder(recipe, stage).glob(leftover):
-            stale.unlink()
-    logs = stage_folder(recipe, stage) / "logs"
-    executor = submitit.LocalExecutor(folder=logs)
-    tasks = recipe.launch.tasks_per_node
-    gpus = [] if recipe.engine.device == "cpu" else _visible_gpus(os.environ)
-    executor.update_parameters(
-        tasks_per_node=tasks,
-        gpus_per_node=len(gpus),  # submitit hides every GPU that is not asked for
-        visible_gpus=gpus,
-        timeout_min=recipe.launch.timeout_min,
-    )
-    job = executor.submit(run_stage, recipe, stage)
-    print(f"{stage}: {tasks} processes, logs in {logs}/{job.job_id}_*", flush=True)
+        while True:
+            self._follow(job, failures_folder(self._recipe, stage))
+            close_attempt(history, failures_folder(self._recipe, stage), job.job_id, job_id=job.job_id)
+            tried = attempts(history)
+            if self._stopping is not None and (tried[-1].end or {}).get("event") != "done":
+                if not any(row["event"] == "cancelled" for row in history.since_submission()):
+                    history.add("cancelled")
+                raise StoppedError(self._stopping)
+            verdict = judge(tried, max_restarts=self._recipe.launch.max_restarts)
+            if verdict.kind == "done":
+                return
+            if verdict.kind == "stop":
+                history.add("gave_up", job_id=job.job_id, reason=verdict.why)
+                raise self._failure(stage, verdict, history)
+            job = self._start(stage)
+            history.add("requeued", job_id=job.job_id, reason=verdict.ended)
+
+    def _start(self, stage: str) -> submitit.Job:
+        if self._stopping is not None:
+            raise StoppedError(self._stopping)
+        logs = logs_folder(self._recipe, stage)
+        launch, engine = self._recipe.launch, self._recipe.engine
+        gpus = [] if engine.device == "cpu" else _visible_gpus(os.environ)
+        executor = submitit.LocalExecutor(folder=logs)
+        executor.update_parameters(
+            tasks_per_node=launch.tasks_per_node,
+            gpus_per_node=len(gpus),  # submitit hides every GPU that is not asked for
+            visible_gpus=gpus,
+            timeout_min=launch.timeout_min,
+            signal_delay_s=SIGNAL_DELAY_S,
+        )
+        with _inherited(self._launch.code):
+            self._job = executor.submit(run_launched, self._launch.recipe, stage)
+        print(f"{stage}: {launch.tasks_per_node} processes, logs in {logs}/{self._job.job_id}_*", flush=True)
+        return self._job
+
+    def _follow(self, job: submitit.Job, failures: Path) -> None:
+        """Copy what rank 0 prints, and its warnings, to our own stdout until the job is over.
+
+        Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
+        reached the group would wait for its dead peer until ``engine.timeout_s``.
+        """
+        said = warned = 0
+        deadline: float | None = None
+        asked_at = 0.0
+        while True:
+            if self._stopping is not None and time.monotonic() > asked_at + ASK_AGAIN_S:
+                self._ask_to_save(job)
+                asked_at = time.monotonic()
+            over = job.done()
+            warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ")
+            said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over)
+            if over:
+                return
+            if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
+                deadline = time.monotonic() + FAILURE_GRACE_S
+            if deadline is not None and time.monotonic() > deadline:
+                end_processes(int(job.job_id))
+                deadline = None
+            time.sleep(0.2)
+
+    def _failure(self, stage: str, verdict: Verdict, history: History) -> Exception:
+        failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
+        if verdict.user_error:
+            return UserError(failed["message"])
+        who = f"rank {failed['rank']} failed with " if failed["rank"] is not None else ""
+        where = f"report in {failed['report']}, " if failed["report"] else ""
+        return StageFailedError(
+            f"{stage}: {who}{verdict.ended}; not started again, since {verdict.why}; "
+            f"{where}logs in {logs_folder(self._recipe, stage)}"
+        )
+
+    # -- being told to stop --------------------------------------------------------------------------
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        """The first time, ranks save and stop; the second time they are killed."""
+        if self._job is None:
+            raise StoppedError(number)
+        if self._stopping is None:
+            os.write(2, b"stopping: the ranks save first (again: end them at once)\n")
+            self._stopping = number
+        else:
+            end_processes(int(self._job.job_id))
+
+    def _ask_to_save(self, job: submitit.Job) -> None:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it on to the ranks
+
+
+def end_processes(pid: int) -> None:
+    """Kill a process and everything below it."""
     try:
-        _follow(job, failure_folder(recipe, stage))
-    except KeyboardInterrupt:
-        # Ctrl-C has reached the processes too; an interrupt of the launcher alone has not.
-        time.sleep(INTERRUPT_GRACE_S)
-        if not job.done():
-            job.cancel()
-        raise
-    if not is_finished(recipe, stage):
-        raise failure(recipe, stage, job, logs)
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+@contextmanager
+def _inherited(code: Path) -> Iterator[None]:
+    """What the job's processes inherit: the code of this launch, and deafness to the terminal's Ctrl-C.
+
+    Ctrl-C reaches every process of a terminal; only the launcher is to hear it, so that ranks can save.
+    """
+    ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{ours['PYTHONPATH']}" if ours["PYTHONPATH"] else str(code)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for name, value in ours.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[int]:
@@ -78,58 +221,3 @@ def _visible_gpus(environment: Mapping[str, str]) -> list[int]:
     if not all(number.isdigit() for number in numbers):
         raise UserError(f"{named!r} is not a list of numbers", where="CUDA_VISIBLE_DEVICES", fix="for example 0,1")
     return [int(number) for number in numbers]
-
-
-def _follow(job: submitit.Job, failures: Path) -> None:
-    """Copy what rank 0 prints, and its warnings, to our own stdout until the job is over.
-
-    Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
-    reached the group would wait for its dead peer until ``engine.timeout_s``.
-    """
-    said = warned = 0
-    deadline: float | None = None
-    while True:
-        over = job.done()
-        warned = _copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ")
-        said = _copy_lines(Path(job.paths.stdout), said, whole_lines=not over)
-        if over:
-            return
-        if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
-            deadline = time.monotonic() + FAILURE_GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            job.cancel()
-            deadline = None
-        time.sleep(0.2)
-
-
-def _copy_lines(log: Path, position: int, *, whole_lines: bool, only: str = "") -> int:
-    """Print a log's lines that begin with ``only``, from a position on, without submitit's; returns where to go on."""
-    if not log.exists():
-        return position
-    with open(log, encoding="utf-8", errors="replace") as file:
-        file.seek(position)
-        for line in iter(file.readline, ""):
-            if whole_lines and not line.endswith("\n"):
-                break
-            position = file.tell()
-            if line.startswith(only) and not line.startswith("submitit "):
-                print(line, end="", flush=True)
-    return position
-
-
-def failure(recipe: Recipe, stage: str, job: submitit.Job, logs: Path) -> Exception:
-    """The error of the rank that knows most: a user's mistake first, then whoever is not just a bystander."""
-    reports = [read_json(path) for path in sorted(failure_folder(recipe, stage).glob(f"{job.job_id}.*.json"))]
-    for report in reports:
-        if report["user_error"]:
-            return UserError(report["message"])
-    # A rank whose peer died sees a broken connection: less telling than the peer's own exception.
-    reports.sort(key=lambda report: "DistBackendError" in report["kind"] or "gloo" in report["message"].lower())
-    if not reports:
-        return StageFailedError(f"{stage}: the processes ended without a word; see {logs}")
-    worst = reports[0]
-    first_line = worst["message"].partition("\n")[0]
-    return StageFailedError(
-        f"{stage}: rank {worst['rank']} failed with {worst['kind']}: {first_line}; "
-        f"traceback in {failure_folder(recipe, stage)}, logs in {logs}"
-    )

@@ -1,13 +1,20 @@
 """What a launch will do, in words, before it does it."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import dump_order
+from vjepa_scale.launch.jobs import SlurmUnavailable, is_alive, local_launcher, slurm_job
+from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.training.history import History
 from vjepa_scale.training.lock import refuse_if_training
 from vjepa_scale.training.start import (
     check_finished,
@@ -16,7 +23,6 @@ from vjepa_scale.training.start import (
     planned_first,
     planned_order,
     preflight,
-    stage_folder,
 )
 
 
@@ -29,11 +35,21 @@ def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
     return [name for name in every if not names or name in names]
 
 
-def check(recipe: Recipe, stages: Sequence[str], *, source: object) -> list[str]:
+def chosen_cluster(recipe: Recipe) -> str:
+    """ "slurm" or "local": what launch.cluster says, where auto is Slurm if its sbatch command is there."""
+    if recipe.launch.cluster != "auto":
+        return recipe.launch.cluster
+    return "slurm" if shutil.which("sbatch") else "local"
+
+
+def check(recipe: Recipe, stages: Sequence[str], *, source: object, cluster: str) -> list[str]:
     """Preflight of every stage; returns the names of those that are not finished.
 
     source: the recipe's file, which errors name
     """
+    with errors_name(source):
+        if cluster == "local":
+            _fits_this_machine(recipe)
     world_size = recipe.launch.nodes * recipe.launch.tasks_per_node
     remaining: list[str] = []
     for name in stages:
@@ -43,9 +59,48 @@ def check(recipe: Recipe, stages: Sequence[str], *, source: object) -> list[str]
                 continue
             preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
         remaining.append(name)
+    refuse_if_at_work(recipe)
     for name in remaining:
         refuse_if_training(stage_folder(recipe, name))
     return remaining
+
+
+def _fits_this_machine(recipe: Recipe) -> None:
+    if recipe.launch.nodes > 1:
+        raise UserError(
+            f"{recipe.launch.nodes} nodes, but this is one machine",
+            where="launch.nodes",
+            fix="run it where sbatch is, or launch.nodes=1",
+        )
+    if recipe.engine.device == "cuda" and recipe.launch.tasks_per_node > torch.cuda.device_count():
+        raise UserError(
+            f"{recipe.launch.tasks_per_node} processes, but {torch.cuda.device_count()} GPUs here",
+            where="engine.device",
+            fix="cpu, or fewer launch.tasks_per_node",
+        )
+
+
+def refuse_if_at_work(recipe: Recipe) -> None:
+    """Raise UserError if a job of the run is waiting or running, or if Slurm does not say whether one is."""
+    for stage in recipe.stages():
+        folder = stage_folder(recipe, stage)
+        submitted = next((row for row in reversed(History(folder).rows()) if row["event"] == "submitted"), None)
+        if submitted is None:
+            continue
+        job = f"Slurm job {submitted['job_id']}" if submitted["cluster"] == "slurm" else f"process {submitted['pid']}"
+        look = f"python tools/launch.py status {recipe.run.dir}, or cancel instead of status"
+        if submitted["cluster"] == "slurm":
+            try:
+                state = slurm_job(submitted["job_id"], name=submitted["name"])
+            except SlurmUnavailable as error:
+                raise UserError(
+                    f"Slurm does not say whether {job} of {stage!r} has ended: {error}", where=folder, fix="try later"
+                ) from None
+            alive, doing = state is not None and is_alive(state), state.state.lower() if state else ""
+        else:
+            alive, doing = bool(local_launcher(submitted)), "at work"
+        if alive:
+            raise UserError(f"{job} of {stage!r} is {doing}", where=folder, fix=look)
 
 
 @contextmanager
@@ -66,6 +121,7 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
     yield f"ranks   {launch.nodes} nodes × {launch.tasks_per_node} = {world_size}, {recipe.engine.kind}, " + (
         f"{recipe.engine.precision}, on {recipe.engine.device}"
     )
+    yield f"cluster {chosen_cluster(recipe)}{_site(recipe)}, jobs of at most {launch.timeout_min} minutes"
     yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}"
     for name, data_set in recipe.data.sets.items():
         found = "" if (Path(data_set.path) / "manifest.json").exists() else "  (no manifest there yet)"
@@ -80,6 +136,15 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
         yield f"{name}: {stage.steps} steps, {origin}"
         for phase in resolve_phases(recipe, name, first=planned_first(recipe, name)):
             yield "  " + _phase_line(recipe, phase, world_size)
+
+
+def _site(recipe: Recipe) -> str:
+    """The profile, which is read so that a mistake in it shows in a dry run."""
+    if recipe.launch.profile is None:
+        return ""
+    profile = load_profile(recipe.launch.profile)
+    named = [f"{key} {value}" for key in ("partition", "account", "qos") if (value := getattr(profile, key))]
+    return f", profile {recipe.launch.profile}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:

@@ -1,49 +1,122 @@
-"""The chain of stages on Slurm: one submitit job per stage, each waiting for the one before (afterok)."""
+"""The chain of stages on Slurm: one submitit job per stage, each waiting for the one before (afterok).
+
+A job's batch script is submitit's: the site's setup, ``srun`` of one process per rank, and after it our
+epilogue, which queues the job again where the attempt was not the last.
+"""
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.local import failure
-from vjepa_scale.launch.task import failure_folder, run_stage
+from vjepa_scale.core.files import write_atomic
+from vjepa_scale.launch.profile import Profile, load_profile, python_command, submitit_parameters
+from vjepa_scale.launch.record import Launch
+from vjepa_scale.launch.snapshot import import_lines
+from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
-from vjepa_scale.training.start import is_finished, stage_folder
+from vjepa_scale.recipe.folders import LOGS, stage_folder
+from vjepa_scale.training.history import History
 
 
-def submit_chain(recipe: Recipe, stages: list[str], *, wait: bool) -> None:
-    """Submit the stages; with ``wait``, stay until the last job is over.
+def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
+    """Submit the stages' jobs and write them into the stages' histories.
 
-    Raises UserError or StageFailedError of the first stage that ends without its last checkpoint; the stages
-    behind it are cancelled.
+    Raises UserError where Slurm refuses one; those submitted before it are cancelled then.
     """
-    jobs: list[submitit.Job] = []
+    if shutil.which("sbatch") is None:
+        raise UserError("no sbatch command here", where="launch.cluster", fix="run on a login node, or --cluster local")
+    before: submitit.Job | None = None
+    submitted: list[tuple[submitit.Job, History]] = []
     for stage in stages:
-        for stale in failure_folder(recipe, stage).glob("*.json"):
-            stale.unlink()
-        executor = submitit.SlurmExecutor(folder=stage_folder(recipe, stage) / "logs")
-        parameters = {
-            "job_name": f"{stage}",
-            "nodes": recipe.launch.nodes,
-            "ntasks_per_node": recipe.launch.tasks_per_node,
-            "cpus_per_task": recipe.launch.cpus_per_task,
-            "time": recipe.launch.timeout_min,
-        }
-        if recipe.engine.device != "cpu":
-            parameters["gpus_per_node"] = recipe.launch.tasks_per_node
-        if jobs:
-            parameters["dependency"] = f"afterok:{jobs[-1].job_id}"
-            parameters["additional_parameters"] = {"kill_on_invalid_dep": "yes"}
-        executor.update_parameters(**parameters)
+        executor = stage_executor(recipe, stage, launch, after=before.job_id if before else None)
+        write_atomic(launch.folder / f"{stage}.sbatch", executor.script())
         try:
-            jobs.append(executor.submit(run_stage, recipe, stage))
+            job = executor.submit(run_launched, launch.recipe, stage)
         except FailedJobError as error:
-            for job in jobs:
-                job.cancel()
-            raise UserError(f"Slurm refused the job of {stage!r}: {error}", where="launch") from None
-        print(f"{stage}: Slurm job {jobs[-1].job_id}, logs in {executor.folder}", flush=True)
-    for index, (stage, job) in enumerate(zip(stages, jobs, strict=True) if wait else ()):
-        job.wait()
-        if not is_finished(recipe, stage):
-            for behind in jobs[index + 1 :]:
-                behind.cancel()
-            raise failure(recipe, stage, job, executor.folder)
+            for earlier, history in reversed(submitted):
+                history.add("cancelled")
+                earlier.cancel()
+            said = " ".join(str(error).split())
+            raise UserError(f"Slurm refused the job of {stage!r}: {said}", where=_blame(recipe)) from None
+        history = History(stage_folder(recipe, stage))
+        name = executor.parameters["job_name"]
+        history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
+        submitted.append((job, history))
+        waits = f" after {before.job_id}" if before else ""
+        print(f"{stage}: Slurm job {job.job_id}{waits}, logs in {executor.folder}/{job.job_id}_*", flush=True)
+        before = job
+
+
+def scripts(recipe: Recipe, stages: Sequence[str], launch: Launch) -> dict[str, str]:
+    """Stage → its batch script, as it would be submitted. A job id that is not known yet is named after its stage."""
+    texts = {}
+    for before, stage in zip([None, *stages], stages, strict=False):
+        after = f"JOB_ID_OF_{before.upper()}" if before else None
+        texts[stage] = stage_executor(recipe, stage, launch, after=after).script()
+    return texts
+
+
+class StageExecutor(submitit.SlurmExecutor):
+    """submitit's executor, which here can also say what it would submit."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # submitit's own wants srun, which a dry run does without
+
+    def script(self) -> str:
+        """The batch script that ``submit`` hands to sbatch."""
+        return self._make_submission_file_text(self._submitit_command_str, uid="")
+
+
+def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | None) -> StageExecutor:
+    """The executor of one stage's job. after: the job that must have succeeded before."""
+    run = Path(recipe.run.dir).absolute()
+    _refuse_pattern(run)
+    profile = load_profile(recipe.launch.profile)
+    cfg = recipe.launch
+    if profile.signal_delay_s >= 60 * cfg.timeout_min:
+        raise UserError(
+            f"jobs of {cfg.timeout_min} minutes that are told to save {profile.signal_delay_s} s before their end",
+            where="launch.timeout_min",
+            fix="a longer one, or a shorter signal_delay_s in the profile",
+        )
+    site = submitit_parameters(profile, needs_gpus=recipe.engine.device != "cpu", tasks_per_node=cfg.tasks_per_node)
+    additional = dict(site.pop("additional_parameters"))
+    if after is not None:
+        additional["kill-on-invalid-dep"] = "yes"
+    srun_args = ["--kill-on-bad-exit=1", *site.pop("srun_args")]  # else ranks wait for their dead peer
+    executor = StageExecutor(folder=run / stage / LOGS, python=python_command(profile))
+    executor.update_parameters(
+        **site | {"setup": [*site["setup"], *import_lines(launch.code), "trap : TERM USR2"]},
+        job_name=f"{run.name}-{stage}",
+        nodes=cfg.nodes,
+        ntasks_per_node=cfg.tasks_per_node,
+        cpus_per_task=cfg.cpus_per_task,
+        time=cfg.timeout_min,
+        dependency=f"afterok:{after}" if after else None,
+        srun_args=srun_args,
+        teardown=_epilogue(stage, launch, profile, srun_args),
+        additional_parameters=additional,
+    )
+    return executor
+
+
+def _epilogue(stage: str, launch: Launch, profile: Profile, srun_args: Sequence[str]) -> list[str]:
+    script = launch.code / "vjepa_scale" / "launch" / "epilogue.sh"
+    step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", *srun_args])
+    decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
+    return [f"bash {shlex.quote(str(script))} $? {step} {python_command(profile)} {decide}"]
+
+
+def _refuse_pattern(run: Path) -> None:
+    if "%" in str(run):
+        raise UserError("Slurm reads % in the path of a log as a pattern", where=run, fix="a run.dir without %")
+
+
+def _blame(recipe: Recipe) -> str:
+    return "launch" if recipe.launch.profile is None else f"launch.profile={recipe.launch.profile}"

@@ -1,50 +1,66 @@
 """The entry of each process of a stage: under submitit (local or Slurm), torchrun, srun or plain Python.
 
 torchrun --nproc-per-node 8 -m vjepa_scale.launch.task recipes/vitg_384.yaml pretrain [key=value …]
+
+Exit codes: 0 done; 75 (EX_TEMPFAIL) saved after a signal, to be started again; 2 a mistake that one line
+names; 1 anything else.
 """
 
 import argparse
 import atexit
-import traceback
+import sys
+from functools import partial
 from pathlib import Path
 
-from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.core.files import write_json
-from vjepa_scale.core.ranks import detect_ranks
+from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
+from vjepa_scale.core.ranks import Ranks, detect_ranks
+from vjepa_scale.launch.failures import report_failure
+from vjepa_scale.launch.restarts import refuse_endless_restarts
 from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Recipe, load_recipe
-from vjepa_scale.training.start import stage_folder
-from vjepa_scale.training.trainer import train_stage
+from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.history import History
+from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
+from vjepa_scale.training.trainer import Progress, train_stage
+
+
+def run_launched(recipe: Path, stage: str) -> str:
+    """What submitit runs as each rank: one attempt at a stage of the recipe that the launch has written down."""
+    return run_stage(load_recipe(recipe), stage)
 
 
 def run_stage(recipe: Recipe, stage: str) -> str:
-    """Train one stage as one rank of this job. Returns "done"; leaves ``failures/JOB.RANK.json`` on any error."""
+    """One attempt at a stage, as one rank of this job. Returns "done".
+
+    Raises SystemExit(75) where a signal was obeyed, with everything saved. Any other end leaves
+    ``failures/JOB.RANK.json``.
+    """
+    interrupt = Interrupt()
+    interrupt.listen()
     ranks = detect_ranks()
+    progress = Progress()
     try:
-        train_stage(recipe, stage, ranks)
+        if ranks.source == "slurm":
+            history = History(stage_folder(recipe, stage))
+            refuse_endless_restarts(history, job_id=ranks.job_id, max_restarts=recipe.launch.max_restarts)
+        train_stage(recipe, stage, ranks, interrupt=interrupt, progress=progress)
+    except SavedAndStopped:
+        _exit_at_the_end(EXIT_SAVED)
+        sys.exit(EXIT_SAVED)
     except BaseException as error:
-        _report_failure(recipe, stage, ranks.job, ranks.rank, error)
+        _report(recipe, stage, ranks, progress, error)
         raise
-    # Only now that the work is done, and only at exit: submitit has a result to write first.
-    atexit.register(process_group.exit_cleanly)
+    _exit_at_the_end(0)
     return "done"
 
 
-def failure_folder(recipe: Recipe, stage: str) -> Path:
-    return stage_folder(recipe, stage) / "failures"
+def _exit_at_the_end(code: int) -> None:
+    # Only now that the work is done, and only at exit: submitit has a result to write first.
+    atexit.register(partial(process_group.exit_cleanly, code))
 
 
-def _report_failure(recipe: Recipe, stage: str, job: str, rank: int, error: BaseException) -> None:
-    write_json(
-        failure_folder(recipe, stage) / f"{job.replace('/', '_')}.{rank}.json",
-        {
-            "rank": rank,
-            "kind": type(error).__name__,
-            "message": str(error),
-            "user_error": isinstance(error, UserError),
-            "traceback": traceback.format_exc(),
-        },
-    )
+def _report(recipe: Recipe, stage: str, ranks: Ranks, progress: Progress, error: BaseException) -> None:
+    report_failure(failures_folder(recipe, stage), ranks, progress.step, error, logs=logs_folder(recipe, stage))
 
 
 def main() -> int:

@@ -44,12 +44,23 @@ class RunConfig(Section):
 
 
 class LaunchConfig(Section):
-    """How many processes the stages get."""
+    """Where the stages run, and as how many processes."""
 
+    cluster: Literal["auto", "local", "slurm"] = Field(
+        "auto", description="auto: Slurm where its sbatch command is found, this machine otherwise"
+    )
+    profile: str | None = Field(
+        None, description="what the site's Slurm wants: a name in slurm/profiles/, or the path of a YAML file"
+    )
     nodes: PositiveInt = Field(1, description="machines per stage")
     tasks_per_node: PositiveInt = Field(1, description="processes per node: one per GPU, or any number on CPU")
     cpus_per_task: PositiveInt = Field(1, description="CPU cores per process, for loader workers and threads")
-    timeout_min: PositiveInt = Field(24 * 60, description="time limit of one stage's job, in minutes")
+    timeout_min: PositiveInt = Field(
+        24 * 60, description="time limit of one job, in minutes; a stage that needs longer saves and is queued again"
+    )
+    max_restarts: Annotated[int, Field(ge=0, strict=True)] = Field(
+        3, description="restarts in a row that bring no new checkpoint before a stage gives up; 0: never restart"
+    )
 
 
 class EngineConfig(Section):

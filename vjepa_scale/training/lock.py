@@ -16,10 +16,14 @@ PATIENCE_S = 10.0
 
 
 @contextmanager
-def only_trainer_of(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 holds a stage's lock inside; every rank raises UserError where another job holds it."""
+def only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterator[None]:
+    """Rank 0 holds a stage's lock inside; every rank raises UserError where another job holds it.
+
+    patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose
+    processes end only when they notice that their peers are gone.
+    """
     with open(folder / ".lock", "a") as lock:
-        if not process_group.from_rank_0(ranks.is_main and _locked(lock)):
+        if not process_group.from_rank_0(ranks.is_main and _locked(lock, patience_s)):
             raise _held_by_another(folder)
         yield
 
@@ -28,7 +32,7 @@ def refuse_if_training(folder: Path) -> None:
     """Raise UserError if a stage is being trained now. For launchers, before they touch anything of it."""
     if (folder / ".lock").exists():
         with open(folder / ".lock", "a") as lock:
-            if not _locked(lock):
+            if not _locked(lock, PATIENCE_S):
                 raise _held_by_another(folder)
 
 
@@ -36,8 +40,8 @@ def _held_by_another(folder: Path) -> UserError:
     return UserError("another process is training this stage", where=folder, fix="wait for it, or end it")
 
 
-def _locked(lock: IO[str]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
+def _locked(lock: IO[str], patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

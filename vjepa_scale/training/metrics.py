@@ -11,13 +11,14 @@ from vjepa_scale.core.files import append_jsonl, read_jsonl, write_atomic
 class MetricsLog:
     """Rows for machines, a line now and then for people.
 
-    Resuming at ``step`` removes the rows of later steps: they will be trained, and written, again.
+    Resuming at ``step`` removes the rows of later steps: ``repeated`` many, which will be trained, and written, again.
     """
 
     def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
         self._path, self._last, self._every = path, last_step, console_every
         rows = list(read_jsonl(path)) if path.exists() else []
         kept = [row for row in rows if row["step"] < step]
+        self.repeated = len(rows) - len(kept)
         if path.exists():
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -16,6 +16,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import check_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
 
@@ -34,14 +35,6 @@ class Start:
     step: int = 0
     first: int = 0
     base: dict[str, int] = field(default_factory=dict)
-
-
-def stage_folder(recipe: Recipe, stage: str) -> Path:
-    return Path(recipe.run.dir) / stage
-
-
-def checkpoints_folder(recipe: Recipe, stage: str) -> Path:
-    return stage_folder(recipe, stage) / "checkpoints"
 
 
 def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest]) -> Start:
@@ -142,10 +135,6 @@ def planned_order(recipe: Recipe, stage_name: str, manifests: dict[str, Manifest
     else:
         base = _carried(recipe, manifests, _source(recipe, stage_name, "continue_from", before, verify=False))
     return phases, data_order(recipe, manifests, phases, base)
-
-
-def stage_phases(recipe: Recipe, stage_name: str, start: Start) -> list[Phase]:
-    return resolve_phases(recipe, stage_name, first=start.first)
 
 
 def is_finished(recipe: Recipe, stage_name: str) -> bool:

@@ -18,11 +18,15 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave, equal on every rank."""
+    """What one step gave, equal on every rank.
+
+    stop: some rank has been asked to save and stop
+    """
 
     loss: float
     grad_norm: float
     effective_rank: float | None
+    stop: bool = False
 
 
 def training_step(
@@ -34,11 +38,13 @@ def training_step(
     lr: float,
     clip_grad_norm: float | None = None,
     measure_rank: bool = False,
+    stop_asked: bool = False,
 ) -> StepResult:
     """Masks, target, context, prediction, loss (in ``objective.loss``); then gradient, step, EMA.
 
     batch: this rank's micro-batches, with their masks. The loss is the mean over all micro-batches of all
     ranks, which have equal size. All ranks judge the reduced loss and gradient before anything moves.
+    stop_asked: this rank has been asked to stop; all ranks learn it with the loss, so they stop together.
     Raises NonFiniteLossError where either is not finite.
     """
     observed = FeatureCovariance() if measure_rank else None
@@ -49,7 +55,7 @@ def training_step(
             loss.backward()
         total += loss.detach()
 
-    mean_loss = float(engine.mean(total))
+    mean_loss, stop = engine.mean(torch.stack([total, torch.full_like(total, float(stop_asked))])).tolist()
     parameters = [p for network in objective.trained.values() for p in network.parameters()]
     grad_norm = engine.grad_norm(parameters)
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
@@ -65,4 +71,4 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     objective.after_step()
-    return StepResult(mean_loss, grad_norm, observed.effective_rank() if observed else None)
+    return StepResult(mean_loss, grad_norm, observed.effective_rank() if observed else None, stop > 0)

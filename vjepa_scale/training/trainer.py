@@ -1,7 +1,9 @@
 """One stage, from its start to its last checkpoint. The same function on every rank."""
 
 import os
+import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,49 +16,73 @@ from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.fsdp import FsdpEngine
 from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
-from vjepa_scale.recipe import Phase, Recipe, recipe_yaml
+from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
+from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
+from vjepa_scale.training.history import History
+from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.lock import only_trainer_of
 from vjepa_scale.training.metrics import MetricsLog, touch
 from vjepa_scale.training.start import (
     Start,
-    checkpoints_folder,
     data_order,
     find_start,
     open_data,
-    stage_folder,
-    stage_phases,
 )
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
 
-def train_stage(recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
+class SupersededError(RuntimeError):
+    """A later start of the same stage has taken over; this one must write nothing more."""
+
+
+@dataclass
+class Progress:
+    """``step``: the step that is being computed, for whoever reports a failure; None before the first."""
+
+    step: int | None = None
+
+
+def train_stage(
+    recipe: Recipe,
+    stage_name: str,
+    ranks: Ranks,
+    *,
+    interrupt: Interrupt | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Train a stage until its last step is checkpointed. Resumes by itself.
 
-    Raises UserError for what a user can mend, NonFiniteLossError where the loss is not a number.
+    interrupt: asks for a save and a stop after the current step
+    progress:  kept up to date, for whoever reports a failure
+    Raises UserError for what a user can mend, NonFiniteLossError where the loss is not a number,
+    SavedAndStopped where a rank was interrupted.
     """
     folder = stage_folder(recipe, stage_name)
     folder.mkdir(parents=True, exist_ok=True)
     process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
     try:
-        with only_trainer_of(folder, ranks):
-            _Trainer(recipe, stage_name, ranks).run()
+        # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
+        with only_trainer_of(folder, ranks, patience_s=recipe.engine.timeout_s / 2):
+            _Trainer(recipe, stage_name, ranks, interrupt or Interrupt(), progress or Progress()).run()
     finally:
         process_group.stop()
 
 
 class _Trainer:
-    def __init__(self, recipe: Recipe, stage_name: str, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, stage_name: str, ranks: Ranks, interrupt: Interrupt, progress: Progress) -> None:
         self.recipe, self.stage_name, self.ranks = recipe, stage_name, ranks
+        self.interrupt, self.progress = interrupt, progress
         self.engine = FsdpEngine(recipe.engine, ranks)
         self.folder = stage_folder(recipe, stage_name)
         self.checkpoints = checkpoints_folder(recipe, stage_name)
+        self.history = History(self.folder)
         if ranks.is_main:
             store.remove_unfinished(self.checkpoints)
             touch(Path(recipe.run.dir) / "ledger.jsonl")
         process_group.barrier()
         self.manifests = open_data(recipe)
         self.start = find_start(recipe, stage_name, self.manifests)
-        self.phases = stage_phases(recipe, stage_name, self.start)
+        self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base)
         self.objective = Jepa(recipe, self.engine)
@@ -73,21 +99,31 @@ class _Trainer:
         if self.start.step >= self.end:
             self._say(f"{self.stage_name} is complete at step {self.end}")
             return
-        if self.ranks.is_main:
-            write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
-        log = (
-            MetricsLog(
-                self.folder / "metrics.jsonl",
-                step=self.start.step,
-                last_step=self.end,
-                console_every=self.recipe.log.every,
-            )
-            if self.ranks.is_main
-            else None
-        )
+        log = self._begin() if self.ranks.is_main else None
         for phase in self.phases:
             if phase.end > self.start.step:
                 self._run_phase(phase, log)
+
+    def _begin(self) -> MetricsLog:
+        """Rank 0's books of this attempt."""
+        write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
+        log = MetricsLog(
+            self.folder / "metrics.jsonl",
+            step=self.start.step,
+            last_step=self.end,
+            console_every=self.recipe.log.every,
+        )
+        self.history.add(
+            "started",
+            job=self.ranks.job,
+            job_id=self.ranks.job_id,
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            world_size=self.ranks.world_size,
+            kind=self.start.kind,
+            step=self.start.step,
+            repeated=log.repeated,
+        )
+        return log
 
     def _run_phase(self, phase: Phase, log: MetricsLog | None) -> None:
         first = max(phase.first, self.start.step)
@@ -104,6 +140,7 @@ class _Trainer:
         clock = time.perf_counter()
         with loader:
             for step, batch in zip(range(first, phase.end), loader, strict=True):
+                self.progress.step = step
                 lr = phase.lr(step)
                 try:
                     result = training_step(
@@ -114,6 +151,7 @@ class _Trainer:
                         lr=lr,
                         clip_grad_norm=self.recipe.optimizer.clip_grad_norm,
                         measure_rank=step % self.recipe.log.effective_rank_every == 0 or step + 1 == self.end,
+                        stop_asked=self.interrupt.signal is not None,
                     )
                 except NonFiniteLossError as error:
                     self._record_stop(step, error)
@@ -134,9 +172,11 @@ class _Trainer:
                         }
                     )
                 clock = now
-                if (step + 1) % self.recipe.checkpoint.every == 0 or step + 1 == phase.end:
+                if result.stop or (step + 1) % self.recipe.checkpoint.every == 0 or step + 1 == phase.end:
                     self._save(phase, step + 1)
                     clock = time.perf_counter()
+                if result.stop and step + 1 < self.end:
+                    self._stop(step + 1)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -148,6 +188,7 @@ class _Trainer:
         }
 
     def _save(self, phase: Phase, step: int) -> None:
+        self._refuse_if_superseded()
         tensors = {**self._network_tensors(), **optimizer_tensors(self.optimizer, self.named_parameters)}
         manifest = {
             "stage": self.stage_name,
@@ -165,7 +206,19 @@ class _Trainer:
         }
         path = store.save(self.checkpoints, step, tensors, manifest)
         store.retain(self.checkpoints, keep=self.recipe.checkpoint.keep)
+        self._note("saved", step=step)
+        if step == self.end:
+            self._note("done", step=step)
         self._say(f"saved {path}")
+
+    def _refuse_if_superseded(self) -> None:
+        """A start of this stage after ours (its node was given up, yet lives) is the one that counts."""
+        last = [row for row in self.history.rows() if row["event"] == "started"][-1] if self.ranks.is_main else None
+        job = process_group.from_rank_0(last and last["job"])
+        if job != self.ranks.job:
+            raise SupersededError(
+                f"{self.stage_name} has been started again, as job {job}: this one, {self.ranks.job}, ends"
+            )
 
     def _restore(self, start: Start) -> None:
         if start.checkpoint is None:
@@ -181,6 +234,16 @@ class _Trainer:
         self._say(f"{self.stage_name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
 
     # -- reports -----------------------------------------------------------------------------------
+
+    def _stop(self, step: int) -> None:
+        signal = self.interrupt.signal or "a signal to another rank"
+        self._note("interrupted", step=step, signal=signal)
+        self._say(f"{self.stage_name}: {signal} obeyed: saved at step {step}, to go on from there")
+        raise SavedAndStopped(f"{signal}: saved at step {step}")
+
+    def _note(self, event: str, **values: object) -> None:
+        if self.ranks.is_main:
+            self.history.add(event, **values)
 
     def _record_stop(self, step: int, error: NonFiniteLossError) -> None:
         if self.ranks.is_main:

@@ -1,0 +1,51 @@
+"""The batch scripts of every shipped profile, word for word: what changes in them is looked at before it is committed.
+
+python tests/launch/test_sbatch.py writes tests/launch/golden/*.sbatch anew; read their diff.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+PROFILES = sorted(path.stem for path in (ROOT / "slurm" / "profiles").glob("*.yaml"))
+
+
+def printed(profile: str) -> str:
+    """What a dry run of the flagship prints, without this machine's paths and this version's digest."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "tools/launch.py", "recipes/vitg_384.yaml", f"launch.profile={profile}"),
+            *("--cluster", "slurm", "--dry-run", "--print-sbatch"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "CHECKOUT")
+    return re.sub(r"/code/[0-9a-f]{12}", "/code/DIGEST", text)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_script_is_the_one_that_was_looked_at(profile: str) -> None:
+    assert printed(profile) == (GOLDEN / f"{profile}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_it_is_bash(profile: str) -> None:
+    for script in printed(profile).split("# -- ")[1:]:
+        done = subprocess.run(
+            ["bash", "-n"], input=script.partition("\n")[2], text=True, capture_output=True, timeout=10
+        )
+        assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in PROFILES:
+        (GOLDEN / f"{name}.sbatch").write_text(printed(name))

@@ -1,0 +1,140 @@
+"""Whatever happens to a job on a real Slurm, the run completes by itself, equal to one that nothing happened to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chain import tool, write_recipe
+from tests.slurm.chain import NODES, TASKS, Run, assert_same_training, make_run
+from tests.slurm.cluster import Cluster
+
+STEPS, SWITCH = 150, 25
+LONG: dict[str, Any] = {
+    "checkpoint": {"every": 10, "keep": 2},
+    "pretrain": {
+        "steps": STEPS,
+        "phases": [
+            {"name": "warmup", "steps": SWITCH, "start_lr": 1e-4, "final_lr": 1e-3},
+            {"name": "constant", "clip": {"frames": 4, "size": [40, 32]}, "mixture": {"left": 1, "right": 3}},
+        ],
+    },
+    "cooldown": None,
+}
+
+Sets = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same recipe on this machine, without Slurm, in as many processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    sections = {**LONG, "launch": {"tasks_per_node": NODES * TASKS}}
+    tool("launch", write_recipe(folder / "recipe.yaml", folder / "run", two_data_sets, **sections), "--wait")
+    return folder / "run"
+
+
+def disturbed(
+    cluster: Cluster, folder: Path, sets: Sets, happens: Callable[[Run, str], object], *, at: int = 30, **launch: Any
+) -> Run:
+    """Launch, let something happen once ``at`` steps are trained, and wait until the job has completed by itself."""
+    run = make_run(cluster, folder, sets, launch=launch, **LONG)
+    run.launch()
+    job = run.job_id()
+    cluster.wait_until(lambda: run.steps() >= at, 120, f"{at} steps", job_id=job)
+    happens(run, job)
+    cluster.wait_for(job, ("COMPLETED",), timeout=240)
+    return run
+
+
+def check(run: Run, undisturbed: Path, scratch: Path) -> list[dict[str, Any]]:
+    """The end is equal; print what it cost. Returns the ``started`` rows."""
+    assert_same_training(run.folder, undisturbed, "pretrain", STEPS, scratch)
+    starts = run.events("started")
+    rows = run.history()
+    for row in starts[1:]:
+        before = rows[: rows.index(row)]
+        trained = [r for r in before if r["event"] in ("saved", "interrupted")]
+        lost = row["time"] - trained[-1]["time"]
+        print(f"{row['job']}: {row['repeated']} steps repeated, {lost:.1f} s from the last save to the next start")
+    return starts
+
+
+def test_usr2_saves_and_queues_again(cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path) -> None:
+    run = disturbed(cluster, tmp_path, two_data_sets, lambda _, job: cluster.scancel("--signal=USR2", job))
+    starts = check(run, undisturbed, tmp_path)
+    assert [row["repeated"] for row in starts] == [0, 0]  # nothing is trained twice
+    assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
+    assert starts[1]["step"] == run.events("interrupted")[0]["step"]
+    assert cluster.job(run.job_id())["Restarts"] == "1"
+
+
+def test_a_signal_in_the_middle_of_a_save(
+    cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path
+) -> None:
+    inside: list[int] = []
+
+    def in_a_save(run: Run, job: str) -> None:
+        folder = run.folder / "pretrain" / "checkpoints"
+        while not inside:
+            cluster.wait_until(lambda: next(folder.glob(".step_*.tmp"), None), 60, "a save", job_id=job)
+            cluster.scancel("--signal=TERM", job)
+            if any(folder.glob(".step_*.tmp")):  # it is still being written after the signal was sent
+                inside.append(1)
+            saved = len(run.events("saved"))
+            cluster.wait_until(lambda saved=saved: len(run.events("saved")) > saved, 60, "the save", job_id=job)
+            assert inside or not run.events("interrupted"), "the signal missed the save; the run goes on from there"
+
+    run = disturbed(cluster, tmp_path, two_data_sets, in_a_save, at=32)
+    starts = check(run, undisturbed, tmp_path)
+    assert inside
+    assert [row["repeated"] for row in starts] == [0, 0]
+    assert not any((run.folder / "pretrain" / "checkpoints").glob(".step_*"))
+
+
+def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "short.yaml"
+    profile.write_text("signal_delay_s: 110\n")
+    run = disturbed(
+        cluster, tmp_path, two_data_sets, lambda *_: None, at=0, timeout_min=2, profile=str(profile), max_restarts=10
+    )
+    starts = check(run, undisturbed, tmp_path)
+    assert any(row["signal"] == "SIGUSR2" for row in run.events("interrupted"))
+    assert cluster.job(run.job_id())["TimeLimit"] == "00:02:00"
+    assert len(starts) > 1
+
+
+def test_preemption(cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path) -> None:
+    def someone_more_important(_: Run, job: str) -> None:
+        other = cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 8")
+        cluster.wait_for(other, ("RUNNING",), timeout=60)
+        assert cluster.state(job) == "PENDING"
+
+    run = disturbed(cluster, tmp_path, two_data_sets, someone_more_important)
+    starts = check(run, undisturbed, tmp_path)
+    assert [row["repeated"] for row in starts] == [0, 0]
+    assert len(run.events("interrupted")) == 1
+
+
+def test_a_bare_requeue(cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path) -> None:
+    run = disturbed(cluster, tmp_path, two_data_sets, lambda _, job: cluster.scontrol("requeue", job))
+    starts = check(run, undisturbed, tmp_path)
+    assert len(starts) == 2
+    assert cluster.job(run.job_id())["Restarts"] == "1"  # once, not once by Slurm and once by us
+
+
+@pytest.mark.parametrize(("node", "power_off"), [("first", True), ("last", False)])
+def test_a_lost_node(
+    node: str, power_off: bool, cluster: Cluster, two_data_sets: Sets, undisturbed: Path, tmp_path: Path
+) -> None:
+    """first: the batch script's own node goes down with all on it. last: a node's slurmd dies, its ranks live on."""
+
+    def loses_a_node(run: Run, job: str) -> None:
+        names = cluster.run(["scontrol", "show", "hostnames", cluster.job(job)["NodeList"]]).stdout.split()
+        cluster.kill_node(names[0 if node == "first" else -1], power_off=power_off)
+        cluster.wait_until(lambda: len(run.events("started")) > 1, 150, "the next start", job_id=job)
+
+    run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node)
+    starts = check(run, undisturbed, tmp_path)
+    assert len(starts) == 2

@@ -1,0 +1,118 @@
+"""End a run on purpose. What it has saved stays, and the same launch goes on from there."""
+
+import getpass
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.launch import jobs
+from vjepa_scale.launch.jobs import JobState, SlurmUnavailable
+from vjepa_scale.launch.status import StageStatus, read_status, run_recipe
+from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe.folders import stage_folder
+from vjepa_scale.training.history import History, Row
+
+# For the ranks to finish their step and save.
+PATIENCE_S = 60.0
+
+Say = Callable[[str], Any]
+
+
+def cancel(run_folder: Path, *, say: Say = print) -> int:
+    """End every job of a run, and say so. Returns 0, also where there was nothing to end.
+
+    The histories say ``cancelled`` before anything is ended, so that no job starts itself again.
+    Raises UserError, with nothing marked or ended, where Slurm does not answer, or a job is somebody else's or
+    on another machine.
+    """
+    recipe, status = run_recipe(run_folder), read_status(run_folder)
+    if status.problem is not None:
+        raise UserError(
+            f"Slurm does not say what is running: {status.problem}", where=run_folder, fix="try again when it answers"
+        )
+    in_slurm = [(stage, stage.slurm) for stage in status.stages if stage.slurm and jobs.is_alive(stage.slurm)]
+    here = _local_processes(recipe, status.stages)
+    for _, job in in_slurm:
+        _refuse_others(job)
+    if not in_slurm and not here:
+        say(f"nothing of {run_folder} is waiting or running")
+        return 0
+    for stage, _ in in_slurm:
+        History(stage_folder(recipe, stage.name)).add("cancelled")
+    done = [stage.name for stage in status.stages if stage.state == "done"]
+    for name in here.keys() - done:
+        History(stage_folder(recipe, name)).add("cancelled")
+    for stage, job in reversed(in_slurm):  # dependants first: they would start, or be refused, otherwise
+        _cancel_job(stage, job, say)
+    for name, process in here.items():
+        _end_tree(name, process, say)
+    for stage in read_status(run_folder).stages:
+        if stage.name in here and stage.checkpoint is not None:
+            say(f"{stage.name}: its last checkpoint is {stage.checkpoint}")
+    return 0
+
+
+# -- Slurm -------------------------------------------------------------------------------------------
+
+
+def _refuse_others(job: JobState) -> None:
+    if os.geteuid() != 0 and job.user and job.user != getpass.getuser():
+        raise UserError(f"Slurm job {job.job_id} is {job.user}'s", where=job.name, fix=f"ask {job.user} to cancel it")
+
+
+def _cancel_job(stage: StageStatus, job: JobState, say: Say) -> None:
+    try:
+        done = jobs.run_slurm(["scancel", job.job_id])
+        problem = " ".join(done.stderr.split()) if done.returncode else None
+    except SlurmUnavailable as error:
+        problem = str(error)
+    if problem is not None:
+        raise UserError(
+            f"{stage.name} is marked as cancelled, but Slurm did not end job {job.job_id}: {problem}",
+            where="scancel",
+            fix="run cancel again",
+        )
+    was = f"{job.state.lower()} on {job.nodes}" if job.nodes else job.state.lower()
+    say(f"{stage.name}: Slurm job {job.job_id} cancelled (it was {was})")
+
+
+# -- this machine ------------------------------------------------------------------------------------
+
+
+def _local_processes(recipe: Recipe, stages: list[StageStatus]) -> dict[str, psutil.Process]:
+    """Stage → the process to end: its launcher, or, where that is gone, the one above its ranks."""
+    found: dict[str, psutil.Process] = {}
+    for stage in stages:
+        rows = History(stage_folder(recipe, stage.name)).since_submission()
+        if not rows or rows[0]["event"] != "submitted" or rows[0]["cluster"] != "local":
+            continue
+        process = jobs.launcher_process(rows[0]) or _above_the_ranks(rows)
+        if process is not None:
+            found = {stage.name: process}  # one launcher at a time, and the later stage is the one that it is at
+        elif jobs.local_launcher(rows[0]) is None and stage.state == "running" and not stage.still:
+            raise UserError(
+                f"{stage.name!r} was launched on {rows[0].get('host')}, and its files still grow",
+                where=recipe.run.dir,
+                fix="run cancel there",
+            )
+    return found
+
+
+def _above_the_ranks(rows: list[Row]) -> psutil.Process | None:
+    started = [row for row in rows if row["event"] == "started"]
+    return jobs.rank_starter(started[-1]) if started else None
+
+
+def _end_tree(name: str, process: psutil.Process, say: Say) -> None:
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        say(f"{name}: process {process.pid} had just ended")
+        return
+    say(f"{name}: process {process.pid} is asked to save and end, within {PATIENCE_S:.0f} s")
+    quiet = jobs.end_processes(family, patience_s=PATIENCE_S, first=process)
+    say(f"{name}: ended" if quiet else f"{name}: did not end by itself, and was killed")

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The end of a stage's batch script: queue the job again, or let it end.
+#
+#     bash epilogue.sh STATUS COMMAND...
+#
+# STATUS is srun's exit status: 0 the stage is done, 75 a signal was obeyed and everything is saved. After any
+# other, COMMAND (vjepa_scale.launch.afterwards) decides: its 75 means again. The exit status is the job's, which
+# Slurm's afterok dependencies read.
+set -u
+trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be finished
+again=75
+status=$1
+shift
+
+if [ "$status" -ne 0 ] && [ "$status" -ne "$again" ]; then
+  "$@"
+  status=$?
+fi
+[ "$status" -eq "$again" ] || exit "$status"
+
+# The controller may be busy or being restarted: nobody is awake to try again.
+for pause in 1 5 15 30 60 0; do
+  if job=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+    case $job in
+    *" JobState=CANCELLED"*)
+      echo "job $SLURM_JOB_ID was cancelled: not queued again"
+      exit 1
+      ;;
+    *" Requeue=0 "*)
+      echo "error: this job may not be queued again (requeue: false); the launch command goes on" >&2
+      exit 1
+      ;;
+    *" Restarts="*)
+      restarts=${job#* Restarts=}
+      restarts=${restarts%% *}
+      if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        echo "Slurm itself has queued job $SLURM_JOB_ID again"
+        exit "$again"
+      fi
+      ;;
+    esac
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      sleep 600 & # Slurm ends this script now
+      wait $!
+      exit "$again"
+    fi
+  fi
+  sleep "$pause"
+done
+echo "error: job $SLURM_JOB_ID could not be queued again; the launch command goes on from the last checkpoint" >&2
+exit 1

@@ -1,0 +1,60 @@
+"""Why did an attempt end? Each rank that fails leaves a report; here the one that knows most is found.
+
+    <run>/<stage>/failures/JOB.RANK.json   rank, step, kind, message, user_error, traceback, log
+
+Light: it does not import torch.
+"""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json, write_json
+from vjepa_scale.core.ranks import Ranks
+
+Report = dict[str, Any]
+
+# What a rank sees when another one has gone: less telling than that one's own exception.
+_BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+
+
+def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
+    """Write this rank's report. step: the one that was being computed, if training had begun."""
+    log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
+    write_json(
+        folder / f"{_file_name(ranks.job)}.{ranks.rank}.json",
+        {
+            "rank": ranks.rank,
+            "step": step,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "user_error": isinstance(error, UserError),
+            "traceback": "".join(traceback.format_exception(error)),
+            "log": str(log) if log.exists() else None,
+        },
+    )
+
+
+def worst_failure(folder: Path, job: str) -> Report | None:
+    """The most telling report of an attempt, with its own path under ``report``; None where no rank left one.
+
+    job: Ranks.job of the attempt, or a pattern for it
+
+    A user's mistake comes first, then an exception of a rank's own, then those that only lost a peer.
+    """
+    reports = [{**read_json(path), "report": str(path)} for path in folder.glob(f"{_file_name(job)}.*.json")]
+    return min(reports, key=lambda report: (_rank_of_evidence(report), report["rank"]), default=None)
+
+
+def _rank_of_evidence(report: Report) -> int:
+    if report["user_error"]:
+        return 0
+    message = report["message"].lower()
+    bystander = report["kind"] in _BYSTANDERS or any(word in message for word in _BYSTANDER_WORDS)
+    return 2 if bystander else 1
+
+
+def _file_name(job: str) -> str:
+    return job.replace("/", "_")

@@ -1,0 +1,261 @@
+"""Watch a run from a terminal: what rank 0 prints, and what becomes of the jobs in between.
+
+Whoever watches changes nothing: Ctrl-C ends the watching, not the run. A run takes weeks, so Slurm's controller
+is asked seldom; the files are looked at all the time.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
+from vjepa_scale.launch import jobs
+from vjepa_scale.launch.jobs import JobState, SlurmUnavailable
+from vjepa_scale.launch.status import ALIVE, RunStatus, StageStatus, read_status, run_recipe
+from vjepa_scale.recipe.folders import logs_folder
+
+EXIT_INTERRUPTED = 130
+
+LOGS_EVERY_S = 0.2
+STATUS_EVERY_S = 2.0
+# How long an answer of Slurm is good for.
+ASK_WAITING_S, ASK_RUNNING_S, ASK_DEPENDANT_S, ASK_AGAIN_S = 5.0, 15.0, 60.0, 30.0
+# A verdict that ends the watching must hold for this long: another node's files may be seen late.
+SURE_AFTER_S = 10.0
+LAST_LINES = 10
+
+Say = Callable[[str], Any]
+
+
+def follow(run_folder: Path, *, stream: Say = print) -> int:
+    """Show a run until its last launch is over.
+
+    stream: gets every line, without its end
+    Returns 0 if every stage of the launch is done, 2 if one failed by a mistake that the user can mend, 1 if one
+    failed otherwise or was cancelled, 130 after Ctrl-C. Raises UserError if there is no run, or none launched.
+    """
+    try:
+        return _Follower(run_folder, stream).run()
+    except KeyboardInterrupt:
+        stream(f"no longer following; the run is left as it is: {run_folder}")
+        return EXIT_INTERRUPTED
+
+
+def copy_lines(log: Path, position: int, *, whole_lines: bool, only: str = "", stream: Say | None = None) -> int:
+    """Print a log's lines that begin with ``only``, from a position on, without submitit's; returns where to go on.
+
+    position:    in bytes; 0 is the beginning
+    whole_lines: leave out a last line without its end, which is still being written
+    """
+    if not log.exists():
+        return position
+    with open(log, "rb") as file:
+        file.seek(position)
+        for line in file:
+            if whole_lines and not line.endswith(b"\n"):
+                break
+            position += len(line)
+            text = line.decode("utf-8", errors="replace").rstrip("\r\n")
+            if text.startswith(only) and not text.startswith("submitit "):
+                if stream is None:
+                    print(text, flush=True)
+                else:
+                    stream(text)
+    return position
+
+
+class _PatientAsker:
+    """jobs.slurm_job that remembers an answer for as long as it is likely to be true."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, JobState | SlurmUnavailable | None]] = {}
+
+    def __call__(self, job_id: str, *, name: str | None = None) -> JobState | None:
+        known = self._answers.get(job_id)
+        if known is None or time.monotonic() > known[0]:
+            answer: JobState | SlurmUnavailable | None
+            try:
+                answer = jobs.slurm_job(job_id, name=name)
+            except SlurmUnavailable as error:
+                answer = error
+            known = self._answers[job_id] = (time.monotonic() + _good_for(answer), answer)
+        if isinstance(known[1], SlurmUnavailable):
+            raise known[1]
+        return known[1]
+
+
+def _good_for(answer: JobState | SlurmUnavailable | None) -> float:
+    """Seconds."""
+    if isinstance(answer, SlurmUnavailable):
+        return ASK_AGAIN_S
+    if answer is None or not jobs.is_alive(answer):
+        return ASK_RUNNING_S
+    if answer.reason == "Dependency":
+        return ASK_DEPENDANT_S
+    return ASK_WAITING_S if answer.state != "RUNNING" else ASK_RUNNING_S
+
+
+class _Follower:
+    """positions: how far each log has been shown, in bytes. said: the last announcement of each stage."""
+
+    def __init__(self, run_folder: Path, stream: Say) -> None:
+        self.run_folder, self.stream = run_folder, stream
+        self.recipe = run_recipe(run_folder)
+        self.ask = _PatientAsker()
+        self.positions: dict[Path, int] = {}
+        self.said: dict[str, str] = {}
+        self.current: StageStatus | None = None
+        self.verdict: tuple[int, float] | None = None
+        self.problem: str | None = None
+
+    def run(self) -> int:
+        while True:
+            status = read_status(self.run_folder, ask=self.ask)
+            stages = of_last_launch(status)
+            if not stages:
+                raise UserError(
+                    "nothing of this run was launched by tools/launch.py",
+                    where=self.run_folder,
+                    fix="python tools/launch.py RECIPE",
+                )
+            self._announce(status, stages)
+            verdict = _verdict(status, stages)
+            if verdict is not None and self._is_sure(verdict, stages):
+                self._copy_logs(whole_lines=False)
+                return self._end(verdict, stages)
+            look_again = time.monotonic() + STATUS_EVERY_S
+            while time.monotonic() < look_again:
+                self._copy_logs(whole_lines=True)
+                time.sleep(LOGS_EVERY_S)
+
+    # -- states ----------------------------------------------------------------------------------------
+
+    def _announce(self, status: RunStatus, stages: list[StageStatus]) -> None:
+        """Say what has changed since the last look, after the lines that came before it."""
+        if status.problem != self.problem:
+            self.problem = status.problem
+            self.stream(f"Slurm does not answer: {status.problem}" if status.problem else "Slurm answers again")
+        current = next((stage for stage in stages if stage.state != "done"), stages[-1])
+        if self.current is None:
+            self._skip_to_the_end(current)
+        elif self.current.name != current.name:
+            self._copy_logs(whole_lines=False)
+            finished = [stage for stage in stages if stage.state == "done" and stage.name in self.said]
+            for stage in finished:
+                self._say(stage)
+            self._skip_earlier_launches(current)
+        self.current = current
+        self._say(current)
+
+    def _say(self, stage: StageStatus) -> None:
+        text = _announcement(stage)
+        if self.said.get(stage.name) != text:
+            self._copy_logs(whole_lines=True)
+            self.said[stage.name] = text
+            self.stream(text)
+
+    def _is_sure(self, verdict: int, stages: list[StageStatus]) -> bool:
+        """Some ends are a row of the history; others are concluded from what is not there, or not there yet."""
+        if self.verdict is None or self.verdict[0] != verdict:
+            self.verdict = verdict, time.monotonic()
+        first = next((stage for stage in stages if stage.state != "done"), None)
+        return first is None or first.state != "stopped" or time.monotonic() - self.verdict[1] >= SURE_AFTER_S
+
+    def _end(self, verdict: int, stages: list[StageStatus]) -> int:
+        for stage in stages:
+            if stage.state == "cancelled":
+                self._say(stage)
+        for stage in stages:
+            if stage.state in ("failed", "gave up", "stopped"):
+                print(f"error: {_what_failed(stage)}", file=sys.stderr, flush=True)
+                break
+        return verdict
+
+    # -- logs ------------------------------------------------------------------------------------------
+
+    def _logs(self, stage: StageStatus, kind: str = "out") -> list[Path]:
+        """Rank 0's logs, oldest first. Slurm appends over requeues; locally each attempt has its own."""
+        found = logs_folder(self.recipe, stage.name).glob(f"*_0_log.{kind}")
+        return sorted(found, key=lambda path: path.stat().st_mtime)
+
+    def _is_of_this_launch(self, log: Path, stage: StageStatus) -> bool:
+        if stage.cluster == "slurm":
+            return log.name.startswith(f"{stage.job_id}_")
+        return stage.submitted is not None and log.stat().st_mtime >= stage.submitted - 1
+
+    def _skip_to_the_end(self, stage: StageStatus) -> None:
+        """Somebody who comes in the middle sees the last lines only."""
+        for path in (*self._logs(stage), *self._logs(stage, "err")):
+            self.positions[path] = path.stat().st_size
+        if (logs := self._logs(stage)) and self._is_of_this_launch(logs[-1], stage):
+            self.positions[logs[-1]] = _start_of_last_lines(logs[-1], LAST_LINES)
+
+    def _skip_earlier_launches(self, stage: StageStatus) -> None:
+        for path in (*self._logs(stage), *self._logs(stage, "err")):
+            if not self._is_of_this_launch(path, stage):
+                self.positions[path] = path.stat().st_size
+
+    def _copy_logs(self, *, whole_lines: bool) -> None:
+        if self.current is None:
+            return
+        for kind, only in (("err", "warning: "), ("out", "")):
+            for log in self._logs(self.current, kind):
+                at = self.positions.get(log, 0)
+                self.positions[log] = copy_lines(log, at, whole_lines=whole_lines, only=only, stream=self.stream)
+
+
+def of_last_launch(status: RunStatus) -> list[StageStatus]:
+    """The stages that the last launch is about, in their order."""
+    return [stage for stage in status.stages if stage.launch is not None and stage.launch == status.launch]
+
+
+def _verdict(status: RunStatus, stages: list[StageStatus]) -> int | None:
+    """The exit code of a launch that is over; None while it is not."""
+    if all(stage.state == "done" for stage in stages):
+        return 0
+    if any(stage.owner == "unknown" and stage.cluster == "slurm" and stage.state != "done" for stage in stages):
+        return None  # Slurm does not answer: what looks like an end may be a restart
+    for stage in stages:
+        if stage.state in ("failed", "gave up", "stopped"):
+            mistake = stage.error is not None and stage.error.ended and stage.error.user_error
+            return EXIT_USER_ERROR if mistake else 1
+    return None if any(stage.state in ALIVE for stage in stages) else 1
+
+
+def _announcement(stage: StageStatus) -> str:
+    """What a stage is doing, in a line; the same line as long as nothing changes."""
+    job = f"Slurm job {stage.job_id}" if stage.cluster == "slurm" else ""
+    reason = stage.detail.partition(", expected to start")[0]  # an estimate that changes all the time
+    detail = f" ({reason})" if reason else ""
+    if stage.state in ("pending", "starting", "running", "requeued"):
+        again = f", attempt {stage.attempt}" if stage.attempt > 1 and stage.state == "running" else ""
+        return f"{stage.name}: {f'{job} is ' if job else ''}{stage.state}{again}{detail}"
+    if stage.state == "waiting":
+        return f"{stage.name}: waiting {stage.detail}"
+    return f"{stage.name}: {stage.state}{detail}"
+
+
+def _what_failed(stage: StageStatus) -> str:
+    """One line: stage, rank, exception, log."""
+    error = stage.error if stage.error is not None and stage.error.ended else None
+    parts = [f"{stage.name}: {error.who if error else stage.state}"]
+    if stage.detail:
+        parts.append(stage.detail)
+    told = [("report", error.report), ("log", error.log)] if error else []
+    parts += [f"{word} {path}" for word, path in [*told, ("log", stage.log)] if path][:2]
+    return "; ".join(parts)
+
+
+def _start_of_last_lines(log: Path, count: int) -> int:
+    """The position, in bytes, at which the last lines of a log begin."""
+    with open(log, "rb") as file:
+        size = file.seek(0, 2)
+        begin = max(0, size - 200 * count)
+        file.seek(begin)
+        content = file.read(size - begin)
+    lines = content.splitlines(keepends=True)
+    if begin > 0 and len(lines) <= count:
+        lines = lines[1:]  # its beginning is not in sight
+    return size - sum(map(len, lines[-count:]))

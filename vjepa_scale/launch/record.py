@@ -1,0 +1,65 @@
+"""What a launch leaves behind: the resolved recipe that its jobs read, the code that they run, where both come from."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_atomic, write_json
+from vjepa_scale.launch.snapshot import code_folder, new_launch_folder, snapshot_code, source_state
+from vjepa_scale.recipe import Recipe, recipe_yaml
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The files of one launch.
+
+    folder: ``<run>/launches/0001``
+    recipe: the resolved recipe; jobs read this one, whatever becomes of the file it was made from
+    code:   the folder that jobs import vjepa_scale from
+    """
+
+    folder: Path
+    code: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+
+def record_launch(recipe: Recipe, stages: list[str], *, cluster: str) -> Launch:
+    """Write a launch down, and the run's own ``recipe.yaml``, before anything starts."""
+    run = Path(recipe.run.dir).absolute()
+    launch = Launch(new_launch_folder(run), snapshot_code(run))
+    facts, patch = source_state()
+    write_json(launch.folder / "source.json", {"cluster": cluster, "stages": stages, **facts})
+    if patch:
+        write_atomic(launch.folder / "source.patch", patch)
+    for path in (launch.recipe, run / "recipe.yaml"):
+        write_atomic(path, recipe_yaml(recipe))
+    return launch
+
+
+def planned_launch(recipe: Recipe) -> Launch:
+    """The launch that would be next; nothing is written."""
+    run = Path(recipe.run.dir).absolute()
+    taken = [int(path.name) for path in (run / "launches").glob("*") if path.name.isdigit()]
+    return Launch(run / "launches" / f"{max(taken, default=0) + 1:04d}", code_folder(run))
+
+
+@contextmanager
+def only_launcher_of(run_folder: Path) -> Iterator[None]:
+    """Raise UserError while another process launches, or locally runs, the same run. The lock is the kernel's."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with open(run_folder / ".launch.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another launch of this run is at work",
+                where=run_folder,
+                fix=f"python tools/launch.py status '{run_folder}', or cancel instead of status",
+            ) from None
+        yield

@@ -1,0 +1,93 @@
+"""history.jsonl of a stage: what became of it, over all its jobs and restarts. Light: it does not import torch.
+
+A row has ``time`` (seconds since 1970) and ``event``:
+
+    submitted    a launch handed the stage to Slurm or to the local loop: cluster, job_id, name, launch, host, pid
+    started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated
+    saved        a checkpoint is complete: step
+    interrupted  a signal was obeyed: signal, step (of the checkpoint that was saved then)
+    failed       what ended an attempt: job, job_id, kind, message, rank, step, user_error, log, report
+    requeued     the attempt is to be followed by another: reason, job_id
+    gave_up      no more attempts: reason
+    cancelled    by tools/launch.py cancel, or by the launcher's Ctrl-C
+    done         the last checkpoint is complete: step
+
+Rows are only appended, each in one write. Everything that a person is told about a run comes from here, from
+metrics.jsonl and from the checkpoints, so it is known with and without Slurm's accounting.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.files import append_jsonl, read_jsonl
+
+Row = dict[str, Any]
+
+
+class History:
+    """The history of one stage."""
+
+    def __init__(self, stage_folder: Path) -> None:
+        self.path = stage_folder / "history.jsonl"
+
+    def add(self, event: str, **values: Any) -> None:
+        """Append one row, durably."""
+        append_jsonl(self.path, {"time": time.time(), "event": event, **values}, durable=True)
+
+    def rows(self) -> list[Row]:
+        return list(read_jsonl(self.path))
+
+    def since_submission(self) -> list[Row]:
+        """The rows of the last launch, its ``submitted`` row first; all rows where there was no launch."""
+        rows = self.rows()
+        marks = [index for index, row in enumerate(rows) if row["event"] == "submitted"]
+        return rows[marks[-1] :] if marks else rows
+
+
+@dataclass
+class Attempt:
+    """One try of a stage, from a job's start to whatever ended it.
+
+    started: its ``started`` row; None where it failed before rank 0 could begin
+    saved:   the last step that it checkpointed, None if it did not come that far
+    end:     the row that ended it (interrupted, failed, done); None while it runs, or where it ended
+             without a word
+    later:   cancelled, requeued, gave_up
+    """
+
+    started: Row | None = None
+    saved: int | None = None
+    end: Row | None = None
+    later: list[Row] = field(default_factory=list)
+
+    @property
+    def job_id(self) -> str | None:
+        row = self.started or self.end
+        return row.get("job_id") if row else None
+
+    def is_of(self, job: str) -> bool:
+        """Is it a try of this start of a job (Ranks.job, or a pattern for it)?"""
+        return self.started is not None and fnmatchcase(self.started["job"], job)
+
+
+def attempts(rows: Sequence[Row]) -> list[Attempt]:
+    """The attempts that rows tell of, oldest first."""
+    out: list[Attempt] = []
+    for row in rows:
+        event = row["event"]
+        if event == "started":
+            out.append(Attempt(started=row))
+        elif event in ("interrupted", "failed", "done"):
+            # One that failed before it could begin has no ``started`` row.
+            if not out or out[-1].end is not None or ("job" in row and not out[-1].is_of(row["job"])):
+                out.append(Attempt())
+            out[-1].end = row
+        elif event == "saved" and out:
+            out[-1].saved = row["step"]
+        elif event != "submitted" and out:
+            out[-1].later.append(row)
+    return out
