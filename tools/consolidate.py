@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from vjepa_scale.checkpoint.consolidate import consolidate, find_checkpoint
+from vjepa_scale.checkpoint.consolidated import WEIGHTS_FILE, read_config
 from vjepa_scale.checkpoint.describe import describe
 from vjepa_scale.core.errors import run_command
 
@@ -18,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, help="a run, a stage or a checkpoint folder")
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
-    parser.add_argument("--out", type=Path, help="the folder to write")
+    parser.add_argument("--out", type=Path, help="the folder to write: new, empty, or with this same result")
     parser.add_argument(
         "--weights", choices=["target", "context"], default="target", help="EMA target encoder, or the trained one"
     )
@@ -29,7 +30,9 @@ def main() -> int:
         return 0
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH")
-    print(f"written: {consolidate(arguments.source, arguments.out, weights=arguments.weights)}")
+    done = "written again" if (arguments.out / WEIGHTS_FILE).exists() else "written"
+    config = read_config(consolidate(arguments.source, arguments.out, weights=arguments.weights))
+    print(f"{done}: {arguments.out}: the {config.weights} encoder of {config.stage} at step {config.step}")
     return 0
 
 

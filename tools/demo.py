@@ -42,6 +42,10 @@ def main() -> int:
         "3. Pretrain, then cool down at a higher resolution and with longer clips",
         "launch", arguments.recipe, *arguments.overrides, "--cluster", "local", "--wait",
     )  # fmt: skip
+    from vjepa_scale.checkpoint.consolidated import CONFIG_FILE, WEIGHTS_FILE
+
+    for name in (WEIGHTS_FILE, CONFIG_FILE):  # an earlier demo's, perhaps of another checkpoint
+        (run / "consolidated" / name).unlink(missing_ok=True)
     step(
         "4. Consolidate the sharded checkpoint into one file",
         "consolidate",

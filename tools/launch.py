@@ -163,7 +163,8 @@ def look_after(command: str, words: list[str]) -> int:
         from vjepa_scale.launch.cancel import cancel
 
         return cancel(arguments.run)
-    from vjepa_scale.launch.status import as_json, read_status, render
+    from vjepa_scale.launch.status import read_status
+    from vjepa_scale.launch.status_text import as_json, render
 
     status = read_status(arguments.run)
     print(as_json(status) if arguments.json else render(status))

@@ -1,6 +1,7 @@
 """Consolidation: the file holds the checkpoint's tensors, from the right place, in bounded memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,25 +108,84 @@ def test_a_user_loads_it_back(tmp_path: Path) -> None:
 
 
 def test_the_source_may_be_a_run_a_stage_or_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
+    run = tmp_path / "run"
     first = save(run, "pretrain", 2)
     save(run, "pretrain", 4)
-    assert holds(consolidate(run, out), 4)
+    assert holds(consolidate(run, tmp_path / "a"), 4)
     save(run, "cooldown", 6)
     last = save(run, "cooldown", 7)
-    assert holds(consolidate(run, out), 7)
-    assert holds(consolidate(run / "pretrain", out), 4)
-    assert holds(consolidate(run / "pretrain/checkpoints", out), 4)
-    assert holds(consolidate(first, out), 2)
+    assert holds(consolidate(run, tmp_path / "b"), 7)
+    assert holds(consolidate(run / "pretrain", tmp_path / "c"), 4)
+    assert holds(consolidate(run / "pretrain/checkpoints", tmp_path / "d"), 4)
+    assert holds(consolidate(first, tmp_path / "e"), 2)
     shard = last / "__0_0.distcp"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert holds(consolidate(run, out), 6)
+    assert holds(consolidate(run, tmp_path / "f"), 6)
     assert f"{last} is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="__0_0"):
-        consolidate(last, out)
-    assert holds(out, 6)  # a refusal leaves what was there
+        consolidate(last, tmp_path / "b")
+    assert holds(tmp_path / "b", 7)  # a refusal leaves what was there
+
+
+def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    first, second = save(run, "pretrain", 2), save(run, "pretrain", 4)
+    consolidate(first, out)
+    whole = (out / "model.safetensors").read_bytes()
+    for source, weights, message in (
+        (
+            second,
+            "target",
+            "holds the target encoder of pretrain at step 2, not the target encoder of pretrain at step 4",
+        ),
+        (
+            first,
+            "context",
+            "holds the target encoder of pretrain at step 2, not the context encoder of pretrain at step 2",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as refusal:
+            consolidate(source, out, weights=weights)  # type: ignore[arg-type]
+        assert refusal.value.where == out
+        assert (out / "model.safetensors").read_bytes() == whole
+    recipe = {**MANIFEST["recipe"], "run": {"dir": "runs/other", "seed": 1}}
+    other = store.save(tmp_path / "other", 2, tensors(2), {"stage": "pretrain", **MANIFEST, "recipe": recipe})
+    with pytest.raises(UserError, match="at step 2 of another run"):
+        consolidate(other, out)
+
+    # The same result is written again: here over a damaged one, as far as its header can be read.
+    with open(out / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"gone")
+    (out / ".model.safetensors.123.tmp").write_bytes(b"left by a kill")
+    assert holds(consolidate(first, out), 2)
+
+    (tmp_path / "only leftovers").mkdir()
+    (tmp_path / "only leftovers/.model.safetensors.123.tmp").write_bytes(b"left by a kill")
+    assert holds(consolidate(first, tmp_path / "only leftovers"), 2)
+
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "config.json").write_text("mine")
+    with pytest.raises(UserError, match="not empty, and not a result of this program"):
+        consolidate(first, notes)
+    assert [path.name for path in notes.iterdir()] == ["config.json"]
+    assert (notes / "config.json").read_text() == "mine"
+    with pytest.raises(UserError, match="is a file"):
+        consolidate(first, notes / "config.json")
+
+
+def test_a_folder_of_shards_is_named_for_what_it_is(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    shards = two_data_sets["left"]
+    for arguments in ([shards, "--out", tmp_path / "out"], ["--describe", shards]):
+        done = run_tool(*arguments)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: {shards}: a folder of shards (training data) (give a run, a stage or a checkpoint folder)\n"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_sources_without_a_checkpoint_are_user_errors(tmp_path: Path) -> None:
@@ -152,7 +212,17 @@ def test_the_command_line(tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "run", "pretrain", 4)
     done = run_tool(tmp_path / "run", "--to", "safetensors", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"written: {tmp_path / 'out'}: the target encoder of pretrain at step 4\n"
     assert holds(tmp_path / "out", 4)
+    again = run_tool(checkpoint, "--out", tmp_path / "out")
+    assert (again.returncode, again.stdout) == (0, done.stdout.replace("written:", "written again:"))
+    save(tmp_path / "run", "pretrain", 5)
+    refused = run_tool(tmp_path / "run", "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert f"{tmp_path / 'out'}: holds the target encoder of pretrain at step 4" in refused.stderr
+    assert "another --out, or remove" in refused.stderr
+    shutil.rmtree(tmp_path / "run/pretrain/checkpoints/step_00000005")
     told = run_tool("--describe", tmp_path / "run")
     assert told.returncode == 0
     for words in (str(checkpoint), "step        4", "8 frames, 32×40 px, 4 fps", "drawn       a: 16 clips", "rope"):

@@ -141,8 +141,23 @@ def test_out_that_holds_something_else_is_refused(videos: Path, shards: Manifest
     (tmp_path / "foreign.tar").write_bytes(b"x")
     with pytest.raises(UserError, match="unknown origin"):
         make_shards(videos, tmp_path, Settings(), workers=1, progress=quiet)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.tex").write_text("mine")
+    (other / "pictures").mkdir()
+    with pytest.raises(UserError, match=r"not empty: chapter\.tex and 1 more"):
+        make_shards(videos, other, Settings(), workers=1, progress=quiet)
+    assert sorted(path.name for path in other.iterdir()) == ["chapter.tex", "pictures"]
     with pytest.raises(UserError, match="inside VIDEOS"):
         make_shards(videos, videos / "out", Settings(), workers=1, progress=quiet)
+
+
+def test_an_empty_folder_or_one_with_a_half_written_plan_is_taken(
+    videos: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    (tmp_path / "..plan.json.4711.tmp").write_text('{"sou')  # a kill while the plan was written
+    make_shards(videos, tmp_path, Settings(seed=3, shard_records=4), workers=2, progress=quiet)
+    assert contents(shards.folder).items() <= contents(tmp_path).items()
 
 
 def test_shards_fill_up_to_a_size(videos: Path, tmp_path: Path) -> None:
@@ -156,13 +171,17 @@ def test_shards_fill_up_to_a_size(videos: Path, tmp_path: Path) -> None:
     assert Manifest.open(tmp_path / "out").records_per_shard.tolist() == [2, 2, 1]
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "unusable", "workers"])
+@pytest.mark.parametrize("case", ["missing", "empty", "unusable", "workers", "taken"])
 def test_the_tool_reports_user_errors_in_one_line(case: str, tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     if case != "missing":
         videos.mkdir()
     if case == "unusable":
         (videos / "notes.txt").write_text("no video")
+    if case == "taken":
+        (videos / "a.mp4").write_bytes(b"")
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
     arguments = ["--workers", "0" if case == "workers" else "1"]
     run = subprocess.run(
         [sys.executable, TOOL, videos, out, *arguments], capture_output=True, text=True, timeout=120, check=False
@@ -170,8 +189,8 @@ def test_the_tool_reports_user_errors_in_one_line(case: str, tmp_path: Path) -> 
     assert run.returncode == 2, run.stderr
     assert len(run.stderr.splitlines()) == 1, run.stderr
     assert run.stderr.startswith("error: ")
-    assert ("--workers" if case == "workers" else str(videos)) in run.stderr
-    assert not out.exists()
+    assert {"workers": "--workers", "taken": f"{out}: OUT is not empty: mine.txt"}.get(case, str(videos)) in run.stderr
+    assert [path.name for path in out.iterdir()] == ["mine.txt"] if case == "taken" else not out.exists()
 
 
 def test_the_tool_sums_up(videos: Path, tmp_path: Path) -> None:

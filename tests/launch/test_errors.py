@@ -67,6 +67,38 @@ def test_damaged_shard_folders(two_data_sets: dict[str, Path], tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_an_order_of_steps_that_do_not_exist(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)  # 12 steps, then 6
+    for text, what in (
+        ("3", "'3' is not a range of steps (FIRST:LAST, for example 0:20)"),
+        ("9:2", "9:2 holds no step: it stops before step 2 (FIRST:LAST with FIRST < LAST, for example 9:10)"),
+        ("4:4", "4:4 holds no step: it stops before step 4 (FIRST:LAST with FIRST < LAST, for example 4:5)"),
+        ("18:30", "no step of the stages is in 18:30 (pretrain has steps 0 to 11, cooldown has steps 12 to 17)"),
+    ):
+        assert refused(recipe, "--dump-order", text) == f"error: --dump-order: {what}\n"
+    error = refused(recipe, "--stages", "cooldown", "--dump-order", "0:12")
+    assert "(cooldown has steps 12 to 17)" in error
+    done = tool("launch", recipe, "--dump-order", "17:30")
+    assert len(done.stdout.splitlines()) == 1 + 8
+
+
+def test_the_plan_says_what_each_data_set_holds(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
+    left, right, nowhere = two_data_sets["left"], tmp_path / "shards", tmp_path / "nowhere"
+    shutil.copytree(two_data_sets["right"], right)
+    tar = sorted(right.glob("*.tar"))[1]
+    plan = tool("launch", recipe, "--dry-run", f"data.sets.right.path={right}").stdout.splitlines()
+    assert f"data    left: {left}, 24 records in 3 shards, weight 2" in plan
+    assert f"data    right: {right}, 32 records in 4 shards, weight 2" in plan
+    tar.unlink()
+    plan = tool(
+        "launch", recipe, "--dry-run", f"data.sets.right.path={right}", f"data.sets.left.path={nowhere}"
+    ).stdout.splitlines()
+    assert f"data    left: {nowhere}, weight 2  (no manifest there yet)" in plan
+    (line,) = (line for line in plan if line.startswith("data    right"))
+    assert line.startswith(f"data    right: {right}, weight 2  (error: {tar}: the shard is missing")
+
+
 @pytest.mark.parametrize("name", ["vitl_256", "vith_256", "vitg_256", "vitg_384"])
 def test_real_recipes_pass_dry_run(name: str) -> None:
     done = tool("launch", f"recipes/{name}.yaml", "--dry-run")

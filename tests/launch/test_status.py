@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chain import write_recipe
+from tests.chain import ROOT, write_recipe
+from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch import cancel as cancel_module
 from vjepa_scale.launch import follow as follow_module
@@ -31,7 +32,9 @@ from vjepa_scale.launch.jobs import (
     slurm_job,
     this_process,
 )
-from vjepa_scale.launch.status import RunStatus, StageStatus, as_json, read_status, render
+from vjepa_scale.launch.states import RunStatus, StageStatus
+from vjepa_scale.launch.status import read_status
+from vjepa_scale.launch.status_text import as_json, render
 from vjepa_scale.training.history import Row
 
 # The chain's stages: pretrain has steps 0 to 11, cooldown 12 to 17. 8 clips per step.
@@ -63,10 +66,11 @@ class Run:
             stage, "started", ago=ago, job=f"{job}.0-{restart}", job_id=job, host="n1", kind=kind, step=step, repeated=0
         )
 
-    def fail(self, stage: str, *, step: int | None = 7, ago: float = 80.0, **values: Any) -> None:
+    def fail(self, stage: str, *, restart: int = 0, step: int | None = 7, ago: float = 80.0, **values: Any) -> None:
+        job = {"job": f"100.*-{restart}", "job_id": "100"}
         log = self.folder / stage / "logs" / "100_1_log.err"
         row = {"kind": "ValueError", "message": "a bad\nclip", "rank": 1, "step": step, "user_error": False}
-        self.add(stage, "failed", ago=ago, job_id="100", log=str(log), report=None, **(row | values))
+        self.add(stage, "failed", ago=ago, log=str(log), report=None, **(job | row | values))
 
     def train(self, stage: str, first: int, last: int, *, seconds: float = 2.0, ago: float = 0.0) -> None:
         path = self.folder / stage / "metrics.jsonl"
@@ -80,9 +84,12 @@ class Run:
     def save(self, stage: str, step: int) -> None:
         folder = self.folder / stage / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "__0_0.distcp").write_bytes(b"tensors")
-        manifest = {"step": step, "first": 0 if stage == "pretrain" else 12, "files": {"__0_0.distcp": {"bytes": 7}}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        tensors = folder / "__0_0.distcp"
+        tensors.write_bytes(b"tensors")
+        first = 0 if stage == "pretrain" else 12
+        write_manifest(
+            folder, step=step, world_size=1, files={tensors.name: describe_file(tensors)}, extra={"first": first}
+        )
         self.add(stage, "saved", step=step)
 
     def finish(self, stage: str) -> None:
@@ -115,9 +122,21 @@ def no_answer(job_id: str, *, name: str | None = None) -> JobState | None:
     raise SlurmUnavailable("Unable to contact slurm controller")
 
 
-def test_no_torch() -> None:
-    code = "import sys, vjepa_scale.launch.cancel, vjepa_scale.launch.follow; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_no_torch(run: Run) -> None:
+    """The answer is there at once, whatever there is to read."""
+    run.submit("pretrain")
+    run.start("pretrain")
+    run.train("pretrain", 0, 5)
+    run.save("pretrain", 4)
+    for command in ("status", "cancel", "follow"):
+        words = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "launch.py"), command]
+        folder = run.folder if command == "status" else run.folder.parent
+        done = subprocess.run([*words, str(folder)], capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+        assert f"vjepa_scale.launch.{command}" in imported
+        assert command != "status" or "pretrain" in done.stdout
+        assert not {name for name in imported if name.partition(".")[0] in ("torch", "numpy", "submitit")}
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
@@ -286,7 +305,7 @@ def test_gave_up(run: Run) -> None:
     run.submit("pretrain")
     for restart in range(2):
         run.start("pretrain", restart=restart)
-        run.fail("pretrain")
+        run.fail("pretrain", restart=restart)
     run.add("pretrain", "gave_up", reason="the same twice", job_id="100")
     for answer in (job("FAILED"), None, no_answer):
         status = run.look(answer)
@@ -306,12 +325,28 @@ def test_only_a_rank_could_say_why(run: Run) -> None:
     (reports / "100.0-0.0.json").write_text(json.dumps({**told, "rank": 0, "kind": "DistBackendError"}))
     (reports / "100.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "MemoryError"}))
     (reports / "99.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "Older"}))
+    (reports / "1001.0-0.1.json").write_text(json.dumps({**told, "rank": 0, "kind": "Another"}))
     stage = run.pretrain(job("RUNNING"))
     assert (stage.state, stage.detail) == ("ending", "rank 1: MemoryError at step 3: no")
     status = run.look(None)
     assert status.stages[0].state == "failed"
     assert status.stages[0].error is not None
     assert status.stages[0].error.kind == "MemoryError"
+    assert run.pretrain(job("CANCELLED")).state == "cancelled"  # ranks that are ended from outside may complain
+
+
+def test_only_a_rank_could_say_why_it_never_began(run: Run) -> None:
+    run.submit("pretrain")
+    reports = run.folder / "pretrain" / "failures"
+    reports.mkdir()
+    told = {"step": None, "message": "no", "user_error": True, "traceback": "", "log": None, "rank": 0}
+    (reports / "1001.0-0.0.json").write_text(json.dumps({**told, "kind": "Another"}))
+    assert run.pretrain(None).state == "stopped"
+    (reports / "100.0-0.0.json").write_text(json.dumps({**told, "kind": "UserError"}))
+    stage = run.pretrain(None)
+    assert stage.state == "failed"
+    assert stage.error is not None
+    assert stage.error.who == "rank 0: UserError: no"
 
 
 def test_cancelled(run: Run) -> None:
@@ -319,6 +354,7 @@ def test_cancelled(run: Run) -> None:
     run.start("pretrain")
     run.add("pretrain", "cancelled", ago=60)
     assert run.pretrain(job("COMPLETING")).state == "ending"
+    assert "attempt" not in render(run.look(job("RUNNING")))  # its first goes on for a moment
     run.save("pretrain", 5)
     run.add("pretrain", "interrupted", signal="SIGTERM", step=5, ago=55)  # its ranks saved when they were told
     for answer in (job("CANCELLED"), None, no_answer):

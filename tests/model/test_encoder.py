@@ -84,6 +84,14 @@ def test_clip_that_does_not_divide_is_refused() -> None:
         Encoder(SMALL)(torch.zeros(1, 3, 5, 24, 40))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 24, 40), (1, 4, 3, 24, 40), (1, 1, 4, 24, 40), (4, 24), ()])
+def test_clips_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError) as refusal:
+            Encoder(SMALL).to(device)(torch.zeros(shape, device=device))
+        assert str(refusal.value) == f"clip: clips of shape {list(shape)} (give [B, 3, T, H, W])"
+
+
 @torch.no_grad()
 def test_layout_changes_the_features() -> None:
     encoder = _randomised(Encoder(SMALL))

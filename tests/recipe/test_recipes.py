@@ -114,8 +114,22 @@ ONE_PHASE = [{"name": "all", "start_lr": 0.1}]
         ("model.encoder", "vit_enormous", "model.encoder", "vit_giant"),
         ("model.encoder", {"width": 100, "depth": 1, "heads": 3}, "model.encoder", "head size"),
         ("pretrain.stepz", 3, "pretrain.stepz", "did you mean 'steps'"),
-        ("pretrain.steps", "many", "pretrain.steps", "'many'"),
-        ("pretrain.steps", 0, "pretrain.steps", "greater than 0"),
+        ("pretrain.steps", "many", "pretrain.steps", "must be a whole number, not 'many'"),
+        ("pretrain.steps", 0, "pretrain.steps", "must be greater than 0, not 0"),
+        ("run.seed", "x", "run.seed", "must be a whole number, not 'x'"),
+        ("run.seed", 1.5, "run.seed", "must be a whole number, not 1.5"),
+        ("run.dir", 3, "run.dir", "must be text, not 3"),
+        ("run", {}, "run.dir", "missing"),
+        ("data.fps", "fast", "data.fps", "must be a number, not 'fast'"),
+        ("data.fps", float("inf"), "data.fps", "must be a finite number, not inf"),
+        ("data.workers", -1, "data.workers", "must be at least 0, not -1"),
+        ("jepa", {"ema_momentum": 2}, "jepa.ema_momentum", "must be at most 1, not 2"),
+        ("engine.reshard_after_forward", "maybe", "engine.reshard_after_forward", "must be true or false, not 'maybe'"),
+        ("engine.reshard_after_forward", None, "engine.reshard_after_forward", "must be true or false, not None"),
+        ("masks.generators", 3, "masks.generators", "must be a list, not 3"),
+        ("optimizer.betas", [0.9, 0.9, 0.9], "optimizer.betas", "must have at most 2 item(s)"),
+        ("model", 3, "model", "must be a section of keys, not 3"),
+        ("data.sets", ["a"], "data.sets", "must be a section of keys"),
         ("pretrain.global_batch", 100, "pretrain.global_batch", "a multiple of masks.group (24)"),
         ("pretrain.micro_batch", 7, "pretrain.micro_batch", "a divisor of masks.group (24)"),
         ("pretrain.clip.size", 250, "pretrain.clip.size", "patches of 16"),
@@ -126,16 +140,16 @@ ONE_PHASE = [{"name": "all", "start_lr": 0.1}]
         ("pretrain.continue_from", "cooldown", "pretrain.continue_from", "no earlier stage"),
         ("pretrain.phases", [{"name": "a", "final_lr": 0.1}], "pretrain.phases", "no start_lr"),
         ("data.augment", {"area": [1.0, 0.3]}, "data.augment.area", "from low to high"),
-        ("data.augment", {"std": [0, 0, 0]}, "data.augment.std.0", "greater than 0"),
+        ("data.augment", {"std": [0, 0, 0]}, "data.augment.std.0", "must be greater than 0, not 0"),
         (
             "masks",
             {"generators": [{"blocks": 1, "spatial_scale": 0.1, "aspect_ratio": 0}]},
             "masks.gen",
             "greater than 0",
         ),
-        ("optimizer.betas", [2, 3], "optimizer.betas.0", "less than 1"),
-        ("data.sets", {}, "data.sets", "at least 1 item"),
-        ("engine.kind", "fsdp3", "engine.kind", "'fsdp'"),
+        ("optimizer.betas", [2, 3], "optimizer.betas.0", "must be less than 1, not 2"),
+        ("data.sets", {}, "data.sets", "must have at least 1 item"),
+        ("engine.kind", "fsdp3", "engine.kind", "must be 'fsdp', not 'fsdp3'"),
     ],
 )
 def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, key: str, hint: str) -> None:
@@ -150,6 +164,7 @@ def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, k
     assert f"my.yaml:{key}" in str(caught.value)
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "nput should" not in str(caught.value)
 
 
 def test_a_phase_takes_from_its_stage_what_it_leaves_out() -> None:

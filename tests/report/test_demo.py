@@ -1,6 +1,7 @@
 """The newcomer's command, on less data and for fewer steps."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
             assert all(0 <= accuracy <= 1 for accuracy in probe[measure].values())
     for line in ("$ python tools/make_shards.py", "$ python tools/launch.py", "trained  ", "untrained  ", "pixels  "):
         assert line in done.stdout
-    # A second run finds everything there and measures the same.
+    # A second run finds everything there and measures the same, also where the consolidated result is of another
+    # checkpoint.
+    shutil.rmtree(tmp_path / "run" / "consolidated")
+    tool("consolidate", tmp_path / "run" / "pretrain", "--out", tmp_path / "run" / "consolidated")
     again = tool("demo", *arguments)
     assert "already complete" in again.stdout
     repeated = json.loads((tmp_path / "run" / "summary.json").read_text())

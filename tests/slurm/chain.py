@@ -32,7 +32,7 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Stage name → what ``status --json`` says of it. The exit code is not looked at here."""
         said = self.cluster.run(self.command("status", self.folder, "--json"), check=False)
-        return {stage["stage"]: stage for stage in json.loads(said.stdout)["stages"]}
+        return {stage["name"]: stage for stage in json.loads(said.stdout)["stages"]}
 
     def history(self, stage: str = "pretrain") -> list[dict[str, Any]]:
         path = self.folder / stage / "history.jsonl"

@@ -7,6 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chain import checkpoint_tensors, metrics, tool, write_recipe
+from vjepa_scale.checkpoint import store
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe import load_recipe
+from vjepa_scale.training.start import refuse_other_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -91,11 +95,8 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=None)
     tool("launch", recipe, "--wait", "pretrain.steps=8")
     for override, named in (
-        ("model.encoder.heads=4", "model"),
-        ("jepa.ema_momentum=0.5", "jepa"),
-        ("run.seed=6", "run.seed"),
-        ("pretrain.phases.0.final_lr=2e-3", "pretrain (steps 0 to 7)"),
-        ("data.fps=5", "data"),
+        ("model.encoder.heads=4", "model.encoder.heads: 2 then, 4 now"),
+        ("pretrain.phases.0.final_lr=2e-3", "pretrain (steps 0 to 4).lr at step 4: 0.001 then, 0.002 now"),
     ):
         done = tool("launch", recipe, "--wait", override, check=False)
         assert done.returncode == 2
@@ -117,6 +118,65 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("overrides", "differences"),
+    [
+        (["run.seed=6"], ["run.seed: 5 then, 6 now"]),
+        (["engine.precision=bfloat16"], ["engine.precision: float32 then, bfloat16 now"]),
+        (["data.fps=5"], ["data.fps: 4 then, 5 now"]),
+        (["data.augment.area=[0.5, 1]"], ["data.augment.area: [0.3, 1.0] then, [0.5, 1.0] now"]),
+        (["masks.generators.0.blocks=8"], ["masks.generators.0.blocks: 4 then, 8 now"]),
+        (["masks.generators=[{blocks: 4, spatial_scale: 0.15}]"], ["masks.generators: 2 items then, 1 item now"]),
+        (["masks.generators.1.max_keep=5"], ["masks.generators.1.max_keep: null then, 5 now"]),
+        (["jepa.ema_momentum=0.5"], ["jepa.ema_momentum: 0.9 then, 0.5 now"]),
+        (["optimizer.eps=1e-6"], ["optimizer.eps: 1e-08 then, 1e-06 now"]),
+        (["data.sets.more={path: x, weight: 0}"], ['data.sets: ["left", "right"] then, ["left", "right", "more"] now']),
+        (["pretrain.phases.1.clip.frames=8"], ["pretrain (steps 5 to 7).clip.frames: 4 then, 8 now"]),
+        (["pretrain.phases.0.clip.size=48"], ["pretrain (steps 0 to 4).clip.size: [32, 40] then, [48, 48] now"]),
+        (["pretrain.phases.1.mixture.right=2"], ["pretrain (steps 5 to 7).mixture.right: 3 then, 2 now"]),
+        (
+            ["pretrain.phases.1.mixture={left: 1}"],
+            ['pretrain (steps 5 to 7).mixture: {"left": 1.0, "right": 3.0} then, {"left": 1.0} now'],
+        ),
+        (
+            ["pretrain.phases.0.steps=4"],
+            ["pretrain.phases: steps 0 to 4, steps 5 to 7 then, steps 0 to 3, steps 4 to 7 now"],
+        ),
+        (["pretrain.steps=6"], ["pretrain.phases: steps 0 to 4, steps 5 to 7 then, steps 0 to 4, steps 5 to 5 now"]),
+        (
+            ["pretrain.global_batch=16"],
+            [f"pretrain (steps {steps}).global_batch: 8 then, 16 now" for steps in ("0 to 4", "5 to 7")],
+        ),
+        (
+            ["pretrain.phases.0.final_lr=2e-3", "run.seed=6", "pretrain.global_batch=16"],
+            [
+                "run.seed: 5 then, 6 now",
+                "pretrain (steps 0 to 4).lr at step 0: 0.00028 then, 0.00048 now",
+                "pretrain (steps 0 to 4).lr at step 4: 0.001 then, 0.002 now",
+                "pretrain (steps 0 to 4).global_batch: 8 then, 16 now",
+                "and 3 more",
+            ],
+        ),
+        (["pretrain.steps=20", "data.workers=0", "checkpoint.every=3", "pretrain.phases.1.final_lr=1e-3"], []),
+    ],
+)
+def test_what_differs_from_the_recipe_that_trained_is_named(
+    overrides: list[str], differences: list[str], tmp_path: Path
+) -> None:
+    """A checkpoint after 8 of 12 steps; the recipe of tests/chain.py."""
+    path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", {"left": tmp_path, "right": tmp_path})
+    trained = load_recipe(path).model_dump(mode="json", exclude_none=True)
+    checkpoint = store.save(tmp_path, 8, {"a": torch.ones(1)}, {"recipe": trained, "first": 0})
+    recipe = load_recipe(path, overrides)
+    if not differences:
+        refuse_other_recipe(recipe, "pretrain", checkpoint)
+        return
+    with pytest.raises(UserError) as refusal:
+        refuse_other_recipe(recipe, "pretrain", checkpoint)
+    assert refusal.value.what == f"the recipe differs from the one that trained {checkpoint}: {'; '.join(differences)}"
+
+
 def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:
     for override, named in (("run.seed=9", "run.seed"), ("pretrain.steps=14", "goes back to step 12")):
         done = tool("launch", finished / "recipe.yaml", override, "--stages", "cooldown", "--wait", check=False)
@@ -130,7 +190,9 @@ def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "not run yet", two_data_sets)
     whole = tool("launch", recipe, "--dump-order", "12:15").stdout
-    assert len(whole.splitlines()) == 3 * 8
+    header, *rows = whole.splitlines()
+    assert header == "# step\tslot\tdata set\trecord\tstart in seconds"
+    assert [row.split("\t")[:2] for row in rows] == [[str(step), str(i)] for step in (12, 13, 14) for i in range(8)]
     assert tool("launch", recipe, "--stages", "cooldown", "--dump-order", "12:15").stdout == whole
     assert tool("launch", finished / "recipe.yaml", "--dump-order", "12:15").stdout == whole  # as it was trained
     branch = write_recipe(
@@ -189,7 +251,7 @@ def test_same_numbers_for_any_ranks_and_micro_batches(two_data_sets: dict[str, P
         tool("launch", recipe, "--wait")
         runs[name] = (order, metrics(tmp_path / name, "pretrain"))
     order, reference = runs.pop("1x4")
-    assert len(order.splitlines()) == 20 * 8
+    assert len(order.splitlines()) == 1 + 20 * 8
     assert len(reference) == 20
     assert abs(reference[-1]["loss"] / reference[0]["loss"] - 1) > 0.01  # something was learned
     for name, (other_order, rows) in runs.items():

@@ -1,6 +1,7 @@
 """manifest.json of a checkpoint: what is inside, and how to know that it still is.
 
 It is written last, holds the size and SHA-256 of every other file, and ends with a checksum of itself.
+Light: who only reads one does not import torch.
 """
 
 import hashlib
@@ -8,8 +9,6 @@ import json
 import platform
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
@@ -27,6 +26,8 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, *, step: int, world_size: int, files: dict[str, Any], extra: dict[str, Any]) -> None:
     """Write manifest.json into a checkpoint folder. ``extra``: JSON values under keys of their own."""
+    import torch
+
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -68,9 +69,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read: bool = True) -> str | None:
     """What is wrong with one file of a checkpoint, in words; None if nothing. ``read``: check the bytes too."""
     path = checkpoint / name
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:  # removed at this moment
+        size = None
+    if size is None:
         return f"{name} is missing"
-    if (size := path.stat().st_size) != recorded["bytes"]:
+    if size != recorded["bytes"]:
         return f"{name} has {size} bytes instead of {recorded['bytes']}"
     if read and sha256_file(path) != recorded["sha256"]:
         return f"{name} does not have the bytes that were written (SHA-256)"

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from vjepa_scale.checkpoint.finding import NAME, newest_first, newest_name
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
@@ -46,7 +47,6 @@ __all__ = [
     "verify",
 ]
 
-_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|replaced|removing)")
 
 
@@ -101,7 +101,7 @@ def retain(folder: Path, *, keep: int, protect: Collection[int] = ()) -> None:
     """
     if _rank_and_world_size()[0] != 0:
         return
-    for checkpoint in _newest_first(folder)[keep:]:
+    for checkpoint in newest_first(folder)[keep:]:
         try:
             manifest = read_manifest(checkpoint)
         except UserError:
@@ -135,7 +135,7 @@ def find_latest(folder: Path) -> Path | None:
     Damaged ones on the way are named on stderr. Raises UserError if there are some and none is good.
     """
     # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
-    checkpoints = from_rank_0(_newest_first(folder))
+    checkpoints = from_rank_0(newest_first(folder))
     for checkpoint in checkpoints:
         problems = _problems(checkpoint)
         if not problems:
@@ -149,18 +149,6 @@ def find_latest(folder: Path) -> Path | None:
             where=folder,
             fix="restore one from a copy, or move the folder away to start again on purpose",
         )
-    return None
-
-
-def newest_name(folder: Path) -> Path | None:
-    """The newest checkpoint that looks whole by its manifest and file sizes. Nothing is read, or said, beyond that."""
-    for checkpoint in _newest_first(folder):
-        try:
-            files = read_manifest(checkpoint)["files"]
-        except UserError:
-            continue
-        if not any(file_problem(checkpoint, name, recorded, read=False) for name, recorded in files.items()):
-            return checkpoint
     return None
 
 
@@ -183,18 +171,10 @@ def _problems(checkpoint: Path) -> list[str]:
         with ThreadPoolExecutor(os.cpu_count() if world_size == 1 else 1) as pool:
             found = pool.map(lambda entry: file_problem(checkpoint, *entry), share)
         own = [problem for problem in found if problem]
-        named = _NAME.fullmatch(checkpoint.name)
+        named = NAME.fullmatch(checkpoint.name)
         if named and int(named[1]) != manifest["step"]:
             own.append(f"{MANIFEST} is of step {manifest['step']}")
     return sorted({problem for part in _gathered(own) for problem in part})
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Finished checkpoints, good or not, by falling step."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 # -- loading -----------------------------------------------------------------------------------------

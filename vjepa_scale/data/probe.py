@@ -57,7 +57,7 @@ def _decode_all(
     reformatter = VideoReformatter()
     ticks: list[int] = []
     thumbs: list[npt.NDArray[np.uint8]] = []
-    end, size, last_duration = 0, None, 0
+    size, last_duration = None, 0
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError("does not decode to the end", f"damaged packet after {len(ticks)} frames")

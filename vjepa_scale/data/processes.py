@@ -42,9 +42,10 @@ def start_fork_server(*, deaf_to: Collection[signal.Signals]) -> None:
     blocked: that is inherited without a moment in which this process would ignore them too.)
     """
     worker_context()
-    signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
         resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)  # Python has just unblocked SIGTERM
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)

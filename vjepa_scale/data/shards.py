@@ -153,6 +153,13 @@ def _held(out: Path, source: dict[str, Any]) -> str | None:
             return name
     if out.is_dir() and any(out.glob("*.tar")):
         raise UserError("OUT holds shards of unknown origin", where=out, fix="give a new or empty folder")
+    own = f".{PLAN}."  # of a plan that a kill left under its temporary name
+    if out.is_dir() and (foreign := sorted(path.name for path in out.iterdir() if not path.name.startswith(own))):
+        raise UserError(
+            f"OUT is not empty: {foreign[0]}" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
+            where=out,
+            fix="give a new or empty folder",
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import psutil
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch import jobs
 from vjepa_scale.launch.jobs import JobState, SlurmUnavailable
-from vjepa_scale.launch.status import StageStatus, read_status, run_recipe
+from vjepa_scale.launch.states import StageStatus
+from vjepa_scale.launch.status import read_status, run_recipe
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.training.history import History, Row
 
-# For the ranks to finish their step and save.
+# For the ranks to finish their step and save, and for Slurm to clear up after them.
 PATIENCE_S = 60.0
+LOOK_EVERY_S = 1.0
 
 Say = Callable[[str], Any]
 
@@ -47,11 +50,16 @@ def cancel(run_folder: Path, *, say: Say = print) -> int:
     for name in here.keys() - done:
         History(stage_folder(recipe, name)).add("cancelled")
     for stage, job in reversed(in_slurm):  # dependants first: they would start, or be refused, otherwise
-        _cancel_job(stage, job, say)
+        _cancel_job(stage, job)
+        was = f"{job.state.lower()} on {job.nodes}" if job.nodes else job.state.lower()
+        say(f"{stage.name}: Slurm job {job.job_id} cancelled (it was {was})")
+    for stage, job in in_slurm:
+        _wait_for_the_end(stage, job, say)
     for name, process in here.items():
         _end_tree(name, process, say)
     for stage in read_status(run_folder).stages:
-        if stage.name in here and stage.checkpoint is not None:
+        trained = stage.name in here or any(other.name == stage.name and job.nodes for other, job in in_slurm)
+        if trained and stage.checkpoint is not None:
             say(f"{stage.name}: its last checkpoint is {stage.checkpoint}")
     return 0
 
@@ -64,7 +72,7 @@ def _refuse_others(job: JobState) -> None:
         raise UserError(f"Slurm job {job.job_id} is {job.user}'s", where=job.name, fix=f"ask {job.user} to cancel it")
 
 
-def _cancel_job(stage: StageStatus, job: JobState, say: Say) -> None:
+def _cancel_job(stage: StageStatus, job: JobState) -> None:
     try:
         done = jobs.run_slurm(["scancel", job.job_id])
         problem = " ".join(done.stderr.split()) if done.returncode else None
@@ -76,8 +84,24 @@ def _cancel_job(stage: StageStatus, job: JobState, say: Say) -> None:
             where="scancel",
             fix="run cancel again",
         )
-    was = f"{job.state.lower()} on {job.nodes}" if job.nodes else job.state.lower()
-    say(f"{stage.name}: Slurm job {job.job_id} cancelled (it was {was})")
+
+
+def _wait_for_the_end(stage: StageStatus, job: JobState, say: Say) -> None:
+    """Until Slurm has ended a job. One that was just queuing itself again is cancelled again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            now = jobs.slurm_job(job.job_id, name=job.name)
+        except SlurmUnavailable:  # it has the order
+            return
+        if now is None or not jobs.is_alive(now):
+            return
+        if now.state in jobs.WAITING or (now.restarts or 0) > (job.restarts or 0):
+            _cancel_job(stage, now)
+        if time.monotonic() > deadline:
+            say(f"{stage.name}: Slurm job {job.job_id} is still {now.state.lower()}: look again with status")
+            return
+        time.sleep(LOOK_EVERY_S)
 
 
 # -- this machine ------------------------------------------------------------------------------------

@@ -21,22 +21,22 @@ fi
 # The controller may be busy or being restarted: nobody is awake to try again.
 for pause in 1 5 15 30 60 0; do
   if job=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+    restarts=${job#* Restarts=}
+    restarts=${restarts%% *}
+    if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+      echo "Slurm itself has queued job $SLURM_JOB_ID again"
+      exit "$again"
+    fi
     case $job in
-    *" JobState=CANCELLED"*)
+    *" JobState=COMPLETING Reason=TimeLimit "*) ;; # saved in the last moment
+    *" JobState=CANCELLED "* | *" JobState=COMPLETING "*)
+      # Slurm is ending it, and not to start it again: somebody's scancel, which leaves us the time to save
       echo "job $SLURM_JOB_ID was cancelled: not queued again"
       exit 1
       ;;
     *" Requeue=0 "*)
       echo "error: this job may not be queued again (requeue: false); the launch command goes on" >&2
       exit 1
-      ;;
-    *" Restarts="*)
-      restarts=${job#* Restarts=}
-      restarts=${restarts%% *}
-      if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
-        echo "Slurm itself has queued job $SLURM_JOB_ID again"
-        exit "$again"
-      fi
       ;;
     esac
     if scontrol requeue "$SLURM_JOB_ID"; then

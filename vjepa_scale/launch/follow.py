@@ -13,7 +13,8 @@ from typing import Any
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
 from vjepa_scale.launch import jobs
 from vjepa_scale.launch.jobs import JobState, SlurmUnavailable
-from vjepa_scale.launch.status import ALIVE, RunStatus, StageStatus, read_status, run_recipe
+from vjepa_scale.launch.states import ALIVE, RunStatus, StageStatus
+from vjepa_scale.launch.status import read_status, run_recipe
 from vjepa_scale.recipe.folders import logs_folder
 
 EXIT_INTERRUPTED = 130
@@ -22,7 +23,8 @@ LOGS_EVERY_S = 0.2
 STATUS_EVERY_S = 2.0
 # How long an answer of Slurm is good for.
 ASK_WAITING_S, ASK_RUNNING_S, ASK_DEPENDANT_S, ASK_AGAIN_S = 5.0, 15.0, 60.0, 30.0
-# A verdict that ends the watching must hold for this long: another node's files may be seen late.
+# A verdict that ends the watching is held back for this long where it may be early: another node's files may be
+# seen late, and Slurm takes a moment to cancel dependants.
 SURE_AFTER_S = 10.0
 LAST_LINES = 10
 
@@ -84,6 +86,10 @@ class _PatientAsker:
         if isinstance(known[1], SlurmUnavailable):
             raise known[1]
         return known[1]
+
+    def forget(self) -> None:
+        """Something has changed: ask anew."""
+        self._answers.clear()
 
 
 def _good_for(answer: JobState | SlurmUnavailable | None) -> float:
@@ -153,15 +159,21 @@ class _Follower:
         text = _announcement(stage)
         if self.said.get(stage.name) != text:
             self._copy_logs(whole_lines=True)
+            self.ask.forget()
             self.said[stage.name] = text
             self.stream(text)
 
     def _is_sure(self, verdict: int, stages: list[StageStatus]) -> bool:
         """Some ends are a row of the history; others are concluded from what is not there, or not there yet."""
+        first = next((stage for stage in stages if stage.state != "done"), None)
+        if first is None:
+            return True
         if self.verdict is None or self.verdict[0] != verdict:
             self.verdict = verdict, time.monotonic()
-        first = next((stage for stage in stages if stage.state != "done"), None)
-        return first is None or first.state != "stopped" or time.monotonic() - self.verdict[1] >= SURE_AFTER_S
+            self.ask.forget()
+            return False
+        settled = first.state != "stopped" and not any(stage.state in ALIVE for stage in stages)
+        return settled or time.monotonic() - self.verdict[1] >= SURE_AFTER_S
 
     def _end(self, verdict: int, stages: list[StageStatus]) -> int:
         for stage in stages:

@@ -9,6 +9,7 @@ import torch
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import dump_order
+from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.launch.jobs import SlurmUnavailable, is_alive, local_launcher, slurm_job
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
@@ -124,8 +125,14 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
     yield f"cluster {chosen_cluster(recipe)}{_site(recipe)}, jobs of at most {launch.timeout_min} minutes"
     yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}"
     for name, data_set in recipe.data.sets.items():
-        found = "" if (Path(data_set.path) / "manifest.json").exists() else "  (no manifest there yet)"
-        yield f"data    {name}: {data_set.path}, weight {data_set.weight:g}{found}"
+        held, problem = "", "  (no manifest there yet)"
+        if (Path(data_set.path) / MANIFEST).exists():
+            try:
+                manifest = Manifest.open(data_set.path)
+                held, problem = f", {manifest.records} records in {len(manifest.shards)} shards", ""
+            except UserError as error:  # a plan shows what is wrong; a launch refuses it
+                problem = f"  (error: {error})"
+        yield f"data    {name}: {data_set.path}{held}, weight {data_set.weight:g}{problem}"
     for name in stages:
         stage = recipe.stages()[name]
         origin = (
@@ -160,15 +167,27 @@ def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:
 def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[str]:
     """``--dump-order FIRST:LAST``: a line per clip of the global steps FIRST … LAST−1, without training.
 
-    Columns, separated by tabs: step, slot, data set, record key, start time in seconds.
+    The first line, ``# step…``, names the columns, separated by tabs. Raises UserError before it for a range that
+    holds no step of the stages.
     """
     first_text, colon, last_text = text.partition(":")
-    if not (colon and first_text.isdigit() and last_text.isdigit()):
+    if not (colon and first_text.isdecimal() and last_text.isdecimal()):
         raise UserError(f"{text!r} is not a range of steps", where="--dump-order", fix="FIRST:LAST, for example 0:20")
-    manifests = open_data(recipe)
     wanted = range(int(first_text), int(last_text))
-    for name in stages:
-        phases, order = planned_order(recipe, name, manifests)
+    if not wanted:
+        raise UserError(
+            f"{text} holds no step: it stops before step {wanted.stop}",
+            where="--dump-order",
+            fix=f"FIRST:LAST with FIRST < LAST, for example {wanted.start}:{wanted.start + 1}",
+        )
+    manifests = open_data(recipe)
+    planned = {name: planned_order(recipe, name, manifests) for name in stages}
+    steps = {name: range(phases[0].first, phases[-1].end) for name, (phases, _) in planned.items()}
+    if not any(max(wanted.start, there.start) < min(wanted.stop, there.stop) for there in steps.values()):
+        there = ", ".join(f"{name} has steps {s.start} to {s.stop - 1}" for name, s in steps.items())
+        raise UserError(f"no step of the stages is in {text}", where="--dump-order", fix=there)
+    yield "# step\tslot\tdata set\trecord\tstart in seconds"
+    for phases, order in planned.values():
         for phase in phases:
             for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):
                 yield from dump_order(recipe, phase, order, manifests, step)

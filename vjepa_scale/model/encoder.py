@@ -29,7 +29,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(CHANNELS, width, kernel_size=size, stride=size)
 
     def grid(self, clips_BCTHW: Tensor) -> Grid:
-        """Tokens (t, h, w) of a clip of this size; UserError where it does not divide into tubelets."""
+        """Tokens (t, h, w) of such clips; UserError for another shape, or one that does not divide into tubelets."""
+        if clips_BCTHW.ndim != 5 or clips_BCTHW.shape[1] != CHANNELS:
+            raise UserError(
+                f"clips of shape {list(clips_BCTHW.shape)}", where="clip", fix=f"give [B, {CHANNELS}, T, H, W]"
+            )
         frames, height, width = clips_BCTHW.shape[2:]
         if frames % self.tubelet or height % self.patch or width % self.patch:
             raise UserError(

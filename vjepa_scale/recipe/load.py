@@ -130,6 +130,35 @@ def _list_index(node: list[Any], part: str, where: str) -> int:
     return int(part)
 
 
+_NUMBER, _WHOLE, _BOOL = "must be a number", "must be a whole number", "must be true or false"
+_SECTION, _LIST = "must be a section of keys", "must be a list"
+
+# pydantic's types of error, in a recipe's words. In braces: what the schema allows.
+_PLAIN_WORDS = {
+    "missing": "missing",
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": "must be a finite number",
+    "bool_type": _BOOL,
+    "bool_parsing": _BOOL,
+    "string_type": "must be text",
+    "list_type": _LIST,
+    "tuple_type": _LIST,
+    "dict_type": _SECTION,
+    "model_type": _SECTION,
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_short": "must have at least {min_length} item(s)",
+    "too_long": "must have at most {max_length} item(s)",
+}
+
+
 def explain_invalid(error: ValidationError, source: object, schema: type[BaseModel]) -> UserError:
     """What pydantic found in a file, as one line that names ``source:key`` and what would work."""
     first = error.errors()[0]
@@ -144,7 +173,8 @@ def explain_invalid(error: ValidationError, source: object, schema: type[BaseMod
         close = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
-    what = first["msg"].removeprefix("Value error, ")
+    plain = _PLAIN_WORDS.get(first["type"])
+    what = plain.format(**first.get("ctx", {})) if plain else first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     if not isinstance(given, (dict, list)) and first["type"] not in ("missing", "value_error"):
         what = f"{what}, not {given!r}"

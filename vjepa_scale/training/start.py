@@ -5,7 +5,8 @@ first), ``continue_from`` (weights, EMA, optimiser and step go on from another s
 ``init_from`` (weights only, step 0).
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -217,27 +218,18 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
             fix=f"put {before}.steps back, or move {path.parent.parent} away to run {stage_name!r} again",
         )
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
-    changed = []
-    for section in ("model", "masks", "jepa", "optimizer"):
-        if getattr(done, section) != getattr(recipe, section):
-            changed.append(section)
-    if done.run.seed != recipe.run.seed:
-        changed.append("run.seed")
-    if done.engine.precision != recipe.engine.precision:
-        changed.append("engine.precision")
-    elsewhere = {"workers", "prefetch", "sets"}  # what no number depends on; sets: by identity and mixture, below
-    if done.data.model_dump(exclude=elsewhere) != recipe.data.model_dump(exclude=elsewhere):
-        changed.append("data")
-    if list(done.data.sets) != list(recipe.data.sets):
-        changed.append("names or order of data.sets")
     step, first = manifest["step"], manifest["first"]
-    if _trained(resolve_phases(done, stage_name, first=first), step) != _trained(
-        resolve_phases(recipe, stage_name, first=first), step
-    ):
-        changed.append(f"{stage_name} (steps 0 to {step - 1})")
+    then, now = (_trained(resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
+    changed = list(_differences(_decisive(done), _decisive(recipe)))
+    if list(then) == list(now):
+        for steps in then:
+            changed += _differences(then[steps], now[steps], f"{stage_name} ({steps})")
+    else:
+        changed.append(f"{stage_name}.phases: {', '.join(then)} then, {', '.join(now)} now")
     if changed:
+        more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
         raise UserError(
-            f"the recipe differs from the one that trained {path}: {', '.join(changed)}",
+            f"the recipe differs from the one that trained {path}: {'; '.join(changed[:4] + more)}",
             where="resume",
             fix="put it back, choose another run.dir, or start another run with init_from or continue_from",
         )
@@ -254,13 +246,56 @@ def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
             )
 
 
-def _trained(phases: list[Phase], step: int) -> list[tuple[Any, ...]]:
-    """What the steps before ``step`` were trained with."""
-    out = []
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """What the numbers of every stage depend on, by the recipe's keys."""
+    whole = recipe.model_dump(mode="json")
+    data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch")}
+    return {
+        "run": {"seed": recipe.run.seed},
+        "engine": {"precision": recipe.engine.precision},
+        "data": data | {"sets": list(recipe.data.sets)},  # the rest of the sets: by identity and mixture
+        **{section: whole[section] for section in ("model", "masks", "jepa", "optimizer")},
+    }
+
+
+def _trained(phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
+    """What the steps before ``step`` were trained with: a section for ``steps FIRST to LAST`` of each phase."""
+    out = {}
     for phase in phases:
         if phase.first >= step:
             break
         last = min(phase.end, step) - 1
-        geometry = (phase.frames, phase.size, phase.global_batch, tuple(phase.mixture.items()))
-        out.append((phase.first, last, phase.lr(phase.first), phase.lr(last), *geometry))
+        out[f"steps {phase.first} to {last}"] = {
+            f"lr at step {phase.first}": phase.lr(phase.first),
+            f"lr at step {last}": phase.lr(last),
+            "clip.frames": phase.frames,
+            "clip.size": list(phase.size),
+            "global_batch": phase.global_batch,
+            "mixture": phase.mixture,
+        }
     return out
+
+
+def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
+    """``KEY: THEN then, NOW now`` for every value that differs, down to the deepest key."""
+    then_parts, now_parts = _parts(then), _parts(now)
+    if then_parts and list(then_parts) == list(now_parts):
+        for name in then_parts:
+            yield from _differences(then_parts[name], now_parts[name], f"{key}.{name}" if key else name)
+    elif then != now or then_parts:  # with parts: of other names, or in another order
+        yield f"{key}: {_said(then)} then, {_said(now)} now"
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What a value is made of: keys of a section, items of a list of sections."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else {}
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return f"{len(value)} item{'s' * (len(value) != 1)}"
+    if isinstance(value, float):
+        return f"{value:.12g}"  # without the noise of the last digits
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -106,7 +106,9 @@ class _Trainer:
 
     def _begin(self) -> MetricsLog:
         """Rank 0's books of this attempt."""
-        write_atomic(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
+        of_run = Path(self.recipe.run.dir) / "recipe.yaml"
+        for path in (self.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
+            write_atomic(path, recipe_yaml(self.recipe))
         log = MetricsLog(
             self.folder / "metrics.jsonl",
             step=self.start.step,
@@ -239,6 +241,7 @@ class _Trainer:
         signal = self.interrupt.signal or "a signal to another rank"
         self._note("interrupted", step=step, signal=signal)
         self._say(f"{self.stage_name}: {signal} obeyed: saved at step {step}, to go on from there")
+        process_group.barrier()  # the first to exit may have the others ended; the history must be written by then
         raise SavedAndStopped(f"{signal}: saved at step {step}")
 
     def _note(self, event: str, **values: object) -> None:

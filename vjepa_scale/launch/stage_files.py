@@ -1,0 +1,194 @@
+"""What the files of one stage say about it: its history, metrics, checkpoints, and the reports of its ranks."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.checkpoint.finding import newest
+from vjepa_scale.checkpoint.manifest import MANIFEST
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.launch.failures import worst_failure
+from vjepa_scale.launch.states import LastError, StageStatus
+from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.history import Attempt, History, Row, attempts
+
+# As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
+RECENT_STEPS = 50
+TAIL_BYTES = 64 * 1024
+
+
+class StageFiles:
+    """One look at a stage's files.
+
+    rows:      of its history since its last launch; all where there was none
+    submitted: the first of them, if it was launched
+    attempts:  that they tell of
+    cancelled: the row, if this launch was cancelled
+    report:    what a rank left behind of an attempt whose end is in no row
+    status:    filled with all that the files say without being judged
+    """
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self.recipe, self.name, self.now = recipe, name, time.time()
+        self.folder = stage_folder(recipe, name)
+        history = History(self.folder)
+        self.rows = history.since_submission()
+        self._all_rows = history.rows()
+        self.submitted: Row | None = next((row for row in self.rows if row["event"] == "submitted"), None)
+        self.cancelled: Row | None = next((row for row in self.rows if row["event"] == "cancelled"), None)
+        self.attempts = attempts(self.rows)
+        self.report = self._report()
+        self.status = StageStatus(name)
+        self._read_launch()
+        self._read_checkpoint()
+        self._read_steps()
+        self.status.error = self._error()
+
+    @property
+    def last(self) -> Attempt | None:
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def finished(self) -> bool:
+        """Is its last checkpoint there?"""
+        return self.status.last_step is not None and self.status.checkpoint_step == self.status.last_step
+
+    @property
+    def ended_by_error(self) -> bool:
+        """Was its last error the end of its last attempt?"""
+        failed = [row for row in self._all_rows if row["event"] == "failed"]
+        return self.report is not None or bool(failed and self.last is not None and self.last.end == failed[-1])
+
+    def _read_launch(self) -> None:
+        status = self.status
+        if self.submitted is not None:
+            launch = self.submitted.get("launch")
+            status.cluster, status.submitted = self.submitted["cluster"], self.submitted["time"]
+            status.launch = None if launch is None else Path(str(launch)).name
+        # Slurm's job keeps its id; locally every attempt has one of its own.
+        having = [row for row in self.rows if row["event"] in ("submitted", "started", "requeued") and "job_id" in row]
+        if having:
+            status.job_id = str(having[0 if status.cluster == "slurm" else -1]["job_id"])
+            log = logs_folder(self.recipe, self.name) / f"{status.job_id}_0_log.out"
+            status.log = str(log) if log.exists() else None
+
+    def _read_checkpoint(self) -> None:
+        status = self.status
+        found = newest(checkpoints_folder(self.recipe, self.name))
+        if found is not None:
+            checkpoint, manifest = found
+            status.checkpoint, status.checkpoint_step = checkpoint.name, manifest["step"]
+            status.checkpoint_age_s = max(0.0, self.now - _changed(checkpoint / MANIFEST))
+            status.first = manifest["first"]
+        else:
+            begun = [row["step"] for row in self._all_rows if row["event"] == "started" and row["kind"] != "resume"]
+            status.first = begun[-1] if begun else self._planned_first()
+        if status.first is not None:
+            status.last_step = resolve_phases(self.recipe, self.name, first=status.first)[-1].end
+
+    def _planned_first(self) -> int | None:
+        before = self.recipe.stages()[self.name].continue_from
+        if before is None or before in self.recipe.stages():
+            return resolve_phases(self.recipe, self.name)[0].first
+        return None  # of a checkpoint elsewhere: known when the stage has begun
+
+    def _read_steps(self) -> None:
+        """Step, loss and pace, from the end of metrics.jsonl."""
+        status, path = self.status, self.folder / "metrics.jsonl"
+        rows = _last_rows(path)[-RECENT_STEPS:]
+        started = self.last.started if self.last is not None else None
+        if started is not None:
+            written = _changed(path) if rows else 0.0
+            status.idle_s = max(0.0, self.now - max(written, started["time"]))
+        if not rows:
+            status.step = status.checkpoint_step
+            return
+        last = rows[-1]
+        status.step, status.loss = last["step"] + 1, last["loss"]
+        # One geometry only; and not an attempt's first step, which waits for the loader, if there is another.
+        same = [row for row in rows if row["phase"] == last["phase"] and row["clips_per_s"] > 0]
+        later = [row for row in same if started is None or row["step"] != started["step"]] or same
+        batch = {phase.name: phase.global_batch for phase in resolve_phases(self.recipe, self.name)}.get(last["phase"])
+        if later and batch:
+            status.step_s = sum(batch / row["clips_per_s"] for row in later) / len(later)
+            status.clips_per_s = batch / status.step_s
+
+    # -- errors ----------------------------------------------------------------------------------------
+
+    def _error(self) -> LastError | None:
+        """The last ``failed`` row; or, where an attempt ended before it was written, a rank's own report."""
+        if self.report is not None:
+            return self.report
+        failed = [row for row in self._all_rows if row["event"] == "failed"]
+        return self._told(failed[-1], failed[-1]["time"]) if failed else None
+
+    def _report(self) -> LastError | None:
+        if self.last is None:
+            if self.submitted is None:
+                return None
+            # It failed before training: the rest of the name is not known.
+            job = str(self.submitted["job_id"]) + (".*" if self.submitted["cluster"] == "slurm" else "")
+        elif is_over(self.last) or self.last.started is None:
+            return None
+        else:
+            job = self.last.started["job"]
+        try:
+            told = worst_failure(failures_folder(self.recipe, self.name), job)
+        except UserError:  # a report that cannot be read says nothing
+            return None
+        if told is None or (self.submitted and _changed(Path(told["report"])) < self.submitted["time"]):
+            return None
+        return self._told(told, _changed(Path(told["report"])))
+
+    def _told(self, row: dict[str, Any], when: float) -> LastError:
+        """A ``failed`` row or a rank's report."""
+        return LastError(
+            kind=row["kind"],
+            message=row["message"],
+            rank=row["rank"],
+            step=row["step"],
+            log=self._here(row["log"], logs_folder(self.recipe, self.name)),
+            report=self._here(row["report"], failures_folder(self.recipe, self.name)),
+            time=when,
+            user_error=row["user_error"],
+        )
+
+    def _here(self, recorded: str | None, folder: Path) -> str | None:
+        """A recorded path, as it is now: the run may have been moved."""
+        if recorded is None:
+            return None
+        here = folder / Path(recorded).name
+        return str(here if here.exists() or not Path(recorded).exists() else recorded)
+
+
+def is_over(attempt: Attempt) -> bool:
+    """Does the history say that it has ended? It may go on for a moment after ``cancelled``."""
+    return attempt.end is not None or any(row["event"] != "cancelled" for row in attempt.later)
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written; 0 where it has just been removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows at the end of a JSON-lines file, which may have one for each of a million steps."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - TAIL_BYTES))
+        content = file.read()
+    whole = content if size <= TAIL_BYTES else content.partition(b"\n")[2]
+    rows = []
+    for line in whole.splitlines(keepends=True):
+        try:
+            rows.append(json.loads(line if line.endswith(b"\n") else b""))
+        except ValueError:  # cut short by a kill, or being written
+            continue
+    return rows

@@ -1,0 +1,113 @@
+"""What there is to know about a run and its stages: the answer of ``launch.status``.
+
+The states of a stage:
+
+    not launched   nobody has submitted it
+    waiting        locally: an earlier stage of the same launch comes first
+    pending        its job waits in Slurm's queue for the first time
+    starting       it has processes or nodes, and has not trained yet
+    running        it trains
+    requeued       it has been interrupted or has failed, and is to go on by itself
+    ending         this attempt is over, its job is not yet
+    done           its last checkpoint is there
+    failed         an error ended it
+    gave up        it was not started again, for the reason that is given
+    cancelled      by tools/launch.py cancel, in Slurm, or because a stage before it did not finish
+    stopped        it ended before its last step, nothing goes on with it, and no error says why
+"""
+
+from dataclasses import dataclass, field
+
+from vjepa_scale.launch.jobs import JobState
+
+ALIVE = ("waiting", "pending", "starting", "running", "requeued", "ending")
+UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped")
+
+
+@dataclass
+class LastError:
+    """The last error of a stage. ``ended``: the stage ended, or is ending, with it; otherwise it went on."""
+
+    kind: str
+    message: str
+    rank: int | None = None
+    step: int | None = None
+    log: str | None = None
+    report: str | None = None
+    time: float | None = None
+    user_error: bool = False
+    ended: bool = False
+
+    @property
+    def who(self) -> str:
+        """In a line: rank, exception, step, what it said."""
+        rank = "" if self.rank is None else f"rank {self.rank}: "
+        step = "" if self.step is None else f" at step {self.step}"
+        first_line = self.message.partition("\n")[0]
+        return f"{rank}{self.kind}{step}: {first_line}" if first_line else f"{rank}{self.kind}{step}"
+
+
+@dataclass
+class StageStatus:
+    """One stage. Steps are completed ones of the global step; times in seconds.
+
+    detail:         why it is in its state
+    without_a_word: it ended, or its last attempt did, with nothing written that says why
+    owner:          "alive", "gone", or "unknown": its Slurm job or its local launcher
+    attempt:        which attempt of this launch it is in, or was last; 0: none yet
+    endings:        what ended the earlier ones
+    first, last_step: the global step it begins at, and the one it is finished at
+    step_s:         seconds per step, recently; eta_s: for the steps that are left, at this pace
+    idle_s:         since its last step; still: that is far longer than a step takes
+    """
+
+    name: str
+    state: str = "not launched"
+    detail: str = ""
+    without_a_word: bool = False
+    owner: str = "unknown"
+    cluster: str | None = None
+    launch: str | None = None
+    submitted: float | None = None
+    job_id: str | None = None
+    slurm: JobState | None = None
+    attempt: int = 0
+    endings: list[str] = field(default_factory=list)
+    first: int | None = None
+    step: int | None = None
+    last_step: int | None = None
+    loss: float | None = None
+    clips_per_s: float | None = None
+    step_s: float | None = None
+    eta_s: float | None = None
+    idle_s: float | None = None
+    still: bool = False
+    checkpoint: str | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    error: LastError | None = None
+    log: str | None = None
+
+
+@dataclass
+class RunStatus:
+    """A run. ``problem``: what Slurm, or the shell, said instead of an answer."""
+
+    run: str
+    launched: float | None
+    launch: str | None
+    cluster: str | None
+    commit: str | None
+    dirty: bool | None
+    problem: str | None
+    stages: list[StageStatus]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a stage failed, gave up or ended without a word, else 0."""
+        return int(any(stage.state in ("failed", "gave up") or stage.without_a_word for stage in self.stages))
+
+    @property
+    def alive(self) -> list[str]:
+        """The stages that somebody is still at work on, or will be."""
+        return [stage.name for stage in self.stages if stage.state in ALIVE]
