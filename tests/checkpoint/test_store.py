@@ -212,12 +212,12 @@ def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
 # -- retention and leftovers ---------------------------------------------------------------------------
 
 
-def test_retention_keeps_the_newest_the_ends_of_phases_and_the_protected(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_the_ends_of_phases(tmp_path: Path) -> None:
     for step in range(1, 8):
         save(tmp_path, step, ends_phase=step == 2)
     (tmp_path / "step_00000003/manifest.json").write_text("{}")
-    store.retain(tmp_path, keep=2, protect=(4,))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (2, 3, 4, 6, 7)]
+    store.retain(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (2, 3, 6, 7)]
 
 
 def _save_and_hang(ranks: Ranks, folder: str, function: str) -> None:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,11 @@ def _publish(temporary: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def retain(folder: Path, *, keep: int, protect: Collection[int] = ()) -> None:
+def retain(folder: Path, *, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints. Rank 0 acts; others return at once.
 
-    Ends of phases (``ends_phase`` in the manifest) and the steps in ``protect`` always stay, and so does one
-    whose manifest cannot be read: it may have been one of them.
+    Ends of phases (``ends_phase`` in the manifest) always stay, and so does one whose manifest cannot be read:
+    it may have been one of them.
     """
     if _rank_and_world_size()[0] != 0:
         return
@@ -106,7 +106,7 @@ def retain(folder: Path, *, keep: int, protect: Collection[int] = ()) -> None:
             manifest = read_manifest(checkpoint)
         except UserError:
             continue
-        if not manifest.get("ends_phase") and manifest["step"] not in protect:
+        if not manifest.get("ends_phase"):
             remove_dir(checkpoint)
 
 

@@ -18,7 +18,6 @@ import submitit
 import torch
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.follow import copy_lines
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.restarts import Verdict, attempts, close_attempt, judge
 from vjepa_scale.launch.task import run_launched
@@ -26,6 +25,7 @@ from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
 from vjepa_scale.training.history import History
 from vjepa_scale.training.start import is_finished
+from vjepa_scale.watch.follow import copy_lines
 
 FAILURE_GRACE_S = 15.0
 # A signal that comes while submitit is starting the ranks is lost, so it is repeated; ranks do not mind.

@@ -10,7 +10,6 @@ import torch
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
-from vjepa_scale.launch.jobs import SlurmUnavailable, is_alive, local_launcher, slurm_job
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
@@ -25,6 +24,7 @@ from vjepa_scale.training.start import (
     planned_order,
     preflight,
 )
+from vjepa_scale.watch.jobs import SlurmUnavailable, is_alive, local_launcher, slurm_job
 
 
 def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.failures import worst_failure
+from vjepa_scale.training.failures import worst_failure
 from vjepa_scale.training.history import Attempt, History, Row
 from vjepa_scale.training.history import attempts as attempts_in
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import Ranks, detect_ranks
-from vjepa_scale.launch.failures import report_failure
 from vjepa_scale.launch.restarts import refuse_endless_restarts
 from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.failures import report_failure
 from vjepa_scale.training.history import History
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.trainer import Progress, train_stage

@@ -1,4 +1,4 @@
-"""What there is to know about a run and its stages: the answer of ``launch.status``.
+"""What there is to know about a run and its stages: the answer of ``watch.status``.
 
 The states of a stage:
 
@@ -18,7 +18,7 @@ The states of a stage:
 
 from dataclasses import dataclass, field
 
-from vjepa_scale.launch.jobs import JobState
+from vjepa_scale.watch.jobs import JobState
 
 ALIVE = ("waiting", "pending", "starting", "running", "requeued", "ending")
 UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped")

@@ -8,11 +8,11 @@ from typing import Any
 from vjepa_scale.checkpoint.finding import newest
 from vjepa_scale.checkpoint.manifest import MANIFEST
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.failures import worst_failure
-from vjepa_scale.launch.states import LastError, StageStatus
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.failures import worst_failure
 from vjepa_scale.training.history import Attempt, History, Row, attempts
+from vjepa_scale.watch.states import LastError, StageStatus
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50

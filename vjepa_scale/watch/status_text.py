@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from vjepa_scale.launch.states import ALIVE, RunStatus, StageStatus
+from vjepa_scale.watch.states import ALIVE, RunStatus, StageStatus
 
 WIDTH = 100
 
