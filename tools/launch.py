@@ -40,8 +40,9 @@ def main() -> int:
     cluster = plan.chosen_cluster(recipe)
     if arguments.print_sbatch:
         return _print_scripts(recipe, stages, cluster, dry_run=arguments.dry_run)
+    where = plan.site(recipe)
     with plan.errors_name(arguments.recipe):
-        description = list(plan.describe(recipe, stages))
+        description = list(plan.describe(recipe, stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
         return 0

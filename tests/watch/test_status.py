@@ -321,7 +321,7 @@ def test_only_a_rank_could_say_why(run: Run) -> None:
     run.start("pretrain")
     reports = run.folder / "pretrain" / "failures"
     reports.mkdir()
-    told = {"step": 3, "message": "no", "user_error": False, "traceback": "", "log": None}
+    told = {"step": 3, "message": "no", "user_error": False, "bystander": False, "traceback": "", "log": None}
     (reports / "100.0-0.0.json").write_text(json.dumps({**told, "rank": 0, "kind": "DistBackendError"}))
     (reports / "100.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "MemoryError"}))
     (reports / "99.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "Older"}))
@@ -339,7 +339,15 @@ def test_only_a_rank_could_say_why_it_never_began(run: Run) -> None:
     run.submit("pretrain")
     reports = run.folder / "pretrain" / "failures"
     reports.mkdir()
-    told = {"step": None, "message": "no", "user_error": True, "traceback": "", "log": None, "rank": 0}
+    told = {
+        "step": None,
+        "message": "no",
+        "user_error": True,
+        "bystander": False,
+        "traceback": "",
+        "log": None,
+        "rank": 0,
+    }
     (reports / "1001.0-0.0.json").write_text(json.dumps({**told, "kind": "Another"}))
     assert run.pretrain(None).state == "stopped"
     (reports / "100.0-0.0.json").write_text(json.dumps({**told, "kind": "UserError"}))

@@ -23,11 +23,15 @@ class UserError(Exception):
         super().__init__(f"{place}{what}{remedy}".replace("\n", " "))
 
     def __reduce__(self) -> tuple:  # keyword-only arguments do not survive pickling by themselves
-        return _rebuild, (self.what, self.where, self.fix)
+        return _rebuild, (type(self), self.what, self.where, self.fix)
 
 
-def _rebuild(what: str, where: object, fix: str | None) -> UserError:
-    return UserError(what, where=where, fix=fix)
+class PassingError(UserError):
+    """One that may pass by itself, such as a file server that does not answer: a stage is worth another attempt."""
+
+
+def _rebuild(kind: type[UserError], what: str, where: object, fix: str | None) -> UserError:
+    return kind(what, where=where, fix=fix)
 
 
 def run_command(command: Callable[[], int | None]) -> None:

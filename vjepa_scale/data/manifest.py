@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import read_json, sha256_file, write_atomic, write_json
 
 VERSION = 1
@@ -119,7 +119,9 @@ class Manifest:
             with open(path, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"cannot read record {self.key(record)}: {error.strerror}", where=path) from None
+            gone = isinstance(error, FileNotFoundError | PermissionError)
+            kind = UserError if gone else PassingError  # an I/O error of a file server may pass
+            raise kind(f"cannot read record {self.key(record)}: {error.strerror}", where=path) from None
         if len(data) != size:
             raise UserError(f"the shard ends inside record {self.key(record)}", where=path, fix="copy it again")
         return data

@@ -11,22 +11,32 @@ trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be
 again=75
 status=$1
 shift
+[ "$status" -ne 0 ] || exit 0
 
-if [ "$status" -ne 0 ] && [ "$status" -ne "$again" ]; then
-  "$@"
-  status=$?
+# Exits where Slurm itself has started this job again: then nothing here counts any more.
+leave_if_succeeded() {
+  local restarts=${1#* Restarts=}
+  restarts=${restarts%% *}
+  if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+    echo "Slurm itself has queued job $SLURM_JOB_ID again"
+    exit "$again"
+  fi
+}
+
+if [ "$status" -ne "$again" ]; then
+  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && leave_if_succeeded "$job"
+  for _ in 1 2 3; do
+    "$@"
+    status=$?
+    [ "$status" -gt 128 ] || break # a signal to all of the job's processes ended it before it could ignore it
+  done
 fi
 [ "$status" -eq "$again" ] || exit "$status"
 
 # The controller may be busy or being restarted: nobody is awake to try again.
 for pause in 1 5 15 30 60 0; do
   if job=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
-    restarts=${job#* Restarts=}
-    restarts=${restarts%% *}
-    if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
-      echo "Slurm itself has queued job $SLURM_JOB_ID again"
-      exit "$again"
-    fi
+    leave_if_succeeded "$job"
     case $job in
     *" JobState=COMPLETING Reason=TimeLimit "*) ;; # saved in the last moment
     *" JobState=CANCELLED "* | *" JobState=COMPLETING "*)
@@ -36,7 +46,7 @@ for pause in 1 5 15 30 60 0; do
       ;;
     *" Requeue=0 "*)
       echo "error: this job may not be queued again (requeue: false); the launch command goes on" >&2
-      exit 1
+      break
       ;;
     esac
     if scontrol requeue "$SLURM_JOB_ID"; then
@@ -47,5 +57,6 @@ for pause in 1 5 15 30 60 0; do
   fi
   sleep "$pause"
 done
-echo "error: job $SLURM_JOB_ID could not be queued again; the launch command goes on from the last checkpoint" >&2
+echo "error: job $SLURM_JOB_ID was not queued again; the launch command goes on from the last checkpoint" >&2
+"$@" --refused
 exit 1

@@ -19,7 +19,7 @@ import torch
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.record import Launch
-from vjepa_scale.launch.restarts import Verdict, attempts, close_attempt, judge
+from vjepa_scale.launch.restarts import Verdict, end_of_attempt
 from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
@@ -84,15 +84,20 @@ class LocalChain:
         )
         while True:
             self._follow(job, failures_folder(self._recipe, stage))
-            close_attempt(history, failures_folder(self._recipe, stage), job.job_id, job_id=job.job_id)
-            tried = attempts(history)
-            if self._stopping is not None and (tried[-1].end or {}).get("event") != "done":
+            verdict = end_of_attempt(
+                history,
+                failures_folder(self._recipe, stage),
+                job=job.job_id,
+                job_id=None,
+                max_restarts=self._recipe.launch.max_restarts,
+                log=Path(job.paths.stderr),
+            )
+            if verdict.kind == "done":
+                return
+            if self._stopping is not None:
                 if not any(row["event"] == "cancelled" for row in history.since_submission()):
                     history.add("cancelled")
                 raise StoppedError(self._stopping)
-            verdict = judge(tried, max_restarts=self._recipe.launch.max_restarts)
-            if verdict.kind == "done":
-                return
             if verdict.kind == "stop":
                 history.add("gave_up", job_id=job.job_id, reason=verdict.why)
                 raise self._failure(stage, verdict, history)
@@ -200,9 +205,10 @@ def _inherited(code: Path) -> Iterator[None]:
 
     Ctrl-C reaches every process of a terminal; only the launcher is to hear it, so that ranks can save.
     """
-    ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL")}
     os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{ours['PYTHONPATH']}" if ours["PYTHONPATH"] else str(code)
     os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR2"  # what the ranks listen to, whatever the user's shell says
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

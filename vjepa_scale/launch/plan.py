@@ -14,7 +14,6 @@ from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import accumulation
-from vjepa_scale.training.history import History
 from vjepa_scale.training.lock import refuse_if_training
 from vjepa_scale.training.start import (
     check_finished,
@@ -24,7 +23,9 @@ from vjepa_scale.training.start import (
     planned_order,
     preflight,
 )
-from vjepa_scale.watch.jobs import SlurmUnavailable, is_alive, local_launcher, slurm_job
+from vjepa_scale.watch.jobs import SlurmUnavailable, slurm_job
+from vjepa_scale.watch.judging import who_runs
+from vjepa_scale.watch.stage_files import StageFiles
 
 
 def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
@@ -84,24 +85,24 @@ def _fits_this_machine(recipe: Recipe) -> None:
 def refuse_if_at_work(recipe: Recipe) -> None:
     """Raise UserError if a job of the run is waiting or running, or if Slurm does not say whether one is."""
     for stage in recipe.stages():
-        folder = stage_folder(recipe, stage)
-        submitted = next((row for row in reversed(History(folder).rows()) if row["event"] == "submitted"), None)
-        if submitted is None:
+        files = StageFiles(recipe, stage)
+        if not files.rows or files.finished:
             continue
-        job = f"Slurm job {submitted['job_id']}" if submitted["cluster"] == "slurm" else f"process {submitted['pid']}"
-        look = f"python tools/launch.py status {recipe.run.dir}, or cancel instead of status"
-        if submitted["cluster"] == "slurm":
-            try:
-                state = slurm_job(submitted["job_id"], name=submitted["name"])
-            except SlurmUnavailable as error:
-                raise UserError(
-                    f"Slurm does not say whether {job} of {stage!r} has ended: {error}", where=folder, fix="try later"
-                ) from None
-            alive, doing = state is not None and is_alive(state), state.state.lower() if state else ""
-        else:
-            alive, doing = bool(local_launcher(submitted)), "at work"
-        if alive:
-            raise UserError(f"{job} of {stage!r} is {doing}", where=folder, fix=look)
+        try:
+            owner, job = who_runs(files, slurm_job)
+        except SlurmUnavailable as error:
+            raise UserError(
+                f"Slurm does not say whether the job of {stage!r} has ended: {error}",
+                where=files.folder,
+                fix="try later",
+            ) from None
+        if owner == "alive":
+            who = f"Slurm job {job.job_id}" if job else f"process {files.submitted['pid'] if files.submitted else '?'}"
+            raise UserError(
+                f"{who} of {stage!r} is {job.state.lower() if job else 'at work'}",
+                where=files.folder,
+                fix=f"python tools/launch.py status {recipe.run.dir}, or cancel instead of status",
+            )
 
 
 @contextmanager
@@ -113,8 +114,11 @@ def errors_name(source: object) -> Iterator[None]:
         raise UserError(error.what, where=f"{source}:{error.where}", fix=error.fix) from None
 
 
-def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
-    """The plan as lines: ranks, then every phase with its steps, rate, geometry and batch."""
+def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[str]:
+    """The plan as lines: ranks, then every phase with its steps, rate, geometry and batch.
+
+    where: ``site``'s words
+    """
     launch, model = recipe.launch, recipe.model
     world_size = launch.nodes * launch.tasks_per_node
     encoder = model.encoder
@@ -122,7 +126,7 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
     yield f"ranks   {launch.nodes} nodes × {launch.tasks_per_node} = {world_size}, {recipe.engine.kind}, " + (
         f"{recipe.engine.precision}, on {recipe.engine.device}"
     )
-    yield f"cluster {chosen_cluster(recipe)}{_site(recipe)}, jobs of at most {launch.timeout_min} minutes"
+    yield f"cluster {where}, jobs of at most {launch.timeout_min} minutes"
     yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}"
     for name, data_set in recipe.data.sets.items():
         held, problem = "", "  (no manifest there yet)"
@@ -145,13 +149,14 @@ def describe(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
             yield "  " + _phase_line(recipe, phase, world_size)
 
 
-def _site(recipe: Recipe) -> str:
-    """The profile, which is read so that a mistake in it shows in a dry run."""
+def site(recipe: Recipe) -> str:
+    """Cluster and profile, which is read so that a mistake in it shows in a dry run."""
+    cluster = chosen_cluster(recipe)
     if recipe.launch.profile is None:
-        return ""
+        return cluster
     profile = load_profile(recipe.launch.profile)
     named = [f"{key} {value}" for key in ("partition", "account", "qos") if (value := getattr(profile, key))]
-    return f", profile {recipe.launch.profile}" + (f" ({', '.join(named)})" if named else "")
+    return f"{cluster}, profile {recipe.launch.profile}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:

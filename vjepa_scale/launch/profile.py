@@ -398,7 +398,8 @@ def setup_lines(profile: Profile) -> list[str]:
     Any that fails says so on stderr and ends the job with status 1.
     """
     lines = [
-        'setup_failed() { echo "error: status $? in the setup of this job: $1" >&2; exit 1; }',
+        'setup_failed() { echo "error: status $? in the setup of this job: $1" >&2; '
+        "if declare -F finish >/dev/null; then finish 1; fi; exit 1; }",  # another node may be whole: slurm.py's finish
         # From Slurm 22.05 on, srun takes a job's --cpus-per-task from this variable only.
         'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
     ]

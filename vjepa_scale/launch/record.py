@@ -62,4 +62,8 @@ def only_launcher_of(run_folder: Path) -> Iterator[None]:
                 where=run_folder,
                 fix=f"python tools/launch.py status '{run_folder}', or cancel instead of status",
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"this file system has no locks: {error.strerror}", where=run_folder, fix="mount it with flock"
+            ) from None
         yield

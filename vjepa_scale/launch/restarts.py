@@ -17,8 +17,7 @@ from typing import Literal
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.training.failures import worst_failure
-from vjepa_scale.training.history import Attempt, History, Row
-from vjepa_scale.training.history import attempts as attempts_in
+from vjepa_scale.training.history import Attempt, History, Row, attempts
 
 
 @dataclass(frozen=True)
@@ -35,48 +34,58 @@ class Verdict:
     user_error: bool = False
 
 
-def close_attempt(history: History, failures: Path, job: str, *, job_id: str) -> None:
-    """Write down how the attempt that has just ended failed, unless the history says how it ended.
+def end_of_attempt(
+    history: History, failures: Path, *, job: str, job_id: str | None, max_restarts: int, log: Path
+) -> Verdict:
+    """Write down how the attempt that has just ended failed, unless the history says how it ended; then judge it.
 
-    job: Ranks.job of its processes, or a pattern for it
+    job:    Ranks.job of its processes, or a pattern for it
+    job_id: of a job whose attempts count together over its requeues; None: all attempts since the last launch
+    log:    where to look if no rank has left a report
     """
-    tried = attempts(history)
-    if tried and tried[-1].is_of(job) and tried[-1].end is not None:
-        return
-    report = worst_failure(failures, job)
-    if report is None:
-        report = {"kind": "Killed", "message": "the processes ended without a word", "rank": None, "step": None}
-        report |= {"user_error": False, "log": None, "report": None}
-    history.add("failed", job=job, job_id=job_id, **{key: value for key, value in report.items() if key != "traceback"})
+    mine = [attempt for attempt in _tried(history, job_id) if attempt.is_of(job)]
+    if not mine or mine[-1].end is None:
+        report = worst_failure(failures, job)
+        if report is None:
+            report = {"kind": "Killed", "message": "the processes ended without a word", "rank": None, "step": None}
+            report |= {
+                "user_error": False,
+                "bystander": True,
+                "report": None,
+                "log": str(log) if log.exists() else None,
+            }
+        told = {key: value for key, value in report.items() if key != "traceback"}
+        history.add("failed", job=job, job_id=job_id or job, **told)
+    verdict = judge(_tried(history, job_id), max_restarts=max_restarts)
+    if verdict.kind == "again" and any(row["event"] == "cancelled" for row in history.since_submission()):
+        return Verdict("stop", verdict.ended, "it was cancelled")
+    return verdict
 
 
-def attempts(history: History, *, job_id: str | None = None) -> list[Attempt]:
-    """The attempts since the last launch, or those of one job over its requeues."""
+def _tried(history: History, job_id: str | None) -> list[Attempt]:
     if job_id is None:
-        return attempts_in(history.since_submission())
-    return [attempt for attempt in attempts_in(history.rows()) if attempt.job_id == job_id]
+        return attempts(history.since_submission())
+    return [attempt for attempt in attempts(history.rows()) if attempt.job_id == job_id]
 
 
 def judge(tried: Sequence[Attempt], *, max_restarts: int) -> Verdict:
     """What follows the last of these attempts, which has ended."""
-    last = tried[-1]
-    end = last.end or {"event": "failed", "kind": "Killed", "step": None, "message": "no word", "user_error": False}
+    end = tried[-1].end
+    assert end is not None, "an attempt that has ended"
     if end["event"] == "done":
         return Verdict("done", "done")
-    if any(row["event"] == "cancelled" for attempt in tried for row in attempt.later):
-        return Verdict("stop", "cancelled", "cancelled")
-    failed = end["event"] == "failed"
-    if failed:
-        at = "before the first step" if end["step"] is None else f"at step {end['step']}"
-        ended = f"{end['kind']} {at}: {str(end['message']).partition(chr(10))[0]}"
-    else:
+    if end["event"] == "interrupted":
+        reason = _no_progress(tried, max_restarts)
         ended = f"{end['signal']} at step {end['step']}"
-    if failed and end["user_error"]:
+        return Verdict("stop", ended, reason) if reason else Verdict("again", ended)
+    at = "before the first step" if end["step"] is None else f"at step {end['step']}"
+    ended = f"{end['kind']} {at}: {str(end['message']).partition(chr(10))[0]}"
+    before = tried[-2].end if len(tried) > 1 else None
+    if end["user_error"]:
         return Verdict("stop", ended, "it is for the user to mend", user_error=True)
     if max_restarts == 0:
         return Verdict("stop", ended, "launch.max_restarts is 0")
-    before = tried[-2].end if len(tried) > 1 else None
-    if failed and before is not None and end["step"] is not None and _alike(before, end):
+    if before is not None and _alike(before, end):
         return Verdict("stop", ended, f"{end['kind']} at step {end['step']} twice in a row: it would come again")
     if reason := _no_progress(tried, max_restarts):
         return Verdict("stop", ended, reason)
@@ -88,12 +97,15 @@ def refuse_endless_restarts(history: History, *, job_id: str, max_restarts: int)
 
     For restarts that nobody of ours decided on: Slurm itself requeues a job whose node failed.
     """
-    if reason := _no_progress(attempts(history, job_id=job_id), max_restarts):
+    if reason := _no_progress(_tried(history, job_id), max_restarts):
         raise UserError(reason, where="launch.max_restarts", fix="see the errors in history.jsonl, then launch again")
 
 
 def _alike(before: Row, end: Row) -> bool:
-    return before["event"] == "failed" and (before["kind"], before["step"]) == (end["kind"], end["step"])
+    """The same failure at the same step? What ranks see that lost a peer is always alike and says nothing."""
+    if before["event"] != "failed" or end["step"] is None or end.get("bystander"):
+        return False
+    return (before["kind"], before["step"]) == (end["kind"], end["step"])
 
 
 def _no_progress(tried: Sequence[Attempt], max_restarts: int) -> str | None:

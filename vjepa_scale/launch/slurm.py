@@ -6,7 +6,9 @@ epilogue, which queues the job again where the attempt was not the last.
 
 import shlex
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
@@ -21,6 +23,9 @@ from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import LOGS, stage_folder
 from vjepa_scale.training.history import History
+from vjepa_scale.watch.jobs import run_slurm
+
+SIGNAL = "USR2"
 
 
 def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
@@ -35,21 +40,44 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
     for stage in stages:
         executor = stage_executor(recipe, stage, launch, after=before.job_id if before else None)
         write_atomic(launch.folder / f"{stage}.sbatch", executor.script())
+        name = executor.parameters["job_name"]
+        _refuse_twin(recipe, name)
         try:
-            job = executor.submit(run_launched, launch.recipe, stage)
+            with _undisturbed():  # a job that nobody has written down would get a twin by the next launch
+                job = executor.submit(run_launched, launch.recipe, stage)
+                history = History(stage_folder(recipe, stage))
+                history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
         except FailedJobError as error:
             for earlier, history in reversed(submitted):
                 history.add("cancelled")
                 earlier.cancel()
             said = " ".join(str(error).split())
             raise UserError(f"Slurm refused the job of {stage!r}: {said}", where=_blame(recipe)) from None
-        history = History(stage_folder(recipe, stage))
-        name = executor.parameters["job_name"]
-        history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
         submitted.append((job, history))
         waits = f" after {before.job_id}" if before else ""
         print(f"{stage}: Slurm job {job.job_id}{waits}, logs in {executor.folder}/{job.job_id}_*", flush=True)
         before = job
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C, a closed terminal or a kill wait until the block is done."""
+    waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _refuse_twin(recipe: Recipe, name: str) -> None:
+    """Raise UserError if Slurm has a job of this run that no history tells of: sbatch's answer may have been lost."""
+    run = Path(recipe.run.dir).absolute()
+    asked = run_slurm(["squeue", "--me", "--noheader", "--name", name, "--format", "%i %o"])
+    for line in asked.stdout.splitlines():
+        job_id, _, command = line.strip().partition(" ")
+        if command.startswith(f"{run}/"):
+            raise UserError(f"Slurm job {job_id} is this stage's already", where=run, fix=f"scancel {job_id}, or wait")
 
 
 def scripts(recipe: Recipe, stages: Sequence[str], launch: Launch) -> dict[str, str]:
@@ -91,8 +119,12 @@ def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | N
         additional["kill-on-invalid-dep"] = "yes"
     srun_args = ["--kill-on-bad-exit=1", *site.pop("srun_args")]  # else ranks wait for their dead peer
     executor = StageExecutor(folder=run / stage / LOGS, python=python_command(profile))
+    additional["signal"] = f"{SIGNAL}@{profile.signal_delay_s}"  # submitit's follows a variable of the user's shell
+    imports = import_lines(launch.code)
+    before_site = [*_finish(stage, launch, profile, imports, srun_args), f"trap : TERM {SIGNAL}"]
+    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"]
     executor.update_parameters(
-        **site | {"setup": [*site["setup"], *import_lines(launch.code), "trap : TERM USR2"]},
+        **site | {"setup": [*before_site, *site["setup"], *after_site]},
         job_name=f"{run.name}-{stage}",
         nodes=cfg.nodes,
         ntasks_per_node=cfg.tasks_per_node,
@@ -100,17 +132,26 @@ def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | N
         time=cfg.timeout_min,
         dependency=f"afterok:{after}" if after else None,
         srun_args=srun_args,
-        teardown=_epilogue(stage, launch, profile, srun_args),
+        teardown=["finish $?"],
         additional_parameters=additional,
     )
     return executor
 
 
-def _epilogue(stage: str, launch: Launch, profile: Profile, srun_args: Sequence[str]) -> list[str]:
+def _finish(
+    stage: str, launch: Launch, profile: Profile, imports: Sequence[str], srun_args: Sequence[str]
+) -> list[str]:
+    """A function of the batch script: what follows an attempt, given its status. A failing setup calls it too."""
     script = launch.code / "vjepa_scale" / "launch" / "epilogue.sh"
     step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", *srun_args])
     decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
-    return [f"bash {shlex.quote(str(script))} $? {step} {python_command(profile)} {decide}"]
+    return [
+        "finish() {",
+        *(f"  {line}" for line in imports),
+        f'  bash {shlex.quote(str(script))} "$1" {step} {python_command(profile)} {decide}',
+        "  exit",
+        "}",
+    ]
 
 
 def _refuse_pattern(run: Path) -> None:

@@ -8,9 +8,11 @@ names; 1 anything else.
 
 import argparse
 import atexit
+import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import Ranks, detect_ranks
@@ -49,6 +51,7 @@ def run_stage(recipe: Recipe, stage: str) -> str:
         sys.exit(EXIT_SAVED)
     except BaseException as error:
         _report(recipe, stage, ranks, progress, error)
+        atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
         raise
     _exit_at_the_end(0)
     return "done"
@@ -57,6 +60,13 @@ def run_stage(recipe: Recipe, stage: str) -> str:
 def _exit_at_the_end(code: int) -> None:
     # Only now that the work is done, and only at exit: submitit has a result to write first.
     atexit.register(partial(process_group.exit_cleanly, code))
+
+
+def _leave(code: int) -> NoReturn:
+    """End a rank that has failed, reported and printed its traceback: nothing that may wait for its peers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _report(recipe: Recipe, stage: str, ranks: Ranks, progress: Progress, error: BaseException) -> None:

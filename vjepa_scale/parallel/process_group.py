@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.parallel.mesh import check_replicate
@@ -103,7 +103,8 @@ def pick_device(cfg: EngineConfig, ranks: Ranks) -> torch.device:
     if cfg.device == "cpu" or (cfg.device == "auto" and found == 0):
         return torch.device("cpu")
     if ranks.local_rank >= found:
-        raise UserError(
+        # On a cluster the recipe fitted the node when it was given: a GPU is broken, the next node may be whole.
+        raise (PassingError if ranks.source == "slurm" else UserError)(
             f"process {ranks.local_rank} of this node has no GPU: {found} found",
             where="engine.device",
             fix="cpu, or launch.tasks_per_node no larger than the number of GPUs",

@@ -59,7 +59,7 @@ class LaunchConfig(Section):
         24 * 60, description="time limit of one job, in minutes; a stage that needs longer saves and is queued again"
     )
     max_restarts: Annotated[int, Field(ge=0, strict=True)] = Field(
-        3, description="restarts in a row that bring no new checkpoint before a stage gives up; 0: never restart"
+        3, description="restarts in a row that bring no new checkpoint before a stage gives up; 0: none after a failure"
     )
 
 

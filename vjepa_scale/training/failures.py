@@ -1,6 +1,6 @@
 """Why did an attempt end? Each rank that fails leaves a report; here the one that knows most is found.
 
-    <run>/<stage>/failures/JOB.RANK.json   rank, step, kind, message, user_error, traceback, log
+    <run>/<stage>/failures/JOB.RANK.json   rank, step, kind, message, user_error, bystander, traceback, log
 
 Light: it does not import torch.
 """
@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import read_json, write_json
 from vjepa_scale.core.ranks import Ranks
 
@@ -30,7 +30,8 @@ def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseExce
             "step": step,
             "kind": type(error).__name__,
             "message": str(error),
-            "user_error": isinstance(error, UserError),
+            "user_error": isinstance(error, UserError) and not isinstance(error, PassingError),
+            "bystander": _is_bystander(error),
             "traceback": "".join(traceback.format_exception(error)),
             "log": str(log) if log.exists() else None,
         },
@@ -49,11 +50,12 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
 
 def _rank_of_evidence(report: Report) -> int:
-    if report["user_error"]:
-        return 0
-    message = report["message"].lower()
-    bystander = report["kind"] in _BYSTANDERS or any(word in message for word in _BYSTANDER_WORDS)
-    return 2 if bystander else 1
+    return 0 if report["user_error"] else 2 if report["bystander"] else 1
+
+
+def _is_bystander(error: BaseException) -> bool:
+    message = str(error).lower()
+    return type(error).__name__ in _BYSTANDERS or any(word in message for word in _BYSTANDER_WORDS)
 
 
 def _file_name(job: str) -> str:

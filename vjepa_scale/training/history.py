@@ -4,13 +4,13 @@ A row has ``time`` (seconds since 1970) and ``event``:
 
     submitted    a launch handed the stage to Slurm or to the local loop: cluster, job_id, name, launch, host, pid
     started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated
-    saved        a checkpoint is complete: step
-    interrupted  a signal was obeyed: signal, step (of the checkpoint that was saved then)
-    failed       what ended an attempt: job, job_id, kind, message, rank, step, user_error, log, report
+    saved        a checkpoint is complete: job, step
+    interrupted  a signal was obeyed: job, signal, step (of the checkpoint that was saved then)
+    failed       what ended an attempt: job, job_id, kind, message, rank, step, user_error, bystander, log, report
     requeued     the attempt is to be followed by another: reason, job_id
     gave_up      no more attempts: reason
     cancelled    by tools/launch.py cancel, or by the launcher's Ctrl-C
-    done         the last checkpoint is complete: step
+    done         the last checkpoint is complete: job, step
 
 Rows are only appended, each in one write. Everything that a person is told about a run comes from here, from
 metrics.jsonl and from the checkpoints, so it is known with and without Slurm's accounting.
@@ -75,19 +75,30 @@ class Attempt:
 
 
 def attempts(rows: Sequence[Row]) -> list[Attempt]:
-    """The attempts that rows tell of, oldest first."""
+    """The attempts that rows tell of, oldest first.
+
+    A row that names its job belongs to that start of it, also where a successor has already begun: what a node
+    that was given up still writes must not count for the one that took over.
+    """
     out: list[Attempt] = []
     for row in rows:
         event = row["event"]
         if event == "started":
             out.append(Attempt(started=row))
         elif event in ("interrupted", "failed", "done"):
-            # One that failed before it could begin has no ``started`` row.
-            if not out or out[-1].end is not None or ("job" in row and not out[-1].is_of(row["job"])):
-                out.append(Attempt())
-            out[-1].end = row
-        elif event == "saved" and out:
-            out[-1].saved = row["step"]
-        elif event != "submitted" and out:
+            mine = _attempt_of(row, out)
+            if mine is None or mine.end is not None:  # it failed before it could begin: there is no ``started`` row
+                mine = Attempt()
+                out.append(mine)
+            mine.end = row
+        elif event == "saved" and (mine := _attempt_of(row, out)) is not None:
+            mine.saved = row["step"]
+        elif event in ("cancelled", "requeued", "gave_up") and out:
             out[-1].later.append(row)
     return out
+
+
+def _attempt_of(row: Row, tried: Sequence[Attempt]) -> Attempt | None:
+    if "job" in row:
+        return next((attempt for attempt in reversed(tried) if attempt.is_of(row["job"])), None)
+    return tried[-1] if tried else None

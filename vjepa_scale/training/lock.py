@@ -7,24 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.parallel import process_group
 
 # The ranks of a run that was just killed may take a moment to be gone.
 PATIENCE_S = 10.0
 
+HELD = "another process is training this stage"
+
 
 @contextmanager
 def only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterator[None]:
-    """Rank 0 holds a stage's lock inside; every rank raises UserError where another job holds it.
+    """Rank 0 holds a stage's lock inside; every rank raises PassingError where another job holds it.
 
     patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose
     processes end only when they notice that their peers are gone.
     """
     with open(folder / ".lock", "a") as lock:
         if not process_group.from_rank_0(ranks.is_main and _locked(lock, patience_s)):
-            raise _held_by_another(folder)
+            raise PassingError(HELD, where=folder, fix="wait for it, or end it")
         yield
 
 
@@ -33,11 +35,7 @@ def refuse_if_training(folder: Path) -> None:
     if (folder / ".lock").exists():
         with open(folder / ".lock", "a") as lock:
             if not _locked(lock, PATIENCE_S):
-                raise _held_by_another(folder)
-
-
-def _held_by_another(folder: Path) -> UserError:
-    return UserError("another process is training this stage", where=folder, fix="wait for it, or end it")
+                raise UserError(HELD, where=folder, fix="wait for it, or end it")
 
 
 def _locked(lock: IO[str], patience_s: float) -> bool:
@@ -50,3 +48,7 @@ def _locked(lock: IO[str], patience_s: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
+        except OSError as error:
+            raise UserError(
+                f"this file system has no locks: {error.strerror}", where=lock.name, fix="mount it with flock"
+            ) from None

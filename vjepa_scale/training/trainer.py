@@ -64,8 +64,11 @@ def train_stage(
         # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
         with only_trainer_of(folder, ranks, patience_s=recipe.engine.timeout_s / 2):
             _Trainer(recipe, stage_name, ranks, interrupt or Interrupt(), progress or Progress()).run()
-    finally:
+    except SavedAndStopped:
         process_group.stop()
+        raise
+    # Not after an error: with NCCL it may wait for peers that wait for us, and nobody would report anything.
+    process_group.stop()
 
 
 class _Trainer:
@@ -115,9 +118,8 @@ class _Trainer:
             last_step=self.end,
             console_every=self.recipe.log.every,
         )
-        self.history.add(
+        self._note(
             "started",
-            job=self.ranks.job,
             job_id=self.ranks.job_id,
             host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             world_size=self.ranks.world_size,
@@ -141,9 +143,10 @@ class _Trainer:
         )
         clock = time.perf_counter()
         with loader:
-            for step, batch in zip(range(first, phase.end), loader, strict=True):
+            batches = iter(loader)
+            for step in range(first, phase.end):
                 self.progress.step = step
-                lr = phase.lr(step)
+                batch, lr = next(batches), phase.lr(step)
                 try:
                     result = training_step(
                         self.objective,
@@ -246,7 +249,7 @@ class _Trainer:
 
     def _note(self, event: str, **values: object) -> None:
         if self.ranks.is_main:
-            self.history.add(event, **values)
+            self.history.add(event, job=self.ranks.job, **values)
 
     def _record_stop(self, step: int, error: NonFiniteLossError) -> None:
         if self.ranks.is_main:
