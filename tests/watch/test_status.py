@@ -322,7 +322,9 @@ def test_only_a_rank_could_say_why(run: Run) -> None:
     reports = run.folder / "pretrain" / "failures"
     reports.mkdir()
     told = {"step": 3, "message": "no", "user_error": False, "bystander": False, "traceback": "", "log": None}
-    (reports / "100.0-0.0.json").write_text(json.dumps({**told, "rank": 0, "kind": "DistBackendError"}))
+    (reports / "100.0-0.0.json").write_text(
+        json.dumps({**told, "bystander": True, "rank": 0, "kind": "DistBackendError"})
+    )
     (reports / "100.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "MemoryError"}))
     (reports / "99.0-0.1.json").write_text(json.dumps({**told, "rank": 1, "kind": "Older"}))
     (reports / "1001.0-0.1.json").write_text(json.dumps({**told, "rank": 0, "kind": "Another"}))

@@ -463,8 +463,9 @@ Made by `python -m vjepa_scale.launch.profile`. A profile says what a site's Slu
 6. Try it small before a run of weeks: a recipe with few steps, `launch.nodes=2`.
 
 The order in a job: `modules`, `environment`, `setup`, then srun with `container` and `python` in every process.
-The first three run once, on the job's first node; srun hands their variables to all processes. If one fails, the job
-ends with a line that begins with `error: status` in `logs/JOB_0_log.err` of the stage.
+The first three run once, on the job's first node; srun hands their variables to all processes. If one fails,
+a line that begins with `error: status` in the stage's `logs/JOB_0_log.err` says which, and the job is tried again like
+one that lost a process.
 
 Worth knowing:
 
