@@ -12,6 +12,7 @@ The same launch command again refuses a run that is at work and continues one th
 """
 
 import argparse
+import difflib
 import subprocess
 import sys
 import time
@@ -27,9 +28,11 @@ from vjepa_scale.recipe.folders import stage_folder
 def main() -> int:
     if len(sys.argv) > 1 and sys.argv[1] in ("status", "follow", "cancel"):
         return look_after(sys.argv[1], sys.argv[2:])
+    arguments = _parser().parse_intermixed_args()
+    if close := difflib.get_close_matches(arguments.recipe, ("status", "follow", "cancel"), n=1):
+        raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     from vjepa_scale.launch import plan  # imports torch, which status does without
 
-    arguments = _parser().parse_intermixed_args()
     overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
     recipe = load_recipe(arguments.recipe, overrides)
     stages = plan.chosen_stages(recipe, arguments.stages.split(",") if arguments.stages else None)
@@ -45,6 +48,8 @@ def main() -> int:
         description = list(plan.describe(recipe, stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
+        for problem in plan.objections(recipe, stages, source=arguments.recipe, cluster=cluster):
+            print(f"refused now: {problem}")
         return 0
     return _launch(recipe, stages, cluster, description, arguments, overrides)
 

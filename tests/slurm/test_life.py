@@ -1,5 +1,6 @@
 """Whatever happens to a job on a real Slurm, the run completes by itself, equal to one that nothing happened to."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,4 +164,24 @@ def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, check: C
     cluster.wait_for(run.job_id(), ("COMPLETED",), timeout=240)
     assert len(check(run)) == 1
     (failed,) = run.events("failed")
-    assert "in the setup of this job: test" in Path(failed["log"]).read_text()
+    said = 'status 1 in the setup of this job: test "${SLURM_RESTART_COUNT:-0}" -ge 1'
+    assert (failed["kind"], failed["message"], failed["rank"]) == ("SetupFailed", said, None)
+    assert said in Path(failed["log"]).read_text()
+
+
+def test_a_signal_before_the_ranks_can_listen(
+    cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "early.sh"
+    prefix.write_text(
+        '#!/bin/sh\n[ "$SLURM_STEP_ID" = 0 ] && [ -z "$SLURM_RESTART_COUNT" ] && kill -USR2 $$\nexec "$@"\n'
+    )
+    prefix.chmod(0o755)
+    profile = tmp_path / "early.yaml"
+    profile.write_text(f"container: {prefix}\npython: {sys.executable}\n")
+    run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": str(profile), "max_restarts": 0}, **LONG)
+    run.launch()
+    cluster.wait_for(run.job_id(), ("COMPLETED",), timeout=240)
+    assert len(check(run)) == 1
+    assert [(row["signal"], row["step"]) for row in run.events("interrupted")] == [("SIGUSR2", None)]
+    assert not run.events("failed")

@@ -7,6 +7,7 @@ says in one line what follows. Exit codes: 75 queue the job again; 0 the stage i
 end. Light: it does not import torch, since a job that is being preempted has no time.
 
 --refused: Slurm did not queue the job again; write that down, and nothing else.
+--setup-failed: no rank was started, since a line of the site's setup failed.
 """
 
 import signal
@@ -31,6 +32,8 @@ def main() -> int:
     parser.add_argument("stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--refused", action="store_true")
+    parser.add_argument("--setup-failed", metavar="WORDS")
+    parser.add_argument("--status", type=int, help="srun's")
     arguments = parser.parse_intermixed_args()
     recipe, stage = load_recipe(arguments.recipe, arguments.overrides), arguments.stage
     history = History(stage_folder(recipe, stage))
@@ -45,6 +48,8 @@ def main() -> int:
         job_id=job_id,
         max_restarts=recipe.launch.max_restarts,
         log=logs_folder(recipe, stage) / f"{job_id}_0_log.err",
+        setup=arguments.setup_failed,
+        early_signal="SIGUSR2" if arguments.status == 128 + signal.SIGUSR2 else None,
     )
     if verdict.kind == "done":
         return 0

@@ -10,6 +10,7 @@ set -u
 trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be finished
 again=75
 status=$1
+srun_status=$1
 shift
 [ "$status" -ne 0 ] || exit 0
 
@@ -26,7 +27,7 @@ leave_if_succeeded() {
 if [ "$status" -ne "$again" ]; then
   job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && leave_if_succeeded "$job"
   for _ in 1 2 3; do
-    "$@"
+    "$@" --status "$srun_status"
     status=$?
     [ "$status" -gt 128 ] || break # a signal to all of the job's processes ended it before it could ignore it
   done

@@ -11,6 +11,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.launch.profile import load_profile
+from vjepa_scale.launch.record import planned_launch
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import accumulation
@@ -65,6 +66,25 @@ def check(recipe: Recipe, stages: Sequence[str], *, source: object, cluster: str
     for name in remaining:
         refuse_if_training(stage_folder(recipe, name))
     return remaining
+
+
+def objections(recipe: Recipe, stages: Sequence[str], *, source: object, cluster: str) -> Iterator[str]:
+    """What a launch would be refused for now, as a dry run says it: nothing is written or submitted."""
+    try:
+        check(recipe, stages, source=source, cluster=cluster)
+    except UserError as error:
+        yield str(error)
+    if cluster == "slurm":
+        from vjepa_scale.launch.slurm import test_submission
+
+        try:
+            with errors_name(source):
+                said = test_submission(recipe, stages[0], planned_launch(recipe))
+        except UserError as error:
+            yield str(error)
+        else:
+            if said:
+                yield f"Slurm would refuse the job of {stages[0]!r}: {said}"
 
 
 def _fits_this_machine(recipe: Recipe) -> None:

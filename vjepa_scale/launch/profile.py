@@ -398,8 +398,9 @@ def setup_lines(profile: Profile) -> list[str]:
     Any that fails says so on stderr and ends the job with status 1.
     """
     lines = [
-        'setup_failed() { echo "error: status $? in the setup of this job: $1" >&2; '
-        "if declare -F finish >/dev/null; then finish 1; fi; exit 1; }",  # another node may be whole: slurm.py's finish
+        'setup_failed() { local said="status $? in the setup of this job: $1"; echo "error: $said" >&2; '
+        # Another node may be whole: slurm.py's finish decides.
+        'if declare -F finish >/dev/null; then finish 1 "$said"; fi; exit 1; }',
         # From Slurm 22.05 on, srun takes a job's --cpus-per-task from this variable only.
         'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
     ]
@@ -464,8 +465,7 @@ Made by `python -m vjepa_scale.launch.profile`. A profile says what a site's Slu
 
 The order in a job: `modules`, `environment`, `setup`, then srun with `container` and `python` in every process.
 The first three run once, on the job's first node; srun hands their variables to all processes. If one fails,
-a line that begins with `error: status` in the stage's `logs/JOB_0_log.err` says which, and the job is tried again like
-one that lost a process.
+`status` says which and with what exit status, and the job is tried once more: another node may be whole.
 
 Worth knowing:
 

@@ -1,6 +1,7 @@
 """What a launch leaves behind: the resolved recipe that its jobs read, the code that they run, where both come from."""
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ class Launch:
     def recipe(self) -> Path:
         return self.folder / "recipe.yaml"
 
+    def withdraw(self) -> None:
+        """Remove what was written down of a launch that did not come to be."""
+        shutil.rmtree(self.folder)
+
 
 def record_launch(recipe: Recipe, stages: list[str], *, cluster: str) -> Launch:
     """Write a launch down, and the run's own ``recipe.yaml``, before anything starts."""
@@ -52,8 +57,16 @@ def planned_launch(recipe: Recipe) -> Launch:
 @contextmanager
 def only_launcher_of(run_folder: Path) -> Iterator[None]:
     """Raise UserError while another process launches, or locally runs, the same run. The lock is the kernel's."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with open(run_folder / ".launch.lock", "a") as lock:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        file = open(run_folder / ".launch.lock", "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(
+            f"{run_folder} cannot be written: {error.strerror}",
+            where="run.dir",
+            fix="a folder on a file system that all nodes see",
+        ) from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -35,22 +35,38 @@ class Verdict:
 
 
 def end_of_attempt(
-    history: History, failures: Path, *, job: str, job_id: str | None, max_restarts: int, log: Path
+    history: History,
+    failures: Path,
+    *,
+    job: str,
+    job_id: str | None,
+    max_restarts: int,
+    log: Path,
+    setup: str | None = None,
+    early_signal: str | None = None,
 ) -> Verdict:
     """Write down how the attempt that has just ended failed, unless the history says how it ended; then judge it.
 
     job:    Ranks.job of its processes, or a pattern for it
     job_id: of a job whose attempts count together over its requeues; None: all attempts since the last launch
     log:    where to look if no rank has left a report
+    setup:  which line of the site's setup failed, in words
+    early_signal: what ended the ranks, if it may have been before they could listen to it
     """
     mine = [attempt for attempt in _tried(history, job_id) if attempt.is_of(job)]
-    if not mine or mine[-1].end is None:
+    if not mine and early_signal is not None and worst_failure(failures, job) is None:
+        history.add("interrupted", job=job, job_id=job_id or job, signal=early_signal, step=None)
+    elif not mine or mine[-1].end is None:
         report = worst_failure(failures, job)
         if report is None:
-            report = {"kind": "Killed", "message": "the processes ended without a word", "rank": None, "step": None}
-            report |= {
+            kind, message = ("SetupFailed", setup) if setup else ("Killed", "the processes ended without a word")
+            report = {
+                "kind": kind,
+                "message": message,
+                "rank": None,
+                "step": None,
                 "user_error": False,
-                "bystander": True,
+                "bystander": not setup,
                 "report": None,
                 "log": str(log) if log.exists() else None,
             }
@@ -76,17 +92,16 @@ def judge(tried: Sequence[Attempt], *, max_restarts: int) -> Verdict:
         return Verdict("done", "done")
     if end["event"] == "interrupted":
         reason = _no_progress(tried, max_restarts)
-        ended = f"{end['signal']} at step {end['step']}"
+        ended = f"{end['signal']} {_at(end)}"
         return Verdict("stop", ended, reason) if reason else Verdict("again", ended)
-    at = "before the first step" if end["step"] is None else f"at step {end['step']}"
-    ended = f"{end['kind']} {at}: {str(end['message']).partition(chr(10))[0]}"
+    ended = f"{end['kind']} {_at(end)}: {str(end['message']).partition(chr(10))[0]}"
     before = tried[-2].end if len(tried) > 1 else None
     if end["user_error"]:
         return Verdict("stop", ended, "it is for the user to mend", user_error=True)
     if max_restarts == 0:
         return Verdict("stop", ended, "launch.max_restarts is 0")
     if before is not None and _alike(before, end):
-        return Verdict("stop", ended, f"{end['kind']} at step {end['step']} twice in a row: it would come again")
+        return Verdict("stop", ended, f"{end['kind']} {_at(end)} twice in a row: it would come again")
     if reason := _no_progress(tried, max_restarts):
         return Verdict("stop", ended, reason)
     return Verdict("again", ended)
@@ -103,9 +118,15 @@ def refuse_endless_restarts(history: History, *, job_id: str, max_restarts: int)
 
 def _alike(before: Row, end: Row) -> bool:
     """The same failure at the same step? What ranks see that lost a peer is always alike and says nothing."""
-    if before["event"] != "failed" or end["step"] is None or end.get("bystander"):
+    if before["event"] != "failed" or end.get("bystander"):
         return False
-    return (before["kind"], before["step"]) == (end["kind"], end["step"])
+    same = (before["kind"], before["step"]) == (end["kind"], end["step"])
+    # Before the first step a kind says less: only the same words are the same failure.
+    return same and (end["step"] is not None or before["message"] == end["message"])
+
+
+def _at(end: Row) -> str:
+    return "before the first step" if end["step"] is None else f"at step {end['step']}"
 
 
 def _no_progress(tried: Sequence[Attempt], max_restarts: int) -> str | None:
@@ -113,5 +134,7 @@ def _no_progress(tried: Sequence[Attempt], max_restarts: int) -> str | None:
     for attempt in reversed(tried):
         if attempt.saved is not None:
             break
-        fruitless += 1
+        # A signal before the first step is nobody's failure: a job may be preempted as it starts.
+        if not (attempt.end and attempt.end["event"] == "interrupted" and attempt.end["step"] is None):
+            fruitless += 1
     return f"{fruitless} attempts in a row brought no new checkpoint" if fruitless > max_restarts else None

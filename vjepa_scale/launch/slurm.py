@@ -7,6 +7,7 @@ epilogue, which queues the job again where the attempt was not the last.
 import shlex
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from vjepa_scale.training.history import History
 from vjepa_scale.watch.jobs import run_slurm
 
 SIGNAL = "USR2"
+SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says
 
 
 def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
@@ -51,8 +53,13 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
             for earlier, history in reversed(submitted):
                 history.add("cancelled")
                 earlier.cancel()
-            said = " ".join(str(error).split())
-            raise UserError(f"Slurm refused the job of {stage!r}: {said}", where=_blame(recipe)) from None
+            if not submitted:
+                launch.withdraw()
+            raise UserError(
+                f"Slurm refused the job of {stage!r}: {_said_by_sbatch(str(error))}",
+                where=_blame(recipe),
+                fix="sinfo, sacctmgr show associations and scontrol show partition say what there is",
+            ) from None
         submitted.append((job, history))
         waits = f" after {before.job_id}" if before else ""
         print(f"{stage}: Slurm job {job.job_id}{waits}, logs in {executor.folder}/{job.job_id}_*", flush=True)
@@ -107,11 +114,12 @@ def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | N
     _refuse_pattern(run)
     profile = load_profile(recipe.launch.profile)
     cfg = recipe.launch
-    if profile.signal_delay_s >= 60 * cfg.timeout_min:
+    if 60 * cfg.timeout_min <= profile.signal_delay_s + SIGNAL_EARLY_S:
         raise UserError(
-            f"jobs of {cfg.timeout_min} minutes that are told to save {profile.signal_delay_s} s before their end",
+            f"jobs of {cfg.timeout_min} minutes ({60 * cfg.timeout_min} s) that Slurm tells to save up to "
+            f"{profile.signal_delay_s} + {SIGNAL_EARLY_S} s before their end would not train",
             where="launch.timeout_min",
-            fix="a longer one, or a shorter signal_delay_s in the profile",
+            fix=f"a longer one, or a shorter signal_delay_s in profile {recipe.launch.profile or '(its default)'}",
         )
     site = submitit_parameters(profile, needs_gpus=recipe.engine.device != "cpu", tasks_per_node=cfg.tasks_per_node)
     additional = dict(site.pop("additional_parameters"))
@@ -141,14 +149,14 @@ def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | N
 def _finish(
     stage: str, launch: Launch, profile: Profile, imports: Sequence[str], srun_args: Sequence[str]
 ) -> list[str]:
-    """A function of the batch script: what follows an attempt, given its status. A failing setup calls it too."""
+    """A function of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
     script = launch.code / "vjepa_scale" / "launch" / "epilogue.sh"
     step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", *srun_args])
     decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
     return [
         "finish() {",
         *(f"  {line}" for line in imports),
-        f'  bash {shlex.quote(str(script))} "$1" {step} {python_command(profile)} {decide}',
+        f'  bash {shlex.quote(str(script))} "$1" {step} {python_command(profile)} {decide} ${{2:+"--setup-failed=$2"}}',
         "  exit",
         "}",
     ]
@@ -157,6 +165,21 @@ def _finish(
 def _refuse_pattern(run: Path) -> None:
     if "%" in str(run):
         raise UserError("Slurm reads % in the path of a log as a pattern", where=run, fix="a run.dir without %")
+
+
+def test_submission(recipe: Recipe, stage: str, launch: Launch) -> str:
+    """What Slurm says against the stage's job, were it submitted now (``sbatch --test-only``); empty if nothing."""
+    if shutil.which("sbatch") is None:
+        return ""
+    script = stage_executor(recipe, stage, launch, after=None).script()
+    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+    return _said_by_sbatch(done.stderr) if done.returncode else ""
+
+
+def _said_by_sbatch(text: str) -> str:
+    """sbatch's error lines, each once and without its name."""
+    lines = [line.partition("error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or " ".join(text.split())
 
 
 def _blame(recipe: Recipe) -> str:

@@ -262,7 +262,8 @@ def _ending(attempt: Attempt) -> str:
         told = next((row["reason"] for row in attempt.later if row.get("reason")), None)
         return str(told) if told else f"ended without a word{at}"
     if end["event"] == "interrupted":
-        return f"{end['signal']}, saved at step {end['step']}"
+        saved = "before the first step" if end["step"] is None else f"saved at step {end['step']}"
+        return f"{end['signal']}, {saved}"
     if end["event"] == "failed":
         at = "" if end["step"] is None else f" at step {end['step']}"
         rank = "" if end["rank"] is None else f" of rank {end['rank']}"

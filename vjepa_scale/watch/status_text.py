@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from vjepa_scale.watch.states import ALIVE, RunStatus, StageStatus
@@ -95,7 +96,9 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
 
 
 def _paths(stage: StageStatus) -> list[str]:
-    """Where an error is told in full."""
+    """Where an error is told in full, or what may tell why there is none."""
+    if stage.without_a_word and stage.log:
+        return [f"log {Path(stage.log).with_suffix('.err')}"]
     if stage.error is None or stage.state == "done":
         return []
     told = (("log", stage.error.log), ("report", stage.error.report))
