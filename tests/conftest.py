@@ -5,6 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.chain import make_data
 
@@ -12,6 +13,11 @@ from tests.chain import make_data
 @pytest.fixture(scope="session")
 def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,27 +1,54 @@
 #!/usr/bin/env python3
-"""Turn a sharded checkpoint into files that other tools load.
+"""Turn weights of any format into files that other tools load.
 
 python tools/consolidate.py runs/demo --to safetensors --out exported/demo
-python tools/consolidate.py runs/demo/cooldown/checkpoints/step_00000120 --to safetensors --out exported/demo_120
+python tools/consolidate.py runs/demo --to huggingface --out exported/demo_hf
+python tools/consolidate.py runs/demo/cooldown/checkpoints/step_00000120 --to published --out exported/demo_pt
+python tools/consolidate.py vitg.pt --model vit_giant --size 256 --frames 64 --to huggingface --out exported/vitg
 python tools/consolidate.py --describe runs/demo
+
+docs/formats.md has the formats, what each can hold, and their limits.
 """
 
 import argparse
 from pathlib import Path
 
-from vjepa_scale.checkpoint.consolidate import consolidate, find_checkpoint
-from vjepa_scale.checkpoint.consolidated import WEIGHTS_FILE, read_config
+from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, find_checkpoint, result_config
 from vjepa_scale.checkpoint.describe import describe
 from vjepa_scale.core.errors import run_command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="a run, a stage or a checkpoint folder")
-    parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=Path,
+        help="a run, stage or checkpoint folder, a consolidated folder, a published .pt or a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--to",
+        choices=list(FORMATS),
+        default="safetensors",
+        help="safetensors: for vjepa_scale; huggingface: for transformers; published: a .pt for Meta's code",
+    )
     parser.add_argument("--out", type=Path, help="the folder to write: new, empty, or with this same result")
     parser.add_argument(
-        "--weights", choices=["target", "context"], default="target", help="EMA target encoder, or the trained one"
+        "--weights",
+        choices=["target", "context"],
+        help="EMA target encoder, or the trained one; default: target, and both for --to published",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="round to this type; default: as stored")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="for a published .pt of others: vit_large, vit_huge, vit_giant … or heads=22[,predictor_heads=12]",
+    )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the clips, if the source does not say it")
+    parser.add_argument("--frames", type=int, help="frames of the clips, if the source does not say it")
+    parser.add_argument("--encoder-only", action="store_true", help="leave the predictor out")
+    parser.add_argument(
+        "--no-check", action="store_true", help="huggingface: do not run the result beside ours (two models in memory)"
     )
     parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
     arguments = parser.parse_args()
@@ -30,9 +57,21 @@ def main() -> int:
         return 0
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH")
-    done = "written again" if (arguments.out / WEIGHTS_FILE).exists() else "written"
-    config = read_config(consolidate(arguments.source, arguments.out, weights=arguments.weights))
-    print(f"{done}: {arguments.out}: the {config.weights} encoder of {config.stage} at step {config.step}")
+    done = "written again" if (arguments.out / FORMATS[arguments.to][0]).exists() else "written"
+    consolidate(
+        arguments.source,
+        arguments.out,
+        to=arguments.to,
+        weights=arguments.weights,
+        dtype=arguments.dtype,
+        model=arguments.model,
+        frames=arguments.frames,
+        size=arguments.size,
+        encoder_only=arguments.encoder_only,
+        check=not arguments.no_check,
+        say=print,
+    )
+    print(f"{done}: {arguments.out}: {result_config(arguments.out, arguments.to).title()}")
     return 0
 
 

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vjepa_scale.checkpoint.consolidated import load_encoder
+    from vjepa_scale.inference.model import load_model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "load_encoder", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from vjepa_scale.checkpoint.consolidated import load_encoder
 
         return load_encoder
+    if name == "load_model":
+        from vjepa_scale.inference.model import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -146,7 +146,7 @@ def test_folder_and_bare_file_load_to_the_same_networks(tmp_path: Path) -> None:
     for source in (folder, str(folder), bare):
         encoder, predictor = load_encoder(source), load_predictor(source)
         assert not encoder.training
-        assert encoder.rope_layout == "interleaved"
+        assert read_config(source).model.rope.layout == "interleaved"
         loaded = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
         loaded |= {f"predictor.{k}": v for k, v in predictor.state_dict().items()}
         assert loaded.keys() == weights.keys()
@@ -240,16 +240,13 @@ def _future_version(path: Path) -> Path:
     ("make", "message"),
     [
         (_missing, "no such file or folder"),
-        (_run_folder, r"a run folder \(run tools/consolidate\.py"),
-        (
-            _raw_checkpoint,
-            r"a sharded training checkpoint \(run tools/consolidate\.py .*step_00000100 --to safetensors",
-        ),
-        (_pickle, "not a safetensors file"),
+        (_run_folder, r"no checkpoint in it \(give a run, a stage or a checkpoint folder\)"),
+        (_raw_checkpoint, r"step_00000100.*file not found"),
+        (_pickle, r"vitl\.pt.*no patch_embed\.proj\.weight"),
         (_other_project, "not of this project"),
         (_cut_short, "not a whole safetensors file"),
         (_future_version, "9; this program reads"),
-        (lambda path: path, "no model.safetensors in this folder"),
+        (lambda path: path, r"no checkpoint in it"),
     ],
 )
 def test_other_things_are_named_for_what_they_are(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:

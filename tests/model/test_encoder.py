@@ -1,9 +1,13 @@
 """What the encoder and the predictor promise beyond being equal to the published ones."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.chain import ROOT
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor, initialise
 from vjepa_scale.recipe.schema import ENCODERS, EncoderConfig, ModelConfig, PredictorConfig, RopeConfig
@@ -64,7 +68,7 @@ def test_masked_encoder_equals_attention_limited_to_the_kept_tokens(monkeypatch:
     allowed = torch.zeros(2, 30, dtype=torch.bool).scatter_(1, keep, True)[:, None, None, :]
     plain = torch.nn.functional.scaled_dot_product_attention
 
-    def limited(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def limited(q: Tensor, k: Tensor, v: Tensor, attn_mask: None) -> Tensor:
         return plain(q, k, v, attn_mask=allowed)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", limited)
@@ -137,11 +141,21 @@ def test_named_sizes_have_their_parameters(name: str) -> None:
 
 
 def test_giant_is_built_without_memory() -> None:
-    config = ModelConfig(encoder="vit_giant")  # type: ignore[arg-type]
-    with torch.device("meta"):
-        networks = Encoder(config), Predictor(config)
-    assert all(p.is_meta for network in networks for p in network.parameters())
-    assert not any(list(network.buffers()) for network in networks)
+    """Encoder, target encoder and predictor of ViT-g, 2 billion parameters, in a process of their own."""
+    script = """
+import resource, torch
+from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.recipe.schema import ModelConfig
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config = ModelConfig(encoder="vit_giant")
+with torch.device("meta"):
+    networks = Encoder(config), Encoder(config), Predictor(config)
+assert all(p.is_meta for network in networks for p in network.parameters())
+assert not any(list(network.buffers()) for network in networks)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 * 1024  # KiB
 
 
 def test_gradients_reach_every_parameter_through_a_masked_pass() -> None:
@@ -153,3 +167,21 @@ def test_gradients_reach_every_parameter_through_a_masked_pass() -> None:
     (predicted - 1).abs().mean().backward()
     without = [n for n, p in [*encoder.named_parameters(), *predictor.named_parameters()] if p.grad is None]
     assert without == ["mask_tokens.1"]
+
+
+@torch.no_grad()
+def test_tokens_of_several_blocks() -> None:
+    """Each equals the result of an encoder that ends there."""
+    deep = ModelConfig(encoder=EncoderConfig(width=64, depth=3, heads=2), patch=8)
+    encoder = _randomised(Encoder(deep))
+    clips = torch.randn(2, 3, 4, 24, 40)
+    keep = torch.stack([torch.randperm(30)[:11] for _ in range(2)])
+    first, last = encoder(clips, keep, layers=[0, -1])
+    assert torch.equal(last, encoder(clips, keep))
+    shallow = Encoder(deep.model_copy(update={"encoder": EncoderConfig(width=64, depth=1, heads=2)})).eval()
+    shallow.load_state_dict(
+        {k: v for k, v in encoder.state_dict().items() if not k.startswith(("blocks.1", "blocks.2"))}
+    )
+    assert torch.equal(first, shallow(clips, keep))
+    with pytest.raises(UserError, match="no block 3"):
+        encoder.layers(clips, [3])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vjepa_scale.model.rope import Layout, RopeTables, rope_tables, rotate
+from vjepa_scale.model.rope import Layout, RopeTables, rescale_to, rope_tables, rotate, time_tables
 
 
 def reference(x: Tensor, index: list[int], grid: tuple[int, int, int], layout: Layout) -> Tensor:
@@ -124,3 +124,32 @@ def test_tables_stay_float32_inside_a_block_sharded_in_bfloat16(tmp_path: Path) 
     finally:
         torch.distributed.destroy_process_group()
     assert seen == [(torch.bfloat16, torch.float32)]
+
+
+def test_rescaled_positions_reach_from_the_first_to_the_last_of_the_pretraining_grid() -> None:
+    """V-JEPA 2.1: row y of h stands at y·(h₀−1)/(h−1); a table for those (real) positions, by the formula."""
+    grid, own = (2, 3, 7), (5, 4)
+    scale = rescale_to(own, grid)
+    x = torch.randn(1, 1, 42, 32)
+    ours = rotate(x, rope_tables(None, grid=grid, head_dim=32, layout="interleaved", scale=scale))
+    expected = x[0].double().clone()
+    for n in range(42):
+        place = (n // 21, n // 7 % 3 * (5 - 1) / (3 - 1), n % 7 * (4 - 1) / (7 - 1))
+        for axis in range(3):
+            for j in range(5):
+                c, angle = axis * 10 + 2 * j, place[axis] * 10000.0 ** (-j / 5)
+                pair = x[0, :, n, c].double(), x[0, :, n, c + 1].double()
+                expected[:, n, c] = pair[0] * math.cos(angle) - pair[1] * math.sin(angle)
+                expected[:, n, c + 1] = pair[1] * math.cos(angle) + pair[0] * math.sin(angle)
+    torch.testing.assert_close(ours[0].double(), expected, rtol=0, atol=5e-7)
+    assert rescale_to(None, grid) == (1, 1, 1)
+    assert rescale_to((16, 16), (1, 1, 16)) == (1, 15, 1)  # one row: at 0 whatever it is multiplied by
+
+
+@pytest.mark.parametrize("layout", ["tiled", "interleaved"])
+def test_a_token_with_a_time_only(layout: Layout) -> None:
+    x = torch.randn(1, 2, 6, 32)
+    ours = rotate(x, time_tables(3, tokens=2, head_dim=32, layout=layout, device=torch.device("cpu")))
+    expected = reference(x[0].double(), [0, 0, 1, 1, 2, 2], (3, 1, 1), layout)
+    torch.testing.assert_close(ours[0].double(), expected, rtol=0, atol=5e-7)
+    assert torch.equal(ours[..., 10:], x[..., 10:])

@@ -1,129 +1,146 @@
-"""From a sharded checkpoint to files that other tools load, one tensor in memory at a time."""
+"""Weights of any format, into files that other tools load."""
 
-import json
-import warnings
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-
-from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.consolidated import ConsolidatedConfig, read_config, write_consolidated
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.formats import huggingface, native, published
+from vjepa_scale.checkpoint.formats.model_card import predicts_as
+from vjepa_scale.checkpoint.formats.native import find_checkpoint
+from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.output import content_of, replaced_folder
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe.load import validate_recipe
 
-# Where a run's result is: the last stage that has checkpoints.
-LAST_STAGE_FIRST = ("cooldown", "pretrain")
+__all__ = ["FORMATS", "Format", "consolidate", "find_checkpoint", "result_config"]
 
-Weights = Literal["target", "context"]
+Format = Literal["safetensors", "huggingface", "published"]
+
+# The files of each format's result.
+FORMATS: dict[Format, tuple[str, ...]] = {
+    "safetensors": (native.WEIGHTS_FILE, native.CONFIG_FILE),
+    "huggingface": huggingface.FILES,
+    "published": (published.WEIGHTS_FILE, published.CONFIG_FILE),
+}
 
 
-def consolidate(source: Path, out: Path, *, weights: Weights = "target") -> Path:
-    """Write ``out``/model.safetensors and config.json, each whole or not at all; returns ``out``.
+def consolidate(
+    source: Path,
+    out: Path,
+    *,
+    to: Format = "safetensors",
+    weights: Literal["target", "context"] | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    model: str | None = None,
+    frames: int | None = None,
+    size: int | None = None,
+    encoder_only: bool = False,
+    check: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write ``out``, whole or not at all; returns it.
 
-    source:  a checkpoint, or a stage's or a run's folder, of which the newest good one is taken (of a run, the
-             last stage's)
+    source:  what open_weights takes: a run, a checkpoint, a published file, a Hugging Face folder …
     out:     a new or empty folder, or one that holds this same result, which is written again
-    weights: encoder.* is the EMA target encoder, or the context encoder that was trained
+    weights: which encoder, where there are two; default: the target encoder, and both for ``published``
+    dtype:   what tensors are rounded to; default: as they are
+    model:   for a published file of others, which does not say it
+    frames, size: of the clips these weights are for, where the source does not say it
+    check:   run a Hugging Face result beside ours, where transformers is installed
+    say:     gets a line for everything the user should know
 
-    Needs no process group; it holds at most one whole tensor and one shard of it at a time. Every file is
-    verified before it is read. Raises UserError where there is nothing good to read, or ``out`` holds something else.
+    Needs no process group. Ours and Hugging Face's are written with at most one whole tensor and one shard of it in
+    memory; a published file is one dict, all of it in memory. Raises UserError where there is nothing good to
+    read, where the format cannot express it, where the check fails, or ``out`` holds something else.
     """
-    checkpoint = find_checkpoint(source)
-    manifest = store.read_manifest(checkpoint)
-    recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
-    config = ConsolidatedConfig(
-        model=recipe.model,
-        weights=weights,
-        stage=manifest["stage"],
-        step=manifest["step"],
-        mean=recipe.data.augment.mean,
-        std=recipe.data.augment.std,
-        frames=manifest["frames"],
-        size=tuple(manifest["size"]),
-        fps=manifest["fps"],
-        recipe=manifest["recipe"],
+    opened = open_weights(
+        source,
+        model=model,
+        weights=weights or ("both" if to == "published" else None),
+        networks=("encoder",) if encoder_only else None,
     )
-    _refuse_other_content(out, config)
-    reader = CheckpointReader(checkpoint)
-    stored = reader.tensors()
-    prefixes = {"encoder.": "target_encoder." if weights == "target" else "encoder.", "predictor.": "predictor."}
-    names = {
-        ours + name.removeprefix(theirs): name
-        for ours, theirs in prefixes.items()
-        for name in stored
-        if name.startswith(theirs)
-    }
-    for theirs in prefixes.values():
-        if not any(name.startswith(theirs) for name in names.values()):
-            raise UserError(f"it holds no tensor {theirs}*", where=checkpoint, fix="give a pretraining checkpoint")
-    write_consolidated(
-        out,
-        config,
-        entries=[(ours, tuple(stored[name][0]), stored[name][1]) for ours, name in names.items()],
-        read=lambda ours: read_tensor(reader, names[ours]),
-    )
+    if opened.config.origin is not None:
+        say(f"{opened.where}: {opened.match().sentence()}")
+    if dtype is not None:
+        opened = opened.rounded(dtype)
+    opened = _with_clip(opened, frames, size)
+    if to == "huggingface":
+        huggingface.refuse_inexpressible(opened.config, opened.where)
+    _refuse_other_content(out, opened.config, to)
+    with replaced_folder(out) as folder:
+        if to == "safetensors":
+            native.write_consolidated(folder, opened.config, opened.entries, opened.read)
+        elif to == "published":
+            published.write_published(folder, opened)
+        else:
+            huggingface.write_huggingface(folder, opened)
+            token = huggingface.mask_token(opened.config.model)
+            say(f"Hugging Face's predictor uses mask token {token}. {predicts_as(opened.config, token)}")
+            _check(folder, opened, check, say)
     return out
 
 
-def _refuse_other_content(out: Path, config: ConsolidatedConfig) -> None:
+def _with_clip(source: WeightSource, frames: int | None, size: int | None) -> WeightSource:
+    """The same weights, with the clip that the user gives where theirs is not known."""
+    config = source.config
+    given: dict[str, Any] = {}
+    if frames is not None:
+        given["frames"] = frames
+    if size is not None:
+        given["size"] = (size, size)
+    for key, value in given.items():
+        known = getattr(config, key)
+        if key not in config.assumed and known != value:
+            raise UserError(f"these weights are for {key} {known}", where=f"--{key}", fix="leave it out")
+    assumed = tuple(key for key in config.assumed if key not in given)
+    return replace(source, config=config.model_copy(update={**given, "assumed": assumed}))
+
+
+def _check(folder: Path, source: WeightSource, wanted: bool, say: Callable[[str], None]) -> None:
+    if not wanted:
+        say("not checked against transformers: --no-check")
+    elif importlib.util.find_spec("transformers") is None:
+        say("not checked: transformers is not installed (pip install transformers, then run this again)")
+    else:
+        from vjepa_scale.checkpoint.formats.huggingface_check import check_against_transformers
+
+        say(check_against_transformers(folder, source))
+
+
+# -- the folder that is written ----------------------------------------------------------------------
+
+
+def result_config(folder: Path, to: Format) -> ConsolidatedConfig:
+    """The configuration of a result of this program. Raises UserError where there is none of this format."""
+    if to == "safetensors":
+        return native.read_native_config(folder / native.WEIGHTS_FILE)
+    return read_config_file(folder / {"published": published.CONFIG_FILE, "huggingface": huggingface.SIDECAR_FILE}[to])
+
+
+def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> None:
     """Raise UserError unless ``out`` is new, empty or holds the result that ``config`` describes."""
-    if out.exists() and not out.is_dir():
-        raise UserError("--out is a file", where=out, fix="give another --out")
-    # What a kill left under a temporary name is nobody's.
-    if not out.exists() or all(path.name.startswith(".") and path.name.endswith(".tmp") for path in out.iterdir()):
+    content = content_of(out)
+    if not content:
         return
     fix = "give another --out, or remove this one"
-    try:
-        found = read_config(out)
-    except UserError:
-        raise UserError("not empty, and not a result of this program", where=out, fix=fix) from None
-    if found != config:
-        before, now = (f"the {c.weights} encoder of {c.stage} at step {c.step}" for c in (found, config))
-        other = f", not {now}" if before != now else " of another run"
-        raise UserError(f"holds {before}{other}", where=out, fix=fix)
-
-
-def read_tensor(reader: CheckpointReader, name: str) -> Tensor:
-    """One whole tensor out of its shards."""
-    shape, dtype = reader.tensors()[name]
-    whole = {name: torch.empty(shape, dtype=dtype)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-        dcp.load(whole, storage_reader=reader, no_dist=True)
-    return whole[name]
-
-
-def find_checkpoint(source: Path, *, check: bool = True) -> Path:
-    """The checkpoint that a path means: itself, or the newest good one of a stage or a run.
-
-    check: verify the bytes of its files; False looks at manifests and sizes only. Raises UserError.
-    """
-    if not source.exists():
-        raise UserError("no such folder", where=source, fix="give a run, a stage or a checkpoint folder")
-    if (source / store.MANIFEST).exists() or source.name.startswith("step_"):
-        _refuse_shards(source)
-        if check:
-            store.verify(source)
-        return source
-    stages = (source / stage / "checkpoints" for stage in LAST_STAGE_FIRST)
-    for folder in (source, source / "checkpoints", *stages):
-        found = store.find_latest(folder) if check else store.newest_name(folder)
-        if found is not None:
-            return found
-    raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
-
-
-def _refuse_shards(folder: Path) -> None:
-    """A folder of shards has a manifest.json too; it is not a damaged checkpoint."""
-    try:
-        content = json.loads((folder / store.MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return  # the store says what is wrong with it
-    if isinstance(content, dict) and content.keys() >= {"shards", "columns"}:
-        raise UserError(
-            "a folder of shards (training data)", where=folder, fix="give a run, a stage or a checkpoint folder"
-        )
+    for other, files in FORMATS.items():
+        # A Hugging Face folder has files of the same names as ours, and one more that says so.
+        if other == "safetensors" and huggingface.SIDECAR_FILE in content:
+            continue
+        try:
+            found = result_config(out, other)
+        except (UserError, OSError):
+            continue
+        if other != to:
+            raise UserError(f"holds {found.title()} in the format {other}", where=out, fix=fix)
+        if found != config:
+            before, now = found.title(), config.title()
+            raise UserError(
+                f"holds {before}" + (f", not {now}" if before != now else " of another run"), where=out, fix=fix
+            )
+        if strangers := sorted(set(content) - set(files)):
+            raise UserError(f"holds this result and also {', '.join(strangers[:3])}", where=out, fix=fix)
+        return
+    raise UserError("not empty, and not a result of this program", where=out, fix=fix)

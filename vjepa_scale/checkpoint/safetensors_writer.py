@@ -18,7 +18,7 @@ from vjepa_scale.core.files import fsync_dir
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -69,7 +69,7 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
         if name in table:
             raise ValueError(f"tensor {name} comes twice")
         end = offset + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        table[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned

@@ -5,10 +5,12 @@ frame with pts <= t, whatever the frame rate does. Second 0 is the video stream'
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -23,6 +25,10 @@ _TICK_TOLERANCE = 1e-6
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
+
+
+# A media file: its bytes, or where it lies (a long one is read as it is decoded, never held whole).
+Media = bytes | Path
 
 
 class DecodeError(Exception):
@@ -45,20 +51,42 @@ def ffmpeg_errors(reason: str) -> Iterator[None]:
         raise DecodeError(reason, " ".join(str(getattr(error, "strerror", None) or error).split())) from None
 
 
+class _Nameless:
+    """An open file without its name, by which FFmpeg would also guess what is inside."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
 @contextmanager
-def open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_container(data: Media) -> Iterator[InputContainer]:
+    """What FFmpeg finds in a media file. Raises DecodeError."""
+    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+        if not file.read(1):
+            raise DecodeError("zero length", "the file is empty")
+        file.seek(0)
+        with ffmpeg_errors("unreadable"):
+            # This file only: a playlist inside a shard must not open other files or addresses.
+            container = av.open(_Nameless(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
+        with container:
+            yield container
+
+
+def is_image(container: InputContainer) -> bool:
+    """Whether it is a picture (or a text that FFmpeg would draw) and no video."""
+    name = container.format.name
+    return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS
+
+
+@contextmanager
+def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first real video stream (cover art of audio files is none), single-threaded.
 
     Raises DecodeError where there is none, or while FFmpeg cannot go on inside the ``with`` block.
     """
-    if not data:
-        raise DecodeError("zero length", "the file is empty")
-    with ffmpeg_errors("unreadable"):
-        # Bytes only: a playlist inside a shard must not open other files or addresses.
-        container = av.open(io.BytesIO(data), metadata_errors="ignore", options={"protocol_whitelist": "none"})
-    with container:
+    with open_container(data) as container:
         name = container.format.name
-        if name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS:
+        if is_image(container):
             raise DecodeError("not a video", f"format {name}")
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
@@ -71,10 +99,10 @@ def open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
 
 
-def decode_clip(data: bytes, *, start_s: float, fps: float, frames: int) -> npt.NDArray[np.uint8]:
+def decode_clip(data: Media, *, start_s: float, fps: float, frames: int) -> npt.NDArray[np.uint8]:
     """The pictures at start_s, start_s + 1/fps, … : uint8 RGB [T, H, W, 3], upright.
 
-    data:    a whole video file
+    data:    a video file
     start_s: seconds from the stream's start; fps: pictures per second of the clip; frames: T
     Times past the end repeat the last frame. Raises DecodeError.
     """
@@ -85,17 +113,43 @@ def decode_clip(data: bytes, *, start_s: float, fps: float, frames: int) -> npt.
         if k and picture is pictures[k - 1]:
             rgb.append(rgb[-1])
             continue
-        with ffmpeg_errors("pixels that cannot be converted"):
-            array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
-        # The display matrix's rotation is counter-clockwise, as numpy's is.
-        rgb.append(np.rot90(array, k=round(picture.rotation / 90)) if picture.rotation else array)
+        rgb.append(upright_rgb(reformatter, picture))
     if any(array.shape != rgb[0].shape for array in rgb):
         raise DecodeError("the picture size changes inside the video")
     return np.stack(rgb)
 
 
-def pictures_at(data: bytes, times_s: Sequence[float]) -> list[av.VideoFrame]:
-    """The frame on screen at each of some ascending times, decoding from the keyframe before the first.
+def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.NDArray[np.uint8]:
+    """A decoded picture as uint8 RGB [H, W, 3]. Raises DecodeError."""
+    with ffmpeg_errors("pixels that cannot be converted"):
+        array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
+    # The display matrix's rotation is counter-clockwise, as numpy's is.
+    return np.rot90(array, k=round(picture.rotation / 90)) if picture.rotation else array
+
+
+def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:
+    """The frame on screen at each of some ascending times, decoding from the keyframe before the first."""
+    with decoding_from(data, times_s[0]) as (_, stream, frames):
+        return _on_screen(frames, ticks_of(stream, times_s))
+
+
+def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames as they come, each with a timestamp."""
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            raise DecodeError("frames without timestamps")
+        yield frame
+
+
+@contextmanager
+def decoding_from(
+    data: Media,
+    start_s: float,
+    frames_of: Callable[[InputContainer, VideoStream], Iterator[av.VideoFrame]] = timed_frames,
+) -> Iterator[tuple[InputContainer, VideoStream, Iterator[av.VideoFrame]]]:
+    """An open video and its frames, beginning with one that is on screen at a time or before it.
+
+    frames_of: how frames are decoded
 
     A seek can land late (indices count decoding time, or are broken) or between keyframes. Frames before the
     first keyframe are dropped, and where that comes too late it starts further back, in the end from the
@@ -104,12 +158,13 @@ def pictures_at(data: bytes, times_s: Sequence[float]) -> list[av.VideoFrame]:
     back_s = 0.0
     while True:
         with open_video(data) as (container, stream):
-            ticks = _ticks(stream, times_s)
-            from_start = times_s[0] - back_s <= 0 or not _sought(container, stream, times_s[0] - back_s)
-            frames = _timed_frames(container, stream)
+            (tick,) = ticks_of(stream, [start_s])
+            from_start = start_s - back_s <= 0 or not _sought(container, stream, start_s - back_s)
+            frames = frames_of(container, stream)
             first = next((frame for frame in frames if from_start or frame.key_frame), None)
-            if first is not None and (from_start or _pts(first) <= ticks[0]):
-                return _on_screen(chain([first], frames), ticks)
+            if first is not None and (from_start or pts_of(first) <= tick):
+                yield container, stream, chain([first], frames)
+                return
             if from_start:
                 raise DecodeError("zero length", "no frame decodes")
         back_s = max(1.0, 2 * back_s)
@@ -126,7 +181,8 @@ def time_base(stream: VideoStream) -> Fraction:
     return stream.time_base
 
 
-def _ticks(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
+def ticks_of(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
+    """Seconds from the stream's start → its ticks."""
     per_second = 1 / float(time_base(stream))
     return [stream_start(stream) + int(np.floor(t * per_second + _TICK_TOLERANCE)) for t in times_s]
 
@@ -136,20 +192,13 @@ def _sought(container: InputContainer, stream: VideoStream, time_s: float) -> bo
     if container.format.name in _SEEKS_BADLY:
         return False
     try:
-        container.seek(_ticks(stream, [time_s])[0], stream=stream, backward=True)
+        container.seek(ticks_of(stream, [time_s])[0], stream=stream, backward=True)
     except av.FFmpegError:
         return False
     return True
 
 
-def _timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            raise DecodeError("frames without timestamps")
-        yield frame
-
-
-def _pts(frame: av.VideoFrame) -> int:
+def pts_of(frame: av.VideoFrame) -> int:
     assert frame.pts is not None
     return frame.pts
 
@@ -158,7 +207,7 @@ def _on_screen(frames: Iterator[av.VideoFrame], ticks: Sequence[int]) -> list[av
     """The last frame with pts <= each tick; before the first frame, the first."""
     current, found = next(frames), list[av.VideoFrame]()
     for following in chain(frames, [None]):
-        while len(found) < len(ticks) and (following is None or _pts(following) > ticks[len(found)]):
+        while len(found) < len(ticks) and (following is None or pts_of(following) > ticks[len(found)]):
             found.append(current)
         if following is None or len(found) == len(ticks):
             break

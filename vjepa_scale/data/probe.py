@@ -5,6 +5,7 @@ not go backwards, and a frame reached by seeking must be the frame that decoding
 malformed files decoders return garbage after a seek, with no error).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,16 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, ffmpeg_errors, open_video, pictures_at, stream_start, time_base
+from vjepa_scale.data.decode import (
+    DecodeError,
+    Media,
+    ffmpeg_errors,
+    open_video,
+    pictures_at,
+    pts_of,
+    stream_start,
+    time_base,
+)
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
 
@@ -35,7 +45,7 @@ class VideoFacts:
     height: int
 
 
-def probe_video(data: bytes) -> VideoFacts:
+def probe_video(data: Media) -> VideoFacts:
     """Decode a whole file. Raises DecodeError with the reason to reject it."""
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
@@ -53,38 +63,28 @@ def _decode_all(
     container: InputContainer, stream: VideoStream
 ) -> tuple[list[int], list[npt.NDArray[np.uint8]], VideoFacts]:
     """Ticks and thumbnail of every frame, in order, and the facts."""
-    seconds, start = float(time_base(stream)), stream_start(stream)
+    seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
     thumbs: list[npt.NDArray[np.uint8]] = []
-    size, last_duration = None, 0
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise DecodeError("does not decode to the end", f"damaged packet after {len(ticks)} frames")
-        for frame in packet.decode():
-            if frame.pts is None:
-                raise DecodeError("frames without timestamps", f"frame {len(ticks)}")
-            if frame.is_corrupt:
-                raise DecodeError("does not decode to the end", f"damaged frame {len(ticks)}")
-            if ticks and frame.pts <= ticks[-1]:
-                raise DecodeError("timestamps go backwards", f"frame {len(ticks)}")
-            if size not in (None, (frame.width, frame.height)):
-                raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
-            size = (frame.width, frame.height)
-            ticks.append(frame.pts)
-            thumbs.append(_thumbnail(reformatter, frame))
-            last_duration = frame.duration or 0
-            turned = round(frame.rotation / 90) % 2
-    if size is None:
+    size, last = None, None
+    for last in sound_frames(container, stream):
+        if size not in (None, (last.width, last.height)):
+            raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
+        size = (last.width, last.height)
+        ticks.append(pts_of(last))
+        thumbs.append(_thumbnail(reformatter, last))
+        turned = round(last.rotation / 90) % 2
+    if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
-    end = ticks[-1] - start + (last_duration or _mean_gap(stream, ticks))
-    _check_declared(container, stream, len(ticks), end * seconds)
-    if end <= 0:
+    end_s = end_of_video(stream, first_tick=ticks[0], last=last, frames=len(ticks))
+    check_declared(container, stream, len(ticks), end_s)
+    if end_s <= 0:
         raise DecodeError("zero length", f"{len(ticks)} frames, no duration")
     spread = (ticks[-1] - ticks[0]) * seconds
-    fps = (len(ticks) - 1) / spread if spread > 0 else 1 / (end * seconds)
+    fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
     width, height = size[::-1] if turned else size
-    return ticks, thumbs, VideoFacts(end * seconds, fps, len(ticks), width, height)
+    return ticks, thumbs, VideoFacts(end_s, fps, len(ticks), width, height)
 
 
 def _thumbnail(reformatter: VideoReformatter, frame: VideoFrame) -> npt.NDArray[np.uint8]:
@@ -95,10 +95,36 @@ def _thumbnail(reformatter: VideoReformatter, frame: VideoFrame) -> npt.NDArray[
         return np.asarray(small.to_ndarray(), np.uint8)
 
 
-def _mean_gap(stream: VideoStream, ticks: list[int]) -> int:
+def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame in order; DecodeError at the first sign of damage."""
+    count, before = 0, None
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DecodeError("does not decode to the end", f"damaged packet after {count} frames")
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise DecodeError("frames without timestamps", f"frame {count}")
+            if frame.is_corrupt:
+                raise DecodeError("does not decode to the end", f"damaged frame {count}")
+            if before is not None and frame.pts <= before:
+                raise DecodeError("timestamps go backwards", f"frame {count}")
+            yield frame
+            count, before = count + 1, frame.pts
+
+
+def end_of_video(stream: VideoStream, *, first_tick: int, last: VideoFrame, frames: int) -> float:
+    """When the last frame leaves the screen, in seconds from the stream's start.
+
+    first_tick, frames: what was decoded: the first timestamp, and how many
+    """
+    shown = last.duration or _mean_gap(stream, first_tick, pts_of(last), frames)
+    return (pts_of(last) - stream_start(stream) + shown) * float(time_base(stream))
+
+
+def _mean_gap(stream: VideoStream, first_tick: int, last_tick: int, frames: int) -> int:
     """How long the last frame is shown where the file does not say, in ticks."""
-    if len(ticks) > 1:
-        return max(1, round((ticks[-1] - ticks[0]) / (len(ticks) - 1)))
+    if frames > 1:
+        return max(1, round((last_tick - first_tick) / (frames - 1)))
     return round(1 / (stream.average_rate * time_base(stream))) if stream.average_rate else 0
 
 
@@ -108,7 +134,7 @@ def _nothing_decoded(container: InputContainer, stream: VideoStream) -> tuple[st
     return "zero length", "no frame"
 
 
-def _check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
+def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
     """Refuse a file that ends before what its header promises (formats that stop without an error)."""
     if frames < 0.95 * stream.frames:
         raise DecodeError("does not decode to the end", f"truncated: {frames} of {stream.frames} frames")

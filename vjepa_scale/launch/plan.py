@@ -1,5 +1,6 @@
 """What a launch will do, in words, before it does it."""
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from vjepa_scale.data.clips import dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
+from vjepa_scale.model import flops
+from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import accumulation
@@ -147,7 +150,10 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
         f"{recipe.engine.precision}, on {recipe.engine.device}"
     )
     yield f"cluster {where}, jobs of at most {launch.timeout_min} minutes"
-    yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}"
+    sizes = (flops.encoder_parameters(model), flops.predictor_parameters(model))
+    yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}: " + (
+        "{:,.1f} M parameters, and {:,.1f} M in the predictor".format(*(size / 1e6 for size in sizes))
+    )
     for name, data_set in recipe.data.sets.items():
         held, problem = "", "  (no manifest there yet)"
         if (Path(data_set.path) / MANIFEST).exists():
@@ -185,8 +191,15 @@ def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:
     return (
         f"{phase.name}: steps {phase.first} to {phase.end - 1}, lr {phase.start_lr:g} → {phase.final_lr:g}, "
         f"{phase.frames} × {phase.size[0]}×{phase.size[1]} px = {t * h * w} tokens, "
-        f"batch {phase.global_batch} = {world_size} ranks × {per_rank} × {phase.micro_batch}"
+        f"batch {phase.global_batch} = {world_size} ranks × {per_rank} × {phase.micro_batch}, "
+        f"{_count(step_flops(recipe, phase))}FLOPs a step"
     )
+
+
+def _count(value: float) -> str:
+    """1.234e15 → ``1.23 P``."""
+    thousands = min(int(math.log10(value)) // 3, 6)
+    return f"{value / 1000**thousands:.3g} {' kMGTPE'[thousands].strip()}"
 
 
 def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[str]:

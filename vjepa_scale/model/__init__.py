@@ -5,8 +5,10 @@ needs no table of names. Letters in tensor names: B clips, T frames, H×W pixels
 K tokens kept, M tokens predicted, D width, h heads, d channels of a head.
 """
 
+from vjepa_scale.model.action_predictor import ActionPredictor
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initial_value, initialise
 from vjepa_scale.model.predictor import Predictor
+from vjepa_scale.model.probe import AttentiveProbe
 
-__all__ = ["Encoder", "Predictor", "initial_value", "initialise"]
+__all__ = ["ActionPredictor", "AttentiveProbe", "Encoder", "Predictor", "initial_value", "initialise"]

@@ -24,13 +24,13 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int) -> None:
+    def __init__(self, width: int, heads: int, mlp_hidden: int, *, eps: float = LAYER_NORM_EPS) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_hidden)
 
-    def forward(self, x_BKD: Tensor, tables: RopeTables) -> Tensor:
-        x_BKD = x_BKD + self.attn(self.norm1(x_BKD), tables)
+    def forward(self, x_BKD: Tensor, tables: RopeTables | None, allowed: Tensor | None = None) -> Tensor:
+        x_BKD = x_BKD + self.attn(self.norm1(x_BKD), tables, allowed)
         return x_BKD + self.mlp(self.norm2(x_BKD))

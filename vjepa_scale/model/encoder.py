@@ -3,13 +3,16 @@
 The context encoder, its EMA copy (the target encoder) and the encoder that users load are all this class.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
-from vjepa_scale.model.rope import Grid, rope_tables
+from vjepa_scale.model.positions import Positions
+from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
 
 CHANNELS = 3
@@ -62,31 +65,53 @@ class Encoder(nn.Module):
 
     >>> tokens_BND = encoder(clips)             # every token
     >>> tokens_BKD = encoder(clips, keep_BK)    # only these, as if the others did not exist
+    >>> middle, last = encoder(clips, layers=[11, -1])
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         encoder = config.encoder
         self.width = encoder.width
-        self.head_dim = encoder.width // encoder.heads
-        self.rope_layout = config.rope.layout
+        self.positions = Positions(config, width=encoder.width, heads=encoder.heads)
         self.patch_embed = PatchEmbed(encoder.width, tubelet=config.tubelet, patch=config.patch)
         self.blocks = nn.ModuleList(
             Block(encoder.width, encoder.heads, encoder.mlp_hidden) for _ in range(encoder.depth)
         )
         self.norm = nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS)
 
-    def forward(self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+    def forward(
+        self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None, *, layers: Sequence[int] | None = None
+    ) -> Tensor | list[Tensor]:
         """Tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``.
 
         clips_BCTHW:  float, normalised, of any length and size that divides into tubelets
         keep_BK:      int64 token numbers n = τ·h·w + y·w + x; None: all
+        layers:       instead, a list of the tokens after these blocks: see ``layers``
         """
+        if layers is not None:
+            return self.layers(clips_BCTHW, layers, keep_BK)
+        for x_BKD in self._block_outputs(clips_BCTHW, keep_BK):  # noqa: B007 (the last one; none is kept before it)
+            pass
+        return self.norm(x_BKD)
+
+    def layers(self, clips_BCTHW: Tensor, layers: Sequence[int], keep_BK: Tensor | None = None) -> list[Tensor]:
+        """Tokens after several blocks, each [B, N, D] through the final norm, as the published probes take them.
+
+        layers: numbers of blocks from 0; negative ones count from the end. Raises UserError for one that is not there.
+        """
+        depth = len(self.blocks)
+        for layer in layers:
+            if not -depth <= layer < depth:
+                raise UserError(f"no block {layer}", where="layers", fix=f"0 to {depth - 1}, or -1 for the last")
+        wanted = {layer % depth for layer in layers}
+        outputs = enumerate(self._block_outputs(clips_BCTHW, keep_BK))
+        kept = {number: self.norm(x_BKD) for number, x_BKD in outputs if number in wanted}
+        return [kept[layer % depth] for layer in layers]
+
+    def _block_outputs(self, clips_BCTHW: Tensor, keep_BK: Tensor | None) -> Iterator[Tensor]:
         grid = self.patch_embed.grid(clips_BCTHW)
-        tables = rope_tables(
-            keep_BK, grid=grid, head_dim=self.head_dim, layout=self.rope_layout, device=clips_BCTHW.device
-        )
-        x_BKD = self.patch_embed(clips_BCTHW, keep_BK)
+        tables = self.positions.rotation(keep_BK, grid, clips_BCTHW.device)
+        x_BKD = self.positions.add(self.patch_embed(clips_BCTHW, keep_BK), keep_BK, grid)
         for block in self.blocks:
             x_BKD = block(x_BKD, tables)
-        return self.norm(x_BKD)
+            yield x_BKD

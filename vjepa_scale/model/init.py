@@ -15,6 +15,7 @@ from vjepa_scale.core.keyed import key64
 STD = 0.02
 
 _RESIDUAL_OUTPUT = re.compile(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$")
+_QUERY_TOKENS = re.compile(r"(^|\.)query_tokens$")
 _MASK_TOKEN = re.compile(r"(^|\.)mask_tokens\.\d+$")
 
 
@@ -31,7 +32,7 @@ def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int) 
     name = name.removeprefix("target_")
     if name.endswith(".bias") or _MASK_TOKEN.search(name):
         return torch.zeros(shape)
-    assert name.endswith(".weight"), f"no rule for the start of {name}"
+    assert name.endswith(".weight") or _QUERY_TOKENS.search(name), f"no rule for the start of {name}"
     if len(shape) == 1:  # LayerNorm
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(key64(seed, "init." + name))

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
-from vjepa_scale.model.rope import Grid, rope_tables
+from vjepa_scale.model.positions import Positions
+from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
 
 
@@ -14,8 +15,7 @@ class Predictor(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         predictor = config.predictor
-        self.head_dim = predictor.width // predictor.heads
-        self.rope_layout = config.rope.layout
+        self.positions = Positions(config, width=predictor.width, heads=predictor.heads)
         self.predictor_embed = nn.Linear(config.encoder.width, predictor.width)
         self.mask_tokens = nn.ParameterList(
             nn.Parameter(torch.zeros(1, 1, predictor.width)) for _ in range(predictor.mask_tokens)
@@ -38,10 +38,11 @@ class Predictor(nn.Module):
         context = self.predictor_embed(context_BKD)
         mask = self.mask_tokens[mask_token % len(self.mask_tokens)].to(context.dtype)
         # The published code also sorts all tokens by place and unsorts them. Attention sees places only
-        # through RoPE, so the order changes nothing but the rounding, and the two gathers are saved.
+        # through their positions, so the order changes nothing but the rounding, and the two gathers are saved.
         x = torch.cat([context, mask.expand(*target_BM.shape, -1)], dim=1)
         places = torch.cat([context_BK, target_BM], dim=1)
-        tables = rope_tables(places, grid=grid, head_dim=self.head_dim, layout=self.rope_layout)
+        x = self.positions.add(x, places, grid)
+        tables = self.positions.rotation(places, grid, x.device)
         for block in self.predictor_blocks:
             x = block(x, tables)
         predicted_BMP = x[:, context_BK.shape[1] :]

@@ -7,7 +7,8 @@ not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') beco
     tiled        θ0 … θ(a/2−1), θ0 … θ(a/2−1)    every released V-JEPA 2 weight; the two angles of a pair differ
     interleaved  θ0, θ0, θ1, θ1, …               a true rotation; V-JEPA 2.1
 
-with θk = p · 10000^(−k/(a/2)) for a token at integer position p of the axis.
+with θk = p · 10000^(−k/(a/2)) for a token at position p of the axis: its place in the grid, an integer, unless
+positions are rescaled to the grid of the pretraining.
 """
 
 from typing import Literal
@@ -18,6 +19,8 @@ from torch import Tensor
 BASE = 10000.0
 
 Grid = tuple[int, int, int]
+Scale = tuple[float, float, float]
+UNSCALED: Scale = (1.0, 1.0, 1.0)
 Layout = Literal["tiled", "interleaved"]
 
 
@@ -44,25 +47,58 @@ def rope_tables(
     head_dim: int,
     layout: Layout,
     device: torch.device | None = None,
+    scale: Scale = UNSCALED,
 ) -> RopeTables:
     """The tables for the tokens that are present, computed once per forward.
 
     index:   token numbers n = τ·h·w + y·w + x, int64 [K] or [B, K]; None: all t·h·w in order
     grid:    (t, h, w) in tokens
     device:  where to build them if ``index`` is None
+    scale:   a token's position on each axis is its place times this
     """
-    if index is None:
-        index = torch.arange(grid[0] * grid[1] * grid[2], device=device)
-    _, height, width = grid
-    rows = index // width
-    positions = (rows // height, rows % height, index - rows * width)
-    rest = index.new_zeros((), dtype=torch.float32).expand(*index.shape, head_dim - 3 * axis_channels(head_dim))
+    index, places = token_places(index, grid, device)
+    channels = axis_channels(head_dim)
     cos, signed_sin = [], []
-    for position, length in zip(positions, grid, strict=True):
-        axis_cos, axis_signed_sin = _axis_tables(length, axis_channels(head_dim), layout, index.device)
-        cos.append(axis_cos[position])
-        signed_sin.append(axis_signed_sin[position])
+    for place, length, factor in zip(places, grid, scale, strict=True):
+        axis_cos, axis_signed_sin = _axis_tables(length, factor, channels, layout, index.device)
+        cos.append(axis_cos[place])
+        signed_sin.append(axis_signed_sin[place])
+    rest = index.new_zeros((), dtype=torch.float32).expand(*index.shape, head_dim - 3 * channels)
     return RopeTables(torch.cat([*cos, rest + 1], dim=-1), torch.cat([*signed_sin, rest], dim=-1))
+
+
+def time_tables(steps: int, *, tokens: int, head_dim: int, layout: Layout, device: torch.device) -> RopeTables:
+    """For tokens that have a time and no place, such as a robot's action: only the time group is rotated.
+
+    tokens: so many in a row have the same time; the tables are [steps · tokens, d]
+    """
+    channels = axis_channels(head_dim)
+    both = _axis_tables(steps, 1.0, channels, layout, device)
+    cos, signed_sin = (table.repeat_interleave(tokens, dim=0) for table in both)
+    rest = cos.new_zeros(len(cos), head_dim - channels)
+    return RopeTables(torch.cat([cos, rest + 1], dim=-1), torch.cat([signed_sin, rest], dim=-1))
+
+
+def rescale_to(pretraining: tuple[int, int] | None, grid: Grid) -> Scale:
+    """The ``scale`` that spreads any grid's rows and columns over those of the pretraining grid (V-JEPA 2.1).
+
+    Row y of h becomes y·(h₀−1)/(h−1), so first and last rows stay first and last. None: nothing is rescaled.
+    """
+    if pretraining is None:
+        return UNSCALED
+    height, width = ((of - 1) / max(here - 1, 1) for of, here in zip(pretraining, grid[1:], strict=True))
+    return 1.0, height, width
+
+
+def token_places(
+    index: Tensor | None, grid: Grid, device: torch.device | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Token numbers (all of them for None) and their (τ, y, x), each in the shape of ``index``."""
+    _, height, width = grid
+    if index is None:
+        index = torch.arange(grid[0] * height * width, device=device)
+    rows = index // width
+    return index, (rows // height, rows % height, index - rows * width)
 
 
 def axis_channels(head_dim: int) -> int:
@@ -70,14 +106,17 @@ def axis_channels(head_dim: int) -> int:
     return 2 * ((head_dim // 3) // 2)
 
 
-def _axis_tables(length: int, channels: int, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of every position of one axis, [length, a].
+def _axis_tables(
+    length: int, scale: float, channels: int, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of every place of one axis, [length, a].
 
     Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
     the rounding of the result does.
     """
     frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
-    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
+    positions = torch.arange(length, dtype=torch.float64, device=device) * scale
+    angles = positions[:, None] * frequencies
     angles = angles.repeat(1, 2) if layout == "tiled" else angles.repeat_interleave(2, dim=1)
     sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=device).repeat(channels // 2)
     return angles.cos().float(), (angles.sin() * sign).float()

@@ -35,6 +35,7 @@ class Jepa:
         self._engine = engine
         self._momentum = recipe.jepa.ema_momentum
         self._exponent = recipe.jepa.loss_exponent
+        self._token_per_generator = recipe.jepa.mask_token == "per_generator"
         self._mean = torch.tensor(recipe.data.augment.mean, device=engine.device).view(1, 3, 1, 1, 1)
         self._std = torch.tensor(recipe.data.augment.std, device=engine.device).view(1, 3, 1, 1, 1)
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
@@ -69,7 +70,8 @@ class Jepa:
         for generator, masks in enumerate(batch.masks):
             context_BK, target_BM = masks.context.to(clips_BCTHW.device), masks.target.to(clips_BCTHW.device)
             tokens_BKD = self.encoder(clips_BCTHW, context_BK)
-            predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, generator)
+            mask_token = generator if self._token_per_generator else 0
+            predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)
             wanted_BMD = targets_BND.gather(1, target_BM[..., None].expand(-1, -1, targets_BND.shape[-1]))
             losses.append(self._distance(predicted_BMD.float(), wanted_BMD))
         return torch.stack(losses).mean()

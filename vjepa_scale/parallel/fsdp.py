@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
+from vjepa_scale.parallel.attention import set_kernel
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
 from vjepa_scale.parallel.mesh import build_mesh
 from vjepa_scale.parallel.process_group import pick_device
@@ -42,6 +43,8 @@ class FsdpEngine:
         self.device = pick_device(cfg, ranks)
         self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
         self.mesh = build_mesh(self.device.type, world_size=self.dp_world_size, replicate=cfg.replicate)
+        self.attention = ""  # the name of the kernel in use
+        self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
         self._ema: dict[nn.Module, ShardedEma] = {}
 
     # -- from a plain network to a sharded one -------------------------------------------------------
@@ -55,7 +58,7 @@ class FsdpEngine:
         trainable: bool,
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
-        """Checkpoint activations, shard, materialise, initialise; returns the same module.
+        """Choose kernels, checkpoint activations, shard, materialise, initialise; returns the same module.
 
         network: built on the meta device, without buffers (nobody would give them values).
         name:    prefix of its parameters' canonical names: the key of their initial values together with
@@ -66,6 +69,8 @@ class FsdpEngine:
         assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
         network.requires_grad_(trainable)
         blocks = blocks_of(network)
+
+        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
 
         if trainable and self._cfg.activation_checkpointing == "full":
             for block in blocks:
@@ -85,7 +90,7 @@ class FsdpEngine:
         for parameter_name, parameter in sharded_parameters(network).items():
             full = initial_value(f"{name}.{parameter_name}", parameter.shape, seed=seed)
             assert full.dtype == parameter.dtype == torch.float32, f"{parameter_name}: master weights are float32"
-            _keep_own_shard(parameter, full.to(self.device))
+            fill_shard(parameter, full)
         return network
 
     def _policy(self, *, root: bool) -> MixedPrecisionPolicy:
@@ -93,7 +98,7 @@ class FsdpEngine:
         # blocks get beside tokens, float32 RoPE tables, passes through as it is. Only its output is float32:
         # in between, LayerNorm needs input and weights of one type.
         return MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self._cfg.precision == "bfloat16" else None,
+            param_dtype=None if self._compute_type == torch.float32 else self._compute_type,
             reduce_dtype=torch.float32,
             output_dtype=torch.float32 if root else None,
             cast_forward_inputs=root,
@@ -169,10 +174,15 @@ def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Tensor) 
 
 
 @torch.no_grad()
-def _keep_own_shard(parameter: DTensor, full: Tensor) -> None:
+def fill_shard(tensor: Tensor, full: Tensor) -> None:
+    """Write this rank's shard of a whole tensor, which every rank has, into a sharded one (or a plain one)."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(full)
+        return
+    local = tensor.to_local()
     # src_data_rank=None: every rank has the same full value already, nothing is sent.
-    shards = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(shards.to_local())
+    shards = distribute_tensor(full.to(local.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local.copy_(shards.to_local())
 
 
 def _set_gradient_sync(networks: Iterable[nn.Module], on: bool) -> None:

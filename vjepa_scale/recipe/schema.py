@@ -31,6 +31,8 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
 Positive = Annotated[float, Field(gt=0)]
 PositiveRange = Annotated[tuple[Positive, Positive], BeforeValidator(_as_range), AfterValidator(_ordered)]
 ShareRange = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_range), AfterValidator(_ordered)]
+# Height and width; a single number stands for a square.
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)]
 
 
 # -- run, launch, engine ---------------------------------------------------------------------------
@@ -77,6 +79,11 @@ class EngineConfig(Section):
     )
     activation_checkpointing: Literal["none", "full"] = Field(
         "none", description="full: keep only each block's input and compute the rest again in the backward pass"
+    )
+    attention: Literal["auto", "sdpa", "flash", "varlen"] = Field(
+        "auto",
+        description="sdpa: PyTorch's choice; flash: the flash-attn package, or else PyTorch's flash kernel; varlen: "
+        "PyTorch's variable-length kernel; auto: flash-attn where it is installed and can run, sdpa otherwise",
     )
     threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
@@ -171,12 +178,43 @@ class PredictorConfig(_Transformer):
     depth: PositiveInt = Field(12, description="blocks")
     heads: PositiveInt = Field(12, description="attention heads")
     mlp_hidden: PositiveInt = Field(1536, description="hidden channels of the MLP; if width is given: 4 × width")
-    mask_tokens: PositiveInt = Field(2, description="learned mask tokens; mask generator j uses token j mod this")
+    mask_tokens: PositiveInt = Field(
+        2, description="learned mask tokens; mask generator j uses token j mod this (see jepa.mask_token)"
+    )
+
+
+class ActionPredictorConfig(_Transformer):
+    """The action-conditioned predictor (docs/method.md 8)."""
+
+    width: PositiveInt = Field(1024, description="channels of a token")
+    depth: PositiveInt = Field(24, description="blocks")
+    heads: PositiveInt = Field(16, description="attention heads")
+    mlp_hidden: PositiveInt = Field(4096, description="hidden channels of the MLP; if width is given: 4 × width")
+    extrinsics: bool = Field(False, description="a third condition token per step: the camera's pose")
+    grid: Size = Field(
+        (16, 16), description="h and w of the pretraining grid: patch positions on another one are rescaled to it"
+    )
+    layout: Literal["tiled", "interleaved"] = Field("tiled", description="as model.rope.layout")
 
 
 class RopeConfig(Section):
     layout: Literal["tiled", "interleaved"] = Field(
         "tiled", description="order of the angles over a head's channels (docs/method.md 3); tiled is V-JEPA 2's"
+    )
+    grid: Size | None = Field(
+        None,
+        description="height and width in tokens of the pretraining grid, to which positions on other grids are "
+        "rescaled (V-JEPA 2.1: 16); default: positions are never rescaled",
+    )
+
+
+class SincosConfig(Section):
+    """Fixed positions, added to the tokens (docs/method.md 13)."""
+
+    frames: PositiveInt = Field(16, description="frames of the clips that the table is made for; 1: a table of images")
+    size: Size = Field((224, 224), description="and their height and width in pixels; other clips: interpolated")
+    uniform_power: bool = Field(
+        True, description="time, height and width get a third of the channels each; false: a half, a quarter, a quarter"
     )
 
 
@@ -185,7 +223,26 @@ class ModelConfig(Section):
     predictor: PredictorConfig = PredictorConfig()
     patch: PositiveInt = Field(16, description="pixels per token side")
     tubelet: PositiveInt = Field(2, description="frames per token")
+    positions: Literal["rope", "sincos"] = Field(
+        "rope",
+        description="rope: rotated queries and keys; sincos: a fixed table added to the tokens (V-JEPA 1, I-JEPA)",
+    )
     rope: RopeConfig = RopeConfig()
+    sincos: SincosConfig = SincosConfig()
+
+    @model_validator(mode="after")
+    def _table_divides(self) -> "ModelConfig":
+        if self.positions == "sincos":
+            frames, (height, width) = self.sincos.frames, self.sincos.size
+            if (frames % self.tubelet and frames != 1) or height % self.patch or width % self.patch:
+                raise ValueError(
+                    f"sincos: {frames} frames of {height}×{width} pixels do not divide into tubelets of "
+                    f"{self.tubelet}×{self.patch}×{self.patch}"
+                )
+            for name, network in (("encoder", self.encoder), ("predictor", self.predictor)):
+                if network.width % 8:
+                    raise ValueError(f"sincos: {name}.width {network.width} is not a multiple of 8")
+        return self
 
 
 # -- masks, loss, optimiser ------------------------------------------------------------------------
@@ -229,6 +286,11 @@ class JepaConfig(Section):
     ema_momentum: Annotated[float, Field(ge=0, le=1)] = Field(
         0.99925, description="m of the target encoder: θ̄ ← m·θ̄ + (1−m)·θ after every step"
     )
+    mask_token: Literal["per_generator", "first"] = Field(
+        "per_generator",
+        description="per_generator: mask generator j uses mask token j; first: all use token 0, as the published "
+        "code does where clips have one length",
+    )
     loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
 
 
@@ -244,9 +306,6 @@ class OptimizerConfig(Section):
 
 
 # -- stages ----------------------------------------------------------------------------------------
-
-
-Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)]
 
 
 class ClipConfig(Section):
@@ -291,14 +350,24 @@ class StageConfig(Section):
     )
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     continue_from: str | None = Field(
-        None, description="a stage of this recipe or a checkpoint: weights, EMA, optimiser and step go on from there"
+        None,
+        description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "
+        "from there",
     )
-    init_from: str | None = Field(None, description="a checkpoint: weights only, step 0")
+    init_from: str | None = Field(
+        None,
+        description="weights only, step 0: of a checkpoint, a published .pt, a Hugging Face or a consolidated folder",
+    )
+    init_without: tuple[Literal["predictor"], ...] = Field(
+        (), description="networks that init_from leaves fresh; without their names here, everything must be there"
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StageConfig":
         if self.continue_from and self.init_from:
             raise ValueError("continue_from (everything goes on) and init_from (weights only) exclude each other")
+        if self.init_without and not self.init_from:
+            raise ValueError("init_without is about init_from, which is not given")
         return self
 
 

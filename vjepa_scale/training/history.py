@@ -3,7 +3,8 @@
 A row has ``time`` (seconds since 1970) and ``event``:
 
     submitted    a launch handed the stage to Slurm or to the local loop: cluster, job_id, name, launch, host, pid
-    started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated
+    started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated,
+                 attention (the kernel)
     saved        a checkpoint is complete: job, step
     interrupted  a signal was obeyed: job, signal, step (of the checkpoint that was saved then)
     failed       what ended an attempt: job, job_id, kind, message, rank, step, user_error, bystander, log, report

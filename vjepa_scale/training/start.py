@@ -20,6 +20,7 @@ from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.training.foreign import check_foreign, is_foreign
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Start:
     step:  the next global step, which is the number of completed ones
     first: the global step at which the stage began
     base:  clips that had been drawn from each data set when the stage began
+    foreign: the checkpoint is not a training checkpoint of ours (training/foreign.py)
     """
 
     kind: Literal["fresh", "resume", "continue", "init"]
@@ -36,6 +38,7 @@ class Start:
     step: int = 0
     first: int = 0
     base: dict[str, int] = field(default_factory=dict)
+    foreign: bool = False
 
 
 def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest]) -> Start:
@@ -53,6 +56,11 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
         manifest = store.read_manifest(own)
         return Start("resume", own, manifest["step"], manifest["first"], manifest["base"])
     stage = recipe.stages()[stage_name]
+    elsewhere = stage.continue_from or stage.init_from
+    if elsewhere is not None and elsewhere not in recipe.stages() and is_foreign(elsewhere):
+        step = check_foreign(recipe, stage_name)
+        kind: Literal["continue", "init"] = "init" if stage.continue_from is None else "continue"
+        return Start(kind, Path(elsewhere), step, step, foreign=True)
     if stage.continue_from is not None:
         source = _source(recipe, stage_name, "continue_from", stage.continue_from)
         step = store.read_manifest(source)["step"]
@@ -119,6 +127,8 @@ def planned_first(recipe: Recipe, stage_name: str) -> int:
         return 0
     if before in recipe.stages():
         return resolve_phases(recipe, before, first=planned_first(recipe, before))[-1].end
+    if is_foreign(before):
+        return check_foreign(recipe, stage_name)
     return store.read_manifest(_source(recipe, stage_name, "continue_from", before, verify=False))["step"]
 
 
@@ -129,7 +139,7 @@ def planned_order(recipe: Recipe, stage_name: str, manifests: dict[str, Manifest
     before = recipe.stages()[stage_name].continue_from
     if own is not None:
         base = store.read_manifest(own)["base"]
-    elif before is None:
+    elif before is None or (before not in recipe.stages() and is_foreign(before)):
         base = {}
     elif before in recipe.stages():
         base = planned_order(recipe, before, manifests)[1].drawn(phases[0].first)
@@ -198,7 +208,11 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
         _refuse_other_data(manifests, own)
     else:
         for word, value in (("continue_from", stage.continue_from), ("init_from", stage.init_from)):
-            if value is not None and value not in will_have_run:
+            if value is None or value in will_have_run:
+                continue
+            if value not in recipe.stages() and is_foreign(value):
+                check_foreign(recipe, stage_name)
+            else:
                 _source(recipe, stage_name, word, value, verify=False)
     data_order(recipe, manifests, phases, {})
 

@@ -18,6 +18,7 @@ from vjepa_scale.parallel.fsdp import FsdpEngine
 from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
+from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.history import History
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.lock import only_trainer_of
@@ -126,7 +127,9 @@ class _Trainer:
             kind=self.start.kind,
             step=self.start.step,
             repeated=log.repeated,
+            attention=self.engine.attention,
         )
+        self._say(f"{self.stage_name}: attention by {self.engine.attention}")
         return log
 
     def _run_phase(self, phase: Phase, log: MetricsLog | None) -> None:
@@ -230,11 +233,18 @@ class _Trainer:
             self._say(f"{self.stage_name} starts fresh")
             return
         tensors = self._network_tensors()  # of files that find_start has just verified
-        if start.kind == "init":
-            report = store.load(start.checkpoint, tensors, allow_unexpected=("optimizer.",), check=False)
-        else:
+        if start.kind != "init":
             tensors |= optimizer_tensors(self.optimizer, self.named_parameters)
-            report = store.load(start.checkpoint, tensors, check=False)
+        if start.foreign:
+            report = load_foreign(self.recipe, self.stage_name, start.checkpoint, tensors)
+            set_optimizer_steps(self.optimizer, start.step)
+        elif start.kind == "init":
+            without = tuple(f"{network}." for network in self.recipe.stages()[self.stage_name].init_without)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
+            loaded = store.load(start.checkpoint, tensors, allow_unexpected=("optimizer.", *without), check=False)
+            report = str(loaded)
+        else:
+            report = str(store.load(start.checkpoint, tensors, check=False))
             set_optimizer_steps(self.optimizer, store.read_manifest(start.checkpoint)["optimizer_steps"])
         self._say(f"{self.stage_name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
 

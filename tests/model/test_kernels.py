@@ -1,0 +1,108 @@
+"""Attention kernels against float64 arithmetic, and the choice between them."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.model import kernels
+from vjepa_scale.model.attention import Attention
+from vjepa_scale.parallel.attention import set_kernel
+
+CPU = torch.device("cpu")
+HEAD_SIZES = (32, 48, 64, 88)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v, in the type it is given."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def errors(kernel: kernels.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Largest error against float64 of the output and of the gradients of q, k and v."""
+    generator = torch.Generator().manual_seed(head_size)
+    inputs = torch.randn(3, 2, 3, 197, head_size, generator=generator).to(dtype)
+    weights = torch.randn(2, 3, 197, head_size, generator=generator).to(dtype)
+    found, wanted = [], []
+    for results, compute, where, kind in ((found, kernel, device, dtype), (wanted, exact, CPU, torch.float64)):
+        q, k, v = (x.to(where, kind).requires_grad_() for x in inputs)
+        out = compute(q, k, v, None)
+        out.backward(weights.to(where, kind))
+        results += [x.detach().double().cpu() for x in (out, q.grad, k.grad, v.grad) if x is not None]
+    return [float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_run_on_cpu(head_size: int, dtype: torch.dtype) -> None:
+    of_sdpa = errors(kernels.sdpa, head_size, CPU, dtype)
+    assert max(of_sdpa) < (5e-5 if dtype == torch.float32 else 0.1)
+    for ours, theirs in zip(errors(kernels.torch_flash, head_size, CPU, dtype), of_sdpa, strict=True):
+        assert ours <= 1.5 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("kernel", [kernels.torch_flash, kernels.torch_varlen])
+def test_kernels_on_a_gpu(kernel: kernels.Kernel, head_size: int) -> None:
+    device = torch.device("cuda")
+    of_sdpa = errors(kernels.sdpa, head_size, device, torch.bfloat16)
+    for ours, theirs in zip(errors(kernel, head_size, device, torch.bfloat16), of_sdpa, strict=True):
+        assert ours <= 1.5 * theirs
+
+
+def test_a_mask_is_obeyed_or_refused() -> None:
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    allowed = torch.arange(6)[:, None] // 2 >= torch.arange(6) // 2
+    torch.testing.assert_close(kernels.sdpa(q, k, v, allowed), exact(q, k, v, allowed))
+    for kernel in (kernels.torch_flash, kernels.torch_varlen):
+        with pytest.raises(AssertionError, match="no mask"):
+            kernel(q, k, v, allowed)
+
+
+def test_flash_attn_gets_and_gives_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its contract: flash_attn_func(q, k, v), each [B, K, h, d]. The package itself has no wheel and is not tested."""
+    shapes: list[tuple[int, ...]] = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shapes.append(tuple(q.shape))
+        return exact(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    torch.testing.assert_close(kernels.flash_attn(q, k, v, None), exact(q, k, v))
+    assert shapes == [(2, 5, 4, 8)]
+
+
+def test_what_is_chosen() -> None:
+    layer = Attention(64, 2)
+    for choice, name, kernel in (
+        ("auto", "PyTorch's scaled_dot_product_attention", kernels.sdpa),
+        ("sdpa", "PyTorch's scaled_dot_product_attention", kernels.sdpa),
+        ("flash", "PyTorch's flash kernel", kernels.torch_flash),
+    ):
+        assert set_kernel(layer, choice, device=CPU, dtype=torch.float32) == name
+        assert layer.kernel is kernel
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(UserError) as refusal:
+        set_kernel(Attention(64, 2), "varlen", device=CPU, dtype=torch.bfloat16)
+    assert str(refusal.value) == (
+        "engine.attention: PyTorch's variable-length flash kernel cannot run on cpu with bfloat16 and heads of 32 "
+        "channels: it needs a GPU (auto, or sdpa, which runs everywhere)"
+    )
+
+
+@pytest.mark.gpu
+def test_flash_in_float32_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.attention: PyTorch's flash kernel cannot run on cuda with float32"):
+        set_kernel(Attention(64, 2), "flash", device=torch.device("cuda"), dtype=torch.float32)

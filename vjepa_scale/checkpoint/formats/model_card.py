@@ -1,0 +1,107 @@
+"""README.md of an exported model: what it is, how to use it, the recipe it was trained with."""
+
+from typing import Any
+
+import yaml
+
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: video-classification
+tags:
+- video
+- v-jepa-2
+---
+
+# V-JEPA 2 video encoder: {title}
+
+Exported by vjepa_scale. {parameters} parameters, {mask_tokens} mask tokens.
+
+| | width | depth | heads | MLP hidden |
+|---|---|---|---|---|
+{rows}
+
+Clips: {clip}. One token is {tubelet} frames × {patch}×{patch} pixels. Rotary positions of the `tiled` layout.
+
+```python
+import torch
+from transformers import AutoVideoProcessor, VJEPA2Model
+
+processor = AutoVideoProcessor.from_pretrained(DIR)
+model = VJEPA2Model.from_pretrained(DIR).eval()
+inputs = processor(video, return_tensors="pt")  # video: uint8 [T, C, H, W]
+with torch.no_grad():
+    tokens = model(**inputs, skip_predictor=True).last_hidden_state  # [1, N, {width}]
+```
+
+The processor resizes the shorter side to {resize} pixels and crops the central {crop}×{crop}; the training's
+evaluation crops the largest central square and resizes that. Positions are computed for {crop}×{crop} pixels:
+give the model no other size.
+
+## The predictor
+`VJEPA2Model` predicts with mask token {mask_token}, always. {generators}
+
+## Recipe
+{recipe}
+"""
+
+
+def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int) -> str:
+    """Markdown with Hugging Face's front matter.
+
+    parameters: how many numbers the files hold
+    mask_token: which mask token their predictor uses
+    """
+    model = config.model
+    crop = config.size[0]
+    rows = [
+        f"| {name} | {part.width} | {part.depth} | {part.heads} | {part.mlp_hidden} |"
+        for name, part in (("encoder", model.encoder), ("predictor", model.predictor))
+    ]
+    return _CARD.format(
+        title=config.title(),
+        parameters=f"{parameters:,}",
+        mask_tokens=model.predictor.mask_tokens,
+        rows="\n".join(rows),
+        clip=f"{config.frames} frames of {crop}×{crop} pixels, {config.fps:g} frames per second",
+        tubelet=model.tubelet,
+        patch=model.patch,
+        width=model.encoder.width,
+        resize=int(crop * 256 / 224),
+        crop=crop,
+        mask_token=mask_token,
+        generators=predicts_as(config, mask_token),
+        recipe=_recipe(config),
+    )
+
+
+def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
+    """What that mask token was trained for, in a sentence: mask generator j trained token j modulo their number."""
+    count = config.model.predictor.mask_tokens
+    generators = _generators(config.recipe)
+    if generators is None:
+        return "Which masks that token was trained for is not known."
+    trained_by = [j for j in range(len(generators)) if j % count == mask_token]
+    if not trained_by:
+        return (
+            f"No mask generator of the recipe trained that token (there is {len(generators)}): it is as it was at the "
+            "start, so use this predictor only where that does not matter."
+        )
+    described = " and ".join(
+        f"generator {j} ({generators[j]['blocks']} blocks of scale {generators[j]['spatial_scale'][0]:g})"
+        for j in trained_by
+    )
+    return f"It was trained by mask {described} of the recipe: ask for such targets."
+
+
+def _generators(recipe: dict[str, Any] | None) -> list[dict[str, Any]] | None:
+    masks = (recipe or {}).get("masks", {})
+    generators = masks.get("generators") if isinstance(masks, dict) else None
+    return list(generators) if generators else None
+
+
+def _recipe(config: ConsolidatedConfig) -> str:
+    if not config.recipe:
+        return f"Not known: converted from {config.provenance()}."
+    return f"```yaml\n{yaml.safe_dump(config.recipe, sort_keys=False, default_flow_style=None, width=110)}```"

@@ -1,0 +1,195 @@
+"""Our own two: a checkpoint of a run, in shards, and the consolidated file.
+
+    OUT/
+      model.safetensors   encoder.*, predictor.*: canonical names; by default the target encoder's weights
+      config.json         what they are: ConsolidatedConfig, the same JSON as in the file's metadata
+
+The configuration travels inside model.safetensors too, so the bare file is enough.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Weights, WeightSource, parse_config
+from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_json
+from vjepa_scale.recipe.load import validate_recipe
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+METADATA_KEY = "vjepa_scale"
+
+# Where a run's result is: the last stage that has checkpoints.
+LAST_STAGE_FIRST = ("cooldown", "pretrain")
+
+# Canonical prefix → the checkpoint's.
+_STORED: dict[Weights, dict[str, str]] = {
+    "target": {"encoder.": "target_encoder.", "predictor.": "predictor."},
+    "context": {"encoder.": "encoder.", "predictor.": "predictor."},
+    "both": {"encoder.": "encoder.", "target_encoder.": "target_encoder.", "predictor.": "predictor."},
+}
+
+
+# -- a checkpoint in shards --------------------------------------------------------------------------
+
+
+def find_checkpoint(source: Path, *, check: bool = True) -> Path:
+    """The checkpoint that a path means: itself, or the newest good one of a stage or a run.
+
+    check: verify the bytes of its files; False looks at manifests and sizes only. Raises UserError.
+    """
+    if not source.exists():
+        raise UserError("no such folder", where=source, fix="give a run, a stage or a checkpoint folder")
+    if (source / store.MANIFEST).exists() or source.name.startswith("step_"):
+        _refuse_shards(source)
+        if check:
+            store.verify(source)
+        return source
+    stages = (source / stage / "checkpoints" for stage in LAST_STAGE_FIRST)
+    for folder in (source, source / "checkpoints", *stages):
+        found = store.find_latest(folder) if check else store.newest_name(folder)
+        if found is not None:
+            return found
+    raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
+
+
+def _refuse_shards(folder: Path) -> None:
+    """A folder of shards has a manifest.json too; it is not a damaged checkpoint."""
+    try:
+        content = json.loads((folder / store.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return  # the store says what is wrong with it
+    if isinstance(content, dict) and content.keys() >= {"shards", "columns"}:
+        raise UserError(
+            "a folder of shards (training data)", where=folder, fix="give a run, a stage or a checkpoint folder"
+        )
+
+
+def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
+    """A checkpoint of ours, which is not verified again here. Needs no process group."""
+    manifest = store.read_manifest(checkpoint)
+    recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
+    config = ConsolidatedConfig(
+        model=recipe.model,
+        weights=weights,
+        stage=manifest["stage"],
+        step=manifest["step"],
+        mean=recipe.data.augment.mean,
+        std=recipe.data.augment.std,
+        frames=manifest["frames"],
+        size=tuple(manifest["size"]),
+        fps=manifest["fps"],
+        recipe=manifest["recipe"],
+    )
+    reader = CheckpointReader(checkpoint)
+    stored = reader.tensors()
+    names = {
+        ours + name.removeprefix(theirs): name
+        for ours, theirs in _STORED[weights].items()
+        for name in stored
+        if name.startswith(theirs)
+    }
+    for theirs in _STORED[weights].values():
+        if not any(name.startswith(theirs) for name in names.values()):
+            raise UserError(f"it holds no tensor {theirs}*", where=checkpoint, fix="give a pretraining checkpoint")
+    return WeightSource(
+        where=checkpoint,
+        config=config,
+        entries=[(ours, tuple(stored[name][0]), stored[name][1]) for ours, name in names.items()],
+        read=lambda ours: _read_sharded(reader, names[ours]),
+        kind="a checkpoint",
+    )
+
+
+def _read_sharded(reader: CheckpointReader, name: str) -> Tensor:
+    """One whole tensor out of its shards: it and one shard of it are in memory."""
+    shape, dtype = reader.tensors()[name]
+    whole = {name: torch.empty(shape, dtype=dtype)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+    return whole[name]
+
+
+# -- the consolidated file ---------------------------------------------------------------------------
+
+
+def write_consolidated(
+    folder: Path, config: ConsolidatedConfig, entries: Iterable[Entry], read: Callable[[str], Tensor]
+) -> None:
+    """Write both files of a consolidated checkpoint, one tensor in memory at a time.
+
+    entries, read: as write_safetensors takes them; names start with ``encoder.`` or ``predictor.``
+    """
+    content = config.model_dump(mode="json")
+    # transformers and other readers of safetensors look for format: pt.
+    write_safetensors(folder / WEIGHTS_FILE, entries, read, {"format": "pt", METADATA_KEY: json.dumps(content)})
+    write_json(folder / CONFIG_FILE, content)
+
+
+def read_native_config(file: Path) -> ConsolidatedConfig:
+    """The configuration inside a consolidated file. Raises UserError where it is none."""
+    with open_safetensors(file) as archive:
+        metadata = archive.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise UserError(
+            f"a safetensors file, but not of this project: no {METADATA_KEY!r} in its metadata",
+            where=file,
+            fix="give a file written by tools/consolidate.py, or a Hugging Face folder with its config.json",
+        )
+    return parse_config(json.loads(metadata[METADATA_KEY]), f"{file}:{METADATA_KEY}")
+
+
+def open_consolidated(file: Path) -> WeightSource:
+    config = read_native_config(file)
+    return WeightSource(
+        where=file,
+        config=config,
+        entries=safetensors_entries(file),
+        read=lambda name: read_safetensors(file, name),
+        kind="a consolidated checkpoint",
+    )
+
+
+# -- safetensors files -------------------------------------------------------------------------------
+
+
+def open_safetensors(file: Path) -> Any:
+    """safetensors' reader. Raises UserError for a damaged file."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(
+            f"not a whole safetensors file: {error}",
+            where=file,
+            fix="copy it again, or consolidate the checkpoint again with tools/consolidate.py",
+        ) from None
+
+
+def safetensors_entries(file: Path) -> list[Entry]:
+    """Names, shapes and types, from the header alone. Raises UserError for types that weights do not have."""
+    dtypes = {word: dtype for dtype, word in DTYPES.items()}
+    entries: list[Entry] = []
+    with open_safetensors(file) as archive:
+        for name in archive.keys():  # noqa: SIM118 (safe_open is no mapping)
+            piece = archive.get_slice(name)
+            if (word := piece.get_dtype()) not in dtypes:
+                raise UserError(f"{name} is of type {word}", where=file, fix="give weights in float32 or bfloat16")
+            entries.append((name, tuple(piece.get_shape()), dtypes[word]))
+    return entries
+
+
+def read_safetensors(file: Path, name: str) -> Tensor:
+    with open_safetensors(file) as archive:
+        return archive.get_tensor(name)

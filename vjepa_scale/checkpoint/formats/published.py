@@ -1,0 +1,457 @@
+"""The published code's checkpoint: one ``.pt`` file with a dict (docs/method.md 11).
+
+    encoder, predictor, target_encoder   state dicts; names are canonical behind ``module.backbone.`` or ``module.``
+    opt, scaler                          the optimiser's state, and the loss scaler's
+    epoch, loss, batch_size, world_size, lr
+
+Such a file says neither how many attention heads there are (width 1408 exists with 16 and with 22) nor how
+positions enter. Beside ours lies FILE.json, a ConsolidatedConfig, which does; of a foreign one the caller must
+know. That the tables of V-JEPA 2's released weights are tiled is a fact of that format (docs/method.md 3).
+"""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from vjepa_scale.checkpoint.formats.source import (
+    ConsolidatedConfig,
+    Network,
+    Weights,
+    WeightSource,
+    depths,
+    network_shapes,
+    read_config_file,
+    refuse_other_model,
+)
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_json
+from vjepa_scale.model.positions import Positions
+from vjepa_scale.recipe.schema import ENCODERS, ModelConfig
+
+WEIGHTS_FILE = "model.pt"
+CONFIG_FILE = WEIGHTS_FILE + ".json"
+PREFIX = "module.backbone."
+
+# Of every V-JEPA 2 weight that was released: ImageNet's mean and std, 4 frames per second; predictors of width
+# 384 have 12 heads (docs/method.md 5 and 7).
+MEAN, STD, FPS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 4.0
+# Of most of them; a file does not say it, and one is for 384 pixels.
+FRAMES, SIZE = 64, (256, 256)
+PREDICTOR_HEADS = {384: 12}
+
+# Fixed tables that released files carry although their models rotate.
+_TABLES = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
+_NETWORKS = tuple(_TABLES)
+_BESIDE = ("opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
+_V21 = re.compile(r"norms_block\.|mod_embed|patch_embed_img|patch_embed_image")
+_HEADS = "--model vit_giant (or another name), or --model heads=22 with the number of heads"
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def open_published(
+    path: Path,
+    *,
+    model: str | ModelConfig | None = None,
+    weights: Weights | None = None,
+    networks: Iterable[Network] | None = None,
+) -> WeightSource:
+    """A ``.pt`` file, mapped into memory.
+
+    model:    what the file cannot say: a name from ENCODERS, ``heads=22`` or ``heads=22,predictor_heads=12``, or
+              a whole ModelConfig, with which the file must agree; not needed where FILE.json lies beside it
+    networks: those to take; None: all that are there
+
+    Raises UserError where the file is none, where a model is needed and not given, where it is another one than
+    the file's, and for weights of V-JEPA 2.1, of which the networks differ.
+    """
+    content = _load(path)
+    states = {name: _named(content[name], path, name) for name in _NETWORKS if name in content}
+    _refuse_unknown(content, states, path)
+    beside = path.with_name(path.name + ".json")
+    told = read_config_file(beside) if beside.exists() else None
+    taken, encoder_is = _choose(states, told, weights, path)
+    if networks is not None:
+        taken = {ours: name for ours, name in taken.items() if ours.removeprefix("target_") in set(networks)}
+        for network in networks:
+            if network not in taken:
+                raise UserError(f"it holds no {network}", where=path, fix="give a file with one")
+
+    config = _config(told, {ours: states[theirs] for ours, theirs in taken.items()}, states, model, path)
+    config = config.model_copy(
+        update={"weights": encoder_is, "networks": tuple(n for n in ("encoder", "predictor") if n in taken)}
+    )
+    tensors, ignored = {}, []
+    for ours, theirs in taken.items():
+        for name, tensor in states[theirs].items():
+            if name == _TABLES[theirs]:
+                _check_table(config.model, ours, tensor, path)
+                ignored.append(f"{ours}.{name}")
+            else:
+                tensors[f"{ours}.{name}"] = tensor
+    source = WeightSource(
+        where=path,
+        config=config,
+        entries=[(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()],
+        read=tensors.__getitem__,
+        ignored=tuple(ignored),
+        kind="a published checkpoint",
+    )
+    source.match()
+    return source
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The dict, without running anything that is in the file."""
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # PyTorch's format before 1.6
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
+        found = re.search(r"GLOBAL (\S+)", reason)
+        raise UserError(
+            f"it names {found[1]}, code that loading it would run: refused, and nothing was run"
+            if found
+            else "not a PyTorch checkpoint that can be read without running code from it",
+            where=path,
+            fix="give a file with tensors and plain values only",
+        ) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 (bytes that are no pickle fail in any way, even with IndexError)
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise UserError(f"not a whole PyTorch checkpoint: {reason}", where=path, fix="copy it again") from None
+    if not isinstance(content, dict) or not any(name in content for name in ("encoder", "target_encoder")):
+        keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"no encoder in this file ({keys})", where=path, fix="give a dict with encoder, predictor, target_encoder"
+        )
+    return content
+
+
+def _named(state: Any, path: Path, network: str) -> dict[str, Tensor]:
+    """A state dict under canonical names, in its order."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError("not a dict of tensors", where=f"{path}:{network}")
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        plain = name.removeprefix("module.").removeprefix("backbone.")
+        if plain in out:
+            raise UserError(f"{plain} comes twice, under two prefixes", where=f"{path}:{network}")
+        out[plain] = tensor
+    return out
+
+
+def _refuse_unknown(content: dict[str, Any], states: dict[str, dict[str, Tensor]], path: Path) -> None:
+    for name, state in states.items():
+        if newer := next((key for key in state if _V21.search(key)), None):
+            raise UserError(
+                f"{name}.{newer}: weights of V-JEPA 2.1, whose networks differ",
+                where=path,
+                fix="give V-JEPA 2 weights: 2.1 is not supported yet",
+            )
+    for name, value in content.items():
+        if name in (*_NETWORKS, *_BESIDE):
+            continue
+        if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+            raise UserError(f"unknown weights {name!r}", where=path, fix="remove them from the file")
+
+
+def _choose(
+    states: dict[str, dict[str, Tensor]], told: ConsolidatedConfig | None, weights: Weights | None, path: Path
+) -> tuple[dict[str, str], Weights | None]:
+    """Which of the file's networks becomes which of ours, and what encoder.* is."""
+    single = told is not None and told.weights in ("target", "context")
+    if single:
+        assert told is not None
+        if weights in ("target", "context") and weights != told.weights:
+            raise UserError(f"it holds the {told.weights} encoder only", where=path, fix=f"ask for {told.weights}")
+        choice, named = {"encoder": "encoder"}, told.weights
+    elif weights == "both":
+        choice = {"encoder": "encoder", "target_encoder": "target_encoder"}
+        choice = {ours: theirs for ours, theirs in choice.items() if theirs in states}
+        if "encoder" not in choice:
+            choice = {"encoder": "target_encoder"}
+        named = "both" if len(choice) == 2 else "target" if "target_encoder" in choice.values() else None
+    elif weights == "context":
+        choice, named = {"encoder": "encoder"}, "context"
+    elif "target_encoder" in states or weights == "target":
+        choice, named = {"encoder": "target_encoder"}, "target"
+    else:
+        choice, named = {"encoder": "encoder"}, None  # one encoder, and which one is not said
+    if absent := [theirs for theirs in choice.values() if theirs not in states]:
+        other = "context" if absent == ["target_encoder"] else "target"
+        raise UserError(f"it holds no {absent[0]}", where=path, fix=f"ask for the {other} encoder")
+    if "predictor" in states:
+        choice["predictor"] = "predictor"
+    return choice, named
+
+
+def _config(
+    told: ConsolidatedConfig | None,
+    taken: dict[str, dict[str, Tensor]],
+    states: dict[str, dict[str, Tensor]],
+    model: str | ModelConfig | None,
+    path: Path,
+) -> ConsolidatedConfig:
+    if "action_encoder.weight" in taken.get("predictor", {}):
+        raise UserError(
+            "its predictor is an action-conditioned one", where=path, fix="take the encoder only (--encoder-only)"
+        )
+    every: tuple[Network, ...] = ("encoder", "predictor")
+    networks = [network for network in every if network in taken]
+    if told is not None:
+        if isinstance(model, ModelConfig):
+            refuse_other_model(told.model, model, where=path, networks=networks)
+        elif isinstance(model, str) and "=" not in model:
+            refuse_other_model(told.model, named_model(model), where=path, by=model, networks=["encoder"])
+        return told
+    sizes: dict[str, Any] = _encoder_sizes(taken.get("encoder") or next(iter(states.values())), path)
+    if "predictor" in taken:
+        sizes["predictor"] = _predictor_sizes(taken["predictor"], path)
+    if model is None:
+        width, depth = sizes["encoder"]["width"], sizes["encoder"]["depth"]
+        raise UserError(
+            f"its encoder is {depth} deep and {width} wide; the number of heads is not in such a file",
+            where=path,
+            fix=f"give {_HEADS}",
+        )
+    return ConsolidatedConfig(
+        model=_with_heads(sizes, model, networks, path),
+        origin=str(path.resolve()),
+        mean=MEAN,
+        std=STD,
+        frames=FRAMES,
+        size=SIZE,
+        fps=FPS,
+        assumed=("frames", "size"),
+    )
+
+
+def _encoder_sizes(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    kernel = state.get("patch_embed.proj.weight")
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    if kernel is None or hidden is None:
+        raise UserError("no encoder of this family: no patch_embed.proj.weight, blocks.0.mlp.fc1.weight", where=path)
+    if kernel.ndim != 5 or kernel.shape[-1] != kernel.shape[-2]:
+        raise UserError(
+            f"its patch embedding is {list(kernel.shape)}, of pictures", where=path, fix="give an encoder of videos"
+        )
+    return {
+        "encoder": {"width": kernel.shape[0], "depth": depths(state)[""], "mlp_hidden": hidden.shape[0]},
+        "patch": kernel.shape[-1],
+        "tubelet": kernel.shape[2],
+    }
+
+
+def _predictor_sizes(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    embed, hidden = state.get("predictor_embed.weight"), state.get("predictor_blocks.0.mlp.fc1.weight")
+    if embed is None or hidden is None:
+        raise UserError("its predictor is of another family", where=path, fix="take the encoder only (--encoder-only)")
+    return {
+        "width": embed.shape[0],
+        "depth": depths(state)[""],
+        "mlp_hidden": hidden.shape[0],
+        "mask_tokens": sum(name.startswith("mask_tokens.") for name in state),
+    }
+
+
+def _with_heads(sizes: dict[str, Any], model: str | ModelConfig, networks: list[Network], path: Path) -> ModelConfig:
+    """The model, from sizes in the file and what the caller knows."""
+    if isinstance(model, ModelConfig):
+        heads, by = {"encoder": model.encoder.heads, "predictor": model.predictor.heads}, "the recipe"
+    elif "=" in model:
+        heads, by = _parse_heads(model), model
+    else:
+        heads, by = {"encoder": named_model(model).encoder.heads}, model
+    if "encoder" not in heads:
+        raise UserError(f"no heads in {model!r}", where="--model", fix=f"give {_HEADS}")
+    wanted = model if isinstance(model, ModelConfig) else None if "=" in model else named_model(model)
+    if wanted is not None and wanted.encoder.depth != sizes["encoder"]["depth"]:
+        here, there = sizes["encoder"]["depth"], wanted.encoder.depth
+        raise UserError(
+            f"{here} blocks in the file, {there} in {by}", where=path, fix="give the model that these weights are of"
+        )
+    sizes["encoder"]["heads"] = heads["encoder"]
+    if "predictor" in sizes:
+        width = sizes["predictor"]["width"]
+        if "predictor" not in heads and width not in PREDICTOR_HEADS:
+            raise UserError(
+                f"its predictor is {width} wide, and its number of heads is not in such a file",
+                where=path,
+                fix=f"give --model heads={heads['encoder']},predictor_heads=…",
+            )
+        sizes["predictor"]["heads"] = heads.get("predictor") or PREDICTOR_HEADS[width]
+    if isinstance(model, ModelConfig):  # positions, and a layout that was not the released weights' is refused below
+        sizes |= {key: getattr(model, key).model_dump() for key in ("rope", "sincos")}
+        sizes |= {"positions": model.positions, "rope": sizes["rope"] | {"layout": "tiled"}}
+    try:
+        found = ModelConfig.model_validate(sizes)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"], where=path, fix=f"give {_HEADS}") from None
+    if isinstance(model, ModelConfig):
+        refuse_other_model(found, model, where=path, networks=networks)
+    elif wanted is not None:
+        named = wanted.model_copy(update={"patch": found.patch, "tubelet": found.tubelet})
+        refuse_other_model(found, named, where=path, by=by, networks=["encoder"])
+    return found
+
+
+def named_model(name: str) -> ModelConfig:
+    if name not in ENCODERS:
+        raise UserError(
+            f"no model named {name!r}",
+            where="--model",
+            fix=f"{', '.join(ENCODERS)}, or heads=22 with the number of heads",
+        )
+    return ModelConfig.model_validate({"encoder": name})
+
+
+def _parse_heads(text: str) -> dict[str, int]:
+    out = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in ("heads", "predictor_heads") or not value.isdigit() or int(value) == 0:
+            raise UserError(f"{part!r} in {text!r}", where="--model", fix="heads=22 or heads=22,predictor_heads=12")
+        out["encoder" if key == "heads" else "predictor"] = int(value)
+    return out
+
+
+def _check_table(model: ModelConfig, network: str, stored: Tensor, path: Path) -> None:
+    """A model that adds its positions: the file's table must be the one that ours would add."""
+    if model.positions == "rope":
+        return
+    size = model.predictor if network == "predictor" else model.encoder
+    frames, (height, width) = model.sincos.frames, model.sincos.size
+    grid = (max(frames // model.tubelet, 1), height // model.patch, width // model.patch)
+    positions = Positions(model, width=size.width, heads=size.heads)
+    ours = positions.add(torch.zeros(1, grid[0] * grid[1] * grid[2], size.width), None, grid)
+    if stored.shape != ours.shape or not torch.allclose(stored.float(), ours, atol=1e-5, rtol=0):
+        raise UserError(
+            f"{network}: its table of positions is not that of model.sincos ({list(stored.shape)}, {list(ours.shape)})",
+            where=path,
+            fix="set model.sincos to the frames, size and uniform_power of the file's training",
+        )
+
+
+# -- its optimiser -----------------------------------------------------------------------------------
+
+
+def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = None) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state in a published file: canonical name → exp_avg, exp_avg_sq, step.
+
+    The file numbers parameters through four groups, encoder's with weight decay, predictor's with, encoder's
+    without, predictor's without, each in the order of ``named_parameters``, tables of positions included.
+    A mask token that was never trained has no state there, and zeros here. Tensors are mapped from the file.
+
+    model: as for open_weights. Raises UserError where the file has no such state, or it does not fit the weights.
+    """
+    path = Path(path)
+    networks: tuple[Network, ...] = ("encoder", "predictor")
+    source = open_published(path, model=model, weights="both", networks=networks)
+    content = _load(path)
+    opt = content.get("opt")
+    if not isinstance(opt, Mapping) or not {"state", "param_groups"} <= opt.keys():
+        raise UserError(
+            "it holds no optimiser state (opt)", where=path, fix="start from its weights only, with init_from"
+        )
+    where = f"{path}:opt"
+    names = _parameter_groups(content, source.config.model, path)
+    try:
+        numbers = [list(group["params"]) for group in opt["param_groups"]]
+    except (TypeError, KeyError):
+        raise UserError("its param_groups are not those of an optimiser", where=where) from None
+    counts, expected = [len(group) for group in numbers], [len(group) for group in names]
+    if counts != expected:
+        raise UserError(
+            f"groups of {counts} parameters, the networks have {expected}: encoder and predictor with weight decay, "
+            "then without",
+            where=where,
+            fix="give the file of a run whose optimiser is the published one",
+        )
+    out: dict[str, dict[str, Tensor]] = {}
+    for group, indices in zip(names, numbers, strict=True):
+        for (name, shape), index in zip(group, indices, strict=True):
+            if not name.endswith("pos_embed"):
+                out[name] = _parameter_state(opt["state"].get(index), name, shape, where)
+    return out
+
+
+def _parameter_groups(content: dict[str, Any], model: ModelConfig, path: Path) -> list[list[tuple[str, torch.Size]]]:
+    """(canonical name, shape) of every parameter, in the four groups, as the published code numbers them."""
+    ordered: dict[str, list[tuple[str, torch.Size]]] = {}
+    for network in ("encoder", "predictor"):
+        state = _named(content[network], path, network)
+        table = _TABLES[network]
+        # A module's own parameters come before its children's: the table first.
+        own = [(f"{network}.{table}", state[table].shape)] if table in state else []
+        ordered[network] = own + list(network_shapes(model, network).items())
+        stored = [f"{network}.{name}" for name in state]
+        if stored != [name for name, _ in ordered[network]]:
+            raise UserError("weights in another order than the published code's", where=f"{path}:{network}")
+    decayed = {
+        network: [bool("bias" not in name and len(shape) != 1) for name, shape in every]
+        for network, every in ordered.items()
+    }
+    return [
+        [entry for entry, is_decayed in zip(ordered[network], decayed[network], strict=True) if is_decayed == wanted]
+        for wanted in (True, False)
+        for network in ("encoder", "predictor")
+    ]
+
+
+def _parameter_state(state: Any, name: str, shape: torch.Size, where: str) -> dict[str, Tensor]:
+    moments = ("exp_avg", "exp_avg_sq")
+    if state is None and ".mask_tokens." in name:
+        return {key: torch.zeros(shape) for key in moments} | {"step": torch.zeros(())}
+    if not isinstance(state, Mapping) or not {*moments, "step"} <= state.keys():
+        raise UserError(f"no AdamW state for {name}", where=where, fix="start from its weights only, with init_from")
+    for key in moments:
+        if not isinstance(state[key], Tensor) or state[key].shape != shape:
+            found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise UserError(f"{key} of {name} is {found}, not {list(shape)}", where=where)
+    return {key: state[key] for key in moments} | {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def write_published(folder: Path, source: WeightSource) -> None:
+    """Write model.pt and model.pt.json. The whole model is in memory: ``torch.save`` takes a dict, not a stream.
+
+    A source with one encoder gives it under both names, ``encoder`` and ``target_encoder``, stored once.
+    The optimiser is not written: ``opt`` and ``scaler`` are None.
+    """
+    source.match()
+    there = source.networks()
+    states: dict[str, dict[str, Tensor]] = {}
+    for network in ("encoder", "predictor", "target_encoder"):
+        if network in there:
+            names = network_shapes(source.config.model, network)
+            states[network] = {
+                PREFIX + name.removeprefix(f"{network}."): source.read(name).contiguous() for name in names
+            }
+    states.setdefault("target_encoder", states["encoder"])
+    beside = {
+        "opt": None,
+        "scaler": None,
+        "epoch": 0,
+        "loss": float("nan"),
+        "batch_size": 0,
+        "world_size": 1,
+        "lr": 0.0,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({**states, **beside}, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, source.config.model_dump(mode="json"))

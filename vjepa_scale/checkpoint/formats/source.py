@@ -1,0 +1,283 @@
+"""The neutral thing between all formats: tensors under canonical names, read one at a time, and what they are."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from vjepa_scale.checkpoint.safetensors_writer import Entry
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.recipe.schema import ModelConfig, Section
+
+FORMAT: Final = "vjepa_scale.consolidated"
+VERSION: Final = 1
+
+# What a caller may ask for: encoder.* is the EMA target encoder; the context encoder that was trained; or both
+# of them, the context encoder as encoder.* and the target encoder as target_encoder.* where there are two.
+Weights = Literal["target", "context", "both"]
+Network = Literal["encoder", "predictor"]
+
+# Of our names and Hugging Face's, behind their network's or alone.
+_BLOCK = re.compile(r"^(?:(encoder|target_encoder|predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d+)\.")
+
+
+class ConsolidatedConfig(Section):
+    """What the tensors are. What a foreign source does not say is None, or named in ``assumed``.
+
+    weights:       encoder.* is the EMA target encoder or the context encoder; both: there are two
+    networks:      which are there; without a predictor, ``model.predictor`` means nothing
+    stage, step:   where in our training they come from: completed steps on the global step
+    origin:        where they come from if not from our training: the path of a foreign file or folder
+    mean, std:     per channel, of pixels in 0 … 1; the encoder expects (pixel − mean) / std
+    frames, size, fps: clip of the last phase: T, (H, W) in pixels, frames per second
+    assumed:       which of these the source does not say: they are those of most released models
+    dtype:         what the tensors were rounded to on request
+    classes:       of a probe that lies beside them
+    recipe:        the resolved recipe of the run
+    """
+
+    format: Literal["vjepa_scale.consolidated"] = FORMAT
+    version: Literal[1] = VERSION
+    model: ModelConfig
+    weights: Weights | None = None
+    networks: tuple[Network, ...] = ("encoder", "predictor")
+    stage: str | None = None
+    step: int | None = None
+    origin: str | None = None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    frames: int
+    size: tuple[int, int]
+    fps: float
+    assumed: tuple[Literal["frames", "size"], ...] = ()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    classes: tuple[str, ...] = ()
+    recipe: dict[str, Any] | None = None
+
+    def title(self) -> str:
+        """In words: ``the target encoder of pretrain at step 4``."""
+        encoder = {None: "the encoder", "both": "both encoders"}.get(self.weights, f"the {self.weights} encoder")
+        rounded = f" in {self.dtype}" if self.dtype else ""
+        return f"{encoder} of {self.provenance()}{rounded}"
+
+    def provenance(self) -> str:
+        if self.stage is not None:
+            return f"{self.stage} at step {self.step}"
+        return Path(self.origin).name if self.origin is not None else "an unknown run"
+
+
+def parse_config(content: Any, where: object) -> ConsolidatedConfig:
+    """The configuration in a parsed JSON. Raises UserError naming the key under ``where`` that is wrong."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        found = content if isinstance(content, dict) else {}
+        raise UserError(
+            f"format {found.get('format')!r} {found.get('version')!r}; this program reads {FORMAT!r} {VERSION}",
+            where=where,
+            fix="consolidate the run again with this version",
+        )
+    try:
+        return ConsolidatedConfig.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(problem["msg"], where=f"{where}.{key}") from None
+
+
+def read_config_file(path: Path) -> ConsolidatedConfig:
+    """The configuration in a JSON file of its own, beside a .pt or in a Hugging Face folder."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError("not valid JSON", where=path, fix="write the weights again with tools/consolidate.py") from None
+    return parse_config(content, f"{path}:config")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How stored tensors fit a model: names that match, and those that do not.
+
+    ignored: what the format is known to hold beside the weights, left out by name
+    """
+
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        counts = (
+            f"{self.matched} tensors match, {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
+            f"{len(self.reshaped)} of another shape"
+        )
+        if not self.ignored:
+            return counts
+        last = sorted({name.rpartition(".")[2] if name.endswith("pos_embed") else name for name in self.ignored})
+        named = ", ".join(last[:4]) + (" …" if len(last) > 4 else "")
+        return f"{counts}, {len(self.ignored)} ignored by name ({named})"
+
+
+def match_shapes(
+    stored: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    *,
+    name: str,
+    where: object,
+    fix: str,
+    allow: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
+) -> Match:
+    """Compare names and shapes.
+
+    allow:   prefixes of names that may be missing, unexpected or of another shape
+    ignored: for the sentence only
+    Raises UserError, with the counts, the first names and the depth where that differs, for anything else.
+    """
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    both = expected.keys() & stored.keys()
+    reshaped = sorted(key for key in both if tuple(expected[key]) != tuple(stored[key]))
+    found = Match(len(both) - len(reshaped), tuple(missing), tuple(unexpected), tuple(reshaped), ignored)
+    refused = [
+        *(f"{key} is missing" for key in _not_allowed(missing, allow)[:2]),
+        *(f"{key} is unexpected" for key in _not_allowed(unexpected, allow)[:2]),
+        *(f"{key} is {list(stored[key])}, not {list(expected[key])}" for key in _not_allowed(reshaped, allow)[:2]),
+    ]
+    if not refused:
+        return found
+    here, there = depths(stored), depths(expected)
+    blocks = "".join(
+        f"{here.get(network, 0)} blocks in the file, {depth} in the model; "
+        for network, depth in there.items()
+        if here.get(network, 0) != depth
+    )
+    raise UserError(f"{name}: {blocks}{found.sentence()}: {'; '.join(refused)}", where=where, fix=fix)
+
+
+def _not_allowed(names: Iterable[str], allow: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not name.startswith(allow)] if allow else list(names)
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """How many blocks the names of each network go up to; names without their network's are of network ""."""
+    out: dict[str, int] = {}
+    for name in names:
+        if found := _BLOCK.match(name):
+            network = found[1] or ""
+            out[network] = max(out.get(network, 0), int(found[2]) + 1)
+    return out
+
+
+def network_shapes(config: ModelConfig, network: str) -> dict[str, torch.Size]:
+    """Canonical names, with their network's, and shapes of all weights, in the order of ``named_parameters``."""
+    build: Callable[[ModelConfig], nn.Module] = Predictor if network == "predictor" else Encoder
+    with torch.device("meta"):
+        module = build(config)
+    return {f"{network}.{name}": parameter.shape for name, parameter in module.named_parameters()}
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights somewhere on disk, of any format.
+
+    where:    the file or folder, for messages
+    config:   what they are
+    entries:  (canonical name, shape, dtype): encoder.*, predictor.* and, if both encoders were asked for and
+              are there, target_encoder.*
+    read:     one tensor by its name; may share memory with a mapped file: do not write to it
+    ignored:  what is stored beside them and left out by name
+    kind:     the format, in words
+    """
+
+    where: Path
+    config: ConsolidatedConfig
+    entries: list[Entry]
+    read: Callable[[str], Tensor]
+    ignored: tuple[str, ...] = ()
+    kind: str = "a checkpoint"
+    _shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._shapes.update({name: shape for name, shape, _ in self.entries})
+
+    def networks(self) -> set[str]:
+        return {name.partition(".")[0] for name in self._shapes}
+
+    def match(self, config: ModelConfig | None = None, *, allow: tuple[str, ...] = ()) -> Match:
+        """Compare all tensors that are there with a model, by default with the one that the source says.
+
+        allow: prefixes of canonical names that may be missing, unexpected or of another shape. Raises UserError.
+        """
+        expected: dict[str, Sequence[int]] = {}
+        for network in sorted(self.networks()):
+            expected |= network_shapes(config or self.config.model, network)
+        fix = "give the model that these weights are of"
+        return match_shapes(
+            self._shapes, expected, name=self.kind, where=self.where, fix=fix, allow=allow, ignored=self.ignored
+        )
+
+    def only(self, networks: Iterable[str]) -> "WeightSource":
+        """Some of the networks."""
+        prefixes = tuple(f"{network}." for network in networks)
+        there: tuple[Network, ...] = ("encoder", "predictor")
+        return replace(
+            self,
+            config=self.config.model_copy(update={"networks": tuple(n for n in there if f"{n}." in prefixes)}),
+            entries=[entry for entry in self.entries if entry[0].startswith(prefixes)],
+        )
+
+    def rounded(self, dtype: Literal["float32", "bfloat16"]) -> "WeightSource":
+        """The same tensors in another type."""
+        to = getattr(torch, dtype)
+        return replace(
+            self,
+            config=self.config.model_copy(update={"dtype": dtype}),
+            entries=[(name, shape, to) for name, shape, _ in self.entries],
+            read=lambda name: self.read(name).to(to),
+        )
+
+
+def refuse_other_model(
+    found: ModelConfig,
+    wanted: ModelConfig,
+    *,
+    where: object,
+    by: str = "the recipe",
+    networks: Iterable[str] = ("encoder", "predictor"),
+) -> None:
+    """Raise UserError with everything in which the model of a file is not the one that is wanted.
+
+    by: what wants it, in words
+    """
+    words = {
+        "depth": "{} blocks in the file, {} in {by}",
+        "width": "width {} in the file, {} in {by}",
+        "heads": "{} heads in the file, {} in {by}",
+        "mlp_hidden": "{} hidden channels in the file, {} in {by}",
+        "mask_tokens": "{} mask tokens in the file, {} in {by}",
+    }
+    differences = [
+        f"{network}: " + words[key].format(here, there, by=by)
+        for network in networks
+        for key in words
+        if (here := getattr(getattr(found, network), key, None))
+        != (there := getattr(getattr(wanted, network), key, None))
+    ]
+    differences += [
+        f"{key} {here} in the file, {there} in {by}"
+        for key in ("patch", "tubelet", "positions")
+        if (here := getattr(found, key)) != (there := getattr(wanted, key))
+    ]
+    if found.positions == wanted.positions == "rope" and found.rope.layout != wanted.rope.layout:
+        differences.append(f"rope.layout {found.rope.layout} in the file, {wanted.rope.layout} in {by}")
+    if differences:
+        raise UserError(
+            "; ".join(differences), where=where, fix="give the weights of such a model, or change the model"
+        )

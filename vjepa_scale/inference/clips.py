@@ -1,0 +1,87 @@
+"""Files, arrays and images → uint8 pictures of the size that the encoder sees."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.augment import center_crop
+from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.pictures import decode_image, stream_pictures
+
+Size = tuple[int, int]
+
+
+def cropped_pictures(path: str | Path, *, fps: float, size: Size, start_s: float) -> tuple[Iterator[Tensor], bool]:
+    """(pictures uint8 [3, 1, *size] of a file from start_s to its end, whether it is an image, which has one).
+
+    The short side is resized and the centre cropped, as frozen evaluation does. Raises UserError, also while the
+    pictures are taken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such file", where=path, fix="give a video or an image")
+    try:
+        image = decode_image(path)
+    except DecodeError as error:
+        raise _unusable(path, error) from None
+    if image is not None:
+        return iter([cropped(image, size)]), True
+    return _of_video(path, fps, size, start_s), False
+
+
+def _of_video(path: Path, fps: float, size: Size, start_s: float) -> Iterator[Tensor]:
+    none = True
+    try:
+        for picture in stream_pictures(path, fps=fps, start_s=start_s):
+            none = False
+            yield cropped(picture, size)
+    except DecodeError as error:
+        raise _unusable(path, error) from None
+    if none:
+        raise UserError(f"the video ends before {start_s:g} s", where=path, fix="an earlier start")
+
+
+def _unusable(path: Path, error: DecodeError) -> UserError:
+    return UserError(str(error), where=path, fix="give a whole video or image file")
+
+
+def cropped(picture_HWC: npt.NDArray[np.uint8], size: Size) -> Tensor:
+    """One picture, uint8 [3, 1, *size]."""
+    # A copy: a rotated picture's strides are negative, which torch does not take.
+    return center_crop(np.ascontiguousarray(picture_HWC)[None], size)
+
+
+def clip_of_file(path: str | Path, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
+    """uint8 [3, T, *size]: ``frames`` pictures from start_s on, the last repeated past the end (None: all there are).
+
+    still: how often an image is repeated where ``frames`` is None
+    """
+    pictures, is_image = cropped_pictures(path, fps=fps, size=size, start_s=start_s)
+    found = list(islice(pictures, frames))
+    wanted = frames if frames is not None else still if is_image else len(found)
+    return torch.cat(found + found[-1:] * (wanted - len(found)), dim=1)
+
+
+def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
+    """The same of pictures in memory, uint8 RGB [T, H, W, 3], 1/fps seconds apart, or of one, [H, W, 3]."""
+    pictures = array.numpy(force=True) if isinstance(array, Tensor) else np.asarray(array)
+    if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[-1] != 3 or 0 in pictures.shape:
+        raise UserError(
+            f"pictures of shape {list(pictures.shape)} and type {pictures.dtype}",
+            where="preprocess",
+            fix="uint8 RGB [T, H, W, 3], or [H, W, 3] for an image",
+        )
+    is_image = pictures.ndim == 3
+    pictures = pictures[None] if is_image else pictures[round(start_s * fps) :][:frames]
+    if not len(pictures):
+        raise UserError(f"the pictures end before {start_s:g} s", where="preprocess", fix="an earlier start")
+    clip = center_crop(np.ascontiguousarray(pictures), size)
+    wanted = frames if frames is not None else still if is_image else len(pictures)
+    return torch.cat([clip, *[clip[:, -1:]] * (wanted - clip.shape[1])], dim=1)

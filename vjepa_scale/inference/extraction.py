@@ -1,0 +1,351 @@
+"""Features of a folder of videos, or of shards, on disk.
+
+    OUT/extract.json                 what is extracted from what, with which model: written first
+    OUT/parts/000123.safetensors     ``features`` of a stretch of the sources (none where none of them can be used)
+    OUT/parts/000123.rejected.jsonl  sources of this stretch that were left out, and why
+    OUT/parts/000123.jsonl           a line per chunk of a video: written last, so it is there only if the part is whole
+    OUT/index.jsonl, rejected.jsonl  the parts' lines in their order: there only if all parts are
+
+A part is a function of its sources and the settings. So a run that was killed goes on with the parts that are
+missing, jobs of a Slurm array share the work by part number without writing the same file, and parts that are there
+are never written again.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
+from vjepa_scale.data.decode import DecodeError, Media
+from vjepa_scale.data.loader import Prefetched
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
+from vjepa_scale.data.pictures import picture_count, stream_pictures
+from vjepa_scale.data.shards import Rejected, list_sources, probe_sources
+from vjepa_scale.inference.chunks import Chunk, cut
+from vjepa_scale.inference.clips import cropped
+from vjepa_scale.inference.model import Model
+
+SETTINGS = "extract.json"
+INDEX = "index.jsonl"
+PARTS = "parts"
+
+Pool = Literal["mean", "time", "none"]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Told (parts done, of how many).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of all parts, beside the sources and the model.
+
+    pool:   mean: a row per chunk, over its new tokens; time: a row per token step, over space; none: every token
+    layers: block numbers, each through the final norm; None: the encoder's output
+    chunk:  frames that the encoder sees together
+    dtype:  of the features on disk
+    batch:  chunks per forward pass
+    part:   videos per file
+    """
+
+    pool: Pool
+    layers: tuple[int, ...] | None
+    chunk: int
+    dtype: Literal["float32", "float16", "bfloat16"]
+    batch: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """chunks, rejected: of the parts this call was for; missing: parts of all that are not there yet."""
+
+    parts: int
+    chunks: int
+    rejected: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class _Video:
+    """One usable source. known: what every index line says of it; record: its number in the shards."""
+
+    source: str
+    duration_s: float
+    known: dict[str, Any]
+    record: int = -1
+
+
+class _Folder:
+    """Video files below a folder. The label of one is the folder it is in."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self._folder = folder
+        self._paths = list_sources(folder, out)
+        self.count = len(self._paths)
+
+    def identity(self) -> dict[str, Any]:
+        listing = hashlib.sha256()
+        for path in self._paths:
+            file = self._folder / path
+            listing.update(f"{path!r} {file.stat().st_size if file.is_file() else -1}\n".encode())
+        return {"videos": self.count, "listing": listing.hexdigest()}
+
+    def usable(self, numbers: range, workers: int) -> tuple[list[_Video], list[Rejected]]:
+        """Those make_shards would take, and why it would not take the others."""
+        paths = [self._paths[n] for n in numbers]
+        records, rejected = probe_sources(self._folder, paths, workers=workers, progress=lambda *_: None)
+        return [_Video(r.path, r.facts.duration, {"source": r.path, "label": r.label}) for r in records], rejected
+
+    def media(self, video: _Video) -> Media:
+        return self._folder / video.source
+
+
+class _Shards:
+    """Records of shards, which make_shards has looked at."""
+
+    def __init__(self, folder: Path) -> None:
+        self._manifest = Manifest.open(folder)
+        self.count = self._manifest.records
+
+    def identity(self) -> dict[str, Any]:
+        return {"videos": self.count, "shards": self._manifest.identity}
+
+    def usable(self, numbers: range, workers: int) -> tuple[list[_Video], list[Rejected]]:
+        return [self._video(record) for record in numbers], []
+
+    def _video(self, record: int) -> _Video:
+        manifest = self._manifest
+        label = int(manifest.column("label")[record])
+        path = json.loads(manifest.read(record, "json"))["path"]
+        known = {
+            "source": path,
+            "shard": manifest.shard_of(record).name,
+            "key": manifest.key(record),
+            "label": None if label < 0 else manifest.classes[label],
+        }
+        return _Video(path, float(manifest.column("duration")[record]), known, record)
+
+    def media(self, video: _Video) -> Media:
+        return self._manifest.read(video.record)
+
+
+def extract(
+    source: Path,
+    out: Path,
+    model: Model,
+    settings: Settings,
+    *,
+    share: tuple[int, int] = (0, 1),
+    workers: int,
+    progress: Progress,
+) -> Summary:
+    """Write every n-th part from number i on, ``share`` being (i, n), and the merged index once no part is missing.
+
+    Raises UserError before anything is written where there is nothing to read, or ``out`` holds something else; and
+    at the end where not one video of all could be used.
+    """
+    videos = _Shards(source) if (source / MANIFEST).is_file() else _Folder(source, out)
+    _claim(out, {"source": videos.identity(), "model": _identity(model), **asdict(settings)})
+    parts = -(-videos.count // settings.part)
+    mine = range(share[0], parts, share[1])
+    for done, part in enumerate(mine, start=1):
+        if not _part(out, part, ".jsonl").exists():
+            numbers = range(part * settings.part, min((part + 1) * settings.part, videos.count))
+            _write_part(out, part, videos, numbers, model, settings, workers)
+        progress(done, len(mine))
+    missing = sum(not _part(out, part, ".jsonl").exists() for part in range(parts))
+    if not missing:
+        _merge(out, parts)
+    return Summary(
+        parts=len(mine),
+        chunks=sum(1 for part in mine for _ in read_jsonl(_part(out, part, ".jsonl"))),
+        rejected=sum(1 for part in mine for _ in read_jsonl(_part(out, part, f".{REJECTED}"))),
+        missing=missing,
+    )
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What a model is: its input, and a digest of all its biases and norms, which any training changes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.encoder.named_parameters():
+        if parameter.ndim == 1:
+            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    config = model.config
+    return {
+        "weights": digest.hexdigest(),
+        "fps": config.fps,
+        "size": list(config.size),
+        "compute": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write ``settings`` into ``out``, or find them there; UserError where it holds anything else."""
+    settings = json.loads(json.dumps(settings))
+    path = out / SETTINGS
+    if out.exists() and not out.is_dir():
+        raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
+    if not path.exists():
+        foreign = out.is_dir() and any(not child.name.startswith(f".{SETTINGS}.") for child in out.iterdir())
+        # Asked again: jobs of an array start at the same time.
+        if foreign and not path.exists():
+            raise UserError("OUT is not empty, and not of this program", where=out, fix="give a new or empty folder")
+        if not path.exists():
+            write_json(path, settings)
+    found = read_json(path)
+    differs = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+    if differs:
+        raise UserError(
+            f"OUT holds features of another {', '.join(differs)}",
+            where=path,
+            fix="give another OUT, or remove this one",
+        )
+
+
+def _part(out: Path, number: int, suffix: str) -> Path:
+    return out / PARTS / f"{number:06d}{suffix}"
+
+
+def _merge(out: Path, parts: int) -> None:
+    """All parts' lines in their order. Whoever finds them whole does it; two at once write the same."""
+    for suffix, name in ((f".{REJECTED}", REJECTED), (".jsonl", INDEX)):
+        write_atomic(out / name, b"".join(_part(out, part, suffix).read_bytes() for part in range(parts)))
+    if not (out / INDEX).stat().st_size:
+        reasons = Counter(row["reason"] for row in read_jsonl(out / REJECTED))
+        named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise UserError(f"none of {reasons.total()} videos can be used: {named}", where=out / REJECTED)
+
+
+# -- one part --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Successive chunks of one video, of one length, that are decoded together. first: number of its first picture."""
+
+    video: _Video
+    chunks: list[Chunk[int]]
+
+    @property
+    def first(self) -> int:
+        return self.chunks[0].frames[0]
+
+
+def _write_part(
+    out: Path, number: int, videos: _Folder | _Shards, numbers: range, model: Model, settings: Settings, workers: int
+) -> None:
+    """Three files, the index last."""
+    for left in (out / PARTS).glob(f".{number:06d}.*.tmp"):  # by a kill
+        left.unlink(missing_ok=True)
+    usable, rejected = videos.usable(numbers, workers)
+    jobs = [job for video in usable for job in _jobs(video, model, settings)]
+    loaded = Prefetched(
+        partial(_decode, videos, model.config.fps, model.config.size), jobs, workers=workers, prefetch=2
+    )
+    try:
+        rows, failed = _encode(jobs, loaded, model, settings)
+    finally:
+        loaded.close()
+    rejected = [*rejected, *failed.values()]
+    lines, features, at = list[dict[str, Any]](), list[Tensor](), 0
+    for video, chunk, value in rows:
+        if video.source in failed:  # all of it, or nothing
+            continue
+        start_s, end_s = chunk.first / model.config.fps, (chunk.first + chunk.real) / model.config.fps
+        where = {"file": f"{PARTS}/{number:06d}.safetensors", "row": at, "rows": len(value)}
+        lines.append({**video.known, "start_s": start_s, "end_s": min(end_s, video.duration_s), **where})
+        features.append(value)
+        at += len(value)
+    if features:
+        whole = torch.cat(features)
+        entry = ("features", tuple(whole.shape), whole.dtype)
+        write_safetensors(_part(out, number, ".safetensors"), [entry], lambda _: whole, {"format": "pt"})
+    write_atomic(_part(out, number, f".{REJECTED}"), _jsonl(asdict(r) for r in rejected))
+    write_atomic(_part(out, number, ".jsonl"), _jsonl(lines))
+
+
+def _jsonl(rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _jobs(video: _Video, model: Model, settings: Settings) -> Iterator[_Job]:
+    pictures = picture_count(video.duration_s, model.config.fps)
+    chunks = list(cut(range(pictures), chunk=settings.chunk, tubelet=model.config.model.tubelet))
+    for i in range(0, len(chunks), settings.batch):
+        yield _Job(video, chunks[i : i + settings.batch])
+
+
+def _decode(videos: _Folder | _Shards, fps: float, size: tuple[int, int], job: _Job) -> list[Tensor] | Rejected:
+    """The clip of each chunk, uint8 [3, T, H, W]; in a worker."""
+    last = job.chunks[-1]
+    count = last.first + last.real - job.first
+    rejected = partial(Rejected, job.video.source)
+    try:
+        pictures = stream_pictures(videos.media(job.video), fps=fps, start_s=job.first / fps)
+        # Cropped one by one: whole pictures of several chunks would be gigabytes.
+        clips = [cropped(picture, size) for picture in islice(pictures, count)]
+    except DecodeError as error:
+        return rejected(error.reason, error.detail)
+    except OSError as error:
+        return rejected("unreadable", str(error.strerror))
+    if len(clips) < count:
+        return rejected("does not decode to the end", f"{job.first + len(clips)} of {job.first + count} pictures")
+    return [torch.cat([clips[n - job.first] for n in chunk.frames], dim=1) for chunk in job.chunks]
+
+
+def _encode(
+    jobs: Sequence[_Job], loaded: Prefetched[_Job, list[Tensor] | Rejected], model: Model, settings: Settings
+) -> tuple[list[tuple[_Video, Chunk[int], Tensor]], dict[str, Rejected]]:
+    """(video, chunk, its rows) of all chunks in order, and the videos that did not decode after all."""
+    rows: list[tuple[_Video, Chunk[int], Tensor]] = []
+    failed: dict[str, Rejected] = {}
+    waiting: list[tuple[_Video, Chunk[int], Tensor]] = []
+
+    def run() -> None:
+        if waiting:
+            tokens = model.encode_clips(model.normalise(torch.stack([clip for _, _, clip in waiting])), settings.layers)
+            for (video, chunk, _), of_clip in zip(waiting, tokens, strict=True):
+                rows.append((video, chunk, _pooled(of_clip, chunk, model, settings)))
+            waiting.clear()
+
+    for job, clips in zip(jobs, loaded, strict=True):
+        if isinstance(clips, Rejected):
+            failed.setdefault(clips.path, clips)
+            continue
+        for chunk, clip in zip(job.chunks, clips, strict=True):
+            # Clips of one length make a batch, whichever videos they are of; which ones depends on nothing else.
+            if len(waiting) == settings.batch or (waiting and waiting[0][2].shape != clip.shape):
+                run()
+            waiting.append((job.video, chunk, clip))
+    run()
+    return rows, failed
+
+
+def _pooled(tokens: Tensor, chunk: Chunk[int], model: Model, settings: Settings) -> Tensor:
+    """Tokens [N, D] or [L, N, D] of a chunk → its new rows on the CPU: [1, …] for mean, else [steps, …].
+
+    What follows is [D] or [L, D]; without pooling [h, w, D] or [h, w, L, D].
+    """
+    shape = model.config.model
+    height, width = (side // shape.patch for side in model.config.size)
+    steps = chunk.new // shape.tubelet
+    new = tokens[..., -steps * height * width :, :].unflatten(-2, (steps, height, width))
+    if settings.layers is not None:
+        new = new.movedim(0, -2)
+    if settings.pool == "mean":
+        new = new.flatten(0, 2).mean(0, keepdim=True)
+    elif settings.pool == "time":
+        new = new.flatten(1, 2).mean(1)
+    return new.to(DTYPES[settings.dtype]).cpu()

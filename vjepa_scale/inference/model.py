@@ -1,0 +1,287 @@
+"""A trained model, ready to use: clips in, features and predictions out."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vjepa_scale.checkpoint.consolidated import ConsolidatedConfig, load_encoder, load_predictor, read_config
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.inference.chunks import Chunk, cut
+from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures
+from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.model.rope import Grid
+from vjepa_scale.recipe.schema import ModelConfig
+
+# The mask token that Hugging Face's VJEPA2Model predicts with (modulo how many there are).
+MASK_TOKEN = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """Tokens of a video, and when each of its token steps is.
+
+    tokens:         float32 [B, N, D], N = t·h·w, step by step, row by row; of several layers [B, L, N, D]
+    grid:           (t, h, w)
+    start_s, end_s: float64 [t], seconds: the stretch of the video that a token step shows. Of the last one it is
+                    shorter where the last picture was repeated to complete the step's tubelet
+    """
+
+    tokens: Tensor
+    grid: Grid
+    start_s: Tensor
+    end_s: Tensor
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    model: str | ModelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> "Model":
+    """A trained model, in eval mode.
+
+    path, model: as for load_encoder: weights of any format, and which model they are where the path cannot say
+    dtype:       that weights and activations have inside; features are float32 whatever it is
+
+    Raises UserError where the path is something else.
+    """
+    return Model(Path(path), torch.device(device), model, dtype)
+
+
+class Model:
+    """Encoder and predictor of a checkpoint with everything that their input needs.
+
+    config: geometry, frame rate and normalisation of the checkpoint; what methods do not get, they take from it
+    Methods run without gradients. Raises UserError for input that does not fit.
+    """
+
+    def __init__(self, path: Path, device: torch.device, model: str | ModelConfig | None, dtype: torch.dtype) -> None:
+        self._path, self._model, self.device, self.dtype = path, model, device, dtype
+        self.config: ConsolidatedConfig = read_config(path, model=model)
+        self.encoder: Encoder = load_encoder(path, device, model=model).to(dtype).requires_grad_(False)
+        self._mean, self._std = (
+            torch.tensor(value, device=device).view(1, 3, 1, 1, 1) for value in (self.config.mean, self.config.std)
+        )
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Read when it is first asked for: features need none."""
+        return load_predictor(self._path, self.device, model=self._model).to(self.dtype).requires_grad_(False)
+
+    # -- clips -------------------------------------------------------------------------------------
+
+    def preprocess(
+        self,
+        video: str | Path | Any,
+        frames: int | Literal["all"] | None = None,
+        fps: float | None = None,
+        size: int | Size | None = None,
+        start: float = 0.0,
+    ) -> Tensor:
+        """A normalised clip, float32 [1, 3, T, H, W].
+
+        video:  a video file; an image file, which becomes a static clip; or pictures: uint8 RGB [T, H, W, 3], taken
+                to be 1/fps seconds apart, or [H, W, 3], an image
+        frames: T. Default: the checkpoint's (of pictures in memory: all). "all": to the end of the video
+        fps:    pictures per second: picture k is the one on screen at start + k/fps s. Default: the checkpoint's
+        size:   pixels, or (height, width): the short side is resized to fit, the centre cropped. Default: the
+                checkpoint's
+        start:  seconds
+
+        A clip that reaches past the end repeats the last picture, as clips of short videos do in training.
+        """
+        in_file = isinstance(video, str | Path)
+        if frames is None and in_file:
+            frames = self.config.frames
+        if isinstance(frames, int) and frames < 1:
+            raise UserError(f"{frames} frames", where="preprocess", fix='1 or more, or "all"')
+        clip_of = clip_of_file if in_file else clip_of_array
+        clip = clip_of(
+            video,
+            frames=None if frames == "all" else frames,
+            fps=self._fps(fps),
+            size=self._size(size),
+            start_s=_not_negative(start),
+            still=self.config.frames,
+        )
+        return self.normalise(clip[None])
+
+    def normalise(self, clips: Tensor) -> Tensor:
+        """uint8 clips [B, 3, T, H, W] → float32 on the model's device, (pixel in 0 … 1 − mean) / std."""
+        return (clips.to(self.device).float() / 255 - self._mean) / self._std
+
+    # -- features ----------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        video: str | Path | Tensor,
+        chunk: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        fps: float | None = None,
+        size: int | Size | None = None,
+        start: float = 0.0,
+    ) -> Features:
+        """Features of a video of any length, from ``start`` to its end. Arguments: see ``encode_chunks``."""
+        parts = list(self.encode_chunks(video, chunk, layers=layers, fps=fps, size=size, start=start))
+        return Features(
+            tokens=torch.cat([part.tokens for part in parts], dim=-2),
+            grid=(sum(part.grid[0] for part in parts), *parts[0].grid[1:]),
+            start_s=torch.cat([part.start_s for part in parts]),
+            end_s=torch.cat([part.end_s for part in parts]),
+        )
+
+    def encode_chunks(
+        self,
+        video: str | Path | Tensor,
+        chunk: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        fps: float | None = None,
+        size: int | Size | None = None,
+        start: float = 0.0,
+    ) -> Iterator[Features]:
+        """The same, chunk by chunk: of a file, no more than two chunks of it are in memory at a time.
+
+        video:  a file, or a normalised clip [B, 3, T, H, W] of any T (its first frame is at ``start`` seconds)
+        chunk:  frames that the encoder sees together; a multiple of the tubelet. Default: the checkpoint's clip length
+        layers: numbers of blocks, each through the final norm; default: the encoder's output
+        fps, size: as in ``preprocess``
+
+        Every token step comes from exactly one forward pass. What is left after the last whole chunk is encoded
+        together with pictures before it, in a clip of the same length, of which only the new steps are returned.
+        A video shorter than a chunk is encoded in its own length. An odd last picture is repeated to complete its
+        tubelet, and ``end_s`` says so. An image is a static clip of the checkpoint's length.
+        """
+        chunk, fps, start = chunk or self.config.frames, self._fps(fps), _not_negative(start)
+        tubelet = self.config.model.tubelet
+        if chunk < 1 or chunk % tubelet:
+            raise UserError(f"chunks of {chunk} frames", where="encode", fix=f"a multiple of {tubelet} (the tubelet)")
+        frames: Iterable[Tensor]
+        if isinstance(video, Tensor):
+            frames = _normalised(video).split(1, dim=2)
+        else:
+            pictures, is_image = cropped_pictures(video, fps=fps, size=self._size(size), start_s=start)
+            frames = (picture[None] for picture in pictures)
+            if is_image:
+                frames = list(frames) * self.config.frames
+        for part in cut(frames, chunk=chunk, tubelet=tubelet):
+            clip = torch.cat(part.frames, dim=2)
+            clip = clip.to(self.device) if isinstance(video, Tensor) else self.normalise(clip)
+            yield self._features(clip, part, layers=layers, fps=fps, start_s=start)
+
+    def _features(
+        self, clip: Tensor, part: Chunk[Tensor], *, layers: Sequence[int] | None, fps: float, start_s: float
+    ) -> Features:
+        """Of one chunk, the new steps."""
+        tubelet = self.config.model.tubelet
+        _, height, width = self.encoder.patch_embed.grid(clip)
+        steps = part.new // tubelet
+        tokens = self.encode_clips(clip, layers)[..., -steps * height * width :, :]
+        numbers = part.first + torch.arange(steps, dtype=torch.float64) * tubelet
+        ends = (numbers + tubelet).clamp(max=part.first + part.real)
+        return Features(tokens, (steps, height, width), start_s + numbers / fps, start_s + ends / fps)
+
+    @torch.no_grad()
+    def encode_clips(self, clips: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """One forward pass: normalised clips [B, 3, T, H, W] → float32 [B, N, D], or [B, L, N, D] of L layers."""
+        clips = clips.to(self.device, self.dtype)
+        if layers is None:
+            return self.encoder(clips).float()
+        return torch.stack(self.encoder.layers(clips, layers), dim=1).float()
+
+    # -- predictions -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, clip: Tensor, context: Tensor, target: Tensor, mask_token: int = MASK_TOKEN) -> Tensor:
+        """Predicted features at the target places, float32 [B, M, D], from the context's pixels alone.
+
+        clip:            normalised [B, 3, T, H, W]
+        context, target: int64 token numbers n = τ·h·w + y·w + x, [B, K] and [B, M], or [K] and [M] for all clips
+        mask_token:      which learned token stands for what is to be predicted (modulo how many there are). A recipe's
+                         mask generator j trains token j: by default 0 short-range, 1 long-range masks. Released
+                         weights, trained with one clip length, trained token 0 only
+
+        What is predicted is the *normalised* feature: the predictor learns layer_norm(tokens) over D, without
+        parameters. Compare with that, not with the tokens of ``encode`` themselves.
+        """
+        grid = self.encoder.patch_embed.grid(_normalised(clip))
+        context_BK, target_BM = (
+            self._places(name, places, clip.shape[0], grid)
+            for name, places in (("context", context), ("target", target))
+        )
+        tokens_BKD = self.encoder(clip.to(self.device, self.dtype), context_BK)
+        return self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token).float()
+
+    def rollout(self, clip: Tensor, frames: int, mask_token: int = MASK_TOKEN, *, fps: float | None = None) -> Features:
+        """Predicted features of the ``frames`` frames that follow a clip; times are from the clip's first frame.
+
+        clip: normalised [B, 3, T, H, W], T a multiple of the tubelet, as ``frames``
+
+        One pass of the predictor: context is every token of the clip, targets are all places of the later steps.
+        It is ``predict`` with nothing known of the future; so the features are normalised, and neither pixels nor
+        samples: where several futures are possible, the prediction lies between them. Nothing predicted is fed back.
+        It is as good as training made it: clip and future together should not be longer than training's clips, and
+        masks that hide all of a late stretch (recipe key ``max_context_frames``) train just this.
+        """
+        tubelet = self.config.model.tubelet
+        if frames < 1 or frames % tubelet:
+            raise UserError(
+                f"{frames} frames to predict", where="rollout", fix=f"a multiple of {tubelet} (the tubelet)"
+            )
+        steps, height, width = self.encoder.patch_embed.grid(clip)
+        later = frames // tubelet
+        known, every = steps * height * width, (steps + later) * height * width
+        # The encoder cuts the context's tubelets out before it computes anything: what stands here is not looked at.
+        unknown = clip.new_zeros(*clip.shape[:2], frames, *clip.shape[3:])
+        places = torch.arange(every)
+        tokens = self.predict(torch.cat([clip, unknown], dim=2), places[:known], places[known:], mask_token)
+        starts = torch.arange(steps, steps + later, dtype=torch.float64) * tubelet / self._fps(fps)
+        return Features(tokens, (later, height, width), starts, starts + tubelet / self._fps(fps))
+
+    def _places(self, name: str, places: Tensor, batch: int, grid: Grid) -> Tensor:
+        count = grid[0] * grid[1] * grid[2]
+        if places.dtype != torch.int64 or places.ndim not in (1, 2) or (places.ndim == 2 and len(places) != batch):
+            raise UserError(
+                f"{places.dtype} of shape {list(places.shape)}",
+                where=f"predict {name}",
+                fix=f"int64 [K] or [{batch}, K]",
+            )
+        if not places.numel() or places.min() < 0 or places.max() >= count:
+            raise UserError("no such token", where=f"predict {name}", fix=f"numbers in 0 … {count - 1}, at least one")
+        return places.to(self.device).expand(batch, places.shape[-1])
+
+    def _fps(self, fps: float | None) -> float:
+        if fps is not None and not fps > 0:
+            raise UserError(f"{fps} pictures per second", where="fps", fix="a number above 0")
+        return fps or self.config.fps
+
+    def _size(self, size: int | Size | None) -> Size:
+        height, width = self.config.size if size is None else (size, size) if isinstance(size, int) else size
+        patch = self.config.model.patch
+        if min(height, width) < 1 or height % patch or width % patch:
+            raise UserError(f"{height}×{width} pixels", where="size", fix=f"multiples of {patch} (the patch)")
+        return height, width
+
+
+def _not_negative(start: float) -> float:
+    if not start >= 0:
+        raise UserError(f"{start} s", where="start", fix="0 or later")
+    return start
+
+
+def _normalised(clip: Tensor) -> Tensor:
+    """The clip itself, if it can be one."""
+    if not clip.is_floating_point() or clip.ndim != 5 or not clip.numel():
+        raise UserError(
+            f"{clip.dtype} of shape {list(clip.shape)}",
+            where="clip",
+            fix="normalised clips [B, 3, T, H, W] (preprocess)",
+        )
+    return clip

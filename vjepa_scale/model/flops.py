@@ -1,0 +1,66 @@
+"""Parameters and floating-point operations of the networks, by formula.
+
+One multiply-add is two operations; only matrix products are counted (LayerNorm, GELU and softmax are under 1 %).
+These are a model's FLOPs, as model-FLOPs utilisation wants them: what activation checkpointing computes again is not
+among them.
+"""
+
+from vjepa_scale.model.encoder import CHANNELS
+from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
+
+
+def encoder_parameters(model: ModelConfig) -> int:
+    D = model.encoder.width
+    return (_tubelet(model) + 1) * D + _block_parameters(model.encoder) + 2 * D
+
+
+def predictor_parameters(model: ModelConfig) -> int:
+    D, P = model.encoder.width, model.predictor.width
+    return (D + 1) * P + model.predictor.mask_tokens * P + _block_parameters(model.predictor) + 2 * P + (P + 1) * D
+
+
+def encoder_forward(model: ModelConfig, tokens: int) -> int:
+    """Of one clip of which ``tokens`` tokens are computed."""
+    return patch_embedding(model, tokens) + _blocks(model.encoder, tokens)
+
+
+def predictor_forward(model: ModelConfig, context: int, target: int) -> int:
+    """Of one clip: ``context`` tokens given, ``target`` tokens predicted."""
+    ends = 2 * model.encoder.width * model.predictor.width * (context + target)
+    return ends + _blocks(model.predictor, context + target)
+
+
+def patch_embedding(model: ModelConfig, tokens: int) -> int:
+    return 2 * tokens * _tubelet(model) * model.encoder.width
+
+
+def jepa_step(model: ModelConfig, tokens: int, pairs: list[tuple[int, int]]) -> int:
+    """Of one clip of a training step, forward and backward.
+
+    tokens: of the whole clip, which the target encoder computes
+    pairs:  (context, target) tokens of each mask generator
+
+    A backward pass costs twice the forward: gradients of the inputs and of the weights. Pixels need none.
+    """
+    trained = sum(
+        3 * (encoder_forward(model, context) + predictor_forward(model, context, target))
+        - patch_embedding(model, context)
+        for context, target in pairs
+    )
+    return encoder_forward(model, tokens) + trained
+
+
+def _tubelet(model: ModelConfig) -> int:
+    return CHANNELS * model.tubelet * model.patch**2
+
+
+def _block_parameters(network: EncoderConfig | PredictorConfig) -> int:
+    D, hidden = network.width, network.mlp_hidden
+    return network.depth * ((D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D + 4 * D)
+
+
+def _blocks(network: EncoderConfig | PredictorConfig, tokens: int) -> int:
+    D = network.width
+    linear = 4 * D * D + 2 * D * network.mlp_hidden  # qkv and projection, MLP
+    attention = 2 * tokens * D  # scores, and their product with the values
+    return 2 * network.depth * tokens * (linear + attention)

@@ -1,0 +1,53 @@
+"""Who computes softmax(q·kᵀ/√d)·v: one small interface, so that the networks do not know.
+
+A kernel takes queries, keys and values [B, h, K, d] of one type and, where tokens may not see all others, ``allowed``:
+bool [K, K], True where the row's token may attend to the column's. It returns [B, h, K, d].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def sdpa(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """PyTorch's own choice: runs everywhere, and takes a mask."""
+    return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd, attn_mask=allowed)
+
+
+def torch_flash(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """PyTorch's flash kernel and no other: an error where it cannot run."""
+    _refuse_mask(allowed)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd)
+
+
+def torch_varlen(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """PyTorch's variable-length flash kernel, on clips laid end to end."""
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only, and slow to import
+
+    _refuse_mask(allowed)
+    B, _, K, _ = q_BhKd.shape
+    ends = torch.arange(0, (B + 1) * K, K, dtype=torch.int32, device=q_BhKd.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BhKd, k_BhKd, v_BhKd))
+    out: Any = varlen_attn(q, k, v, ends, ends, K, K)
+    return out.unflatten(0, (B, K)).transpose(1, 2)
+
+
+def flash_attn(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """The flash-attn package, which wants [B, K, h, d]."""
+    from flash_attn import flash_attn_func
+
+    _refuse_mask(allowed)
+    out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BhKd, k_BhKd, v_BhKd)))
+    return out.transpose(1, 2)
+
+
+def _refuse_mask(allowed: Tensor | None) -> None:
+    # Whoever chooses kernels asks first; a mask that is dropped would be a silent leak of the future.
+    assert allowed is None, "flash kernels take no mask"

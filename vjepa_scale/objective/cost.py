@@ -1,0 +1,20 @@
+"""What a step of a phase costs, before it is trained."""
+
+from vjepa_scale.masking import draw_masks
+from vjepa_scale.model import flops
+from vjepa_scale.recipe import Phase, Recipe
+
+# Lengths change from step to step; the mean over this many is within a few percent of a long run's.
+SAMPLED_STEPS = 16
+
+
+def step_flops(recipe: Recipe, phase: Phase) -> float:
+    """Model FLOPs of one optimiser step over all ranks: the mean over sampled steps' masks."""
+    t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
+    group = range(recipe.masks.group)
+    total = 0
+    for step in range(phase.first, phase.first + SAMPLED_STEPS):
+        pairs = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=group[:1], grid=(t, h, w))
+        lengths = [(pair.context.shape[1], pair.target.shape[1]) for pair in pairs]
+        total += flops.jepa_step(recipe.model, t * h * w, lengths)
+    return phase.global_batch * total / SAMPLED_STEPS
