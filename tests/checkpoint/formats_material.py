@@ -23,6 +23,26 @@ OTHER = {
 }
 
 
+# width, heads, MLP | predictor width, heads | crop, frames. Heads of 32, 48, 64, 88; ViT-g's width with both.
+WIDE = {
+    "192 of 32": (192, 6, 768, 96, 3, 48, 6),
+    "768 of 48": (768, 16, 3072, 192, 4, 64, 4),
+    "1024 of 64": (1024, 16, 4096, 384, 12, 96, 4),
+    "1408 of 88": (1408, 16, 6144, 384, 12, 64, 8),
+    "1408 of 64": (1408, 22, 6144, 384, 12, 80, 4),
+}
+
+
+def wide(name: str) -> tuple[dict[str, Any], int, int]:
+    """(model, crop, frames) of one of WIDE, one block deep."""
+    width, heads, hidden, predictor, predictor_heads, crop, frames = WIDE[name]
+    tree = {
+        "encoder": {"width": width, "depth": 1, "heads": heads, "mlp_hidden": hidden},
+        "predictor": {"width": predictor, "depth": 1, "heads": predictor_heads, "mask_tokens": 10},
+    }
+    return tree, crop, frames
+
+
 def model(tree: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(tree)
 
@@ -47,6 +67,7 @@ def run_of(
     size: tuple[int, int] = (32, 32),
     frames: int = 8,
     masks: dict[str, Any] | None = None,
+    jepa: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """A run folder with one checkpoint; returns its tensors."""
     recipe = Recipe.model_validate(
@@ -55,6 +76,7 @@ def run_of(
             "data": {"sets": {"a": {"path": "data/a"}}, "augment": {"mean": [0.1, 0.2, 0.3]}},
             "model": tree,
             "masks": {"group": 4, **(masks or {})},
+            "jepa": jepa or {},
             "pretrain": {
                 "steps": 4,
                 "global_batch": 4,

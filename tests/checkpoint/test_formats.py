@@ -15,6 +15,7 @@ from transformers import VJEPA2ForVideoClassification, VJEPA2Model
 from tests.checkpoint.formats_material import (
     OTHER,
     SMALL,
+    WIDE,
     model,
     network_of,
     one_encoder,
@@ -22,6 +23,7 @@ from tests.checkpoint.formats_material import (
     random_tensors,
     run_of,
     same,
+    wide,
 )
 from tests.model.published import our_weights, random_published
 from vjepa_scale.checkpoint.consolidate import consolidate
@@ -110,7 +112,7 @@ def test_rounding_to_bfloat16_is_the_only_change(tmp_path: Path, to: Any) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("tree", "crop", "frames"), [(SMALL, 32, 8), (OTHER, 64, 8)])
+@pytest.mark.parametrize(("tree", "crop", "frames"), [(SMALL, 32, 8), (OTHER, 64, 8), *map(wide, WIDE)])
 def test_transformers_computes_what_we_do_from_ours(
     tmp_path: Path, tree: dict[str, Any], crop: int, frames: int, record_property: Any
 ) -> None:
@@ -127,8 +129,10 @@ def test_transformers_computes_what_we_do_from_ours(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("tree", "crop", "frames"), [(SMALL, 32, 4), (OTHER, 48, 16)])
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(
+    ("tree", "crop", "frames", "shards"),
+    [(SMALL, 32, 4, False), (SMALL, 32, 4, True), (OTHER, 48, 16, True), *((*wide(name), False) for name in WIDE)],
+)
 def test_we_compute_what_transformers_does_from_theirs(
     tmp_path: Path, tree: dict[str, Any], crop: int, frames: int, shards: bool, record_property: Any
 ) -> None:
@@ -191,19 +195,20 @@ def test_the_preprocessing_is_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "generators", "words"),
+    ("tokens", "generators", "jepa", "words"),
     [
-        (2, 2, "uses mask token 1. It was trained by mask generator 1 (3 blocks of scale 0.3)"),
-        (2, 1, "uses mask token 1. No mask generator of the recipe trained that token"),
-        (1, 2, "uses mask token 0. It was trained by mask generator 0 (2 blocks of scale 0.3) and generator 1 (3 "),
+        (2, 2, {}, "uses mask token 1. It was trained by mask generator 1 (3 blocks of scale 0.3)"),
+        (2, 2, {"mask_token": "first"}, "uses mask token 1. No mask generator of the recipe trained that token"),
+        (2, 1, {}, "uses mask token 1. No mask generator of the recipe trained that token"),
+        (1, 2, {}, "uses mask token 0. It was trained by mask generator 0 (2 blocks of scale 0.3) and generator 1 (3 "),
     ],
 )
 def test_the_user_is_told_which_masks_their_predictor_is_for(
-    tmp_path: Path, tokens: int, generators: int, words: str
+    tmp_path: Path, tokens: int, generators: int, jepa: dict[str, str], words: str
 ) -> None:
     tree = SMALL | {"predictor": {"width": 24, "depth": 1, "heads": 2, "mlp_hidden": 48, "mask_tokens": tokens}}
     masks = {"generators": [{"blocks": 2 + j, "spatial_scale": 0.3} for j in range(generators)]}
-    run_of(tmp_path / "run", tree, masks=masks)
+    run_of(tmp_path / "run", tree, masks=masks, jepa=jepa)
     said: list[str] = []
     consolidate(tmp_path / "run", tmp_path / "hf", to="huggingface", say=said.append)
     assert any(words in line for line in said)

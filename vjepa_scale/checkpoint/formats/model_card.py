@@ -77,15 +77,16 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int) 
 
 
 def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
-    """What that mask token was trained for, in a sentence: mask generator j trained token j modulo their number."""
+    """What that mask token was trained for, in a sentence: by the recipe's generators, as ``jepa.mask_token`` says."""
     count = config.model.predictor.mask_tokens
     generators = _generators(config.recipe)
     if generators is None:
         return "Which masks that token was trained for is not known."
-    trained_by = [j for j in range(len(generators)) if j % count == mask_token]
+    first = (config.recipe or {}).get("jepa", {}).get("mask_token") == "first"
+    trained_by = [j for j in range(len(generators)) if (0 if first else j % count) == mask_token]
     if not trained_by:
         return (
-            f"No mask generator of the recipe trained that token (there is {len(generators)}): it is as it was at the "
+            f"No mask generator of the recipe trained that token: it is as it was at the "
             "start, so use this predictor only where that does not matter."
         )
     described = " and ".join(
