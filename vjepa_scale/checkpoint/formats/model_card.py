@@ -86,7 +86,7 @@ def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
     trained_by = [j for j in range(len(generators)) if (0 if first else j % count) == mask_token]
     if not trained_by:
         return (
-            f"No mask generator of the recipe trained that token: it is as it was at the "
+            "No mask generator of the recipe trained that token: it is as it was at the "
             "start, so use this predictor only where that does not matter."
         )
     described = " and ".join(
