@@ -25,7 +25,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Ten
 
 
 def errors(kernel: kernels.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> list[float]:
-    """Largest error against float64 of the output and of the gradients of q, k and v."""
+    """Error against float64, root mean square, of the output and of the gradients of q, k and v. (The largest error
+    is one element's luck.)"""
     generator = torch.Generator().manual_seed(head_size)
     inputs = torch.randn(3, 2, 3, 197, head_size, generator=generator).to(dtype)
     weights = torch.randn(2, 3, 197, head_size, generator=generator).to(dtype)
@@ -35,16 +36,17 @@ def errors(kernel: kernels.Kernel, head_size: int, device: torch.device, dtype: 
         out = compute(q, k, v, None)
         out.backward(weights.to(where, kind))
         results += [x.detach().double().cpu() for x in (out, q.grad, k.grad, v.grad) if x is not None]
-    return [float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)]
+    return [float((a - b).square().mean().sqrt()) for a, b in zip(found, wanted, strict=True)]
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_run_on_cpu(head_size: int, dtype: torch.dtype) -> None:
-    of_sdpa = errors(kernels.sdpa, head_size, CPU, dtype)
-    assert max(of_sdpa) < (5e-5 if dtype == torch.float32 else 0.1)
-    for ours, theirs in zip(errors(kernels.torch_flash, head_size, CPU, dtype), of_sdpa, strict=True):
-        assert ours <= 1.5 * theirs
+    """On a CPU PyTorch's own choice is its flash kernel, so both are held to the arithmetic written out."""
+    plain = errors(exact, head_size, CPU, dtype)
+    for kernel in (kernels.sdpa, kernels.torch_flash):
+        for ours, theirs in zip(errors(kernel, head_size, CPU, dtype), plain, strict=True):
+            assert ours <= 1.5 * theirs
 
 
 @pytest.mark.gpu

@@ -173,6 +173,43 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "pretrain").exists()
 
 
+def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_path: Path) -> None:
+    """Heads and positions have no tensors: our own checkpoints too are compared with the recipe's model."""
+    recipe = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, pretrain=stage(), cooldown=None)
+    tool("launch", recipe, "--wait")
+    for word in ("init_from", "continue_from"):
+        other = write_recipe(
+            tmp_path / "b.yaml",
+            tmp_path / "b",
+            two_data_sets,
+            model={"encoder": {"width": 48, "depth": 2, "heads": 4}, "rope": {"layout": "interleaved"}},
+            pretrain=stage(**{word: str(tmp_path / "a" / "pretrain")}),
+            cooldown=None,
+        )
+        refused = tool("launch", other, "--wait", check=False)
+        assert refused.returncode == 2
+        assert f"pretrain.{word}" in refused.stderr
+        assert "2 heads in the file, 4 in the recipe" in refused.stderr
+        assert "rope.layout tiled in the file, interleaved in the recipe" in refused.stderr
+
+
+def test_a_cooldown_after_a_stage_that_began_elsewhere(two_data_sets: Sets, tmp_path: Path) -> None:
+    """Steps are counted from the checkpoint of another run, over both stages and a second launch."""
+    first = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, cooldown=None)
+    tool("launch", first, "pretrain.steps=6", "--wait")
+    start = {**RECIPE["pretrain"], "steps": 5, "continue_from": str(tmp_path / "a" / "pretrain")}
+    start["phases"] = [{"name": "more", "start_lr": 1e-4}]
+    cooldown = {**RECIPE["cooldown"], "phases": [{"name": "still", "start_lr": 1e-5}]}
+    recipe = write_recipe(tmp_path / "b.yaml", tmp_path / "b", two_data_sets, pretrain=start, cooldown=cooldown)
+    planned = json.loads(tool("launch", "status", tmp_path / "a", "--json").stdout)
+    assert planned["stages"][0]["last_step"] == 6
+    tool("launch", recipe, "--wait")
+    assert [row["step"] for row in metrics(tmp_path / "b", "pretrain")] == list(range(6, 11))
+    assert [row["step"] for row in metrics(tmp_path / "b", "cooldown")] == list(range(11, 17))
+    tool("launch", recipe, "cooldown.steps=8", "--wait")  # resumes inside a stage that continues from that one
+    assert [row["step"] for row in metrics(tmp_path / "b", "cooldown")] == list(range(11, 19))
+
+
 SMALL = ("launch.cluster=local", "launch.nodes=1", "launch.tasks_per_node=1", "engine.device=cpu", "data.workers=1")
 SMALL += ("engine.precision=float32", "model.encoder={width: 48, depth: 2, heads: 2}", "checkpoint.every=1000")
 SMALL += ("model.predictor={width: 24, depth: 1, heads: 2}", "masks.group=8", "pretrain.steps=40")

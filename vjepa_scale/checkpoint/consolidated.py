@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
 from vjepa_scale.checkpoint.formats.opening import open_weights
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.recipe.schema import ModelConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "ConsolidatedConfig",
     "load_encoder",
     "load_predictor",
+    "network_of",
     "read_config",
     "write_consolidated",
 ]
@@ -54,24 +56,24 @@ def load_encoder(
     How many tensors matched is said on stderr. Raises UserError where the path is something else or the tensors
     do not match the model, all of them.
     """
-    return _load(path, "encoder", Encoder, torch.device(device), model)
+    return network_of(open_weights(path, model=model, networks=("encoder",)), "encoder", Encoder, torch.device(device))
 
 
 def load_predictor(
     path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
 ) -> Predictor:
     """The trained predictor, float32, in eval mode. As load_encoder."""
-    return _load(path, "predictor", Predictor, torch.device(device), model)
+    source = open_weights(path, model=model, networks=("predictor",))
+    return network_of(source, "predictor", Predictor, torch.device(device))
 
 
-def _load(
-    path: str | Path,
-    name: Network,
-    build: Callable[[ModelConfig], Built],
-    device: torch.device,
-    model: str | ModelConfig | None,
+def network_of(
+    source: WeightSource, name: Network, build: Callable[[ModelConfig], Built], device: torch.device
 ) -> Built:
-    source = open_weights(path, model=model, networks=(name,))
+    """One network of weights that are open already. Raises UserError where they hold none, or do not match."""
+    if name not in source.networks():
+        raise UserError(f"it holds no {name}", where=source.where, fix="give weights with one")
+    source = source.only((name,))
     match = source.match()
     with torch.device("meta"):
         network = build(source.config.model)
@@ -80,5 +82,5 @@ def _load(
         # A copy: a network that is mapped from a file dies with it.
         tensors[key.removeprefix(f"{name}.")] = source.read(key).to(device, torch.float32, copy=True)
     network.load_state_dict(tensors, assign=True)
-    print(f"{path}: {name}: {match.sentence()}", file=sys.stderr)
+    print(f"{source.where}: {name}: {match.sentence()}", file=sys.stderr)
     return network.eval()

@@ -185,6 +185,9 @@ def _identity(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "weights": digest.hexdigest(),
+        "model": config.model.model_dump(mode="json"),  # heads and positions have no weights
+        "mean": list(config.mean),
+        "std": list(config.std),
         "fps": config.fps,
         "size": list(config.size),
         "compute": str(model.dtype).removeprefix("torch."),

@@ -9,16 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.consolidated import ConsolidatedConfig, load_encoder, load_predictor, read_config
+from vjepa_scale.checkpoint.consolidated import network_of
+from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
-
-# The mask token that Hugging Face's VJEPA2Model predicts with (modulo how many there are).
-MASK_TOKEN = 1
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ class Model:
     """
 
     def __init__(self, path: Path, device: torch.device, model: str | ModelConfig | None, dtype: torch.dtype) -> None:
-        self._path, self._model, self.device, self.dtype = path, model, device, dtype
-        self.config: ConsolidatedConfig = read_config(path, model=model)
-        self.encoder: Encoder = load_encoder(path, device, model=model).to(dtype).requires_grad_(False)
+        self.device, self.dtype = device, dtype
+        self._source = open_weights(path, model=model)  # once: of a run, every byte is verified
+        self.config: ConsolidatedConfig = self._source.config
+        self.encoder: Encoder = network_of(self._source, "encoder", Encoder, device).to(dtype).requires_grad_(False)
         self._mean, self._std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1, 1) for value in (self.config.mean, self.config.std)
         )
@@ -72,7 +72,8 @@ class Model:
     @cached_property
     def predictor(self) -> Predictor:
         """Read when it is first asked for: features need none."""
-        return load_predictor(self._path, self.device, model=self._model).to(self.dtype).requires_grad_(False)
+        predictor = network_of(self._source, "predictor", Predictor, self.device)
+        return predictor.to(self.dtype).requires_grad_(False)
 
     # -- clips -------------------------------------------------------------------------------------
 
@@ -199,14 +200,14 @@ class Model:
     # -- predictions -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict(self, clip: Tensor, context: Tensor, target: Tensor, mask_token: int = MASK_TOKEN) -> Tensor:
+    def predict(self, clip: Tensor, context: Tensor, target: Tensor, mask_token: int | None = None) -> Tensor:
         """Predicted features at the target places, float32 [B, M, D], from the context's pixels alone.
 
         clip:            normalised [B, 3, T, H, W]
         context, target: int64 token numbers n = τ·h·w + y·w + x, [B, K] and [B, M], or [K] and [M] for all clips
         mask_token:      which learned token stands for what is to be predicted (modulo how many there are). A recipe's
-                         mask generator j trains token j: by default 0 short-range, 1 long-range masks. Released
-                         weights, trained with one clip length, trained token 0 only
+                         mask generator j trains token j: 0 short-range, 1 long-range masks, unless jepa.mask_token
+                         says that all train the first. Default: that of long-range masks, if it was trained
 
         What is predicted is the *normalised* feature: the predictor learns layer_norm(tokens) over D, without
         parameters. Compare with that, not with the tokens of ``encode`` themselves.
@@ -217,9 +218,12 @@ class Model:
             for name, places in (("context", context), ("target", target))
         )
         tokens_BKD = self.encoder(clip.to(self.device, self.dtype), context_BK)
-        return self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token).float()
+        token = trained_mask_token(self.config) if mask_token is None else mask_token
+        return self.predictor(tokens_BKD, context_BK, target_BM, grid, token).float()
 
-    def rollout(self, clip: Tensor, frames: int, mask_token: int = MASK_TOKEN, *, fps: float | None = None) -> Features:
+    def rollout(
+        self, clip: Tensor, frames: int, mask_token: int | None = None, *, fps: float | None = None
+    ) -> Features:
         """Predicted features of the ``frames`` frames that follow a clip; times are from the clip's first frame.
 
         clip: normalised [B, 3, T, H, W], T a multiple of the tubelet, as ``frames``
@@ -237,6 +241,13 @@ class Model:
             )
         steps, height, width = self.encoder.patch_embed.grid(clip)
         later = frames // tubelet
+        table = self.config.model.sincos.frames if self.config.model.positions == "sincos" else None
+        if table is not None and (steps + later) * tubelet > table:
+            raise UserError(
+                f"{(steps + later) * tubelet} frames in all: this model's table of positions has {table}",
+                where="rollout",
+                fix="a shorter clip, or fewer frames",
+            )
         known, every = steps * height * width, (steps + later) * height * width
         # The encoder cuts the context's tubelets out before it computes anything: what stands here is not looked at.
         unknown = clip.new_zeros(*clip.shape[:2], frames, *clip.shape[3:])
@@ -268,6 +279,15 @@ class Model:
         if min(height, width) < 1 or height % patch or width % patch:
             raise UserError(f"{height}×{width} pixels", where="size", fix=f"multiples of {patch} (the patch)")
         return height, width
+
+
+def trained_mask_token(config: ConsolidatedConfig) -> int:
+    """The mask token that predictions of large areas were trained with, as far as weights tell."""
+    if config.recipe is None:
+        # Released weights trained the first; transformers, whose folders may come from anywhere, predicts with 1.
+        return 0 if config.origin is not None and Path(config.origin).is_file() else 1
+    several = len(config.recipe.get("masks", {}).get("generators", (0, 0))) > 1
+    return int(several and config.recipe.get("jepa", {}).get("mask_token") != "first")
 
 
 def _not_negative(start: float) -> float:

@@ -4,6 +4,7 @@ The context encoder, its EMA copy (the target encoder) and the encoder that user
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -105,7 +106,8 @@ class Encoder(nn.Module):
                 raise UserError(f"no block {layer}", where="layers", fix=f"0 to {depth - 1}, or -1 for the last")
         wanted = {layer % depth for layer in layers}
         outputs = enumerate(self._block_outputs(clips_BCTHW, keep_BK))
-        kept = {number: self.norm(x_BKD) for number, x_BKD in outputs if number in wanted}
+        needed = islice(outputs, max(wanted, default=-1) + 1)  # later blocks are not computed
+        kept = {number: self.norm(x_BKD) for number, x_BKD in needed if number in wanted}
         return [kept[layer % depth] for layer in layers]
 
     def _block_outputs(self, clips_BCTHW: Tensor, keep_BK: Tensor | None) -> Iterator[Tensor]:

@@ -51,12 +51,12 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
 
 
 def _chosen(choice: str, device: torch.device) -> kernels.Kernel:
-    package = importlib.util.find_spec("flash_attn") is not None
+    package = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if choice == "varlen":
         return kernels.torch_varlen
     if choice == "flash":
         return kernels.flash_attn if package else kernels.torch_flash
-    return kernels.flash_attn if choice == "auto" and package and device.type == "cuda" else kernels.sdpa
+    return kernels.flash_attn if choice == "auto" and package else kernels.sdpa
 
 
 def _problem(kernel: kernels.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -168,8 +168,10 @@ def checkpoint_activations(block: nn.Module) -> None:
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
+def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Any) -> Any:
     """A network's output that is no view: an in-place operation on a view would cut off FSDP's backward hook."""
+    if isinstance(output, list):  # of several layers
+        return [_own_output(network, inputs, one) for one in output]
     return output.clone() if output.requires_grad and output._is_view() else output
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.formats.source import refuse_other_model
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
@@ -77,12 +78,13 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
     """
     key = f"{stage_name}.{word}"
     if value in recipe.stages():
-        folder, must_end_at = checkpoints_folder(recipe, value), resolve_phases(recipe, value)[-1].end
+        folder, must_end_at = checkpoints_folder(recipe, value), _end_of(recipe, value)
     else:
         path = Path(value)
         if (path / store.MANIFEST).exists():
             if verify:
                 store.verify(path)
+            _refuse_other_model(recipe, stage_name, word, path)
             return path
         folder, must_end_at = (path if path.name == "checkpoints" else path / "checkpoints"), None
     latest = store.find_latest(folder) if verify else store.newest_name(folder)
@@ -98,7 +100,19 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
             where=key,
             fix=f"finish {value!r} first, or give {latest} itself to start from there",
         )
+    _refuse_other_model(recipe, stage_name, word, latest)
     return latest
+
+
+def _refuse_other_model(recipe: Recipe, stage_name: str, word: str, source: Path) -> None:
+    """Heads and positions have no tensors: only the models' words tell whether weights mean the same under both."""
+    then = validate_recipe(store.read_manifest(source)["recipe"], source=source / store.MANIFEST).model
+    without = recipe.stages()[stage_name].init_without
+    networks = [network for network in ("encoder", "predictor") if network not in without]
+    try:
+        refuse_other_model(then, recipe.model, where=source, networks=networks)
+    except UserError as error:
+        raise UserError(error.what, where=f"{stage_name}.{word}: {error.where}", fix=error.fix) from None
 
 
 def _carried(recipe: Recipe, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
@@ -126,7 +140,7 @@ def planned_first(recipe: Recipe, stage_name: str) -> int:
     if before is None:
         return 0
     if before in recipe.stages():
-        return resolve_phases(recipe, before, first=planned_first(recipe, before))[-1].end
+        return _end_of(recipe, before)
     if is_foreign(before):
         return check_foreign(recipe, stage_name)
     return store.read_manifest(_source(recipe, stage_name, "continue_from", before, verify=False))["step"]
@@ -225,7 +239,7 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
     """
     manifest = store.read_manifest(path)
     before = recipe.stages()[stage_name].continue_from
-    if before in recipe.stages() and (end := resolve_phases(recipe, before)[-1].end) != manifest["first"]:
+    if before is not None and before in recipe.stages() and (end := _end_of(recipe, before)) != manifest["first"]:
         raise UserError(
             f"{path} goes back to step {manifest['first']} of {before!r}, which now ends at {end}",
             where=stage_name,
@@ -247,6 +261,10 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
             where="resume",
             fix="put it back, choose another run.dir, or start another run with init_from or continue_from",
         )
+
+
+def _end_of(recipe: Recipe, stage_name: str) -> int:
+    return resolve_phases(recipe, stage_name, first=planned_first(recipe, stage_name))[-1].end
 
 
 def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:

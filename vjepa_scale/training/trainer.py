@@ -209,6 +209,7 @@ class _Trainer:
             "fps": self.recipe.data.fps,
             "frames": phase.frames,
             "size": list(phase.size),
+            "attention": self.engine.attention,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
             "data": {name: manifest.identity for name, manifest in self.manifests.items()},
         }
@@ -247,6 +248,9 @@ class _Trainer:
             report = str(store.load(start.checkpoint, tensors, check=False))
             set_optimizer_steps(self.optimizer, store.read_manifest(start.checkpoint)["optimizer_steps"])
         self._say(f"{self.stage_name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
+        then = store.read_manifest(start.checkpoint).get("attention") if start.kind == "resume" else None
+        if then not in (None, self.engine.attention):
+            self._say(f"attention was by {then}, now by {self.engine.attention}: equal in the method, not to the bit")
 
     # -- reports -----------------------------------------------------------------------------------
 

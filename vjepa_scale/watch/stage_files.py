@@ -90,9 +90,11 @@ class StageFiles:
 
     def _planned_first(self) -> int | None:
         before = self.recipe.stages()[self.name].continue_from
-        if before is None or before in self.recipe.stages():
-            return resolve_phases(self.recipe, self.name)[0].first
-        return None  # of a checkpoint elsewhere: known when the stage has begun
+        if before is None:
+            return 0
+        if before not in self.recipe.stages():
+            return None  # of a checkpoint elsewhere: known when the stage has begun
+        return StageFiles(self.recipe, before).status.last_step
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""

@@ -63,8 +63,10 @@ def _open(
     there: tuple[Network, ...] = networks or source.config.networks
     if wanted is not None:
         refuse_other_model(source.config.model, wanted, where=path, networks=there)
+    if isinstance(model, str) and "=" in model:
+        published.refuse_other_heads(source.config.model, model, where=path)
     if named is not None:
-        sizes = {key: getattr(source.config.model, key) for key in ("patch", "tubelet", "positions", "rope")}
+        sizes = {key: getattr(source.config.model, key) for key in ("patch", "tubelet", "positions", "rope", "sincos")}
         refuse_other_model(
             source.config.model, named.model_copy(update=sizes), where=path, by=str(model), networks=["encoder"]
         )

@@ -21,7 +21,7 @@ def content_of(out: Path) -> list[str]:
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place at the end, or is removed where something fails."""
-    out = out.absolute()
+    out = out.resolve()  # of a link, the folder that it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "replaced"))
     if old.exists() and not out.exists():

@@ -216,6 +216,8 @@ def _config(
             refuse_other_model(told.model, model, where=path, networks=networks)
         elif isinstance(model, str) and "=" not in model:
             refuse_other_model(told.model, named_model(model), where=path, by=model, networks=["encoder"])
+        elif isinstance(model, str):
+            refuse_other_heads(told.model, model, where=path)
         return told
     sizes: dict[str, Any] = _encoder_sizes(taken.get("encoder") or next(iter(states.values())), path)
     if "predictor" in taken:
@@ -318,6 +320,13 @@ def named_model(name: str) -> ModelConfig:
     return ModelConfig.model_validate({"encoder": name})
 
 
+def refuse_other_heads(found: ModelConfig, text: str, *, where: object) -> None:
+    """Raise UserError unless a model that says its heads has those of ``heads=…``."""
+    for network, heads in _parse_heads(text).items():
+        if (here := getattr(found, network).heads) != heads:
+            raise UserError(f"{network}: {here} heads in the file", where=where, fix=f"leave --model {text} out")
+
+
 def _parse_heads(text: str) -> dict[str, int]:
     out = {}
     for part in text.split(","):
@@ -366,6 +375,8 @@ def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = N
         raise UserError(
             "it holds no optimiser state (opt)", where=path, fix="start from its weights only, with init_from"
         )
+    if "encoder" not in content:
+        raise UserError("its optimiser's state is of an encoder that it does not hold", where=path, fix="use init_from")
     where = f"{path}:opt"
     names = _parameter_groups(content, source.config.model, path)
     try:

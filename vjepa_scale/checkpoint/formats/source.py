@@ -277,6 +277,10 @@ def refuse_other_model(
     ]
     if found.positions == wanted.positions == "rope" and found.rope.layout != wanted.rope.layout:
         differences.append(f"rope.layout {found.rope.layout} in the file, {wanted.rope.layout} in {by}")
+    key = "sincos" if found.positions == "sincos" else "rope.grid"
+    here, there = ((m.sincos if m.positions == "sincos" else m.rope.grid) for m in (found, wanted))
+    if found.positions == wanted.positions and here != there:
+        differences.append(f"{key} {here} in the file, {there} in {by}")
     if differences:
         raise UserError(
             "; ".join(differences), where=where, fix="give the weights of such a model, or change the model"
