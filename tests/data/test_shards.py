@@ -165,7 +165,7 @@ def test_shards_fill_up_to_a_size(videos: Path, tmp_path: Path) -> None:
     big.mkdir()
     for i in range(5):  # five files of 0.4 MB: two fill a shard of 1 MB
         data = encoded(8, rate=8)
-        free = (400_000 - len(data)).to_bytes(4, "big") + b"free" + bytes(400_000 - len(data) - 8)
+        free = (400_000 - len(data)).to_bytes(4, "big") + b"free" + bytes([i]) * (400_000 - len(data) - 8)
         (big / f"{i}.mp4").write_bytes(data + free)
     make_shards(big, tmp_path / "out", Settings(shard_mb=1), workers=1, progress=quiet)
     assert Manifest.open(tmp_path / "out").records_per_shard.tolist() == [2, 2, 1]

@@ -69,3 +69,15 @@ def audio_only() -> bytes:
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return buffer.getvalue()
+
+
+def still_image(number: int = 0, *, codec: str = "mjpeg", size: tuple[int, int] = (48, 64)) -> bytes:
+    """An image file of ``picture``."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="image2pipe") as out:
+        stream = out.add_stream(codec, rate=1)
+        stream.height, stream.width = size
+        stream.pix_fmt = {"mjpeg": "yuvj420p", "png": "rgb24"}[codec]
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")))
+        out.mux(stream.encode())
+    return buffer.getvalue()

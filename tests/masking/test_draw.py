@@ -8,7 +8,7 @@ import torch
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.masking import check_masks, draw_masks
-from vjepa_scale.recipe.schema import MaskGeneratorConfig, MasksConfig
+from vjepa_scale.recipe.schema import BlockMasksConfig, MasksConfig
 
 GRID = (8, 16, 16)
 SHORT = {"blocks": 8, "spatial_scale": (0.15, 0.15)}
@@ -16,7 +16,7 @@ LONG = {"blocks": 2, "spatial_scale": (0.7, 0.7)}
 
 
 def config(*generators: dict, group: int = 24, truncate: str = "random") -> MasksConfig:
-    made = tuple(MaskGeneratorConfig.model_validate(g) for g in generators)
+    made = tuple(BlockMasksConfig.model_validate(g) for g in generators)
     return MasksConfig(generators=made or MasksConfig().generators, group=group, truncate=truncate)
 
 

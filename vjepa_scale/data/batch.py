@@ -1,10 +1,11 @@
 """What the loader hands to the trainer: micro-batches, typed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vjepa_scale.data.accidents import Accident
 from vjepa_scale.masking import MaskPair
 
 
@@ -17,6 +18,7 @@ class MicroBatch:
     step:     the global step
     slots:    of the step's global batch
     datasets: name of each clip's data set
+    accidents: clips that had to be replaced, as ledger rows; known ones too
     """
 
     clips: Tensor
@@ -24,20 +26,19 @@ class MicroBatch:
     step: int
     slots: range
     datasets: tuple[str, ...]
+    accidents: tuple[Accident, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        return MicroBatch(
-            self.clips.to(device, non_blocking=non_blocking),
-            tuple(pair.to(device, non_blocking) for pair in self.masks),
-            self.step,
-            self.slots,
-            self.datasets,
+        return replace(
+            self,
+            clips=self.clips.to(device, non_blocking=non_blocking),
+            masks=tuple(pair.to(device, non_blocking) for pair in self.masks),
         )
 
     def pin_memory(self) -> "MicroBatch":
         """In page-locked memory, from which a copy to a GPU does not block (DataLoader calls this)."""
         masks = tuple(pair.pin_memory() for pair in self.masks)
-        return MicroBatch(self.clips.pin_memory(), masks, self.step, self.slots, self.datasets)
+        return replace(self, clips=self.clips.pin_memory(), masks=masks)
 
 
 # This rank's micro-batches of one step.

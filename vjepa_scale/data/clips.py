@@ -47,29 +47,34 @@ def clip_refs(
     refs = []
     for slot in slots:
         name, record = order.names[datasets[slot]], int(records[slot])
-        room = float(manifests[name].column("duration")[record]) - frames / fps
-        start_s = Draws(seed, "window", step, slot).uniform() * max(0.0, room)
+        draw = Draws(seed, "window", step, slot).uniform()
+        start_s = start_of_window(manifests[name], record, draw, fps=fps, frames=frames)
         refs.append(ClipRef(step, slot, name, record, start_s))
     return refs
 
 
+def start_of_window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: int) -> float:
+    """Where a record's window begins, in seconds, for a uniform draw in [0, 1)."""
+    room = float(manifest.column("duration")[record]) - frames / fps
+    return draw * max(0.0, room)
+
+
 def decode_ref(manifest: Manifest, ref: ClipRef, *, fps: float, frames: int) -> npt.NDArray[np.uint8]:
     """The pictures of a clip, uint8 [T, H, W, 3]. A UserError names data set, shard and record if it fails."""
-    return decode_record(manifest, ref.dataset, ref.record, start_s=ref.start_s, fps=fps, frames=frames)
-
-
-def decode_record(
-    manifest: Manifest, dataset: str, record: int, *, start_s: float, fps: float, frames: int
-) -> npt.NDArray[np.uint8]:
-    data = manifest.read(record)
+    data = manifest.read(ref.record)
     try:
-        return decode_clip(data, start_s=start_s, fps=fps, frames=frames)
+        return decode_clip(data, start_s=ref.start_s, fps=fps, frames=frames)
     except DecodeError as error:
-        raise UserError(
-            f"data set {dataset!r}, record {manifest.key(record)} cannot be decoded at {start_s:.3f} s: {error}",
-            where=manifest.folder / manifest.shard_of(record).name,
-            fix="restore this shard from a copy; or shard again without that video and start a run with continue_from",
-        ) from None
+        raise undecodable(manifest, ref, error) from None
+
+
+def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserError:
+    key = manifest.key(ref.record)
+    return UserError(
+        f"data set {ref.dataset!r}, record {key} cannot be decoded at {ref.start_s:.3f} s: {error}",
+        where=manifest.folder / manifest.shard_of(ref.record).name,
+        fix="restore this shard from a copy; or shard again without that video and start a run with continue_from",
+    )
 
 
 def dump_order(

@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
+NOT_A_VIDEO = "not a video"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
@@ -87,7 +88,7 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
     with open_container(data) as container:
         name = container.format.name
         if is_image(container):
-            raise DecodeError("not a video", f"format {name}")
+            raise DecodeError(NOT_A_VIDEO, f"format {name}")
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise DecodeError("no video stream", f"format {name}")
@@ -102,11 +103,17 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
 def decode_clip(data: Media, *, start_s: float, fps: float, frames: int) -> npt.NDArray[np.uint8]:
     """The pictures at start_s, start_s + 1/fps, … : uint8 RGB [T, H, W, 3], upright.
 
-    data:    a video file
+    data:    a video file, or an image file: its picture at all times
     start_s: seconds from the stream's start; fps: pictures per second of the clip; frames: T
     Times past the end repeat the last frame. Raises DecodeError.
     """
-    pictures = pictures_at(data, [start_s + k / fps for k in range(frames)])
+    try:
+        pictures = pictures_at(data, [start_s + k / fps for k in range(frames)])
+    except DecodeError as error:
+        still = still_picture(data) if error.reason == NOT_A_VIDEO else None
+        if still is None:
+            raise
+        pictures = [still] * frames
     reformatter = VideoReformatter()
     rgb: list[npt.NDArray[np.uint8]] = []
     for k, picture in enumerate(pictures):
@@ -117,6 +124,27 @@ def decode_clip(data: Media, *, start_s: float, fps: float, frames: int) -> npt.
     if any(array.shape != rgb[0].shape for array in rgb):
         raise DecodeError("the picture size changes inside the video")
     return np.stack(rgb)
+
+
+def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
+    """The picture of an image file; None where it is something else. Raises DecodeError.
+
+    strict: damage that the decoder could paint over (the missing half of a JPEG) is an error too
+    """
+    with open_container(data) as container:
+        if not is_image(container) or not container.streams.video or container.format.name == "tty":
+            return None
+        context = container.streams.video[0].codec_context
+        if context is None:
+            raise DecodeError("unreadable", "no decoder for its codec")
+        context.thread_count = 1
+        if strict:
+            context.options = {"err_detect": "explode"}
+        with ffmpeg_errors("does not decode to the end" if strict else "unreadable"):
+            picture = next(container.decode(video=0), None)
+        if picture is None:
+            raise DecodeError("zero length", "no frame decodes")
+        return picture
 
 
 def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.NDArray[np.uint8]:
@@ -159,7 +187,7 @@ def decoding_from(
     while True:
         with open_video(data) as (container, stream):
             (tick,) = ticks_of(stream, [start_s])
-            from_start = start_s - back_s <= 0 or not _sought(container, stream, start_s - back_s)
+            from_start = start_s - back_s <= 0 or not sought(container, stream, start_s - back_s)
             frames = frames_of(container, stream)
             first = next((frame for frame in frames if from_start or frame.key_frame), None)
             if first is not None and (from_start or pts_of(first) <= tick):
@@ -187,7 +215,7 @@ def ticks_of(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
     return [stream_start(stream) + int(np.floor(t * per_second + _TICK_TOLERANCE)) for t in times_s]
 
 
-def _sought(container: InputContainer, stream: VideoStream, time_s: float) -> bool:
+def sought(container: InputContainer, stream: VideoStream, time_s: float) -> bool:
     """Seek to the keyframe at or before a time; False where the container cannot seek (nothing is read yet)."""
     if container.format.name in _SEEKS_BADLY:
         return False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import center_crop
-from vjepa_scale.data.clips import decode_record
+from vjepa_scale.data.clips import ClipRef, decode_ref
 from vjepa_scale.data.loader import Prefetched
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 
@@ -51,7 +51,8 @@ def evaluation_clips(
     """(clips uint8 [n, 3, T, H, W], labels int64 [n]) for all records in order, n = batch (the last fewer).
 
     records: only these, in this order
-    The window is the middle of the video, the crop the centre. Labels as in ``labels_of``.
+    The window is the middle of the video, the crop the centre. Labels as in ``labels_of``. Nothing is ever shown
+    in another clip's place: raises UserError where one does not decode.
     """
     labels = labels_of(manifest, classes)
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
@@ -69,6 +70,7 @@ def _load_span(manifest: Manifest, frames: int, size: tuple[int, int], fps: floa
     clips = torch.empty(len(records), 3, frames, *size, dtype=torch.uint8)
     for row, record in zip(clips, records, strict=True):
         start_s = max(0.0, (float(manifest.column("duration")[record]) - frames / fps) / 2)
-        pictures = decode_record(manifest, manifest.folder.name, record, start_s=start_s, fps=fps, frames=frames)
+        ref = ClipRef(step=0, slot=record, dataset=manifest.folder.name, record=record, start_s=start_s)
+        pictures = decode_ref(manifest, ref, fps=fps, frames=frames)
         row.copy_(center_crop(pictures, size))
     return clips

@@ -1,11 +1,13 @@
 """Micro-batches for one rank and one phase, from any step on.
 
 A map-style data set whose index is (step, micro-batch), a list of indices that starts where the run starts,
-and PyTorch's DataLoader between them: workers prepare ahead, results come in order. Nothing has a state.
+and PyTorch's DataLoader between them: workers prepare ahead, results come in order. Nothing has a state, so
+workers that a clip has ended are replaced by new ones that start where the rank stands.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -13,12 +15,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.accidents import Accident, Known, Timed, clip_or_substitute
 from vjepa_scale.data.augment import random_crop
 from vjepa_scale.data.batch import MicroBatch, StepBatch
-from vjepa_scale.data.clips import clip_refs, decode_ref
+from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.processes import start_worker, worker_context
+from vjepa_scale.data.silence import Board, SilenceWatch
 from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.recipe.phases import accumulation
@@ -33,7 +37,10 @@ class PhaseLoader:
     manifests:               by data set name
     dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
     pin_memory:              for a copy to a GPU that does not block
-    Use it in a ``with``: its workers end with it. Raises UserError where a clip cannot be read or decoded.
+    known:                   accidents of the run's ledger: these clips are replaced, not tried
+    Use it in a ``with``: its workers end with it. A clip that does not decode, or not within
+    data.faults.decode_timeout_s, is replaced, and told in its MicroBatch's ``accidents``. Raises UserError where a
+    shard cannot be read, and where the replacements of a clip do not decode either.
     """
 
     def __init__(
@@ -47,26 +54,51 @@ class PhaseLoader:
         dp_world_size: int,
         first_step: int,
         pin_memory: bool = False,
+        known: Known | None = None,
     ) -> None:
         assert phase.first <= first_step < phase.end, f"step {first_step} is not in phase {phase.name}"
         self._per_step = accumulation(phase, dp_world_size=dp_world_size)
         mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
-        self._items = Prefetched(
-            partial(load_micro_batch, recipe, phase, order, dict(manifests)),
-            _Indices(range(first_step, phase.end), mine),
-            workers=recipe.data.workers,
-            prefetch=recipe.data.prefetch,
-            pin_memory=pin_memory,
-        )
+        self._recipe, self._pin_memory = recipe, pin_memory
+        self._indices = _Indices(range(first_step, phase.end), mine)
+        self._load = partial(load_micro_batch, recipe, phase, order, dict(manifests))
+        self._known = dict(known or {})
+        self._names = order.names
+        self._items: Prefetched[tuple[int, int], MicroBatch] | None = None
 
     def __iter__(self) -> Iterator[StepBatch]:
-        micro_batches = iter(self._items)
+        micro_batches = self._micro_batches()
         for first in micro_batches:
             yield [first, *(next(micro_batches) for _ in range(self._per_step - 1))]
 
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        given = 0
+        while given < len(self._indices):
+            self._items = self._from(given)
+            try:
+                for micro_batch in self._items:
+                    given += 1
+                    yield micro_batch
+            except ClipsLost as lost:
+                self._known |= lost.clips
+
+    def _from(self, given: int) -> "Prefetched[tuple[int, int], MicroBatch]":
+        data = self._recipe.data
+        board = Board(self._names, data.workers) if data.workers else None
+        return Prefetched(
+            partial(self._load, known=dict(self._known), timed=board),
+            list(islice(self._indices, given, None)) if given else self._indices,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin_memory=self._pin_memory,
+            board=board,
+            limit_s=data.faults.decode_timeout_s,
+        )
+
     def close(self) -> None:
         """End the workers."""
-        self._items.close()
+        if self._items is not None:
+            self._items.close()
 
     def __enter__(self) -> "PhaseLoader":
         return self
@@ -78,7 +110,14 @@ class PhaseLoader:
 
 
 def load_micro_batch(
-    recipe: Recipe, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], index: tuple[int, int]
+    recipe: Recipe,
+    phase: Phase,
+    order: DataOrder,
+    manifests: Mapping[str, Manifest],
+    index: tuple[int, int],
+    *,
+    known: Known,
+    timed: Timed | None = None,
 ) -> MicroBatch:
     """Micro-batch number m of a step, by index (step, m): decoded, cropped, with its masks."""
     step, number = index
@@ -86,20 +125,34 @@ def load_micro_batch(
     fps, frames = recipe.data.fps, phase.frames
     refs = clip_refs(order, manifests, step=step, slots=slots, seed=recipe.data.seed, fps=fps, frames=frames)
     clips = torch.empty(len(refs), 3, frames, *phase.size, dtype=torch.uint8)
+    accidents: list[Accident] = []
     for row, ref in zip(clips, refs, strict=True):
-        pictures = decode_ref(manifests[ref.dataset], ref, fps=fps, frames=frames)
+        pictures, met = clip_or_substitute(
+            manifests[ref.dataset], ref, seed=recipe.data.seed, fps=fps, frames=frames, known=known, timed=timed
+        )
+        accidents += met
         row.copy_(
             random_crop(pictures, phase.size, recipe.data.augment, seed=recipe.run.seed, step=step, slot=ref.slot)
         )
     grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
     masks = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=slots, grid=grid)
-    return MicroBatch(clips, masks, step, slots, tuple(ref.dataset for ref in refs))
+    return MicroBatch(clips, masks, step, slots, tuple(ref.dataset for ref in refs), tuple(accidents))
+
+
+class ClipsLost(Exception):
+    """Workers are gone because of some clips. clips: place -> (cause, detail)."""
+
+    def __init__(self, clips: Known) -> None:
+        self.clips = dict(clips)
+        super().__init__(", ".join(map(str, clips)))
 
 
 class Prefetched(Generic[Index, Item]):
     """``load(index)`` for every index, in order, prepared ahead by worker processes (0: in this one).
 
-    A UserError in a worker is raised here as itself, without the worker's traceback.
+    board:   what the workers decode; a worker that decodes one clip for longer than ``limit_s`` seconds is killed
+    A UserError in a worker is raised here as itself, without the worker's traceback. With a board, raises ClipsLost
+    where clips have ended workers; the other workers are ended too.
     """
 
     def __init__(
@@ -110,9 +163,13 @@ class Prefetched(Generic[Index, Item]):
         workers: int,
         prefetch: int,
         pin_memory: bool = False,
+        board: Board | None = None,
+        limit_s: float = float("inf"),
     ) -> None:
         assert isinstance(indices, Sized), "indices that can be iterated over again, with a length"
         self._iterator: Iterator[Any] | None = None
+        self._board, self._limit_s = board, limit_s
+        self._watch: SilenceWatch | None = None
         # One item of the DataLoader is one index: batching is ours.
         self._loader: DataLoader[Item | UserError] = DataLoader(
             _Items(load),
@@ -128,14 +185,28 @@ class Prefetched(Generic[Index, Item]):
         )
 
     def __iter__(self) -> Iterator[Item]:
-        self._iterator = iter(self._loader)
-        for item in self._iterator:
+        self._iterator = iterator = iter(self._loader)
+        if self._board is not None:
+            self._watch = SilenceWatch(self._board, list(iterator._workers), limit_s=self._limit_s)  # type: ignore[attr-defined]
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except Exception:  # of many kinds: the DataLoader's own, or of a connection to a worker that is gone
+                if lost := self._watch.lost() if self._watch is not None else None:
+                    self.close()
+                    raise ClipsLost(lost) from None
+                raise
             if isinstance(item, UserError):
                 self.close()
                 raise item
             yield item
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         # DataLoader has no close of its own; dropping its iterator only works once nothing else refers to it.
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:

@@ -44,6 +44,8 @@ class Shard:
 class Manifest:
     """An opened folder of shards. Small to pickle: another process opens the same folder."""
 
+    described: dict[str, dict[str, str]]  # dtype, file and checksum of each column
+
     def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
         self.folder = folder
         self.records: int = tree["records"]
@@ -51,16 +53,17 @@ class Manifest:
         self.identity: str = tree["identity"]
         self.source: dict[str, Any] = tree["source"]
         self.shards = [Shard(**shard) for shard in tree["shards"]]
-        self._columns: dict[str, dict[str, str]] = {column["name"]: column for column in tree["columns"]}
+        self.described = {column["name"]: column for column in tree["columns"]}
         self._mapped: dict[str, npt.NDArray[Any]] = {}
 
     def __reduce__(self) -> tuple:
         return _reopen, (self.folder,)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Manifest":
+    def open(cls, folder: str | Path, *, look: bool = True) -> "Manifest":
         """Open and check that every shard is there in its full length (contents are not read).
 
+        look: False leaves that out
         Raises UserError naming the folder or file, and what would work.
         """
         folder = Path(folder)
@@ -74,13 +77,15 @@ class Manifest:
         manifest = _reopen(folder)
         if manifest.records == 0:
             raise UserError("the manifest lists no records", where=folder / MANIFEST, fix=fix)
+        if not look:
+            return manifest
         for shard in manifest.shards:
             path = folder / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"the shard {found}, the manifest says {shard.bytes}", where=path, fix="copy it again")
-        for name in manifest._columns:
+        for name in manifest.described:
             if len(manifest.column(name)) != manifest.records:
                 raise UserError("the column's length is not the manifest's", where=manifest._column_path(name))
         return manifest
@@ -127,7 +132,7 @@ class Manifest:
         return data
 
     def _column_path(self, name: str) -> Path:
-        return self.folder / self._columns[name]["file"]
+        return self.folder / self.described[name]["file"]
 
 
 def _reopen(folder: Path) -> Manifest:

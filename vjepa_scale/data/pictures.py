@@ -15,10 +15,8 @@ from vjepa_scale.data.decode import (
     DecodeError,
     Media,
     decoding_from,
-    ffmpeg_errors,
-    is_image,
-    open_container,
     pts_of,
+    still_picture,
     ticks_of,
     timed_frames,
     upright_rgb,
@@ -70,11 +68,5 @@ def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterato
 
 def decode_image(data: Media) -> npt.NDArray[np.uint8] | None:
     """An image file's picture, uint8 RGB [H, W, 3], upright; None where it is something else. Raises DecodeError."""
-    with open_container(data) as container:
-        if not is_image(container) or not container.streams.video or container.format.name == "tty":
-            return None
-        with ffmpeg_errors("unreadable"):
-            picture = next(container.decode(video=0), None)
-        if picture is None:
-            raise DecodeError("zero length", "no frame decodes")
-        return upright_rgb(VideoReformatter(), picture)
+    picture = still_picture(data)
+    return None if picture is None else upright_rgb(VideoReformatter(), picture)

@@ -5,6 +5,7 @@ not go backwards, and a frame reached by seeking must be the frame that decoding
 malformed files decoders return garbage after a seek, with no error).
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,14 +17,17 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.decode import (
+    NOT_A_VIDEO,
     DecodeError,
     Media,
     ffmpeg_errors,
     open_video,
     pictures_at,
     pts_of,
+    still_picture,
     stream_start,
     time_base,
+    upright_rgb,
 )
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
@@ -45,35 +49,61 @@ class VideoFacts:
     height: int
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A video decoded in order. times_s: of every frame, from the stream's start; digests: 8 bytes of each picture."""
+
+    facts: VideoFacts
+    times_s: npt.NDArray[np.float64]
+    digests: list[bytes]
+
+
 def probe_video(data: Media) -> VideoFacts:
     """Decode a whole file. Raises DecodeError with the reason to reject it."""
+    return decode_whole(data).facts
+
+
+def decode_whole(data: Media, *, images: bool = False) -> Decoded:
+    """What ``probe_video`` looks at, frame by frame. Raises DecodeError.
+
+    images: an image is a clip without time: one frame (of which there is no digest), duration and fps 0
+    """
+    try:
+        return _decode_video(data)
+    except DecodeError as error:
+        still = still_picture(data, strict=True) if images and error.reason == NOT_A_VIDEO else None
+        if still is None:
+            raise
+    height, width, _ = upright_rgb(VideoReformatter(), still).shape
+    return Decoded(VideoFacts(duration=0.0, fps=0.0, frames=1, width=width, height=height), np.zeros(1), [])
+
+
+def _decode_video(data: Media) -> Decoded:
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
-        ticks, thumbs, facts = _decode_all(container, stream)
+        ticks, digests, facts = _decode_all(container, stream)
         start = stream_start(stream)
     for index in sorted({len(ticks) // 2, len(ticks) - 1} - {0}):
         # Half a tick later, so that the frame is on screen whatever the rounding.
         (found,) = pictures_at(data, [(ticks[index] - start + 0.5) * seconds])
-        if found.pts != ticks[index] or not np.array_equal(_thumbnail(VideoReformatter(), found), thumbs[index]):
+        if found.pts != ticks[index] or _digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
-    return facts
+    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests)
 
 
-def _decode_all(
-    container: InputContainer, stream: VideoStream
-) -> tuple[list[int], list[npt.NDArray[np.uint8]], VideoFacts]:
-    """Ticks and thumbnail of every frame, in order, and the facts."""
+def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[int], list[bytes], VideoFacts]:
+    """Ticks and digest of every frame, in order, and the facts."""
     seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
-    thumbs: list[npt.NDArray[np.uint8]] = []
+    digests: list[bytes] = []
     size, last = None, None
     for last in sound_frames(container, stream):
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
         size = (last.width, last.height)
         ticks.append(pts_of(last))
-        thumbs.append(_thumbnail(reformatter, last))
+        digests.append(_digest(reformatter, last))
         turned = round(last.rotation / 90) % 2
     if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
@@ -84,15 +114,16 @@ def _decode_all(
     spread = (ticks[-1] - ticks[0]) * seconds
     fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
     width, height = size[::-1] if turned else size
-    return ticks, thumbs, VideoFacts(end_s, fps, len(ticks), width, height)
+    return ticks, digests, VideoFacts(end_s, fps, len(ticks), width, height)
 
 
-def _thumbnail(reformatter: VideoReformatter, frame: VideoFrame) -> npt.NDArray[np.uint8]:
+def _digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
+    """Of a frame's thumbnail: hours of video must not be held as pictures."""
     with ffmpeg_errors("pixels that cannot be converted"):
         small = reformatter.reformat(
             frame, width=_THUMB, height=_THUMB, format="gray8", interpolation="POINT", threads=1
         )
-        return np.asarray(small.to_ndarray(), np.uint8)
+        return hashlib.blake2b(small.to_ndarray().tobytes(), digest_size=8).digest()
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

@@ -1,7 +1,8 @@
-"""A folder of videos -> WebDataset shards with a manifest. Three steps, so that each can be scaled alone:
+"""Videos and images -> WebDataset shards with a manifest. Three steps, so that each can be scaled alone:
 
-    probe   (workers)      every file is decoded whole: facts, or a reason to reject it
-    plan    (one process)  records are shuffled by the seed and dealt to shards; written to OUT/.plan.json
+    probe   (workers)      every file is decoded whole: facts, or a reason to reject it; long videos are cut
+    plan    (one process)  duplicates are rejected; records are shuffled by the seed and dealt to shards;
+                           written to OUT/.plan.json
     write   (workers)      each shard under a temporary name, then renamed; the manifest last
 
 A shard is a pure function of the plan, so a run that was killed goes on with the shards that are missing.
@@ -11,7 +12,6 @@ One bad file never stops the run and is never dropped silently: it goes to rejec
 import hashlib
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,12 +25,17 @@ from webdataset import TarWriter
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_dir, read_json, sha256_file, write_atomic, write_json
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.decode import DecodeError
-from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard, write_manifest
-from vjepa_scale.data.probe import VideoFacts, probe_video
+from vjepa_scale.data.cut import Cut, checked_cut, copy_cut, plan_cuts
+from vjepa_scale.data.decode import NOT_A_VIDEO, DecodeError
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
+from vjepa_scale.data.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.processes import Crashed, map_in_workers
+from vjepa_scale.data.sources import Source, find_sources, folder_source
+from vjepa_scale.data.summary import Summary, summarize
+from vjepa_scale.data.tars import Sample, list_tar
 
 PLAN = ".plan.json"
+PLAN_VERSION = 2
 
 # Told (what is being done, how much is done, of how much).
 Progress = Callable[[str, int, int], None]
@@ -38,11 +43,20 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video."""
+    """What is made of the sources.
+
+    shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video
+    images:        pictures are records too, as clips that stand still
+    segment_s:     longer videos are cut into clips of up to this many seconds (see cut.py)
+    min_s:         shorter clips are rejected
+    """
 
     seed: int = 0
     shard_records: int | None = None
     shard_mb: int = 256
+    images: bool = False
+    segment_s: float | None = None
+    min_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,18 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Record:
-    """One clip of the plan. path: relative to VIDEOS; size: bytes; label: the folder it is in, if any."""
+    """One clip of the plan.
+
+    path: relative to the sources' folder, or absolute; size, sha256: of the record's bytes; cut: where it is a part
+    """
 
     path: str
     size: int
     label: str | None
     facts: VideoFacts
+    sha256: str
+    cut: Cut | None = None
+    metadata: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,68 +93,53 @@ class Plan:
     rejected: list[Rejected]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What was made. existed: the finished data set was there already, and nothing was done."""
-
-    clips: int
-    shards: int
-    hours: float
-    bytes: int
-    rejected: dict[str, int]
-    existed: bool = False
-
-
 def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, progress: Progress) -> Summary:
     """Make the data set, or finish it, or find it finished.
 
+    videos: a folder, or a list (see sources.py)
     Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
     holds something else.
     """
-    sources = list_sources(videos, out)
-    source = describe_source(videos, sources, settings)
-    if _held(out, source) == MANIFEST:
-        return _summary(out, existed=True)
-    if (out / PLAN).exists():
+    root, sources = find_sources(videos, out)
+    source = describe_source(root, sources, settings)
+    held = _held(out, source)
+    if held == MANIFEST:
+        _tidy(out)
+        return summarize(out, existed=True)
+    if held == PLAN:
         plan = _load_plan(out / PLAN)
     else:
-        usable, rejected = probe_sources(videos, sources, workers=workers, progress=progress)
+        usable, rejected = probe_sources(root, sources, settings, workers=workers, progress=progress)
         if not usable:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in rejected).most_common())
-            raise UserError(f"none of {len(rejected)} files can be used: {reasons}", where=videos)
-        plan = plan_shards(usable, rejected, source, settings)
+            counts = Counter(r.reason for r in rejected)
+            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
+            fix = "--images takes pictures as clips that stand still" if counts[NOT_A_VIDEO] else None
+            raise UserError(f"none of {len(rejected)} files can be used: {reasons}", where=videos, fix=fix)
+        plan = plan_shards(*without_duplicates(usable, rejected), source, settings)
         _save_plan(out / PLAN, plan)
-    write_shards(videos, out, plan, workers=workers, progress=progress)
-    return _summary(out)
+    write_shards(root, out, plan, workers=workers, progress=progress)
+    _tidy(out)
+    return summarize(out)
 
 
-def list_sources(videos: Path, out: Path) -> list[str]:
-    """All files under a folder, relative to it, sorted. Links are followed, each folder once."""
-    if not videos.is_dir():
-        raise UserError("no such folder", where=videos, fix="give a folder of video files")
-    if out.resolve().is_relative_to(videos.resolve()):
-        raise UserError("OUT lies inside VIDEOS", where=out, fix="give a folder elsewhere")
-    found, seen = [], set()
-    for folder, below, names in os.walk(videos, followlinks=True):
-        below.sort()  # which of two ways to a folder comes first must not depend on the file system
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        found += [os.path.relpath(os.path.join(folder, name), videos) for name in names]
-    if not found:
-        raise UserError("no files in this folder or below it", where=videos, fix="give a folder of video files")
-    return sorted(found)
-
-
-def describe_source(videos: Path, sources: Sequence[str], settings: Settings) -> dict[str, Any]:
+def describe_source(root: Path, sources: Sequence[Source], settings: Settings) -> dict[str, Any]:
     """What identifies a data set before it is made: names and sizes of the files, and the settings."""
     listing = hashlib.sha256()
-    for path in sources:
-        size = os.path.getsize(videos / path) if os.path.exists(videos / path) else -1
-        listing.update(f"{path!r} {size}\n".encode())
-    return {"files": len(sources), "listing": listing.hexdigest(), **asdict(settings)}
+    for source in sources:
+        path = root / source.path
+        size = os.path.getsize(path) if os.path.exists(path) else -1
+        asked = repr(source.path) if source == folder_source(source.path) else repr(source)
+        listing.update(f"{asked} {size}\n".encode())
+    plain = asdict(Settings())
+    always = ("seed", "shard_records", "shard_mb")  # the others: so that data sets made before they existed are known
+    chosen = {key: value for key, value in asdict(settings).items() if key in always or value != plain[key]}
+    return {"files": len(sources), "listing": listing.hexdigest(), **chosen}
+
+
+def _tidy(out: Path) -> None:
+    """Remove what kills have left: the plan of a finished data set, and files under temporary names."""
+    for left in (out / PLAN, *out.glob(".*.tmp"), *(out / "columns").glob(".*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 def _held(out: Path, source: dict[str, Any]) -> str | None:
@@ -146,7 +151,7 @@ def _held(out: Path, source: dict[str, Any]) -> str | None:
             tree = read_json(out / name)
             if not isinstance(tree, dict) or tree.get("source") != source:
                 raise UserError(
-                    "OUT holds a data set of other videos, seed or shard size",
+                    "OUT holds a data set of other videos, seed or shard size, or made otherwise",
                     where=out / name,
                     fix="give another folder, or remove this one",
                 )
@@ -167,35 +172,76 @@ def _held(out: Path, source: dict[str, Any]) -> str | None:
 
 
 def probe_sources(
-    videos: Path, sources: Sequence[str], *, workers: int, progress: Progress
+    root: Path, sources: Sequence[Source], settings: Settings, *, workers: int, progress: Progress
 ) -> tuple[list[Record], list[Rejected]]:
     """Decode every file. Returns the usable and the rejected, each in the order of ``sources``."""
-    verdicts: list[Record | Rejected | None] = [None] * len(sources)
-    tasks = [(str(videos), path) for path in sources]
-    for done, (index, verdict) in enumerate(map_in_workers(_probe, tasks, workers=workers), start=1):
-        if isinstance(verdict, Crashed):
-            verdict = Rejected(sources[index], "crashes the decoder")
-        verdicts[index] = verdict
+    verdicts: list[list[Record | Rejected]] = [[] for _ in sources]
+    tasks = [(str(root), source, settings) for source in sources]
+    for done, (index, found) in enumerate(map_in_workers(_probe, tasks, workers=workers), start=1):
+        if isinstance(found, Crashed):
+            found = [Rejected(sources[index].path, "crashes the decoder")]
+        verdicts[index] = found
         progress("probing", done, len(sources))
-    return [v for v in verdicts if isinstance(v, Record)], [v for v in verdicts if isinstance(v, Rejected)]
+    flat = [verdict for found in verdicts for verdict in found]
+    return [v for v in flat if isinstance(v, Record)], [v for v in flat if isinstance(v, Rejected)]
 
 
-def _probe(task: tuple[str, str]) -> Record | Rejected:
-    videos, path = task
-    if not (Path(videos) / path).is_file():  # a pipe would never end
-        return Rejected(path, "unreadable", "not a file")
+def _probe(task: tuple[str, Source, Settings]) -> list[Record | Rejected]:
+    """What becomes of one source: a record, or several where it is cut; or why not."""
+    root, source, settings = task
+    path = Path(root) / source.path
+    if not path.is_file():  # a pipe would never end
+        broken = "a broken link" if path.is_symlink() else "not a file" if path.exists() else "no such file"
+        return [Rejected(source.path, "unreadable", broken)]
     try:
-        data = (Path(videos) / path).read_bytes()
-        facts = probe_video(data)
+        decoded = decode_whole(path, images=settings.images)
+        whole = (source.start_s, source.end_s, settings.segment_s) == (None, None, None)
+        still = decoded.facts.duration == 0
+        cuts = None
+        if not (whole or still):
+            cuts = plan_cuts(path, decoded, start_s=source.start_s, end_s=source.end_s, segment_s=settings.segment_s)
+        if cuts is not None:
+            return [_probe_cut(path, source, settings, decoded, cut) for cut in cuts]
+        if not still and (short := _too_short(source.path, decoded.facts, settings)):
+            return [short]
+        digest, size = sha256_file(path), path.stat().st_size
+        return [Record(source.path, size, source.label, decoded.facts, digest, None, source.metadata)]
     except OSError as error:
-        return Rejected(path, "unreadable", str(error.strerror))
+        return [Rejected(source.path, "unreadable", str(error.strerror))]
     except DecodeError as error:
-        return Rejected(path, error.reason, error.detail)
-    parent = Path(path).parent.as_posix()
-    return Record(path, len(data), None if parent == "." else parent, facts)
+        return [Rejected(source.path, error.reason, error.detail)]
+
+
+def _probe_cut(path: Path, source: Source, settings: Settings, decoded: Decoded, cut: Cut) -> Record | Rejected:
+    try:
+        data, facts = checked_cut(path, decoded, cut)
+    except DecodeError as error:
+        part = f"from {cut.start_s:.3f} to {cut.end_s:.3f} s"
+        return Rejected(source.path, error.reason, f"{part}: {error.detail}" if error.detail else part)
+    digest = hashlib.sha256(data).hexdigest()
+    short = _too_short(source.path, facts, settings, start_s=cut.start_s)
+    return short or Record(source.path, len(data), source.label, facts, digest, cut, source.metadata)
+
+
+def _too_short(path: str, facts: VideoFacts, settings: Settings, start_s: float | None = None) -> Rejected | None:
+    if facts.duration >= settings.min_s:
+        return None
+    part = "" if start_s is None else f", from {start_s:.3f} s on"
+    return Rejected(path, "too short", f"{facts.duration:.3f} s{part}")
 
 
 # -- plan ------------------------------------------------------------------------------------------
+
+
+def without_duplicates(usable: Sequence[Record], rejected: Sequence[Rejected]) -> tuple[list[Record], list[Rejected]]:
+    """Of records with the same bytes the first is kept; the others join the rejected."""
+    first: dict[str, Record] = {}
+    copies = []
+    for record in usable:
+        if first.setdefault(record.sha256, record) is not record:
+            part = "" if record.cut is None else f", from {record.cut.start_s:.3f} s on"
+            copies.append(Rejected(record.path, "duplicate", f"of {first[record.sha256].path}{part}"))
+    return list(first.values()), [*rejected, *copies]
 
 
 def plan_shards(
@@ -219,13 +265,25 @@ def plan_shards(
 
 
 def _save_plan(path: Path, plan: Plan) -> None:
-    write_json(path, asdict(plan))
+    write_json(path, {"version": PLAN_VERSION, **asdict(plan)})
 
 
 def _load_plan(path: Path) -> Plan:
     tree = read_json(path)
-    shards = [[Record(**{**r, "facts": VideoFacts(**r["facts"])}) for r in shard] for shard in tree["shards"]]
-    return Plan(tree["source"], shards, [Rejected(**r) for r in tree["rejected"]])
+    if tree.get("version") != PLAN_VERSION:
+        raise UserError(
+            "begun by another version of make_shards", where=path, fix="remove this folder, or give another"
+        )
+    return Plan(
+        tree["source"],
+        [[_record(r) for r in shard] for shard in tree["shards"]],
+        [Rejected(**r) for r in tree["rejected"]],
+    )
+
+
+def _record(tree: dict[str, Any]) -> Record:
+    cut = None if tree["cut"] is None else Cut(**tree["cut"])
+    return Record(**{**tree, "facts": VideoFacts(**tree["facts"]), "cut": cut})
 
 
 # -- write -----------------------------------------------------------------------------------------
@@ -254,31 +312,32 @@ def write_shards(videos: Path, out: Path, plan: Plan, *, workers: int, progress:
     rows = "".join(json.dumps(asdict(r)) + "\n" for r in plan.rejected)
     write_atomic(out / REJECTED, rows)
     records = [record for shard in plan.shards for record in shard]
-    classes = sorted({record.label for record in records if record.label is not None})
-    write_manifest(
-        out,
-        shards=[written[i][0] for i in range(len(tasks))],
-        classes=classes,
-        columns=_columns(records, classes, np.concatenate([written[i][1] for i in range(len(tasks))])),
-        source=plan.source,
+    classes, columns = record_columns(
+        [_key(i) for i in range(len(records))],
+        np.concatenate([written[i][1] for i in range(len(tasks))]),
+        [record.facts for record in records],
+        [record.label for record in records],
     )
+    shards = [written[i][0] for i in range(len(tasks))]
+    write_manifest(out, shards=shards, classes=classes, columns=columns, source=plan.source)
     (out / PLAN).unlink()
 
 
-def _columns(
-    records: Sequence[Record], classes: Sequence[str], places: npt.NDArray[np.int64]
-) -> dict[str, npt.NDArray[Any]]:
+def record_columns(
+    keys: Sequence[str], places: npt.NDArray[np.int64], facts: Sequence[VideoFacts], labels: Sequence[str | None]
+) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
+    """The classes, and the manifest's columns (see manifest.py). places: int64 [records, 4], as _PLACES."""
+    classes = sorted({label for label in labels if label is not None})
     number = {name: i for i, name in enumerate(classes)}
-    facts = [record.facts for record in records]
-    return {
-        "key": np.array([_key(i) for i in range(len(records))], "S"),
+    return classes, {
+        "key": np.array([key.encode() for key in keys], "S"),
         **{name: places[:, i] for i, name in enumerate(_PLACES)},
         "duration": np.array([f.duration for f in facts], np.float64),
         "fps": np.array([f.fps for f in facts], np.float64),
         "frames": np.array([f.frames for f in facts], np.int64),
         "width": np.array([f.width for f in facts], np.int32),
         "height": np.array([f.height for f in facts], np.int32),
-        "label": np.array([-1 if r.label is None else number[r.label] for r in records], np.int64),
+        "label": np.array([-1 if label is None else number[label] for label in labels], np.int64),
     }
 
 
@@ -305,52 +364,41 @@ def _write_shard(task: _ShardTask) -> tuple[Shard, npt.NDArray[np.int64]]:
             fsync_dir(path.parent)
         except OSError as error:
             raise UserError(f"cannot write the shard: {error.strerror}", where=path) from None
-    places = _index_shard(path)
-    expected = [_key(task.first + i) for i in range(len(task.records))]
-    if list(places) != expected:
+    samples = list_tar(path).samples
+    if [sample.key for sample in samples] != [_key(task.first + i) for i in range(len(task.records))]:
         raise UserError("this shard is not of this data set", where=path, fix="remove it, or give another OUT")
-    shard = Shard(path.name, len(places), path.stat().st_size, sha256_file(path))
-    return shard, np.array(list(places.values()), np.int64)
+    shard = Shard(path.name, len(samples), path.stat().st_size, sha256_file(path))
+    return shard, np.array([_place(sample) for sample in samples], np.int64)
 
 
-def _sample(videos: Path, index: int, record: Record) -> dict[str, Any]:
-    source = videos / record.path
+def _place(sample: Sample) -> list[int]:
+    """Offset and size of video and JSON, as _PLACES."""
+    (video,) = (member for extension, member in sample.members.items() if extension != "json")
+    known = sample.members["json"]
+    return [video.offset, video.size, known.offset, known.size]
+
+
+def _sample(root: Path, index: int, record: Record) -> dict[str, Any]:
+    source = root / record.path
+    changed = UserError("the file has changed since it was probed", where=source, fix="remove OUT and run again")
     try:
-        data = source.read_bytes()
+        data = source.read_bytes() if record.cut is None else copy_cut(source, record.cut)
     except OSError as error:
         raise UserError(f"cannot be read any more: {error.strerror}", where=source, fix="restore it") from None
-    if len(data) != record.size:
-        raise UserError("the file has changed since it was probed", where=source, fix="remove OUT and run again")
+    except DecodeError:
+        raise changed from None
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise changed
     known = {"path": record.path, "label": record.label, **asdict(record.facts)}
-    return {"__key__": _key(index), _extension(record.path): data, "json": json.dumps(known).encode()}
+    if record.cut is not None:
+        known |= {"start": record.cut.start_s, "end": record.cut.end_s}
+    if record.metadata is not None:
+        known["metadata"] = record.metadata
+    extension = _extension(record.path) if record.cut is None else record.cut.extension
+    return {"__key__": _key(index), extension: data, "json": json.dumps(known).encode()}
 
 
 def _extension(path: str) -> str:
     """The member's extension: the file's own, unless WebDataset would read it in another way."""
     suffix = Path(path).suffix[1:].lower()
     return suffix if suffix.isalnum() and suffix.isascii() and suffix != "json" else "video"
-
-
-def _index_shard(path: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Offset and size of each record's video and JSON in a tar, by key, in order."""
-    places: dict[str, dict[str, int]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, extension = member.name.split(".", 1)
-            role = "json" if extension == "json" else "video"
-            places.setdefault(key, {}).update({f"{role}.offset": member.offset_data, f"{role}.size": member.size})
-    return {key: tuple(found[name] for name in _PLACES) for key, found in places.items()}  # type: ignore[misc]
-
-
-def _summary(out: Path, existed: bool = False) -> Summary:
-    manifest = Manifest.open(out)
-    with open(out / REJECTED) as file:
-        rejected = Counter(json.loads(line)["reason"] for line in file)
-    return Summary(
-        clips=manifest.records,
-        shards=len(manifest.shards),
-        hours=float(manifest.column("duration").sum()) / 3600,
-        bytes=sum(shard.bytes for shard in manifest.shards),
-        rejected=dict(rejected.most_common()),
-        existed=existed,
-    )

@@ -31,7 +31,9 @@ from vjepa_scale.data.decode import DecodeError, Media
 from vjepa_scale.data.loader import Prefetched
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.data.pictures import picture_count, stream_pictures
-from vjepa_scale.data.shards import Rejected, list_sources, probe_sources
+from vjepa_scale.data.shards import Rejected, probe_sources
+from vjepa_scale.data.shards import Settings as ShardSettings
+from vjepa_scale.data.sources import folder_source, list_sources
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import cropped
 from vjepa_scale.inference.model import Model
@@ -104,8 +106,10 @@ class _Folder:
 
     def usable(self, numbers: range, workers: int) -> tuple[list[_Video], list[Rejected]]:
         """Those make_shards would take, and why it would not take the others."""
-        paths = [self._paths[n] for n in numbers]
-        records, rejected = probe_sources(self._folder, paths, workers=workers, progress=lambda *_: None)
+        sources = [folder_source(self._paths[n]) for n in numbers]
+        records, rejected = probe_sources(
+            self._folder, sources, ShardSettings(), workers=workers, progress=lambda *_: None
+        )
         return [_Video(r.path, r.facts.duration, {"source": r.path, "label": r.label}) for r in records], rejected
 
     def media(self, video: _Video) -> Media:

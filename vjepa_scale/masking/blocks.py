@@ -7,16 +7,16 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws, key64, words
-from vjepa_scale.recipe.schema import MaskGeneratorConfig
+from vjepa_scale.masking.subset import Mask
+from vjepa_scale.recipe.schema import BlockMasksConfig
 
 Grid = tuple[int, int, int]
-Mask = npt.NDArray[np.bool_]
 
 REDRAWS = 256
 
 
 def block_size(
-    generator: MaskGeneratorConfig, grid: Grid, *, temporal: float, spatial: float, aspect: float
+    generator: BlockMasksConfig, grid: Grid, *, temporal: float, spatial: float, aspect: float
 ) -> tuple[int, int, int]:
     """Tokens (tb, hb, wb) of one block, each between 1 and the grid's.
 
@@ -40,7 +40,7 @@ def block_size(
 
 
 def drawn_block_size(
-    generator: MaskGeneratorConfig, grid: Grid, *, seed: int, step: int, number: int
+    generator: BlockMasksConfig, grid: Grid, *, seed: int, step: int, number: int
 ) -> tuple[int, int, int]:
     """The block size that every clip of a step shares, on all ranks."""
     temporal, spatial, aspect = Draws(seed, "mask.size", step, number).uniforms(3).tolist()
@@ -48,7 +48,7 @@ def drawn_block_size(
 
 
 def union_of_blocks(
-    generator: MaskGeneratorConfig,
+    generator: BlockMasksConfig,
     grid: Grid,
     size: tuple[int, int, int],
     *,
@@ -81,7 +81,7 @@ def union_of_blocks(
 
 
 def _placed(
-    generator: MaskGeneratorConfig, grid: Grid, size: tuple[int, int, int], key: int, slots: npt.NDArray[np.int64]
+    generator: BlockMasksConfig, grid: Grid, size: tuple[int, int, int], key: int, slots: npt.NDArray[np.int64]
 ) -> Mask:
     """One draw of places for some slots: bool [slots, t, h, w], True inside a block or after the last context frame."""
     per_slot = 3 * generator.blocks

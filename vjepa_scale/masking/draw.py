@@ -3,6 +3,7 @@
 The method wants lists of equal length in a batch, and the shortest list gets shorter as clips are added.
 So the global batch is cut into mask groups of consecutive slots, and every list is cut to the minimum of
 its own group: lengths depend neither on the micro-batch nor on the number of ranks (method.md 4).
+Masks of whole time steps have equal lengths to begin with.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.keyed import key64, mix64, words
-from vjepa_scale.masking.blocks import Grid, Mask, block_size, drawn_block_size, union_of_blocks
-from vjepa_scale.recipe.schema import MaskGeneratorConfig, MasksConfig
+from vjepa_scale.masking.blocks import Grid, block_size, drawn_block_size, union_of_blocks
+from vjepa_scale.masking.frames import check_frames, frame_masks
+from vjepa_scale.masking.subset import Mask, Ranks, random_ranks, subset
+from vjepa_scale.recipe.schema import BlockMasksConfig, MasksConfig
 
 
 @dataclass(frozen=True)
@@ -42,46 +44,60 @@ def draw_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Gr
     step:  the global step
     slots: of the step's global batch, all inside one group of ``cfg.group``
     grid:  tokens (t, h, w) of a clip
-    Raises UserError naming ``masks.generators.N`` where blocks leave no context on this grid.
+    Raises UserError naming ``masks.generators.N`` where no context or target is left on this grid.
     """
     first = slots.start // cfg.group * cfg.group
     assert first <= slots.start < slots.stop <= first + cfg.group, (
         f"{slots} is not inside one mask group of {cfg.group}"
     )
-    group, rows = range(first, first + cfg.group), slice(slots.start - first, slots.stop - first)
+    group = range(first, first + cfg.group)
     pairs = []
     for number, generator in enumerate(cfg.generators):
-        size = drawn_block_size(generator, grid, seed=seed, step=step, number=number)
-        target_BN = union_of_blocks(generator, grid, size, seed=seed, step=step, number=number, slots=group)
-        target_BN = target_BN.reshape(cfg.group, -1)
-        order_BN = None
-        if cfg.truncate == "random":
-            order_BN = _token_order(seed, step, number, slots, target_BN.shape[1])
-        context, target = _truncated(generator, target_BN, rows, order_BN)
+        if isinstance(generator, BlockMasksConfig):
+            context, target = _block_masks(
+                generator, cfg.truncate, grid, seed=seed, step=step, number=number, slots=slots, group=group
+            )
+        else:
+            context, target = frame_masks(generator, grid, seed=seed, step=step, number=number, slots=slots)
         pairs.append(MaskPair(_indices(context), _indices(target)))
     return tuple(pairs)
 
 
 def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
-    """Refuse, before the first step, generators whose blocks can come out too large for a grid.
+    """Refuse, before the first step, generators that can leave no context or no target on a grid.
 
-    Tries the largest blocks at seventeen aspect ratios over the configured range.
+    Of blocks, tries the largest at seventeen aspect ratios over the configured range.
     """
     for number, generator in enumerate(cfg.generators):
+        if not isinstance(generator, BlockMasksConfig):
+            check_frames(generator, grid, number=number)
+            continue
         for i in range(17):
             size = block_size(generator, grid, temporal=1.0, spatial=1.0, aspect=i / 16)
             union_of_blocks(generator, grid, size, seed=0, step=i, number=number, slots=range(cfg.group))
 
 
-def _token_order(seed: int, step: int, number: int, slots: range, tokens: int) -> np.ndarray:
-    """A random 64-bit rank for every token of every slot: uint64 [slots, tokens]."""
-    row_keys = words(key64(seed, "mask.subset", step, number), len(slots), slots.start)
-    return mix64(row_keys[:, None] ^ np.arange(tokens, dtype=np.uint64))
-
-
-def _truncated(
-    generator: MaskGeneratorConfig, target_BN: Mask, rows: slice, order_BN: np.ndarray | None
+def _block_masks(
+    generator: BlockMasksConfig,
+    truncate: str,
+    grid: Grid,
+    *,
+    seed: int,
+    step: int,
+    number: int,
+    slots: range,
+    group: range,
 ) -> tuple[Mask, Mask]:
+    """Context and target tokens of each slot, with the lengths of its group: bool [slots, t·h·w] each."""
+    size = drawn_block_size(generator, grid, seed=seed, step=step, number=number)
+    target_BN = union_of_blocks(generator, grid, size, seed=seed, step=step, number=number, slots=group)
+    target_BN = target_BN.reshape(len(group), -1)
+    rows = slice(slots.start - group.start, slots.stop - group.start)
+    ranks_BN = random_ranks(seed, step, number, slots, target_BN.shape[1]) if truncate == "random" else None
+    return _truncated(generator, target_BN, rows, ranks_BN)
+
+
+def _truncated(generator: BlockMasksConfig, target_BN: Mask, rows: slice, ranks_BN: Ranks | None) -> tuple[Mask, Mask]:
     """Context and target of the wanted rows, with the lengths of the whole group.
 
     max_keep bounds the context before a complement is taken; ``invert`` swaps last (both as published).
@@ -95,22 +111,14 @@ def _truncated(
     target = target_BN[rows]
     context = ~target
     if not generator.pred_full_complement or generator.full_complement:
-        context = _subset(context, keep_context, order_BN)
+        context = subset(context, keep_context, ranks_BN)
     if generator.full_complement:
         target = ~context
     else:
-        target = _subset(target, keep_target, order_BN)
+        target = subset(target, keep_target, ranks_BN)
         if generator.pred_full_complement:
             context = ~target
     return (target, context) if generator.invert else (context, target)
-
-
-def _subset(mask_BN: Mask, keep: int, order_BN: np.ndarray | None) -> Mask:
-    """Each row with ``keep`` of its True tokens: those of lowest rank, or the earliest where there is no order."""
-    if order_BN is None:
-        return mask_BN & (np.cumsum(mask_BN, axis=1, dtype=np.int32) <= keep)
-    ranked_BN = np.where(mask_BN, order_BN, np.uint64(0xFFFFFFFFFFFFFFFF))
-    return mask_BN & (ranked_BN <= np.partition(ranked_BN, keep - 1, axis=1)[:, keep - 1 : keep])
 
 
 def _indices(mask_BN: Mask) -> Tensor:

@@ -77,6 +77,14 @@ def from_rank_0(value: T) -> T:
     return holder[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank. Slow: not for every step."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -33,10 +33,10 @@ def reference() -> str:
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
-        inner, suffix = _section(field.annotation)
-        if inner is not None:
-            yield from _rows(inner, f"{prefix}{name}{suffix}.")
-        else:
+        inner = _sections(field.annotation)
+        for one, suffix in inner:
+            yield from _rows(one, f"{prefix}{name}{suffix}.")
+        if not inner:
             yield f"{prefix}{name}", _default(field), field.description or ""
 
 
@@ -46,16 +46,13 @@ def _default(field: FieldInfo) -> str:
     return "" if field.default is None else f"`{field.default}`"
 
 
-def _section(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section inside an annotation, and what stands between the key and its fields: .NAME or .N."""
+def _sections(annotation: Any) -> list[tuple[type[BaseModel], str]]:
+    """The sections inside an annotation, and what stands between the key and their fields: .NAME or .N."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, ""
-    for inner in get_args(annotation):
-        found, suffix = _section(inner)
-        if found is not None:
-            kind = getattr(annotation, "__origin__", None)
-            return found, (".NAME" if kind is dict else ".N" if kind is tuple else "") + suffix
-    return None, ""
+        return [(annotation, "")]
+    kind = getattr(annotation, "__origin__", None)
+    here = ".NAME" if kind is dict else ".N" if kind is tuple else ""
+    return [(found, here + suffix) for inner in get_args(annotation) for found, suffix in _sections(inner)]
 
 
 if __name__ == "__main__":

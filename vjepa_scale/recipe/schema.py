@@ -109,6 +109,22 @@ class AugmentConfig(Section):
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
 
 
+class FaultsConfig(Section):
+    """Clips that do not decode in training (docs/loader.md)."""
+
+    max_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.001,
+        description="share of the clips of a window that may be replaced because they do not decode; above it the "
+        "run stops; 0: the first one stops it",
+    )
+    window: PositiveInt = Field(100, description="steps over which max_rate is judged")
+    decode_timeout_s: Positive = Field(
+        30.0,
+        description="a clip that decodes for longer than this is replaced (its worker is killed; not with "
+        "data.workers 0); less than engine.timeout_s",
+    )
+
+
 class DataConfig(Section):
     sets: dict[str, DataSetConfig] = Field(min_length=1)
     seed: int = Field(0, description="key of the order of the data and of clip windows")
@@ -119,6 +135,7 @@ class DataConfig(Section):
     )
     prefetch: PositiveInt = Field(2, description="micro-batches each worker prepares ahead")
     augment: AugmentConfig = AugmentConfig()
+    faults: FaultsConfig = FaultsConfig()
 
 
 # -- model -----------------------------------------------------------------------------------------
@@ -248,9 +265,15 @@ class ModelConfig(Section):
 # -- masks, loss, optimiser ------------------------------------------------------------------------
 
 
-class MaskGeneratorConfig(Section):
+class BlockMasksConfig(Section):
     """Multi-block masking (docs/method.md 4): targets are the union of blocks, context is the rest."""
 
+    kind: Literal["blocks"] = Field(
+        "blocks",
+        description="blocks: blocks of tokens are predicted. Or whole time steps (of model.tubelet frames): future: "
+        "the rest of the clip from its first part; frame_dropout: steps anywhere from the others; multi_rate: the "
+        "steps 1, 2, 4 … after the first part from it. A kind has the keys that name it below, blocks all others",
+    )
     blocks: PositiveInt = Field(description="how many blocks; targets are their union")
     spatial_scale: ShareRange = Field(description="share of the h×w grid that one block covers")
     temporal_scale: ShareRange = Field((1.0, 1.0), description="share of time that one block covers")
@@ -262,17 +285,88 @@ class MaskGeneratorConfig(Section):
     invert: bool = Field(False, description="swap context and targets")
 
     @model_validator(mode="after")
-    def _one_complement(self) -> "MaskGeneratorConfig":
+    def _one_complement(self) -> "BlockMasksConfig":
         if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
             raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
         return self
 
 
+_CONTEXT_SHARE = Field(
+    (0.5, 0.5),
+    description="future, multi_rate: share of time that is context, from the start; of a range, drawn per step",
+)
+
+
+class FutureMasksConfig(Section):
+    """The first part of a clip predicts the rest."""
+
+    kind: Literal["future"]
+    context_share: ShareRange = _CONTEXT_SHARE
+
+
+class FrameDropoutMasksConfig(Section):
+    """Whole time steps, drawn per clip, are predicted from the others."""
+
+    kind: Literal["frame_dropout"]
+    dropped_share: ShareRange = Field(
+        (0.5, 0.5), description="frame_dropout: share of time that is predicted; of a range, drawn per step"
+    )
+
+
+class MultiRateMasksConfig(Section):
+    """The first part of a clip predicts single time steps at several distances after it."""
+
+    kind: Literal["multi_rate"]
+    context_share: ShareRange = _CONTEXT_SHARE
+    steps_ahead: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4),
+        min_length=1,
+        description="multi_rate: the time steps that are predicted, counted from the last one of the context",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "MultiRateMasksConfig":
+        if list(self.steps_ahead) != sorted(set(self.steps_ahead)):
+            raise ValueError(f"steps_ahead must go up, not {list(self.steps_ahead)}")
+        return self
+
+
+FrameMasksConfig = FutureMasksConfig | FrameDropoutMasksConfig | MultiRateMasksConfig
+
+_MASK_KINDS: dict[str, type[Section]] = {
+    "blocks": BlockMasksConfig,
+    "future": FutureMasksConfig,
+    "frame_dropout": FrameDropoutMasksConfig,
+    "multi_rate": MultiRateMasksConfig,
+}
+
+
+def _of_its_kind(value: Any) -> Any:
+    """A generator as its kind's section. (A tagged union of pydantic's would put the kind into every error's key.)"""
+    if isinstance(value, Section):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"a mask generator is a section of keys, not {value!r}")
+    kind = value.get("kind", "blocks")
+    if not isinstance(kind, str) or kind not in _MASK_KINDS:
+        raise ValueError(f"no kind of masks {kind!r}; there are {', '.join(_MASK_KINDS)}")
+    known = list(_MASK_KINDS[kind].model_fields)
+    for key in value:
+        if key not in known:
+            others = [other for other, section in _MASK_KINDS.items() if key in section.model_fields]
+            where = f"; it is one of {' and '.join(others)}" if others else ""
+            raise ValueError(f"{key!r} is no key of masks of kind {kind}, which have {', '.join(known)}{where}")
+    return _MASK_KINDS[kind].model_validate(value)
+
+
+MaskGeneratorConfig = Annotated[BlockMasksConfig | FrameMasksConfig, BeforeValidator(_of_its_kind)]
+
+
 class MasksConfig(Section):
     generators: tuple[MaskGeneratorConfig, ...] = Field(
         (
-            MaskGeneratorConfig(blocks=8, spatial_scale=(0.15, 0.15)),
-            MaskGeneratorConfig(blocks=2, spatial_scale=(0.7, 0.7)),
+            BlockMasksConfig(blocks=8, spatial_scale=(0.15, 0.15)),
+            BlockMasksConfig(blocks=2, spatial_scale=(0.7, 0.7)),
         ),
         min_length=1,
     )
@@ -396,6 +490,16 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
     pretrain: StageConfig | None = None
     cooldown: StageConfig | None = None
+
+    @model_validator(mode="after")
+    def _peers_can_wait(self) -> "Recipe":
+        limit = self.data.faults.decode_timeout_s
+        if limit >= self.engine.timeout_s:
+            raise ValueError(
+                f"data.faults.decode_timeout_s {limit:g} is not less than engine.timeout_s {self.engine.timeout_s}: "
+                "the other ranks would give up before a clip does"
+            )
+        return self
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages this recipe has, in the order they run."""

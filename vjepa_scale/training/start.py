@@ -281,7 +281,7 @@ def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
 def _decisive(recipe: Recipe) -> dict[str, Any]:
     """What the numbers of every stage depend on, by the recipe's keys."""
     whole = recipe.model_dump(mode="json")
-    data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch")}
+    data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
     return {
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},

@@ -1,7 +1,7 @@
 """One optimiser step, as the paper writes it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,15 @@ def training_step(
     clip_grad_norm: float | None = None,
     measure_rank: bool = False,
     stop_asked: bool = False,
+    accidents: int = 0,
+    settle: Callable[[], None] | None = None,
 ) -> StepResult:
     """Masks, target, context, prediction, loss (in ``objective.loss``); then gradient, step, EMA.
 
     batch: this rank's micro-batches, with their masks. The loss is the mean over all micro-batches of all
     ranks, which have equal size. All ranks judge the reduced loss and gradient before anything moves.
     stop_asked: this rank has been asked to stop; all ranks learn it with the loss, so they stop together.
+    accidents: of this rank, in loading this batch; where any rank has some, all call ``settle`` before anything moves.
     Raises NonFiniteLossError where either is not finite.
     """
     observed = FeatureCovariance() if measure_rank else None
@@ -55,7 +58,10 @@ def training_step(
             loss.backward()
         total += loss.detach()
 
-    mean_loss, stop = engine.mean(torch.stack([total, torch.full_like(total, float(stop_asked))])).tolist()
+    flags = torch.tensor([float(stop_asked), float(accidents)], device=engine.device)
+    mean_loss, stop, unsettled = engine.mean(torch.cat([total[None], flags])).tolist()
+    if unsettled > 0 and settle is not None:
+        settle()
     parameters = [p for network in objective.trained.values() for p in network.parameters()]
     grad_norm = engine.grad_norm(parameters)
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):

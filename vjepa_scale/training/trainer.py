@@ -4,13 +4,17 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, write_atomic
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.data.accidents import Accident
+from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel import process_group
@@ -21,6 +25,7 @@ from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
 from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.history import History
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
+from vjepa_scale.training.ledger import NAME, Ledger
 from vjepa_scale.training.lock import only_trainer_of
 from vjepa_scale.training.metrics import MetricsLog, touch
 from vjepa_scale.training.start import (
@@ -82,10 +87,12 @@ class _Trainer:
         self.history = History(self.folder)
         if ranks.is_main:
             store.remove_unfinished(self.checkpoints)
-            touch(Path(recipe.run.dir) / "ledger.jsonl")
+            touch(Path(recipe.run.dir) / NAME)
+        check_limits(recipe, stage_name, ranks_on_node=ranks.local_world_size)
         process_group.barrier()
         self.manifests = open_data(recipe)
         self.start = find_start(recipe, stage_name, self.manifests)
+        self.ledger = Ledger(Path(recipe.run.dir), stage_name)
         self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base)
@@ -143,6 +150,7 @@ class _Trainer:
             dp_world_size=self.engine.dp_world_size,
             first_step=first,
             pin_memory=self.engine.device.type == "cuda",
+            known=self.ledger.known(),
         )
         clock = time.perf_counter()
         with loader:
@@ -150,6 +158,7 @@ class _Trainer:
             for step in range(first, phase.end):
                 self.progress.step = step
                 batch, lr = next(batches), phase.lr(step)
+                accidents = self.ledger.new(accident for part in batch for accident in part.accidents)
                 try:
                     result = training_step(
                         self.objective,
@@ -160,8 +169,10 @@ class _Trainer:
                         clip_grad_norm=self.recipe.optimizer.clip_grad_norm,
                         measure_rank=step % self.recipe.log.effective_rank_every == 0 or step + 1 == self.end,
                         stop_asked=self.interrupt.signal is not None,
+                        accidents=len(accidents),
+                        settle=partial(self._settle, phase, step, accidents),
                     )
-                except NonFiniteLossError as error:
+                except (NonFiniteLossError, UserError) as error:
                     self._record_stop(step, error)
                     raise
                 now = time.perf_counter()
@@ -177,6 +188,7 @@ class _Trainer:
                             "grad_norm": result.grad_norm,
                             "clips_per_s": phase.global_batch / (now - clock),
                             "effective_rank": result.effective_rank,
+                            "substituted": self.ledger.substituted(step),
                         }
                     )
                 clock = now
@@ -185,6 +197,23 @@ class _Trainer:
                     clock = time.perf_counter()
                 if result.stop and step + 1 < self.end:
                     self._stop(step + 1)
+
+    def _settle(self, phase: Phase, step: int, mine: list[Accident]) -> None:
+        """All ranks' accidents of a step into the ledger."""
+        self._refuse_if_superseded()  # a row that the successor has not read would change the run at its next resume
+        everyone = [accident for accidents in process_group.from_all(mine) for accident in accidents]
+        # No barrier behind it: rank 0's step, and with it every checkpoint, comes after its writing.
+        entered = self.ledger.enter(
+            everyone,
+            step=step,
+            global_batch=phase.global_batch,
+            faults=self.recipe.data.faults,
+            write=self.ranks.is_main,
+        )
+        for accident in entered:
+            self._say(f"replaced: {accident}")
+        counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.ledger.counts().items())
+        self._say(f"{self.stage_name}: clips replaced so far: {counts}")
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -265,10 +294,10 @@ class _Trainer:
         if self.ranks.is_main:
             self.history.add(event, job=self.ranks.job, **values)
 
-    def _record_stop(self, step: int, error: NonFiniteLossError) -> None:
+    def _record_stop(self, step: int, error: Exception) -> None:
         if self.ranks.is_main:
             row = {"event": "stop", "stage": self.stage_name, "step": step, "reason": str(error), "pid": os.getpid()}
-            append_jsonl(Path(self.recipe.run.dir) / "ledger.jsonl", row, durable=True)
+            append_jsonl(self.ledger.path, row, durable=True)
 
     def _say(self, text: str) -> None:
         if self.ranks.is_main:

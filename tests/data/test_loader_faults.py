@@ -1,0 +1,264 @@
+"""Clips that do not decode: what is shown in their place depends on nothing but seed, step, slot and attempt."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.data.test_loader import as_global, recipe_for
+from tests.data.videos import encoded
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data import limits
+from vjepa_scale.data.accidents import Accident, Known
+from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.clips import clip_refs
+from vjepa_scale.data.decode import open_video
+from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.loader import PhaseLoader, Prefetched
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder
+from vjepa_scale.recipe import Recipe, resolve_phases
+
+WHOLE = {"area": 1.0, "aspect": 4 / 3, "flip": 0.0}  # the crop is the picture
+SIZE = (48, 64)
+
+
+def overwrite(folder: Path, shards: Manifest, record: int, content: bytes) -> None:
+    offset, size = (int(shards.column(f"video.{what}")[record]) for what in ("offset", "size"))
+    with open(folder / shards.shard_of(record).name, "r+b") as file:
+        file.seek(offset)
+        file.write(content[:size].ljust(size, b"\0"))
+
+
+def order_of(recipe: Recipe, shards: Manifest) -> DataOrder:
+    phases = resolve_phases(recipe, "pretrain")
+    return DataOrder(seed=7, sets=[(n, shards.records_per_shard) for n in "ab"], phases=phases, lanes=2)
+
+
+def load(
+    shards: Manifest, *, ranks: int = 1, first: int = 2, known: Known | None = None, **settings: int
+) -> dict[int, list[MicroBatch]]:
+    """All ranks' micro-batches by step, from a step to the end."""
+    recipe = recipe_for(shards, size=SIZE, augment=WHOLE, **settings)
+    out: dict[int, list[MicroBatch]] = {}
+    for rank in range(ranks):
+        with PhaseLoader(
+            recipe=recipe,
+            phase=resolve_phases(recipe, "pretrain")[1],
+            order=order_of(recipe, shards),
+            manifests={"a": shards, "b": shards},
+            dp_rank=rank,
+            dp_world_size=ranks,
+            first_step=first,
+            known=known,
+        ) as loader:
+            for step, batch in zip(range(first, 6), loader, strict=True):
+                out.setdefault(step, []).extend(batch)
+    return out
+
+
+def told(batches: dict[int, list[MicroBatch]]) -> list[Accident]:
+    return [accident for batch in batches.values() for part in batch for accident in part.accidents]
+
+
+def clips(batch: list[MicroBatch]) -> torch.Tensor:
+    return torch.cat([part.clips for part in batch])
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Manifest) -> dict[int, list[MicroBatch]]:
+    return load(shards)
+
+
+@pytest.fixture(scope="module")
+def broken(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The shards with two of nine videos overwritten."""
+    folder = tmp_path_factory.mktemp("broken") / "shards"
+    shutil.copytree(shards.folder, folder)
+    for record in (2, 5):
+        overwrite(folder, shards, record, b"not a video")
+    return Manifest.open(folder)
+
+
+@pytest.fixture(scope="module")
+def replaced(broken: Manifest) -> dict[int, list[MicroBatch]]:
+    return load(broken)
+
+
+def test_only_the_slots_of_broken_clips_change_and_show_what_the_rows_say(
+    shards: Manifest, whole: dict[int, list[MicroBatch]], replaced: dict[int, list[MicroBatch]]
+) -> None:
+    rows = {(a.step, a.slot): a for a in told(replaced)}
+    hit = 0
+    for step, batch in replaced.items():
+        refs = clip_refs(
+            order_of(recipe_for(shards), shards),
+            {"a": shards, "b": shards},
+            step=step,
+            slots=range(8),
+            seed=7,
+            fps=4.0,
+            frames=4,
+        )
+        assert as_global(batch)[1] == as_global(whole[step])[1]  # of the same data sets
+        for ref, now, then in zip(refs, clips(batch), clips(whole[step]), strict=True):
+            if ref.record not in (2, 5):
+                assert (step, ref.slot) not in rows
+                assert torch.equal(now, then)
+                continue
+            hit += 1
+            last = rows[step, ref.slot]
+            assert (last.dataset, last.cause) == (ref.dataset, "unreadable")
+            assert last.key == shards.key(last.record)
+            assert last.shard.endswith(shards.shard_of(last.record).name)
+            assert last.replacement not in (2, 5, None)
+            with av.open(io.BytesIO(shards.read(last.replacement))) as container:
+                pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+            for k in range(4):
+                picture = now[:, k].permute(1, 2, 0).numpy()
+                assert min(np.abs(picture - other).max() for other in pictures) <= 1  # of the video that is named
+    assert hit >= 4
+    assert {a.record for a in told(replaced)} == {2, 5}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "workers", "micro_batch"), [(4, 1, 2), (2, 2, 4), (8, 0, 1)])
+def test_replacements_do_not_depend_on_who_loads_them(
+    broken: Manifest, replaced: dict[int, list[MicroBatch]], ranks: int, workers: int, micro_batch: int
+) -> None:
+    again = load(broken, ranks=ranks, workers=workers, micro_batch=micro_batch)
+    assert told(again) == told(replaced)
+    assert all(torch.equal(clips(again[step]), clips(replaced[step])) for step in replaced)
+
+
+def test_known_accidents_are_replayed_without_trying(
+    shards: Manifest, whole: dict[int, list[MicroBatch]], replaced: dict[int, list[MicroBatch]]
+) -> None:
+    """The shards are whole again, and still the run shows what it showed."""
+    known = {a.place: (a.cause, a.detail) for a in told(replaced)}
+    again = load(shards, first=3, known=known)
+    assert all(torch.equal(clips(again[step]), clips(replaced[step])) for step in again)
+    assert any(not torch.equal(clips(again[step]), clips(whole[step])) for step in again)
+    names = [(a.place, a.cause, a.detail, a.replacement) for a in told(again)]
+    assert names == [(a.place, a.cause, a.detail, a.replacement) for a in told(replaced) if a.step >= 3]
+
+
+def test_evaluation_never_replaces(broken: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no label"):
+        list(evaluation_clips(broken, frames=2, size=SIZE, fps=4, batch=2))
+    labelled = tmp_path / "shards"
+    shutil.copytree(broken.folder, labelled)
+    column = json.loads((labelled / "manifest.json").read_text())["columns"]
+    path = labelled / next(c["file"] for c in column if c["name"] == "label")
+    np.save(path, np.zeros(broken.records, np.int64))
+    with pytest.raises(UserError, match=f"record {broken.key(2)} cannot be decoded"):
+        list(evaluation_clips(Manifest.open(labelled), frames=2, size=SIZE, fps=4, batch=2))
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_a_shard_that_is_gone_or_cut_is_no_clips_fault(shards: Manifest, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(shards.folder, tmp_path / "shards")
+    opened = Manifest.open(tmp_path / "shards")
+    for tar in (tmp_path / "shards").glob("*.tar"):
+        tar.unlink() if damage == "gone" else os.truncate(tar, 700)
+    with pytest.raises(UserError, match=r"\.tar: (cannot read record|the shard ends inside record)"):
+        load(opened)
+
+
+# A rank whose decoder is PyAV, but for videos that begin with a word: on those it hangs in C, with the
+# interpreter's lock held, or crashes. The workers import this script too.
+FAULTY = """
+import ctypes, json, os, sys, time
+import av
+from pathlib import Path
+from tests.data import test_loader_faults as here
+from vjepa_scale.data.manifest import Manifest
+
+honest = av.open
+
+def faulty(file, *args, **kwargs):
+    word = file.read(4)
+    file.seek(0)
+    if word == b"HANG":
+        ctypes.PyDLL(None).sleep(100)
+    if word == b"DIES":
+        os.abort()
+    return honest(file, *args, **kwargs)
+
+av.open = faulty
+
+def main():
+    began = time.monotonic()
+    loaded = here.load(Manifest.open(sys.argv[1]), workers=2, faults={"decode_timeout_s": float(sys.argv[2])})
+    rows = [[*a.place, a.cause, a.replacement] for a in here.told(loaded)]
+    sums = [here.clips(batch).long().sum(dim=(1, 2, 3, 4)).tolist() for batch in loaded.values()]
+    print(json.dumps({"rows": rows, "sums": sums, "seconds": time.monotonic() - began}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("word", "cause"), [(b"HANG", "time limit"), (b"DIES", "crashes the decoder")])
+def test_a_clip_that_takes_its_worker_with_it(shards: Manifest, tmp_path: Path, word: bytes, cause: str) -> None:
+    """The batches are those of a data set in which the same clip is merely unreadable."""
+    shutil.copytree(shards.folder, tmp_path / "shards")
+    overwrite(tmp_path / "shards", shards, 5, b"not a video")
+    expected = load(Manifest.open(tmp_path / "shards"))
+    overwrite(tmp_path / "shards", shards, 5, word)
+    script = tmp_path / "load_it.py"
+    script.write_text(FAULTY)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "shards", "3"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = [[*a.place, cause, a.replacement] for a in told(expected)]
+    assert rows
+    assert found["rows"] == rows
+    assert found["sums"] == [clips(batch).long().sum(dim=(1, 2, 3, 4)).tolist() for batch in expected.values()]
+
+
+def _threads(data: bytes) -> tuple[int, int]:
+    """PyTorch's threads of this process, and how many the decoder has started."""
+    before = len(os.listdir("/proc/self/task"))
+    with open_video(data) as (container, stream):
+        next(container.decode(stream))
+        return torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before
+
+
+@pytest.mark.distributed
+def test_a_worker_computes_and_decodes_in_one_thread() -> None:
+    loader = Prefetched(_threads, [encoded(), encoded()], workers=1, prefetch=1)
+    assert list(loader) == [(1, 0), (1, 0)]
+    loader.close()
+
+
+def test_too_little_shared_memory_or_too_few_handles(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(shards, workers=3)
+    limits.check_limits(recipe, "pretrain", ranks_on_node=2)
+    clip = 3 * 4 * 32 * 48
+    # 3 workers with 2 prepared and 1 in hand each, and 2 at the rank: 11 micro-batches of 4 clips and their masks
+    least = 11 * 4 * clip
+    assert least < limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
+    free = os.statvfs(limits.SHM).f_bavail * os.statvfs(limits.SHM).f_frsize
+    with pytest.raises(UserError, match=rf"MB of shared memory .*{free // 10**6 // 10}.* are free .*data.workers"):
+        limits.check_limits(recipe, "pretrain", ranks_on_node=free // least + 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (300, 4096))
+    with pytest.raises(UserError, match=r"needs 3\d\d open files .*its limit is 300 .*ulimit -n"):
+        limits.check_limits(recipe, "pretrain", ranks_on_node=2)
+    limits.check_limits(recipe_for(shards, workers=0), "pretrain", ranks_on_node=2)

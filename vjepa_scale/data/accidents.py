@@ -1,0 +1,134 @@
+"""Clips that do not decode in training, and what is shown in their place.
+
+A slot whose clip fails shows another one of the same data set: attempt a of slot i at step s is a hash of
+(data.seed, s, i, a). So the data of a run are a function of recipe, seed, step and of which clips failed; and
+which failed is what the run's ledger tells (training/ledger.py). Only a decoder's verdict counts: a shard that
+is gone, cut short or unreadable is no clip's fault and stays an error.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.keyed import Draws
+from vjepa_scale.data.clips import ClipRef, start_of_window, undecodable
+from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.manifest import Manifest
+
+# A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
+ATTEMPTS = 8
+
+TIME_LIMIT = "time limit"
+CRASH = "crashes the decoder"
+
+
+class Place(NamedTuple):
+    """One clip in one slot of one step: what an accident is known by."""
+
+    step: int
+    slot: int
+    dataset: str
+    record: int
+
+
+@dataclass(frozen=True)
+class Accident:
+    """A clip that was not shown. The fields are those of a ledger row.
+
+    key, shard:  of the record, for whoever looks for it
+    cause:       one of few, to count by; detail: the particular
+    replacement: the record tried next (an accident of its own where it fails too)
+    """
+
+    step: int
+    slot: int
+    dataset: str
+    record: int
+    key: str
+    shard: str
+    cause: str
+    detail: str = ""
+    replacement: int | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.step, self.slot, self.dataset, self.record)
+
+    def __str__(self) -> str:
+        why = f"{self.cause}: {self.detail}" if self.detail else self.cause
+        return f"data set {self.dataset!r}, record {self.key} of {self.shard} (step {self.step}): {why}"
+
+
+# Accidents that are known before anything is decoded: place -> (cause, detail).
+Known = Mapping[Place, tuple[str, str]]
+
+
+class Timed(Protocol):
+    """Whoever wants to know which clip is being decoded."""
+
+    def decoding(self, ref: ClipRef) -> AbstractContextManager[Any]: ...
+
+
+def clip_or_substitute(
+    manifest: Manifest,
+    ref: ClipRef,
+    *,
+    seed: int,
+    fps: float,
+    frames: int,
+    known: Known,
+    timed: Timed | None = None,
+) -> tuple[npt.NDArray[np.uint8], list[Accident]]:
+    """The pictures of a slot, uint8 [T, H, W, 3], and the accidents on the way to them.
+
+    seed:  data.seed
+    known: clips not to be tried
+    Raises UserError where no clip of ATTEMPTS decodes.
+    """
+    accidents: list[Accident] = []
+    first: UserError | None = None
+    for attempt in range(ATTEMPTS):
+        candidate = ref
+        if attempt:
+            candidate = substitute(manifest, ref, attempt=attempt, seed=seed, fps=fps, frames=frames)
+        if any(accident.record == candidate.record for accident in accidents):
+            continue
+        if accidents:
+            accidents[-1] = replace(accidents[-1], replacement=candidate.record)
+        place = Place(ref.step, ref.slot, ref.dataset, candidate.record)
+        if place in known:
+            error = DecodeError(*known[place])
+        else:
+            data = manifest.read(candidate.record)
+            try:
+                with timed.decoding(candidate) if timed is not None else nullcontext():
+                    return decode_clip(data, start_s=candidate.start_s, fps=fps, frames=frames), accidents
+            except DecodeError as caught:
+                error = caught
+        first = first or undecodable(manifest, candidate, error)
+        accidents.append(
+            Accident(
+                *place,
+                key=manifest.key(candidate.record),
+                shard=str(manifest.folder / manifest.shard_of(candidate.record).name),
+                cause=error.reason,
+                detail=error.detail,
+            )
+        )
+    assert first is not None
+    others = len(accidents) - 1
+    more = f"; nor do {others} others drawn in its place" if others else "; the data set has no other clip"
+    raise UserError(first.what + more, where=first.where, fix=first.fix)
+
+
+def substitute(manifest: Manifest, ref: ClipRef, *, attempt: int, seed: int, fps: float, frames: int) -> ClipRef:
+    """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
+    record = Draws(seed, "substitute", ref.step, ref.slot, attempt).integer(manifest.records)
+    draw = Draws(seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
+    start_s = start_of_window(manifest, record, draw, fps=fps, frames=frames)
+    return replace(ref, record=record, start_s=start_s)

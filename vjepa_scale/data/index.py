@@ -1,0 +1,124 @@
+"""A manifest for shards that others have made, beside them: the tars stay as they are.
+
+A sample is a video (or an image), and maybe ``json`` and ``cls``. Its label is what ``cls`` holds, or else ``label`` in
+its JSON. What cannot be used is named in rejected.jsonl and is not in the manifest.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json, sha256_file, write_atomic
+from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
+from vjepa_scale.data.probe import VideoFacts, decode_whole
+from vjepa_scale.data.processes import Crashed, map_in_workers
+from vjepa_scale.data.shards import Progress, Rejected, record_columns
+from vjepa_scale.data.summary import Summary, summarize
+from vjepa_scale.data.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A usable sample: key, where its members lie, and what it is."""
+
+    key: str
+    places: tuple[int, int, int, int]
+    label: str | None
+    facts: VideoFacts
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    shard: Shard
+    found: list[_Found]
+    rejected: list[Rejected]
+
+
+def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
+    """Decode every sample of every tar in a folder and write the manifest beside them.
+
+    Raises UserError where there is nothing to index, or a manifest of another origin.
+    """
+    if not folder.is_dir():
+        raise UserError("no such folder", where=folder, fix="give a folder of .tar files")
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError("no .tar files in this folder", where=folder, fix="give a folder of uncompressed tars")
+    listing = hashlib.sha256("".join(f"{tar.name!r} {tar.stat().st_size}\n" for tar in tars).encode())
+    source = {"indexed": len(tars), "listing": listing.hexdigest()}
+    if (folder / MANIFEST).exists():
+        tree = read_json(folder / MANIFEST)
+        if not isinstance(tree, dict) or tree.get("source") != source:
+            raise UserError("there is a manifest of something else", where=folder / MANIFEST, fix="remove it")
+        return summarize(folder, existed=True)
+    results: list[_Indexed | None] = [None] * len(tars)
+    for done, (number, result) in enumerate(map_in_workers(_index, tars, workers=workers), start=1):
+        if isinstance(result, Crashed):
+            raise UserError("a sample of this shard crashes the decoder", where=tars[number], fix="move it elsewhere")
+        results[number] = result
+        progress("indexing", done, len(tars))
+    indexed = [result for result in results if result is not None]
+    found = [sample for result in indexed for sample in result.found]
+    rejected = [row for result in indexed for row in result.rejected]
+    if not found:
+        first = f": {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+        raise UserError(f"no sample that can be used in {len(tars)} shards{first}", where=folder)
+    labels = [sample.label for sample in found]
+    classes, columns = record_columns(
+        [sample.key for sample in found],
+        np.array([sample.places for sample in found], np.int64),
+        [sample.facts for sample in found],
+        labels,
+    )
+    write_atomic(folder / REJECTED, "".join(json.dumps(asdict(row)) + "\n" for row in rejected))
+    shards = [result.shard for result in indexed if result.found]
+    write_manifest(folder, shards=shards, classes=classes, columns=columns, source=source)
+    return summarize(folder)
+
+
+def _index(path: Path) -> _Indexed:
+    contents = list_tar(path)
+    found, rejected = list[_Found](), [Rejected(path.name, "unreadable member", text) for text in contents.problems]
+    if contents.damage is not None:
+        rejected.append(Rejected(path.name, "damaged shard", contents.damage))
+    with open(path, "rb") as file:
+        for sample in contents.samples:
+            try:
+                found.append(_look(file, sample))
+            except DecodeError as error:
+                rejected.append(Rejected(f"{path.name}:{sample.key}", error.reason, error.detail))
+    return _Indexed(Shard(path.name, len(found), path.stat().st_size, sha256_file(path)), found, rejected)
+
+
+def _look(file: Any, sample: Sample) -> _Found:
+    """Raises DecodeError."""
+
+    def read(member: Member) -> bytes:
+        file.seek(member.offset)
+        return bytes(file.read(member.size))
+
+    pictured = [name for name in sample.members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
+    if len(pictured) != 1:
+        raise DecodeError("not one video", f"members: {', '.join(sample.members)}")
+    video = sample.members[pictured[0]]
+    facts = decode_whole(read(video), images=True).facts
+    known = sample.members.get("json", Member(0, 0))
+    label: Any = None
+    if "cls" in sample.members:
+        label = read(sample.members["cls"]).decode("utf-8", "replace").strip()
+    elif known.size:
+        try:
+            tree = json.loads(read(known))
+        except ValueError as error:
+            raise DecodeError("not valid JSON", str(error)) from None
+        label = tree.get("label") if isinstance(tree, dict) else None
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        label = None
+    places = (video.offset, video.size, known.offset, known.size)
+    return _Found(sample.key, places, None if label is None else str(label), facts)

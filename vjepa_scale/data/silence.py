@@ -1,0 +1,105 @@
+"""A worker that has fallen silent inside a decoder, or died there: noticed by the rank, and told clip by clip.
+
+A call that hangs inside C cannot be interrupted in its own process, and may hold the interpreter's lock. So each
+worker writes what it is about to decode on a board in shared memory, and a thread of the rank reads the board and
+kills the worker whose line has not changed for too long.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.process import BaseProcess
+
+from torch.utils.data import get_worker_info
+
+from vjepa_scale.data.accidents import CRASH, TIME_LIMIT, Place
+from vjepa_scale.data.clips import ClipRef
+from vjepa_scale.data.processes import worker_context
+
+_LINE = 5  # serial number, step, slot, data set, record
+_POLL_S = 0.25
+# How a decoder's own mistakes end a process. Not SIGKILL (out of memory) and not SIGBUS (/dev/shm is full).
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+
+
+class Board:
+    """One line per worker: the clip that it decodes now. Pickles to a worker as it starts.
+
+    names: of the data sets
+    """
+
+    def __init__(self, names: Sequence[str], workers: int) -> None:
+        self._names = list(names)
+        self._lines = worker_context().RawArray("q", _LINE * workers)
+
+    @contextmanager
+    def decoding(self, ref: ClipRef) -> Iterator[None]:
+        """In a worker, around one decoding. Does nothing in the rank itself."""
+        info = get_worker_info()
+        if info is None:
+            yield
+            return
+        at, lines = _LINE * info.id, self._lines
+        lines[at + 1 : at + _LINE] = [ref.step, ref.slot, self._names.index(ref.dataset), ref.record]
+        lines[at] += 1  # odd: decoding
+        try:
+            yield
+        finally:
+            lines[at] += 1
+
+    def serial(self, worker: int) -> int | None:
+        """Which decoding a worker is at, None between two."""
+        serial = self._lines[_LINE * worker]
+        return serial if serial % 2 else None
+
+    def place(self, worker: int) -> Place:
+        step, slot, dataset, record = self._lines[_LINE * worker + 1 : _LINE * (worker + 1)]
+        return Place(step, slot, self._names[dataset], record)
+
+
+class SilenceWatch:
+    """Kills workers that decode one clip for longer than ``limit_s``, from its making to ``stop``."""
+
+    def __init__(self, board: Board, workers: Sequence[BaseProcess], *, limit_s: float) -> None:
+        self._board, self._workers, self._limit_s = board, workers, limit_s
+        self._killed: dict[int, Place] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="silence-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def lost(self) -> dict[Place, tuple[str, str]]:
+        """The clips that workers were killed over or have crashed on: place -> (cause, detail)."""
+        found = dict.fromkeys(self._killed.values(), (TIME_LIMIT, f"more than {self._limit_s:g} s"))
+        for number, worker in enumerate(self._workers):
+            if number in self._killed or self._board.serial(number) is None:
+                continue
+            worker.join(_POLL_S)  # its connection may have told of its end before its exit status does
+            code = worker.exitcode
+            if code is not None and -code in _CRASHES:
+                found[self._board.place(number)] = (CRASH, signal.Signals(-code).name)
+        return found
+
+    def _watch(self) -> None:
+        silent_s = [0.0] * len(self._workers)
+        serials = [self._board.serial(number) for number in range(len(self._workers))]
+        then = time.monotonic()
+        while not self._stopped.wait(_POLL_S):
+            # In turns of the thread, not by the clock: a job that was suspended has not been silent.
+            turn_s, then = min(time.monotonic() - then, 2 * _POLL_S), time.monotonic()
+            for number, worker in enumerate(self._workers):
+                serial = self._board.serial(number)
+                if serial is None or serial != serials[number]:
+                    silent_s[number] = -turn_s
+                silent_s[number] += turn_s
+                serials[number] = serial
+                ended = wait_for([worker.sentinel], timeout=0)  # not is_alive: only one thread may ask for the status
+                if silent_s[number] > self._limit_s and number not in self._killed and not ended:
+                    self._killed[number] = self._board.place(number)
+                    worker.kill()

@@ -1,0 +1,89 @@
+"""ledger.jsonl of a run: the accidents that its numbers depend on, beside recipe, seed and step.
+
+Rows have ``event``:
+
+    substituted  a clip was replaced: stage, and the fields of data/accidents.py's Accident. Written before the
+                 step moves, and replayed on resume: the clip is then replaced without being tried
+    stop         the run ended itself: stage, step, reason, pid. Changes no number
+
+Only rank 0 writes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import append_jsonl, read_jsonl
+from vjepa_scale.data.accidents import TIME_LIMIT, Accident, Place
+from vjepa_scale.parallel import process_group
+from vjepa_scale.recipe.schema import FaultsConfig
+
+NAME = "ledger.jsonl"
+_NAMED = 4  # clips that an error names
+
+
+class Ledger:
+    """A stage's part of the run's ledger, equal on every rank.
+
+    Every rank must make it: rank 0's reading is everyone's.
+    """
+
+    def __init__(self, run_dir: Path, stage: str) -> None:
+        self.path, self._stage = run_dir / NAME, stage
+        rows = [row for row in read_jsonl(self.path) if row.get("event") == "substituted" and row.get("stage") == stage]
+        names = [field.name for field in fields(Accident)]
+        read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
+        self._accidents = {accident.place: accident for accident in (Accident(**row) for row in read)}
+
+    def known(self) -> dict[Place, tuple[str, str]]:
+        """The clips that are not to be tried: place -> (cause, detail)."""
+        return {place: (accident.cause, accident.detail) for place, accident in self._accidents.items()}
+
+    def new(self, accidents: Iterable[Accident]) -> list[Accident]:
+        """Those that it does not hold."""
+        return [accident for accident in accidents if accident.place not in self._accidents]
+
+    def substituted(self, step: int) -> int:
+        """How many clips of a step were replaced."""
+        return len({place.slot for place in self._accidents if place.step == step})
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Clips that were not shown, by data set and cause."""
+        return dict(Counter((accident.dataset, accident.cause) for accident in self._accidents.values()).most_common())
+
+    def enter(
+        self, accidents: Iterable[Accident], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
+    ) -> list[Accident]:
+        """Take in all ranks' new accidents of a step, durably, and return them by slot.
+
+        write: this is rank 0. Raises UserError where they are too many; then nothing is written, since the step
+        does not move: with its shards restored, the run goes on as if nothing had been.
+        """
+        new = sorted(accidents, key=lambda accident: accident.slot)
+        before = [a for a in self._accidents.values() if step - faults.window < a.step <= step]
+        recent = new + before[::-1]
+        allowed = int(faults.max_rate * global_batch * faults.window + 1e-6)  # 0.29 · 100 is 28.999…
+        if len(recent) > allowed:
+            raise _too_many(recent, allowed, global_batch, faults)
+        if write:
+            for accident in new:
+                append_jsonl(
+                    self.path, {"event": "substituted", "stage": self._stage, **asdict(accident)}, durable=True
+                )
+        self._accidents |= {accident.place: accident for accident in new}
+        return new
+
+
+def _too_many(newest_first: list[Accident], allowed: int, global_batch: int, faults: FaultsConfig) -> UserError:
+    count, shown = len(newest_first), newest_first[:_NAMED]
+    named = "; ".join(map(str, shown)) + (f"; and {count - len(shown)} more" if count > len(shown) else "")
+    clips = "1 clip does" if count == 1 else f"{count} clips do"
+    slower = " or a longer data.faults.decode_timeout_s" if any(a.cause == TIME_LIMIT for a in newest_first) else ""
+    return UserError(
+        f"{clips} not decode; of the {global_batch * faults.window} clips of {faults.window} steps, {allowed} may: "
+        f"{named}",
+        where="data.faults.max_rate",
+        fix=f"restore these shards from a copy, or a higher rate{slower}",
+    )
