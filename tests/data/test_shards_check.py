@@ -248,6 +248,7 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path, shards: Manifest) -> 
 # -- kill -9 --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """A list with videos, segments, parts and images; the whole process group dies each time."""
     rows = ["path,label,start,end"]

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 from safetensors.torch import load_file
 from transformers import VJEPA2Model
 
 from tests.chain import ROOT, tool
-from tests.data.videos import encoded
+from tests.data.videos import encoded, still_image
 from tests.inference.checkpoint import FPS, GRID
 from tests.inference.judge import close, sampled
 from tests.inference.test_model import chunks_by_hand
@@ -28,7 +29,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.model import Model
 
 RATE = 20
-LENGTHS = {"walk/a.mp4": 84, "walk/b.mp4": 30, "run/c.mp4": 64, "run/d.mp4": 32, "run/e.mp4": 32, "f.mp4": 8}
+LENGTHS = {"walk/a.mp4": 84, "walk/b.mp4": 30, "run/c.mp4": 64, "run/d.mp4": 32, "run/e.mp4": 33, "f.mp4": 8}
 BROKEN = {"walk/cut.mp4": "does not decode to the end", "notes.txt": "unreadable", "empty.mp4": "zero length"}
 
 
@@ -173,6 +174,7 @@ def test_array_jobs_share_the_work(videos: Path, checkpoint: Path, extracted: tu
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_is_undisturbed(
     videos: Path, checkpoint: Path, extracted: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -218,3 +220,22 @@ def test_what_is_refused(videos: Path, checkpoint: Path, extracted: tuple[Path, 
         with pytest.raises(UserError, match=re.escape(message)):
             extract(source, checkpoint, out, *flags)
     assert not (tmp_path / "new").exists()
+
+
+def test_shards_with_pictures_and_shards_of_others(checkpoint: Path, tmp_path: Path) -> None:
+    """A picture is no video; a record that others have made may come without a word about itself."""
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.mp4").write_bytes(encoded(40, rate=RATE))
+    (tmp_path / "mixed" / "b.jpg").write_bytes(still_image())
+    tool("make_shards", tmp_path / "mixed", tmp_path / "shards", "--images", "--workers", 1)
+    extract(tmp_path / "shards", checkpoint, tmp_path / "out")
+    assert {row["source"] for row in rows(tmp_path / "out" / "index.jsonl")} == {"a.mp4"}
+    (rejected,) = rows(tmp_path / "out" / "rejected.jsonl")
+    assert (rejected["path"], rejected["reason"]) == ("b.jpg", "a picture")
+
+    (tmp_path / "theirs").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "theirs" / "s-%03d.tar"), verbose=0) as writer:
+        writer.write({"__key__": "one", "mp4": encoded(40, rate=RATE)})
+    tool("make_shards", "index", tmp_path / "theirs")
+    extract(tmp_path / "theirs", checkpoint, tmp_path / "out2")
+    assert {row["source"] for row in rows(tmp_path / "out2" / "index.jsonl")} == {"s-000.tar:one"}

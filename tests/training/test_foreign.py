@@ -173,6 +173,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "pretrain").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_path: Path) -> None:
     """Heads and positions have no tensors: our own checkpoints too are compared with the recipe's model."""
     recipe = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, pretrain=stage(), cooldown=None)
@@ -193,6 +194,7 @@ def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_pa
         assert "rope.layout tiled in the file, interleaved in the recipe" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_cooldown_after_a_stage_that_began_elsewhere(two_data_sets: Sets, tmp_path: Path) -> None:
     """Steps are counted from the checkpoint of another run, over both stages and a second launch."""
     first = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, cooldown=None)
@@ -217,6 +219,7 @@ SMALL += ("pretrain.global_batch=8", "pretrain.micro_batch=8", "pretrain.phases.
 SMALL += ("pretrain.phases.0.final_lr=3e-3", "jepa.ema_momentum=0.95")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "geometry"),
     [

@@ -127,12 +127,17 @@ class _Shards:
         return {"videos": self.count, "shards": self._manifest.identity}
 
     def usable(self, numbers: range, workers: int) -> tuple[list[_Video], list[Rejected]]:
-        return [self._video(record) for record in numbers], []
+        videos = [self._video(record) for record in numbers]
+        moving = [video for video in videos if video.duration_s > 0]
+        still = [Rejected(video.source, "a picture") for video in videos if not video.duration_s > 0]
+        return moving, still
 
     def _video(self, record: int) -> _Video:
         manifest = self._manifest
         label = int(manifest.column("label")[record])
-        path = json.loads(manifest.read(record, "json"))["path"]
+        # Shards that others have made may say nothing about a record, or not where it is from.
+        told = json.loads(manifest.read(record, "json")) if manifest.column("json.size")[record] else {}
+        path = told.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
         known = {
             "source": path,
             "shard": manifest.shard_of(record).name,
