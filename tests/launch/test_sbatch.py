@@ -28,6 +28,7 @@ def printed(profile: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     text = done.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "CHECKOUT")
+    text = re.sub(r"'((?:PYTHON|CHECKOUT)[^' ]*)'", r"\1", text)  # quoted where the checkout's own path needs it
     return re.sub(r"/code/[0-9a-f]{12}", "/code/DIGEST", text)
 
 

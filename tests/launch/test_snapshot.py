@@ -4,6 +4,7 @@ import filecmp
 import getpass
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -70,7 +71,8 @@ def test_jobs_import_the_copy_wherever_they_start(checkout: Path, tmp_path: Path
 
     (checkout / "vjepa_scale" / "where.py").write_text("print('edited', __file__)\n")
     for start in (tmp_path, checkout):  # python -m prefers the folder that it starts in
-        job = f"{lines}\n{sys.executable} -m vjepa_scale.where; {sys.executable} -c 'import extra'"
+        python = shlex.quote(sys.executable)
+        job = f"{lines}\n{python} -m vjepa_scale.where; {python} -c 'import extra'"
         (tmp_path / "extra.py").touch()
         for given in ({}, {"PYTHONPATH": str(tmp_path)}):  # what a module put there stays
             env = {"PATH": os.environ["PATH"], **given}
