@@ -27,7 +27,7 @@ import av
 import numpy as np
 import psutil
 
-from vjepa_scale.data.shards import Settings, make_shards
+from vjepa_scale.data.ingest.shards import Settings, make_shards
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.data.check import check_shards
-from vjepa_scale.data.index import index_shards
-from vjepa_scale.data.shards import Settings, make_shards
-from vjepa_scale.data.summary import Summary
+from vjepa_scale.data.ingest.check import check_shards
+from vjepa_scale.data.ingest.index import index_shards
+from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.data.ingest.summary import Summary
 
 _SECONDS_PER_LINE = 30
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.videos import audio_only, encoded
+from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.shards import Settings, make_shards
 
 VARIABLE_MS = [0, 40, 180, 300, 420, 700, 1000, 1100, 1500, 2000, 2300, 2400, 2900, 3100]
 

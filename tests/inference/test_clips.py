@@ -16,8 +16,8 @@ from tests.inference.checkpoint import FRAMES, MEAN, SIZE, STD
 from tests.inference.judge import PIXEL, clip_of, frames_of, sampled
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.decode import decode_clip
+from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.pictures import stream_pictures
-from vjepa_scale.data.probe import probe_video
 from vjepa_scale.inference.model import Model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.chain import tool, write_recipe
@@ -106,7 +107,12 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
 
     def time_is_up(run: Run, job: str) -> None:
         # Slurm looks every 30 s. At its next look the limit must not have passed (that were an end without a
-        # warning), and its warning, 70 s before, must be due.
+        # warning), and its warning, 70 s before, must be due. Until then the ranks must not come to their end: they
+        # stand still, and Slurm's signal, which it sends with SIGCONT, sets them going.
+        ranks = ranks_of(run)
+        assert len(ranks) == NODES * TASKS
+        for rank in ranks:
+            rank.suspend()
         elapsed = time.time() - run.events("submitted")[-1]["time"]
         cluster.scontrol("update", f"JobId={job}", f"TimeLimit={int(elapsed + 35) // 60 + 1}")
         cluster.wait_until(lambda: run.events("interrupted"), 90, "the signal before the time limit", job_id=job)
@@ -117,6 +123,16 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
     starts = check(run)
     assert [row["repeated"] for row in starts] == [0, 0]
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
+
+
+def ranks_of(run: Run) -> list[psutil.Process]:
+    """The processes that train it: all nodes are this machine."""
+    every = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
+    return [
+        process
+        for process, words in every
+        if words[0] == sys.executable and "submitit.core._submit" in words and str(run.folder) in words[-1]
+    ]
 
 
 def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:

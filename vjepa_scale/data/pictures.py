@@ -21,7 +21,7 @@ from vjepa_scale.data.decode import (
     timed_frames,
     upright_rgb,
 )
-from vjepa_scale.data.probe import check_declared, end_of_video, sound_frames
+from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
 # Of a picture: a time this close to the end of the video is not in it.
 _COUNT_TOLERANCE = 1e-6

@@ -18,16 +18,16 @@ import pytest
 import webdataset
 
 from tests.data.conftest import quiet
-from tests.data.test_shards import contents
+from tests.data.ingest.test_shards import contents
 from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.data.check import check_shards
 from vjepa_scale.data.decode import decode_clip
-from vjepa_scale.data.index import index_shards
+from vjepa_scale.data.ingest.check import check_shards
+from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.manifest import Manifest
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 
 
 def checked(folder: Path, *, decode: bool = False) -> list[str]:

@@ -18,7 +18,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.decode import DecodeError, ffmpeg_errors, open_video, sought, stream_start, time_base
-from vjepa_scale.data.probe import Decoded, VideoFacts, decode_whole
+from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 
 REASON = "cannot be cut by copying"
 _MP4_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")

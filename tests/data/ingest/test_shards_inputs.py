@@ -17,11 +17,11 @@ from tests.data.videos import audio_only, encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.decode import decode_clip
+from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.data.ingest.sources import Source, read_list
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.shards import Settings, make_shards
-from vjepa_scale.data.sources import Source, read_list
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 
 
 def samples(folder: Path) -> list[tuple[dict, bytes]]:

@@ -15,12 +15,12 @@ import numpy as np
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, sha256_file, write_atomic
 from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
+from vjepa_scale.data.ingest.shards import Progress, Rejected, record_columns
+from vjepa_scale.data.ingest.summary import Summary, summarize
+from vjepa_scale.data.ingest.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
-from vjepa_scale.data.probe import VideoFacts, decode_whole
 from vjepa_scale.data.processes import Crashed, map_in_workers
-from vjepa_scale.data.shards import Progress, Rejected, record_columns
-from vjepa_scale.data.summary import Summary, summarize
-from vjepa_scale.data.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from webdataset import TarWriter
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_dir, read_json, sha256_file, write_atomic, write_json
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.cut import Cut, checked_cut, copy_cut, plan_cuts
 from vjepa_scale.data.decode import NOT_A_VIDEO, DecodeError
+from vjepa_scale.data.ingest.cut import Cut, checked_cut, copy_cut, plan_cuts
+from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
+from vjepa_scale.data.ingest.sources import Source, find_sources, folder_source
+from vjepa_scale.data.ingest.summary import Summary, summarize
+from vjepa_scale.data.ingest.tars import Sample, list_tar
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
-from vjepa_scale.data.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.processes import Crashed, map_in_workers
-from vjepa_scale.data.sources import Source, find_sources, folder_source
-from vjepa_scale.data.summary import Summary, summarize
-from vjepa_scale.data.tars import Sample, list_tar
 
 PLAN = ".plan.json"
 PLAN_VERSION = 2

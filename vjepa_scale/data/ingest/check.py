@@ -11,11 +11,11 @@ import numpy as np
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import sha256_file
 from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.ingest.probe import decode_whole
+from vjepa_scale.data.ingest.shards import Progress
+from vjepa_scale.data.ingest.tars import list_tar
 from vjepa_scale.data.manifest import MANIFEST, Manifest, Shard
-from vjepa_scale.data.probe import decode_whole
 from vjepa_scale.data.processes import Crashed, map_in_workers
-from vjepa_scale.data.shards import Progress
-from vjepa_scale.data.tars import list_tar
 
 _COLUMNS = frozenset(
     [

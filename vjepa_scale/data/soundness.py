@@ -1,0 +1,57 @@
+"""A video that is whole: every frame in order, to the end that its header promises. Damage is an error here, where
+``decode.py`` would show what it can.
+"""
+
+from collections.abc import Iterator
+
+from av import VideoFrame
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from vjepa_scale.data.decode import DecodeError, pts_of, stream_start, time_base
+
+
+def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame in order; DecodeError at the first sign of damage."""
+    count, before = 0, None
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DecodeError("does not decode to the end", f"damaged packet after {count} frames")
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise DecodeError("frames without timestamps", f"frame {count}")
+            if frame.is_corrupt:
+                raise DecodeError("does not decode to the end", f"damaged frame {count}")
+            if before is not None and frame.pts <= before:
+                raise DecodeError("timestamps go backwards", f"frame {count}")
+            yield frame
+            count, before = count + 1, frame.pts
+
+
+def end_of_video(stream: VideoStream, *, first_tick: int, last: VideoFrame, frames: int) -> float:
+    """When the last frame leaves the screen, in seconds from the stream's start.
+
+    first_tick, frames: what was decoded: the first timestamp, and how many
+    """
+    shown = last.duration or _mean_gap(stream, first_tick, pts_of(last), frames)
+    return (pts_of(last) - stream_start(stream) + shown) * float(time_base(stream))
+
+
+def _mean_gap(stream: VideoStream, first_tick: int, last_tick: int, frames: int) -> int:
+    """How long the last frame is shown where the file does not say, in ticks."""
+    if frames > 1:
+        return max(1, round((last_tick - first_tick) / (frames - 1)))
+    return round(1 / (stream.average_rate * time_base(stream))) if stream.average_rate else 0
+
+
+def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
+    """Refuse a file that ends before what its header promises (formats that stop without an error)."""
+    if frames < 0.95 * stream.frames:
+        raise DecodeError("does not decode to the end", f"truncated: {frames} of {stream.frames} frames")
+    declared_s = None
+    if stream.duration is not None:
+        declared_s = float(stream.duration * time_base(stream))
+    elif container.duration is not None and len(container.streams) == 1:  # else another stream may be longer
+        declared_s = container.duration / 1e6
+    if declared_s is not None and declared_s - end_s > max(0.5, 0.05 * declared_s):
+        raise DecodeError("does not decode to the end", f"truncated: {end_s:.2f} of {declared_s:.2f} s")
