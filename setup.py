@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tqdm>=4.66",
+        "h5py>=3.12",
     ],
     extras_require={
         "dev": [

@@ -10,16 +10,32 @@ cache. tar is one process, make_shards has --workers. The videos are as large as
 can be: eight tiny frames, and a box of random bytes that players skip.
 
     python benchmarks/shards.py --files 100 --mb 400 --workers 1
+
+With --records N, instead: what is done in one process for a data set of N records, as if all were probed and written.
+
+    plan      verdicts -> which record goes where (1 in 1,000 is a duplicate, 1 in 100 was rejected)
+    finish    columns and manifest, of shards of 1,000 records (their tars are empty files here)
+    open      Manifest.open, then one key and one place: what each rank does at its start
+
+Each in a process of its own: seconds, and the most memory that it held beyond its imports (anonymous pages: not what
+is mapped from files, which the system may drop). N records take 1 kB of disk each while it runs.
+
+    python benchmarks/shards.py --records 20000000
 """
 
 import argparse
 import hashlib
+import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +43,12 @@ import av
 import numpy as np
 import psutil
 
-from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.data.ingest.planning import Plan, plan
+from vjepa_scale.data.ingest.probe import VideoFacts
+from vjepa_scale.data.ingest.probing import probed
+from vjepa_scale.data.ingest.records import Record, Rejected, Verdict, verdict_tree
+from vjepa_scale.data.ingest.shards import Settings, Work, finish, make_shards
+from vjepa_scale.data.manifest import Manifest
 
 
 def main() -> None:
@@ -38,7 +59,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="a folder on the disk in question (default: the temporary one)")
+    parser.add_argument("--records", type=int, metavar="N", help="plan and open a data set of N records")
     arguments = parser.parse_args()
+    if arguments.records is not None:
+        with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
+            _at_scale(arguments.records, Path(name) / "out")
+        return
     if shutil.which("tar") is None:
         sys.exit("there is no tar to compare with")
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
@@ -120,6 +146,83 @@ def _ours(videos: Path, out: Path, shard_mb: int, workers: int) -> dict[str, Tim
     files = sum(1 for _ in videos.iterdir())
     assert made.clips == files, f"{made.clips} of {files} files were taken"
     return {"write": ended.since(last["probing"]), "all of it": ended.since(began)}
+
+
+# -- many records ------------------------------------------------------------------------------------
+
+
+def _at_scale(records: int, out: Path) -> None:
+    settings = Settings(shard_records=1000)
+    work = Work(out, out, out, settings, source={}, files=records, chunk=1000, made_out=False)
+    began = time.perf_counter()
+    _pretend_probed(work)
+    print(f"{records} records; verdicts written in {time.perf_counter() - began:.0f} s\n")
+    print(f"{'step':8} | {'seconds':>8} | {'MB held':>8} | {'bytes a record':>14}", flush=True)
+    for name, step in (("plan", plan), ("", _pretend_written), ("finish", finish), ("open", _open)):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            seconds, held = pool.submit(_measured, step, work).result()
+        if name:
+            print(f"{name:8} | {seconds:8.2f} | {held / 1e6:8.0f} | {held / records:14.1f}", flush=True)
+
+
+def _pretend_probed(work: Work) -> None:
+    """A verdict per source, as probing writes them."""
+    for name in ("probed", "written"):
+        (work.folder / name).mkdir(parents=True)
+    facts = VideoFacts(duration=10.01, fps=29.97, frames=300, width=340, height=256)
+    record = Record("PATH", 1_000_000, "LABEL", facts, "SHA256")
+    kept = json.dumps(verdict_tree(0, Verdict([record], [])))
+    left_out = json.dumps(verdict_tree(0, Verdict([], [Rejected("PATH", "does not decode to the end", "frame 17")])))
+    for chunk in range(work.chunks):
+        digests = np.random.default_rng(chunk).bytes(32 * work.chunk)
+        lines = []
+        for n in range(work.files_in(chunk)):
+            number = chunk * work.chunk + n
+            digest = bytes(32) if n == 999 else digests[32 * n : 32 * n + 32]
+            line = left_out if n % 100 == 50 else kept.replace("LABEL", f"class {number % 1000}")
+            line = line.replace("PATH", f"class {number % 1000}/a name of the usual length, number {number:09d}.mp4")
+            lines.append(line.replace("SHA256", digest.hex()).replace('"n": 0', f'"n": {n}') + "\n")
+        probed(work, chunk).write_text("".join(lines))
+
+
+def _pretend_written(work: Work) -> None:
+    """Receipts, of empty shards."""
+    plan, first = Plan.open(work), 0
+    for shard, end in enumerate(plan.ends.tolist()):
+        places = [[1536 + 1_002_000 * i, 1_000_000] for i in range(end - first)]
+        receipt = {"bytes": 0, "sha256": f"{shard:064x}", "members": {"video": places, "json": places}}
+        (work.folder / "written" / f"shard-{shard:06d}.json").write_text(json.dumps(receipt))
+        (work.out / f"shard-{shard:06d}.tar").touch()
+        first = end
+
+
+def _open(work: Work) -> None:
+    manifest = Manifest.open(work.out)
+    manifest.key(manifest.records // 2)
+    manifest.column("video.offset")[manifest.records // 3]
+
+
+def _measured(step: Callable[[Work], object], work: Work) -> tuple[float, int]:
+    """Seconds, and the most bytes of anonymous memory beyond what was there before."""
+    most, done = 0, threading.Event()
+
+    def anonymous() -> int:
+        told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(told["RssAnon"].split()[0]) * 1024
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, anonymous())
+
+    before, began = anonymous(), time.perf_counter()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    step(work)
+    seconds = time.perf_counter() - began
+    done.set()
+    thread.join()
+    return seconds, max(most - before, 0)
 
 
 if __name__ == "__main__":

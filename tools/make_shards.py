@@ -2,6 +2,8 @@
 """Videos and images -> WebDataset shards, with manifest.json and rejected.jsonl, in OUT.
 
 python tools/make_shards.py VIDEOS OUT       make the shards; run it again to go on after an interruption
+python tools/make_shards.py DROID OUT --trajectories droid     robot trajectories, with their states
+python tools/make_shards.py VIDEOS OUT --cluster slurm --jobs 64 --profile mine     the same, as Slurm jobs
 python tools/make_shards.py check DIR        verify a folder of shards; exit code 1 if something is wrong
 python tools/make_shards.py index DIR        a manifest for shards that others have made
 
@@ -10,10 +12,12 @@ lines, CSV with a header, or JSON lines. docs/shards.md has all of it.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,8 +27,12 @@ from vjepa_scale.data.ingest.check import check_shards
 from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.ingest.summary import Summary
+from vjepa_scale.data.ingest.trajectories import LAYOUTS
+from vjepa_scale.data.ingest.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 
 _SECONDS_PER_LINE = 30
+_CPUS_PER_JOB = 8
+_TIMEOUT_MIN = 720
 
 
 def main() -> int:
@@ -35,7 +43,7 @@ def main() -> int:
         "videos", type=Path, metavar="VIDEOS", help="a folder, of which every file is looked at; a list"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the shards")
-    parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: cores)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-records", type=int, metavar="N", help="clips per shard")
     size.add_argument("--shard-mb", type=int, metavar="N", default=256, help="megabytes per shard (default: 256)")
@@ -45,17 +53,30 @@ def main() -> int:
         "--segment",
         type=float,
         metavar="SECONDS",
-        help="cut longer videos at keyframes into clips of up to this length",
+        help="cut longer videos into clips of up to this length: at keyframes, or exactly with --transcode",
     )
     parser.add_argument(
         "--min-seconds", type=float, metavar="SECONDS", default=0.0, help="reject shorter clips (default: 0)"
     )
     parser.add_argument(
-        "--copy", action="store_true", help="keep the bytes, and cut by copying packets: the default, and all there is"
+        "--decode-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=60.0,
+        help="reject a file whose decoder gives no new frame for so long (default: 60)",
     )
+    _add_encoding_flags(parser)
+    _add_trajectory_flags(parser)
+    _add_cluster_flags(parser)
     args = parser.parse_args()
+    _check_encoding_flags(args)
+    _check_trajectory_flags(args)
+    _check_cluster_flags(args)
     for flag, value in (
         ("--workers", args.workers),
+        ("--jobs", args.jobs),
+        ("--cpus-per-job", args.cpus_per_job),
+        ("--timeout-min", args.timeout_min),
         ("--shard-records", args.shard_records),
         ("--shard-mb", args.shard_mb),
     ):
@@ -63,6 +84,9 @@ def main() -> int:
             raise UserError(f"{value} is too few", where=f"make_shards.py {flag}", fix="1 or more")
     if args.segment is not None and not args.segment > 0:
         raise UserError(f"{args.segment} is no length", where="make_shards.py --segment", fix="seconds above 0")
+    if not 1 <= args.decode_timeout < math.inf:
+        fix = "1 second or more"
+        raise UserError(f"{args.decode_timeout} is too short", where="make_shards.py --decode-timeout", fix=fix)
     if not args.min_seconds >= 0:
         raise UserError(f"{args.min_seconds} is no length", where="make_shards.py --min-seconds", fix="0 or more")
 
@@ -73,8 +97,132 @@ def main() -> int:
         images=args.images,
         segment_s=args.segment,
         min_s=args.min_seconds,
+        decode_timeout_s=args.decode_timeout,
+        trajectories=args.trajectories,
+        view=args.view or Settings.view,
+        retime=args.retime,
+        transcode=args.transcode is not None,
+        short_side=None if args.transcode is True else args.transcode,
+        fps=args.fps and str(args.fps),
     )
-    report(args.out, make_shards(args.videos, args.out, settings, workers=args.workers, progress=Watch()))
+    if args.cluster == "slurm":
+        return _on_slurm(args, settings)
+    report(args.out, make_shards(args.videos, args.out, settings, workers=args.workers or _cores(), progress=Watch()))
+    return 0
+
+
+def _add_encoding_flags(parser: argparse.ArgumentParser) -> None:
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--copy", action="store_true", help="keep the bytes, and cut by copying packets, at keyframes: the default"
+    )
+    ways.add_argument(
+        "--transcode",
+        type=int,
+        nargs="?",
+        const=True,
+        metavar="SHORT_SIDE",
+        help="encode videos anew: h264 at a constant rate, a keyframe every 30 frames; the short side at most so many "
+        "pixels (without a number: as it is)",
+    )
+    parser.add_argument(
+        "--fps", type=_rate, metavar="N", help="with --transcode: frames a second, 30 or 30000/1001 (default: as it is)"
+    )
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not SLOWEST <= rate <= FASTEST:
+        raise UserError(f"{text} is no frame rate", where="make_shards.py --fps", fix="for example 30, or 30000/1001")
+    return standard_rate(float(rate))
+
+
+def _check_encoding_flags(args: argparse.Namespace) -> None:
+    if args.transcode is None:
+        if args.fps:
+            raise UserError("only for --transcode", where="make_shards.py --fps", fix="give --transcode too")
+    elif args.transcode is not True and args.transcode < SHORTEST_SIDE:
+        fix = f"{SHORTEST_SIDE} pixels or more, for example 288"
+        raise UserError(f"{args.transcode} is too small", where="make_shards.py --transcode", fix=fix)
+
+
+def _add_trajectory_flags(parser: argparse.ArgumentParser) -> None:
+    robots = parser.add_argument_group("robot trajectories")
+    robots.add_argument("--trajectories", choices=LAYOUTS, help="VIDEOS holds trajectories in this layout")
+    robots.add_argument("--view", metavar="NAME", help=f"the camera: wrist, left, … (default: {Settings.view})")
+    robots.add_argument(
+        "--retime", action="store_true", help="give videos with one frame per step the times of their logs"
+    )
+
+
+def _check_trajectory_flags(args: argparse.Namespace) -> None:
+    if args.trajectories is None:
+        for flag in ("view", "retime"):
+            if getattr(args, flag):
+                fix = "give --trajectories droid"
+                raise UserError("only for trajectories", where=f"make_shards.py --{flag}", fix=fix)
+        return
+    for flag, why in (
+        ("segment", "states would have to be cut with the video"),
+        ("transcode", "a constant rate would lose the log's times"),
+        ("images", "a trajectory has a video"),
+    ):
+        if getattr(args, flag):
+            fix = f"leave it out: with --trajectories {why}"
+            raise UserError("not with --trajectories", where=f"make_shards.py --{flag}", fix=fix)
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    cluster = parser.add_argument_group("on a cluster")
+    cluster.add_argument("--cluster", choices=["slurm"], help="as Slurm jobs, which this command follows")
+    cluster.add_argument("--jobs", type=int, metavar="N", help="how many work at once")
+    cluster.add_argument(
+        "--cpus-per-job", type=int, metavar="C", help=f"cores and processes of a job (default: {_CPUS_PER_JOB})"
+    )
+    cluster.add_argument(
+        "--timeout-min", type=int, metavar="M", help=f"a job's time limit, in minutes (default: {_TIMEOUT_MIN})"
+    )
+    cluster.add_argument("--profile", metavar="NAME_OR_YAML", help="the site's (docs/slurm_profiles.md)")
+    cluster.add_argument("--print-sbatch", action="store_true", help="print the batch scripts and stop")
+
+
+def _check_cluster_flags(args: argparse.Namespace) -> None:
+    if args.cluster is None:
+        for flag in ("jobs", "cpus_per_job", "timeout_min", "profile", "print_sbatch"):
+            if getattr(args, flag):
+                name = flag.replace("_", "-")
+                raise UserError("only for a cluster", where=f"make_shards.py --{name}", fix="give --cluster slurm too")
+        return
+    if args.jobs is None:
+        raise UserError("how many jobs?", where="make_shards.py --cluster slurm", fix="give --jobs, for example 64")
+    if args.workers is not None:
+        fix = "--jobs and --cpus-per-job say how many there"
+        raise UserError("counts processes on this machine", where="make_shards.py --workers", fix=fix)
+
+
+def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
+    from vjepa_scale.launch import arrays  # imports submitit, which a run on this machine does without
+    from vjepa_scale.launch.arrays_follow import JobFailedError
+
+    asked = arrays.Asked(
+        jobs=args.jobs,
+        profile=args.profile,
+        cpus=args.cpus_per_job or _CPUS_PER_JOB,
+        timeout_min=args.timeout_min or _TIMEOUT_MIN,
+    )
+    if args.print_sbatch:
+        for step, text in arrays.scripts(args.out, asked).items():
+            print(f"# -- {step}.sbatch\n{text}")
+        return 0
+    try:
+        summary = arrays.make_shards_on_slurm(args.videos, args.out, settings, asked, progress=Watch())
+    except JobFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report(args.out, summary)
     return 0
 
 
@@ -110,18 +258,21 @@ class Watch:
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
         self._said: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, doing: str, done: int, total: int) -> None:
         if doing not in self._bars:
-            self._bars[doing] = tqdm(desc=doing, total=total, disable=None)
-            self._said[doing] = self._started = time.monotonic()
+            self._bars[doing] = tqdm(desc=doing, total=total, initial=done, disable=None)
+            self._said[doing] = time.monotonic()
+            self._began[doing] = self._said[doing], done  # by an earlier run
         bar, now = self._bars[doing], time.monotonic()
-        bar.update()
+        bar.update(done - bar.n)
         if done == total:
             bar.close()
         if bar.disable and now - self._said[doing] >= _SECONDS_PER_LINE:
             self._said[doing] = now
-            rate = done / (now - self._started)
+            began, first = self._began[doing]
+            rate = max(done - first, 1) / (now - began)
             print(f"{doing}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate / 60:.0f} minutes left")
             sys.stdout.flush()
 

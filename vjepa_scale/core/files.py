@@ -21,11 +21,18 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_beside(path: Path) -> Path:
+    """The name under which a file is written before it gets its own.
+
+    Random: processes of several machines, each the first of its container, may write beside each other.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file: under a temporary name, flushed, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Random: processes of several machines, each the first of its container, may write beside each other.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(path)
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

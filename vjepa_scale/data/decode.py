@@ -158,7 +158,7 @@ def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.ND
 def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:
     """The frame on screen at each of some ascending times, decoding from the keyframe before the first."""
     with decoding_from(data, times_s[0]) as (_, stream, frames):
-        return _on_screen(frames, ticks_of(stream, times_s))
+        return list(on_screen(frames, ticks_of(stream, times_s)))
 
 
 def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
@@ -211,8 +211,12 @@ def time_base(stream: VideoStream) -> Fraction:
 
 def ticks_of(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
     """Seconds from the stream's start → its ticks."""
-    per_second = 1 / float(time_base(stream))
-    return [stream_start(stream) + int(np.floor(t * per_second + _TICK_TOLERANCE)) for t in times_s]
+    return (stream_start(stream) + whole_ticks(times_s, float(time_base(stream)))).tolist()
+
+
+def whole_ticks(times_s: Sequence[float] | npt.NDArray[np.float64], tick_s: float) -> npt.NDArray[np.int64]:
+    """How many ticks of tick_s seconds have passed at each time."""
+    return np.floor(np.asarray(times_s, np.float64) * (1 / tick_s) + _TICK_TOLERANCE).astype(np.int64)
 
 
 def sought(container: InputContainer, stream: VideoStream, time_s: float) -> bool:
@@ -231,13 +235,14 @@ def pts_of(frame: av.VideoFrame) -> int:
     return frame.pts
 
 
-def _on_screen(frames: Iterator[av.VideoFrame], ticks: Sequence[int]) -> list[av.VideoFrame]:
-    """The last frame with pts <= each tick; before the first frame, the first."""
-    current, found = next(frames), list[av.VideoFrame]()
+def on_screen(frames: Iterator[av.VideoFrame], ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """The last frame with pts <= each of some ascending ticks; before the first frame, the first. Holds two frames."""
+    current, wanted = next(frames), iter(ticks)
+    tick = next(wanted, None)
     for following in chain(frames, [None]):
-        while len(found) < len(ticks) and (following is None or pts_of(following) > ticks[len(found)]):
-            found.append(current)
-        if following is None or len(found) == len(ticks):
-            break
+        while tick is not None and (following is None or pts_of(following) > tick):
+            yield current
+            tick = next(wanted, None)
+        if following is None or tick is None:
+            return
         current = following
-    return found

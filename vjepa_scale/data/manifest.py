@@ -6,7 +6,8 @@
     OUT/rejected.jsonl       source files that were left out, and why
 
 Columns: ``key`` (bytes), ``video.offset``, ``video.size``, ``json.offset``, ``json.size`` (in its tar),
-``duration`` (s), ``fps``, ``frames``, ``width``, ``height``, ``label`` (index into classes, -1 for none).
+``duration`` (s), ``fps``, ``frames``, ``width``, ``height``, ``label`` (index into classes, -1 for none). Where records
+have other members (trajectories.py), ``states.offset``, ``states.size`` and so on; size 0: this record has none.
 Record r is the r-th of all shards' records, in the order of the shards.
 """
 
@@ -17,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import read_json, sha256_file, write_atomic, write_json
+from vjepa_scale.core.files import fsync_dir, read_json, temporary_beside, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+
+_BLOCK = 2**20  # values
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,12 @@ class Manifest:
         if not look:
             return manifest
         for shard in manifest.shards:
-            path = folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
+            try:
+                size = os.stat(os.path.join(folder, shard.name)).st_size
+            except OSError:
+                size = None
             if size != shard.bytes:
+                path = folder / shard.name
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"the shard {found}, the manifest says {shard.bytes}", where=path, fix="copy it again")
         for name in manifest.described:
@@ -117,7 +124,7 @@ class Manifest:
         return self.column("key")[record].decode()
 
     def read(self, record: int, member: str = "video") -> bytes:
-        """The bytes of one member (``video`` or ``json``) of a record, and nothing else of the shard."""
+        """The bytes of one member (``video``, ``json``, …) of a record, and nothing else of the shard."""
         path = self.folder / self.shard_of(record).name
         offset, size = int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
         try:
@@ -161,13 +168,8 @@ def write_manifest(
 
     source: what it was made from; a second run compares it.
     """
-    described = []
-    for name, values in columns.items():
-        path = folder / "columns" / f"{name}.npy"
-        write_atomic(path, _npy(values))
-        described.append(
-            {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": sha256_file(path)}
-        )
+    described = [_write_column(folder, name, values) for name, values in columns.items()]
+    fsync_dir(folder / "columns")
     tree = {
         "version": VERSION,
         "records": sum(shard.records for shard in shards),
@@ -180,7 +182,20 @@ def write_manifest(
     write_json(folder / MANIFEST, tree)
 
 
-def _npy(values: npt.NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
+def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str, str]:
+    """One column as numpy.save would write it, block by block: it may be larger than memory. Returns what it is."""
+    path = folder / "columns" / f"{name}.npy"
+    path.parent.mkdir(exist_ok=True)
+    temporary = temporary_beside(path)
+    digest = hashlib.sha256()
+    with open(temporary, "wb") as file:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+        blocks = (np.ascontiguousarray(values[i : i + _BLOCK]).tobytes() for i in range(0, len(values), _BLOCK))
+        for block in chain([header.getvalue()], blocks):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": digest.hexdigest()}

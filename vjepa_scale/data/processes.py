@@ -8,14 +8,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,8 +24,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_BEAT_S = 1.0
+
+
 class Crashed:
     """What stands for the result of an item whose worker died of it (a crash inside a native library)."""
+
+
+class Silent:
+    """What stands for the result of an item whose worker made no progress for too long, and was ended."""
 
 
 def worker_context() -> ForkServerContext:
@@ -70,33 +78,160 @@ def _die_with(sentinel: int) -> None:
 
 
 def map_in_workers(
-    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int
-) -> Iterator[tuple[int, Result | Crashed]]:
-    """(index, function(item)) for every item, as they finish.
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, silence_s: float | None = None
+) -> Iterator[tuple[int, Result | Crashed | Silent]]:
+    """(number of the item, function(item)) for every item, as they finish.
 
-    A worker that dies takes its neighbours' work with it: what was in flight is done again, one item at a
-    time, and only the item that kills a worker when alone comes back as Crashed. Exceptions propagate.
+    items: taken as workers become free, never all at once
+    silence_s: a worker that has not called ``beat`` for so long is ended, and its item comes back as Silent
+    A worker that dies may have died of its neighbours (no memory is left): its item is done again at the end,
+    alone, and comes back as Crashed only if it kills a worker then too. Exceptions propagate.
     """
-    waiting, suspects = deque(range(len(items))), deque[int]()
-    while waiting or suspects:
-        # Suspects run alone; the others a few per worker ahead.
-        alone = not waiting
-        queue, width, ahead = (suspects, 1, 1) if alone else (waiting, workers, 4 * workers)
-        running: dict[Future[Result], int] = {}
-        with ProcessPoolExecutor(width, mp_context=worker_context(), initializer=start_worker) as pool:
-            try:
-                while queue or running:
-                    while queue and len(running) < ahead:
-                        running[pool.submit(function, items[queue[0]])] = queue[0]
-                        queue.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield running.pop(future), result
-            except BrokenProcessPool:
-                if alone:
-                    yield from ((index, Crashed()) for index in running.values())
-                else:
-                    suspects.extend(running.values())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    suspects = list[tuple[int, Item]]()
+    crew = _Crew(function, silence_s)
+    try:
+        for task, result in crew.run(enumerate(items), workers):
+            if isinstance(result, Crashed):
+                suspects.append(task)
+            else:
+                yield task[0], result
+        for suspect in suspects:
+            yield from ((number, result) for (number, _), result in crew.run(iter([suspect]), 1))
+    finally:
+        crew.end()
+
+
+def beat() -> None:
+    """In a worker: tell whoever waits for it that there is progress. Anywhere else, nothing."""
+    if _line is not None:
+        _line.beat()
+
+
+class _Line:
+    """A worker's end of its pipe: beats, at most one a second, then the result."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self._connection = connection
+        self._said = time.monotonic()
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._said > _BEAT_S:
+            self._said = now
+            self._connection.send(None)
+
+    def send(self, result: object, error: Exception | None = None) -> None:
+        self._said = time.monotonic()
+        self._connection.send((result, error))
+
+
+_line: _Line | None = None
+
+
+def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]") -> None:
+    """A worker's life: an item comes, a result goes, until the pipe is closed."""
+    global _line
+    start_worker()
+    _line = _Line(connection)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = function(item)
+        except Exception as error:  # noqa: BLE001 (raised again where the results are wanted)
+            error.add_note("".join(traceback.format_exception(error)))
+            _line.send(None, error)
+        else:
+            _line.send(result)
+
+
+class _Worker:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        context = worker_context()
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the pipe's end
+        self.task: Any = None
+        self.silent_s = 0.0
+
+    def give(self, task: tuple[int, Any]) -> None:
+        self.task, self.silent_s = task, 0.0
+        self.connection.send(task[1])
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.connection.close()
+        self._process.join(timeout=1)  # one that is stuck in the kernel (a dead file server) is left to it
+
+
+class _Crew:
+    """Workers that have one item each: so it is known whose item it was when one dies or falls silent."""
+
+    def __init__(self, function: Callable[[Any], Any], silence_s: float | None) -> None:
+        self._function, self._silence_s = function, silence_s
+        self._idle: list[_Worker] = []
+        self._busy: dict[Any, _Worker] = {}
+
+    def run(self, tasks: Iterator[tuple[int, Any]], width: int) -> Iterator[tuple[tuple[int, Any], Any]]:
+        """(task, result) as they finish. A task is (number, item)."""
+        turn_s = None if self._silence_s is None else min(_BEAT_S, self._silence_s / 4)
+        while True:
+            for task in islice(tasks, width - len(self._busy)):
+                self._give(task)
+            if not self._busy:
+                return
+            began = time.monotonic()
+            ready = wait_for(list(self._busy), timeout=turn_s)
+            # In turns, not by the clock: a job that was suspended has not been silent.
+            waited_s = min(time.monotonic() - began, 2 * (turn_s or 0.0))
+            for worker in list(self._busy.values()):
+                if worker.connection in ready:
+                    yield from self._heard(worker)
+                elif self._silence_s is not None and self._fell_silent(worker, waited_s):
+                    yield worker.task, Silent()
+
+    def _give(self, task: tuple[int, Any]) -> None:
+        worker = self._idle.pop() if self._idle else _Worker(self._function)
+        try:
+            worker.give(task)
+        except OSError:  # it died while it had nothing to do
+            worker.kill()
+            worker = _Worker(self._function)
+            worker.give(task)
+        self._busy[worker.connection] = worker
+
+    def _heard(self, worker: _Worker) -> Iterator[tuple[tuple[int, Any], Any]]:
+        worker.silent_s = 0.0
+        try:
+            said = worker.connection.recv()
+        except (EOFError, OSError):
+            self._lose(worker)
+            yield worker.task, Crashed()
+            return
+        if said is None:
+            return
+        del self._busy[worker.connection]
+        self._idle.append(worker)
+        result, error = said
+        if error is not None:
+            raise error
+        yield worker.task, result
+
+    def _fell_silent(self, worker: _Worker, waited_s: float) -> bool:
+        assert self._silence_s is not None
+        worker.silent_s += waited_s
+        if worker.silent_s <= self._silence_s:
+            return False
+        self._lose(worker)
+        return True
+
+    def _lose(self, worker: _Worker) -> None:
+        del self._busy[worker.connection]
+        worker.kill()
+
+    def end(self) -> None:
+        for worker in [*self._idle, *self._busy.values()]:
+            worker.kill()

@@ -28,9 +28,10 @@ from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.data.decode import DecodeError, Media
-from vjepa_scale.data.ingest.shards import Rejected, probe_sources
-from vjepa_scale.data.ingest.shards import Settings as ShardSettings
+from vjepa_scale.data.ingest.probing import probe_sources
+from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.sources import folder_source, list_sources
+from vjepa_scale.data.ingest.work import Settings as ShardSettings
 from vjepa_scale.data.loader import Prefetched
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.data.pictures import picture_count, stream_pictures

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The end of a stage's batch script: queue the job again, or let it end.
+# The end of a batch script of ours: queue the job again, or let it end.
 #
 #     bash epilogue.sh STATUS COMMAND...
 #
-# STATUS is srun's exit status: 0 the stage is done, 75 a signal was obeyed and everything is saved. After any
-# other, COMMAND (vjepa_scale.launch.afterwards) decides: its 75 means again. The exit status is the job's, which
+# STATUS is srun's exit status: 0 the work is done, 75 a signal was obeyed and everything is saved. After any
+# other, COMMAND (for stages vjepa_scale.launch.afterwards) decides: its 75 means again. The exit status is the job's, which
 # Slurm's afterok dependencies read.
 set -u
 trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be finished
@@ -12,6 +12,9 @@ again=75
 status=$1
 srun_status=$1
 shift
+job_id=$SLURM_JOB_ID
+# The plain id of an array's last task is that of the whole array.
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 [ "$status" -ne 0 ] || exit 0
 
 # Exits where Slurm itself has started this job again: then nothing here counts any more.
@@ -19,13 +22,13 @@ leave_if_succeeded() {
   local restarts=${1#* Restarts=}
   restarts=${restarts%% *}
   if [ "$restarts" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
-    echo "Slurm itself has queued job $SLURM_JOB_ID again"
+    echo "Slurm itself has queued job $job_id again"
     exit "$again"
   fi
 }
 
 if [ "$status" -ne "$again" ]; then
-  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") && leave_if_succeeded "$job"
+  job=$(scontrol --oneliner show job "$job_id") && leave_if_succeeded "$job"
   for _ in 1 2 3; do
     "$@" --status "$srun_status"
     status=$?
@@ -36,21 +39,21 @@ fi
 
 # The controller may be busy or being restarted: nobody is awake to try again.
 for pause in 1 5 15 30 60 0; do
-  if job=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+  if job=$(scontrol --oneliner show job "$job_id"); then
     leave_if_succeeded "$job"
     case $job in
     *" JobState=COMPLETING Reason=TimeLimit "*) ;; # saved in the last moment
     *" JobState=CANCELLED "* | *" JobState=COMPLETING "*)
       # Slurm is ending it, and not to start it again: somebody's scancel, which leaves us the time to save
-      echo "job $SLURM_JOB_ID was cancelled: not queued again"
+      echo "job $job_id was cancelled: not queued again"
       exit 1
       ;;
     *" Requeue=0 "*)
-      echo "error: this job may not be queued again (requeue: false); the launch command goes on" >&2
+      echo "error: this job may not be queued again (requeue: false); the same command goes on" >&2
       break
       ;;
     esac
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$job_id"; then
       sleep 600 & # Slurm ends this script now
       wait $!
       exit "$again"
@@ -58,6 +61,6 @@ for pause in 1 5 15 30 60 0; do
   fi
   sleep "$pause"
 done
-echo "error: job $SLURM_JOB_ID was not queued again; the launch command goes on from the last checkpoint" >&2
+echo "error: job $job_id was not queued again; the same command goes on" >&2
 "$@" --refused
 exit 1

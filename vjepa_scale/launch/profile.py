@@ -60,6 +60,8 @@ _SRUN_LAUNCHERS = re.compile(
 _RANK_VARIABLES = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|SUBMITIT_EXECUTOR|SLURM_(PROCID|NTASKS|LOCALID|JOB_ID|STEP_ID)"
 )
+_GPU_GRES = re.compile(r"(gres[:/])?gpu(:|$)")
+_GPU_OPTION = re.compile(r"(^|[-:/=])gpus?($|[-:=])")  # gpus, gpu-bind, mem-per-gpu, tres-per-task=gres/gpu:1
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
 
 
@@ -390,6 +392,13 @@ def _gpus_per_node(profile: Profile, needs_gpus: bool, tasks_per_node: int) -> i
     named = [part.removeprefix("gres:").removeprefix("gres/") for part in (profile.gres or "").split(",")]
     asked = any(part.split(":")[0] == "gpu" for part in named) or "gpus" in profile.sbatch
     return tasks_per_node if needs_gpus and not asked else None
+
+
+def without_gpus(profile: Profile) -> Profile:
+    """The same site for jobs that use no GPU: none is asked for, in none of the ways there are."""
+    parts = [part for part in (profile.gres or "").split(",") if part and not _GPU_GRES.match(part)]
+    sbatch = {name: value for name, value in profile.sbatch.items() if not _GPU_OPTION.search(f"{name}={value}")}
+    return profile.model_copy(update={"gpus_per_node": 0, "gres": ",".join(parts) or None, "sbatch": sbatch})
 
 
 def setup_lines(profile: Profile) -> list[str]:

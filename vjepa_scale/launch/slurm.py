@@ -1,15 +1,11 @@
 """The chain of stages on Slurm: one submitit job per stage, each waiting for the one before (afterok).
 
-A job's batch script is submitit's: the site's setup, ``srun`` of one process per rank, and after it our
-epilogue, which queues the job again where the attempt was not the last.
+srun starts one process per rank; the epilogue queues the job again where the attempt was not the last.
 """
 
 import shlex
 import shutil
-import signal
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import submitit
@@ -19,15 +15,24 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.launch.profile import Profile, load_profile, python_command, submitit_parameters
 from vjepa_scale.launch.record import Launch
-from vjepa_scale.launch.snapshot import import_lines
+from vjepa_scale.launch.submission import (
+    SEE_SLURM,
+    ScriptExecutor,
+    epilogue,
+    job_executor,
+    jobs_of,
+    need_sbatch,
+    objection,
+    refuse_pattern,
+    refuse_short,
+    said_by_sbatch,
+    undisturbed,
+)
 from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import LOGS, stage_folder
 from vjepa_scale.training.history import History
-from vjepa_scale.watch.jobs import run_slurm
-
-SIGNAL = "USR2"
-SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says
+from vjepa_scale.watch.jobs import SlurmUnavailable
 
 
 def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
@@ -35,8 +40,7 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
 
     Raises UserError where Slurm refuses one; those submitted before it are cancelled then.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError("no sbatch command here", where="launch.cluster", fix="run on a login node, or --cluster local")
+    need_sbatch(where="launch.cluster", otherwise="--cluster local")
     before: submitit.Job | None = None
     submitted: list[tuple[submitit.Job, History]] = []
     for stage in stages:
@@ -45,7 +49,7 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
         name = executor.parameters["job_name"]
         _refuse_twin(recipe, name)
         try:
-            with _undisturbed():  # a job that nobody has written down would get a twin by the next launch
+            with undisturbed():  # a job that nobody has written down would get a twin by the next launch
                 job = executor.submit(run_launched, launch.recipe, stage)
                 history = History(stage_folder(recipe, stage))
                 history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
@@ -56,9 +60,9 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
             if not submitted:
                 launch.withdraw()
             raise UserError(
-                f"Slurm refused the job of {stage!r}: {_said_by_sbatch(str(error))}",
+                f"Slurm refused the job of {stage!r}: {said_by_sbatch(str(error))}",
                 where=_blame(recipe),
-                fix="sinfo, sacctmgr show associations and scontrol show partition say what there is",
+                fix=SEE_SLURM,
             ) from None
         submitted.append((job, history))
         waits = f" after {before.job_id}" if before else ""
@@ -66,25 +70,15 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
         before = job
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C, a closed terminal or a kill wait until the block is done."""
-    waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _refuse_twin(recipe: Recipe, name: str) -> None:
     """Raise UserError if Slurm has a job of this run that no history tells of: sbatch's answer may have been lost."""
     run = Path(recipe.run.dir).absolute()
-    asked = run_slurm(["squeue", "--me", "--noheader", "--name", name, "--format", "%i %o"])
-    for line in asked.stdout.splitlines():
-        job_id, _, command = line.strip().partition(" ")
-        if command.startswith(f"{run}/"):
-            raise UserError(f"Slurm job {job_id} is this stage's already", where=run, fix=f"scancel {job_id}, or wait")
+    try:
+        twins = jobs_of(run, name=name)
+    except SlurmUnavailable:  # then sbatch has no answer either, and says why
+        return
+    for job_id in twins:
+        raise UserError(f"Slurm job {job_id} is this stage's already", where=run, fix=f"scancel {job_id}, or wait")
 
 
 def scripts(recipe: Recipe, stages: Sequence[str], launch: Launch) -> dict[str, str]:
@@ -96,90 +90,46 @@ def scripts(recipe: Recipe, stages: Sequence[str], launch: Launch) -> dict[str, 
     return texts
 
 
-class StageExecutor(submitit.SlurmExecutor):
-    """submitit's executor, which here can also say what it would submit."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2  # submitit's own wants srun, which a dry run does without
-
-    def script(self) -> str:
-        """The batch script that ``submit`` hands to sbatch."""
-        return self._make_submission_file_text(self._submitit_command_str, uid="")
-
-
-def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | None) -> StageExecutor:
+def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | None) -> ScriptExecutor:
     """The executor of one stage's job. after: the job that must have succeeded before."""
     run = Path(recipe.run.dir).absolute()
-    _refuse_pattern(run)
-    profile = load_profile(recipe.launch.profile)
-    cfg = recipe.launch
-    if 60 * cfg.timeout_min <= profile.signal_delay_s + SIGNAL_EARLY_S:
-        raise UserError(
-            f"jobs of {cfg.timeout_min} minutes ({60 * cfg.timeout_min} s) that Slurm tells to save up to "
-            f"{profile.signal_delay_s} + {SIGNAL_EARLY_S} s before their end would not train",
-            where="launch.timeout_min",
-            fix=f"a longer one, or a shorter signal_delay_s in profile {recipe.launch.profile or '(its default)'}",
-        )
-    site = submitit_parameters(profile, needs_gpus=recipe.engine.device != "cpu", tasks_per_node=cfg.tasks_per_node)
-    additional = dict(site.pop("additional_parameters"))
-    if after is not None:
-        additional["kill-on-invalid-dep"] = "yes"
-    srun_args = ["--kill-on-bad-exit=1", *site.pop("srun_args")]  # else ranks wait for their dead peer
-    executor = StageExecutor(folder=run / stage / LOGS, python=python_command(profile))
-    additional["signal"] = f"{SIGNAL}@{profile.signal_delay_s}"  # submitit's follows a variable of the user's shell
-    imports = import_lines(launch.code)
-    before_site = [*_finish(stage, launch, profile, imports, srun_args), f"trap : TERM {SIGNAL}"]
-    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"]
-    executor.update_parameters(
-        **site | {"setup": [*before_site, *site["setup"], *after_site]},
-        job_name=f"{run.name}-{stage}",
-        nodes=cfg.nodes,
-        ntasks_per_node=cfg.tasks_per_node,
-        cpus_per_task=cfg.cpus_per_task,
-        time=cfg.timeout_min,
-        dependency=f"afterok:{after}" if after else None,
-        srun_args=srun_args,
-        teardown=["finish $?"],
-        additional_parameters=additional,
+    profile, cfg = load_profile(recipe.launch.profile), recipe.launch
+    refuse_pattern(run)
+    refuse_short(
+        cfg.timeout_min, profile, named=cfg.profile or "(its default)", doing="train", where="launch.timeout_min"
     )
-    return executor
+    return job_executor(
+        profile,
+        logs=run / stage / LOGS,
+        code=launch.code,
+        finish=[_finish(stage, launch, profile)],
+        name=f"{run.name}-{stage}",
+        nodes=cfg.nodes,
+        tasks_per_node=cfg.tasks_per_node,
+        cpus_per_task=cfg.cpus_per_task,
+        timeout_min=cfg.timeout_min,
+        needs_gpus=recipe.engine.device != "cpu",
+        after=after,
+        srun_args=[_END_PEERS],
+    )
 
 
-def _finish(
-    stage: str, launch: Launch, profile: Profile, imports: Sequence[str], srun_args: Sequence[str]
-) -> list[str]:
-    """A function of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
-    script = launch.code / "vjepa_scale" / "launch" / "epilogue.sh"
-    step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", *srun_args])
+_END_PEERS = "--kill-on-bad-exit=1"  # else ranks wait for their dead peer
+
+
+def _finish(stage: str, launch: Launch, profile: Profile) -> str:
+    """A line of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
+    site = submitit_parameters(profile, needs_gpus=False, tasks_per_node=1)["srun_args"]
+    step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *site])
     decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
-    return [
-        "finish() {",
-        *(f"  {line}" for line in imports),
-        f'  bash {shlex.quote(str(script))} "$1" {step} {python_command(profile)} {decide} ${{2:+"--setup-failed=$2"}}',
-        "  exit",
-        "}",
-    ]
-
-
-def _refuse_pattern(run: Path) -> None:
-    if "%" in str(run):
-        raise UserError("Slurm reads % in the path of a log as a pattern", where=run, fix="a run.dir without %")
+    return epilogue(launch.code, step, python_command(profile), decide, '${2:+"--setup-failed=$2"}')
 
 
 def test_submission(recipe: Recipe, stage: str, launch: Launch) -> str:
     """What Slurm says against the stage's job, were it submitted now (``sbatch --test-only``); empty if nothing."""
     if shutil.which("sbatch") is None:
         return ""
-    script = stage_executor(recipe, stage, launch, after=None).script()
-    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
-    return _said_by_sbatch(done.stderr) if done.returncode else ""
-
-
-def _said_by_sbatch(text: str) -> str:
-    """sbatch's error lines, each once and without its name."""
-    lines = [line.partition("error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
-    return "; ".join(dict.fromkeys(line for line in lines if line)) or " ".join(text.split())
+    return objection(stage_executor(recipe, stage, launch, after=None).script())
 
 
 def _blame(recipe: Recipe) -> str:

@@ -155,7 +155,7 @@ def test_out_that_holds_something_else_is_refused(videos: Path, shards: Manifest
 def test_an_empty_folder_or_one_with_a_half_written_plan_is_taken(
     videos: Path, shards: Manifest, tmp_path: Path
 ) -> None:
-    (tmp_path / "..plan.json.4711.tmp").write_text('{"sou')  # a kill while the plan was written
+    (tmp_path / ".work.4711.tmp").write_text("0")  # a kill while it began
     make_shards(videos, tmp_path, Settings(seed=3, shard_records=4), workers=2, progress=quiet)
     assert contents(shards.folder).items() <= contents(tmp_path).items()
 

@@ -64,7 +64,7 @@ def rejected(folder: Path) -> dict[str, str]:
 )
 def test_a_list_says_what_is_wanted(text: str, expected: list[Source], tmp_path: Path) -> None:
     (tmp_path / "list").write_text(text, encoding="utf-8")
-    assert read_list(tmp_path / "list") == expected
+    assert list(read_list(tmp_path / "list")) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_list_says_what_is_wanted(text: str, expected: list[Source], tmp_path:
 def test_a_list_that_is_wrong_is_refused_by_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_list(tmp_path / "list")
+        list(read_list(tmp_path / "list"))
 
 
 def test_a_video_is_no_list(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import sha256_file
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.probe import decode_whole
-from vjepa_scale.data.ingest.shards import Progress
 from vjepa_scale.data.ingest.tars import list_tar
+from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, Manifest, Shard
-from vjepa_scale.data.processes import Crashed, map_in_workers
+from vjepa_scale.data.processes import map_in_workers
+from vjepa_scale.data.trajectories import MEMBERS, read_trajectory
 
 _COLUMNS = frozenset(
     [
@@ -58,7 +59,7 @@ def check_shards(folder: Path, *, decode: bool, workers: int, progress: Progress
     found: list[list[str]] = [[] for _ in tasks]
     for done, (number, result) in enumerate(map_in_workers(_check_shard, tasks, workers=workers), start=1):
         crashed = [f"{tasks[number].shard.name}: a clip crashes the decoder"]
-        found[number] = crashed if isinstance(result, Crashed) else result
+        found[number] = result if isinstance(result, list) else crashed
         progress("checking", done, len(tasks))
     listed = {shard.name for shard in manifest.shards}
     indexed = "indexed" in manifest.source  # of which a tar without any usable sample is not in the manifest
@@ -133,8 +134,24 @@ def _check_record(
         if not any(members.get(place["json"]) == "json" for members in candidates):
             return ["its JSON lies elsewhere in the shard"]
         wrong += _check_known(manifest, record, facts)
+    wrong += _check_beside(manifest, record, candidates)
     if task.decode:
         wrong += _check_video(manifest.read(record), facts)
+    return wrong
+
+
+def _check_beside(manifest: Manifest, record: int, candidates: list[dict[tuple[int, int], str]]) -> list[str]:
+    """What a robot did: where it lies, and whether it is sound and on the video's clock."""
+    if "states.offset" not in manifest.described:
+        return []
+    wrong = []
+    for name in MEMBERS:
+        if f"{name}.size" in manifest.described and manifest.column(f"{name}.size")[record]:
+            place = int(manifest.column(f"{name}.offset")[record]), int(manifest.column(f"{name}.size")[record])
+            if not any(members.get(place) == f"{name}.npy" for members in candidates):
+                wrong.append(f"its {name} lie elsewhere in the shard")
+    if not wrong:
+        read_trajectory(manifest, record)
     return wrong
 
 

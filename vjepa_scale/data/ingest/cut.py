@@ -7,18 +7,22 @@ Sound and subtitles are left out. The new file is MP4, or Matroska for a codec t
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import dropwhile, islice, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.decode import DecodeError, ffmpeg_errors, open_video, sought, stream_start, time_base
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
+from vjepa_scale.data.processes import beat
 
 REASON = "cannot be cut by copying"
 _MP4_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
@@ -78,8 +82,7 @@ def copy_cut(path: Path, cut: Cut) -> bytes:
     if packets is not None:
         return packets
     with open_video(path) as (container, stream):
-        every = (packet for packet in container.demux(stream) if packet.size)
-        return _muxed(stream, list(islice(every, cut.first, cut.last)), cut)
+        return _part(stream, list(islice(packets_of(container, stream), cut.first, cut.last)), cut)
 
 
 def _from_keyframe(path: Path, cut: Cut) -> bytes | None:
@@ -87,22 +90,46 @@ def _from_keyframe(path: Path, cut: Cut) -> bytes | None:
     with open_video(path) as (container, stream):
         if not sought(container, stream, (cut.zero - stream_start(stream)) * float(time_base(stream))):
             return None
-        every = (packet for packet in container.demux(stream) if packet.size)
+        every = packets_of(container, stream)
         from_key = dropwhile(lambda packet: packet.pts != cut.zero, every)
         packets = list(islice(from_key, cut.last - cut.first))
-        return _muxed(stream, packets, cut) if len(packets) == cut.last - cut.first else None
+        return _part(stream, packets, cut) if len(packets) == cut.last - cut.first else None
 
 
-def _muxed(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
-    kind = {"mp4": "mp4", "mkv": "matroska"}[cut.extension]
+def _part(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
+    return muxed(stream, packets, [shown_at(packet) - cut.zero for packet in packets], cut.extension)
+
+
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """All packets of a video, in the order of the file."""
+    for packet in container.demux(stream):
+        beat()
+        if packet.size:
+            yield packet
+
+
+def muxed(
+    stream: VideoStream, packets: list[Packet], ticks: list[int], extension: str, tick_s: Fraction | None = None
+) -> bytes:
+    """A new file of packets in their order: always the same bytes. Raises DecodeError.
+
+    ticks: when the picture of each comes on screen; tick_s: seconds per tick of the new file, else the stream's
+    """
+    kind = {"mp4": "mp4", "mkv": "matroska"}[extension]
     buffer = io.BytesIO()
-    ticks = [_pts(packet) - cut.zero for packet in packets]
     with ffmpeg_errors(REASON), av.open(buffer, "w", format=kind, options={"fflags": "+bitexact"}) as out:
         copy = out.add_stream_from_template(stream, opaque=True)
+        if tick_s is not None:
+            copy.time_base = tick_s
         for packet, pts, dts in zip(packets, ticks, _decoding_times(ticks), strict=True):
             packet.pts, packet.dts, packet.stream = pts, dts, copy
             out.mux(packet)
     return buffer.getvalue()
+
+
+def extension_for(stream: VideoStream) -> str:
+    """Of the file that its packets are copied to."""
+    return "mp4" if stream.codec_context.codec.canonical_name in _MP4_CODECS else "mkv"
 
 
 def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFacts]:
@@ -119,7 +146,8 @@ def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFac
     return data, part.facts
 
 
-def _pts(packet: Packet) -> int:
+def shown_at(packet: Packet) -> int:
+    """The tick at which its picture comes on screen. Raises DecodeError."""
     if packet.pts is None:
         raise DecodeError(REASON, "packets without timestamps")
     return packet.pts
@@ -131,9 +159,9 @@ def _dividing_keyframes(path: Path) -> tuple[list[tuple[int, int, float]], int, 
     With them: how many packets there are, and the extension of parts.
     """
     with open_video(path) as (container, stream):
-        rows = [(_pts(packet), packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+        rows = [(shown_at(packet), packet.is_keyframe) for packet in packets_of(container, stream)]
         seconds, start = float(time_base(stream)), stream_start(stream)
-        extension = "mp4" if stream.codec_context.codec.canonical_name in _MP4_CODECS else "mkv"
+        extension = extension_for(stream)
     pts = np.array([tick for tick, _ in rows], np.int64)
     before = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(pts)[:-1]])
     after = np.minimum.accumulate(pts[::-1])[::-1]

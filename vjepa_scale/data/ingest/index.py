@@ -6,26 +6,31 @@ its JSON. What cannot be used is named in rejected.jsonl and is not in the manif
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, sha256_file, write_atomic
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
-from vjepa_scale.data.ingest.shards import Progress, Rejected, record_columns
+from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.summary import Summary, summarize
 from vjepa_scale.data.ingest.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
+from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
-from vjepa_scale.data.processes import Crashed, map_in_workers
+from vjepa_scale.data.processes import map_in_workers
+
+_PLACES = ("video.offset", "video.size", "json.offset", "json.size")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A usable sample: key, where its members lie, and what it is."""
+    """A usable sample: key, where its members lie (as _PLACES), and what it is."""
 
     key: str
     places: tuple[int, int, int, int]
@@ -59,7 +64,7 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
         return summarize(folder, existed=True)
     results: list[_Indexed | None] = [None] * len(tars)
     for done, (number, result) in enumerate(map_in_workers(_index, tars, workers=workers), start=1):
-        if isinstance(result, Crashed):
+        if not isinstance(result, _Indexed):
             raise UserError("a sample of this shard crashes the decoder", where=tars[number], fix="move it elsewhere")
         results[number] = result
         progress("indexing", done, len(tars))
@@ -69,17 +74,29 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
     if not found:
         first = f": {rejected[0].path}: {rejected[0].reason}" if rejected else ""
         raise UserError(f"no sample that can be used in {len(tars)} shards{first}", where=folder)
-    labels = [sample.label for sample in found]
-    classes, columns = record_columns(
-        [sample.key for sample in found],
-        np.array([sample.places for sample in found], np.int64),
-        [sample.facts for sample in found],
-        labels,
-    )
+    classes, columns = _columns(found)
     write_atomic(folder / REJECTED, "".join(json.dumps(asdict(row)) + "\n" for row in rejected))
     shards = [result.shard for result in indexed if result.found]
     write_manifest(folder, shards=shards, classes=classes, columns=columns, source=source)
     return summarize(folder)
+
+
+def _columns(found: Sequence[_Found]) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
+    """The classes, and the manifest's columns."""
+    classes = sorted({sample.label for sample in found if sample.label is not None})
+    number = {None: -1} | {name: i for i, name in enumerate(classes)}
+    places = np.array([sample.places for sample in found], np.int64)
+    facts = [sample.facts for sample in found]
+    return classes, {
+        "key": np.array([sample.key.encode() for sample in found], "S"),
+        **{name: places[:, i] for i, name in enumerate(_PLACES)},
+        "duration": np.array([f.duration for f in facts], np.float64),
+        "fps": np.array([f.fps for f in facts], np.float64),
+        "frames": np.array([f.frames for f in facts], np.int64),
+        "width": np.array([f.width for f in facts], np.int32),
+        "height": np.array([f.height for f in facts], np.int32),
+        "label": np.array([number[sample.label] for sample in found], np.int64),
+    }
 
 
 def _index(path: Path) -> _Indexed:

@@ -6,6 +6,7 @@ malformed files decoders return garbage after a seek, with no error).
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,19 @@ from vjepa_scale.data.decode import (
     NOT_A_VIDEO,
     DecodeError,
     Media,
+    decoding_from,
     ffmpeg_errors,
+    on_screen,
     open_video,
-    pictures_at,
     pts_of,
     still_picture,
     stream_start,
+    ticks_of,
     time_base,
+    timed_frames,
     upright_rgb,
 )
+from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
@@ -51,11 +56,15 @@ class VideoFacts:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A video decoded in order. times_s: of every frame, from the stream's start; digests: 8 bytes of each picture."""
+    """A video decoded in order.
+
+    times_s: of every frame, from the stream's start, in whole ticks of tick_s; digests: 8 bytes of each picture
+    """
 
     facts: VideoFacts
     times_s: npt.NDArray[np.float64]
     digests: list[bytes]
+    tick_s: float = 1.0
 
 
 def probe_video(data: Media) -> VideoFacts:
@@ -85,10 +94,22 @@ def _decode_video(data: Media) -> Decoded:
         start = stream_start(stream)
     for index in sorted({len(ticks) // 2, len(ticks) - 1} - {0}):
         # Half a tick later, so that the frame is on screen whatever the rounding.
-        (found,) = pictures_at(data, [(ticks[index] - start + 0.5) * seconds])
-        if found.pts != ticks[index] or _digest(VideoReformatter(), found) != digests[index]:
+        found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
+        if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
-    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests)
+    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests, seconds)
+
+
+def _sought_picture(data: Media, time_s: float) -> VideoFrame:
+    """What is on screen at a time, reached by seeking."""
+    with decoding_from(data, time_s, _frames_beating) as (_, stream, frames):
+        return next(on_screen(frames, ticks_of(stream, [time_s])))
+
+
+def _frames_beating(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for frame in timed_frames(container, stream):
+        beat()
+        yield frame
 
 
 def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[int], list[bytes], VideoFacts]:
@@ -102,8 +123,9 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[in
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
         size = (last.width, last.height)
+        beat()
         ticks.append(pts_of(last))
-        digests.append(_digest(reformatter, last))
+        digests.append(picture_digest(reformatter, last))
         turned = round(last.rotation / 90) % 2
     if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
@@ -117,7 +139,7 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[in
     return ticks, digests, VideoFacts(end_s, fps, len(ticks), width, height)
 
 
-def _digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
+def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
     """Of a frame's thumbnail: hours of video must not be held as pictures."""
     with ffmpeg_errors("pixels that cannot be converted"):
         small = reformatter.reformat(

@@ -1,6 +1,7 @@
 """What a folder of shards holds, in a few numbers."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.manifest import REJECTED, Manifest
+
+_BLOCK = 2**20  # records
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,26 @@ class Summary:
 def summarize(out: Path, existed: bool = False) -> Summary:
     """Raises UserError where ``out`` is no finished folder of shards."""
     manifest = Manifest.open(out)
+    width, height, rate = (manifest.column(name) for name in ("width", "height", "fps"))
+    blocks = [slice(i, i + _BLOCK) for i in range(0, manifest.records, _BLOCK)]
     # width and height as one number: a column of pairs would be sorted far more slowly
-    sizes = manifest.column("width").astype(np.int64) << 32 | manifest.column("height")
+    sizes = (width[block].astype(np.int64) << 32 | height[block] for block in blocks)
     return Summary(
         clips=manifest.records,
         shards=len(manifest.shards),
         hours=float(manifest.column("duration").sum()) / 3600,
         bytes=sum(shard.bytes for shard in manifest.shards),
         resolutions={(size >> 32, size & 0xFFFFFFFF): n for size, n in _frequent(sizes).items()},
-        rates=_frequent(np.round(manifest.column("fps"), 2)),
+        rates=_frequent(np.round(rate[block], 2) for block in blocks),
         rejected=dict(Counter(row["reason"] for row in read_jsonl(out / REJECTED)).most_common()),
         existed=existed,
     )
 
 
-def _frequent(values: np.ndarray) -> dict:
-    """How often each value occurs, the most frequent first."""
-    found, counts = np.unique(values, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return dict(zip(found[order].tolist(), counts[order].tolist(), strict=True))
+def _frequent(values: Iterable[np.ndarray]) -> dict:
+    """How often each value occurs in some blocks, the most frequent first."""
+    counts = Counter[float]()
+    for block in values:
+        found, times = np.unique(block, return_counts=True)
+        counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -1,8 +1,16 @@
-"""What lies where in a tar of samples, by WebDataset's rule: the key is the name up to the base name's first dot."""
+"""Tars of samples: what lies where in one, and how one is written.
 
+A sample is what WebDataset takes for one: its key is the name up to the base name's first dot.
+"""
+
+import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
+
+from vjepa_scale.data.ingest.sums import Sha256
 
 _VIDEO = {
     "mp4",
@@ -23,6 +31,7 @@ _VIDEO = {
     "video",
 }
 _IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"}
+_WRITTEN_BACK = 2**24  # bytes
 MEDIA_EXTENSIONS = frozenset(_VIDEO | _IMAGE)
 
 
@@ -78,3 +87,49 @@ def list_tar(path: Path) -> Contents:
     except (tarfile.TarError, UnicodeDecodeError, ValueError) as error:
         contents.damage = str(error) or type(error).__name__
     return contents
+
+
+class TarWriter:
+    """A new tar, written in order into an open file: always the same bytes for the same members.
+
+    size, sha256: of all that is written
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, Sha256()
+        self.size = 0
+        self._flushed = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def add(self, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> Member:
+        """One file. size: of all its blocks, in bytes. Returns where it lies."""
+        info = tarfile.TarInfo(name)
+        info.size = size
+        self._write(info.tobuf(tarfile.PAX_FORMAT))
+        member = Member(self.size, size)
+        for block in blocks:
+            self._write(block)
+        assert self.size == member.offset + size, f"{name}: {self.size - member.offset} bytes, announced were {size}"
+        self._write(bytes(-size % tarfile.BLOCKSIZE))
+        return member
+
+    def close(self) -> None:
+        """Write the end, and wait until all is on the disk. The file stays open."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _write(self, block: bytes | memoryview) -> None:
+        self._digest.update(block)
+        self._file.write(block)
+        self._digest.wait()
+        self.size += len(block)
+        if self.size - self._flushed >= _WRITTEN_BACK and hasattr(os, "posix_fadvise"):
+            self._file.flush()
+            # The disk begins now, while the next files are read: the wait in close is short.
+            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size

@@ -1,0 +1,252 @@
+"""Parts, repetitions, kills, and decoders that hang or crash: the finished bytes are those of an undisturbed run."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.data.conftest import quiet
+from tests.data.ingest.test_shards import contents
+from tests.data.videos import encoded
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.data.ingest import work as work_module
+from vjepa_scale.data.ingest.shards import Part, Settings, Work, begin, finish, make_shards, plan, probe, write
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.processes import Silent, beat, map_in_workers
+
+SETTINGS = Settings(seed=3, shard_records=2)  # nine records: five shards
+
+
+@pytest.fixture(scope="module")
+def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    make_shards(videos, out, SETTINGS, workers=2, progress=quiet)
+    return contents(out)
+
+
+# A job of an array, for the steps and the part that are asked for.
+JOB = """
+import os, signal, sys
+from pathlib import Path
+from vjepa_scale.data.ingest.shards import Part, Work, probe, write
+
+def main():
+    out, step, part = Path(sys.argv[1]), {"probe": probe, "write": write}[sys.argv[2]], Part(int(sys.argv[3]), 2)
+    kill_at = int(sys.argv[4])
+    def progress(doing, done, total):
+        if done == kill_at:
+            os.killpg(0, signal.SIGKILL)
+    step(Work.open(out), part, workers=2, progress=progress)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def job(folder: Path, step: str, part: int, *, kill_at: int = -1) -> subprocess.Popen[str]:
+    script = folder / "job.py"
+    script.write_text(JOB)
+    return subprocess.Popen(
+        [sys.executable, script, folder / "out", step, str(part), str(kill_at)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    _, told = process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGKILL), told
+    return process.returncode
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "CHUNK", 4)
+
+
+@pytest.mark.slow
+def test_halves_of_an_array_merge_into_one_manifest(
+    videos: Path, whole: dict[str, str], tmp_path: Path, small_chunks: None
+) -> None:
+    """Both halves at the same time, one of them twice, and each killed once."""
+    out = tmp_path / "out"
+    assert begin(videos, out, SETTINGS) is not None
+    assert ended(job(tmp_path, "probe", 0, kill_at=3)) != 0
+    with pytest.raises(UserError, match=r"[234] of 4 stretches of the sources are not probed yet"):
+        plan(Work.open(out))
+    jobs = [job(tmp_path, "probe", part) for part in (0, 1, 1)]
+    assert [ended(process) for process in jobs] == [0, 0, 0]
+    plan(Work.open(out))
+    plan(Work.open(out))
+    assert ended(job(tmp_path, "write", 1, kill_at=1)) != 0
+    with pytest.raises(UserError, match=r"[345] of 5 shards are not written yet"):
+        finish(Work.open(out))
+    jobs = [job(tmp_path, "write", part) for part in (0, 1, 0)]
+    assert [ended(process) for process in jobs] == [0, 0, 0]
+    summary = finish(Work.open(out))
+    assert (summary.clips, summary.shards, summary.existed) == (9, 5, False)
+    assert contents(out) == whole
+    assert begin(videos, out, SETTINGS) is None
+
+
+def test_parts_in_one_process_give_the_same_bytes(
+    videos: Path, whole: dict[str, str], tmp_path: Path, small_chunks: None
+) -> None:
+    work = begin(videos, tmp_path / "out", SETTINGS)
+    assert work is not None
+    for index in (2, 0, 1):
+        probe(work, Part(index, 3), workers=1, progress=quiet)
+    plan(work)
+    for index in (1, 0):
+        write(work, Part(index, 2), workers=1, progress=quiet)
+    finish(work)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_was_probed_before_a_kill_is_not_probed_again(videos: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(videos, out, SETTINGS)
+    job_of_one = job(tmp_path, "probe", 0, kill_at=6)  # all sources are in one chunk
+    assert ended(job_of_one) == -signal.SIGKILL
+    (part,) = (out / ".work" / "probed").glob("000000.*.part")
+    known = len(part.read_bytes().splitlines())
+    assert known >= 6
+    with open(part, "a") as file:
+        file.write('{"n": 13, "rec')  # as if killed inside a line
+    calls = list[tuple[str, int]]()
+    make_shards(videos, out, SETTINGS, workers=1, progress=lambda doing, done, _: calls.append((doing, done)))
+    assert [done for doing, done in calls if doing == "probing"] == list(range(known + 1, 15))
+    assert contents(out) == whole
+
+
+def test_two_runs_at_once_end_with_the_same_bytes(videos: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    tool = Path(__file__).parents[3] / "tools" / "make_shards.py"
+    command = [sys.executable, tool, videos, tmp_path / "out", "--shard-records", "2", "--seed", "3", "--workers", "1"]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [ended(run) for run in runs] == [0, 0]
+    assert contents(tmp_path / "out") == whole
+
+
+def test_work_that_was_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no shards were begun here"):
+        Work.open(tmp_path)
+
+
+def test_a_begun_data_set_of_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
+    begin(videos, tmp_path / "out", SETTINGS)
+    with pytest.raises(UserError, match="other videos, seed or shard size"):
+        begin(videos, tmp_path / "out", Settings(seed=4, shard_records=2))
+
+
+def test_a_list_that_is_wrong_further_down_leaves_nothing(tmp_path: Path, small_chunks: None) -> None:
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n' * 9 + "{\n")
+    with pytest.raises(UserError, match=r"list\.jsonl:10: not JSON"):
+        begin(tmp_path / "list.jsonl", tmp_path / "out", Settings())
+    assert not (tmp_path / "out").exists()
+
+
+# -- decoders that hang or crash --------------------------------------------------------------------
+
+# make_shards whose decoder is PyAV, but for videos that begin with a word: on those it hangs in C, with the
+# interpreter's lock held, or crashes. The workers import this script too.
+FAULTY = """
+import ctypes, os, sys
+from pathlib import Path
+import av
+from vjepa_scale.data.ingest.shards import Settings, make_shards
+
+honest = av.open
+
+def faulty(file, *args, **kwargs):
+    word = file.read(4)
+    file.seek(0)
+    if word == b"HANG":
+        ctypes.PyDLL(None).sleep(100)
+    if word == b"DIES":
+        os.abort()
+    return honest(file, *args, **kwargs)
+
+av.open = faulty
+
+def main():
+    folder = Path(sys.argv[1])
+    settings = Settings(decode_timeout_s=3)
+    make_shards(folder / "videos", folder / "out", settings, workers=2, progress=lambda *_: None)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_files_that_hang_or_crash_the_decoder_are_rejected_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for i in range(3):
+        (tmp_path / "videos" / f"{i}.mp4").write_bytes(encoded(10 + i))
+    (tmp_path / "videos" / "0 hangs.mp4").write_bytes(b"HANG" + encoded(5))
+    (tmp_path / "videos" / "1 dies.mp4").write_bytes(b"DIES" + encoded(5))
+    script = tmp_path / "make.py"
+    script.write_text(FAULTY)
+    began = time.monotonic()
+    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=90, check=False)
+    assert run.returncode == 0, run.stderr
+    assert time.monotonic() - began < 60  # it would have slept for 100 s
+    rows = [(row["path"], row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
+    assert rows == [
+        ("0 hangs.mp4", "time limit", "no new frame in 3 s"),
+        ("1 dies.mp4", "crashes the decoder", ""),
+    ]
+    shards = Manifest.open(tmp_path / "out")
+    assert {json.loads(shards.read(r, "json"))["path"] for r in range(3)} == {"0.mp4", "1.mp4", "2.mp4"}
+
+
+def _wait(seconds: float) -> float:
+    """Beats while it waits; a negative time is slept through in C, with the interpreter's lock held."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.1)
+        beat()
+    if seconds < 0:
+        ctypes.PyDLL(None).sleep(100)
+    return seconds
+
+
+def test_only_a_worker_without_a_beat_is_ended() -> None:
+    results = dict(map_in_workers(_wait, iter([0.0, 8.0, -1.0, 0.2]), workers=2, silence_s=4.0))
+    assert isinstance(results.pop(2), Silent)
+    assert results == {0: 0.0, 1: 8.0, 3: 0.2}
+
+
+def test_items_are_taken_as_workers_are_free() -> None:
+    taken = list[int]()
+
+    def items() -> Iterator[float]:
+        for item in range(100):
+            taken.append(item)
+            yield 0.0
+
+    for number, _ in enumerate(map_in_workers(_wait, items(), workers=2)):
+        assert len(taken) <= number + 3
+
+
+def test_workers_end_with_whoever_wanted_them() -> None:
+    results = map_in_workers(_pid, range(4), workers=2)
+    _, pid = next(results)
+    results.close()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def _pid(_: int) -> int:
+    return os.getpid()

@@ -1,0 +1,303 @@
+"""A data set that is being made: what was asked for, and what is done of it.
+
+    OUT/.work/source.json            what was asked for; written last of this and sources/
+    OUT/.work/sources/000000.jsonl   the sources in their order, 1,000 to a file
+    OUT/.work/probed/000000.jsonl    what became of each of those (probing.py)
+    OUT/.work/plan/                  which record goes where (planning.py)
+    OUT/.work/written/               a receipt per finished shard (writing.py)
+
+Any number of processes may work on it at once, on any machines that see the folder. Nothing is locked: a file
+appears whole under its name or not at all, its bytes do not depend on who wrote it, and the first to write it wins.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import fsync_dir, read_json, write_json
+from vjepa_scale.data.ingest.droid import LOG
+from vjepa_scale.data.ingest.sources import Source, find_sources, folder_source
+from vjepa_scale.data.ingest.trajectories import find_trajectories
+from vjepa_scale.data.manifest import MANIFEST
+
+WORK = ".work"
+JOBS = ".slurm"  # launch/arrays.py: beside the work, since its jobs write logs until after its end
+CHUNK = 1000  # sources
+VERSION = 1
+
+# Told (what is being done, how much is done, of how much).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is made of the sources.
+
+    shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video
+    images:        pictures are records too, as clips that stand still
+    segment_s:     longer videos are cut into clips of up to this many seconds (see cut.py)
+    min_s:         shorter clips are rejected
+    decode_timeout_s: a source is rejected when its decoder gives no new frame for so long
+    trajectories:  sources are robot trajectories in this layout (trajectories.LAYOUTS); view: of which camera
+    retime:        their videos are given the log's times where they have one frame per step
+    transcode:     videos are encoded anew (transcode.py). short_side: in pixels, at most; None keeps the size
+    fps:           at this rate, a fraction; None for the source's
+    """
+
+    seed: int = 0
+    shard_records: int | None = None
+    shard_mb: int = 256
+    images: bool = False
+    segment_s: float | None = None
+    min_s: float = 0.0
+    decode_timeout_s: float = 60.0
+    trajectories: str | None = None
+    view: str = "left"
+    retime: bool = False
+    transcode: bool = False
+    short_side: int | None = None
+    fps: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of one of several jobs: of all chunks, and of all shards, index, index + of, …"""
+
+    index: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """videos: the folder or list; root: what the sources' paths are relative to; source: what identifies all of it.
+
+    files: how many sources there are; chunk: how many to a file
+    made_out: OUT was made for this, and goes with it if nothing comes of it
+    """
+
+    out: Path
+    videos: Path
+    root: Path
+    settings: Settings
+    source: dict[str, Any]
+    files: int
+    chunk: int
+    made_out: bool
+
+    @classmethod
+    def open(cls, out: Path) -> "Work":
+        """Work that ``begin`` has begun, by this process or another. Raises UserError where there is none."""
+        path = out / WORK / "source.json"
+        if not path.exists():
+            raise UserError("no shards were begun here", where=out, fix="tools/make_shards.py VIDEOS OUT begins them")
+        tree = read_json(path)
+        if tree.get("version") != VERSION:
+            raise UserError(
+                "begun by another version of make_shards", where=path, fix="remove this folder, or give another"
+            )
+        settings = Settings(**tree["settings"])
+        paths = Path(tree["videos"]), Path(tree["root"])
+        return cls(out, *paths, settings, tree["source"], tree["files"], tree["chunk"], tree["made_out"])
+
+    @property
+    def folder(self) -> Path:
+        return self.out / WORK
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.files // self.chunk)
+
+    def files_in(self, chunk: int) -> int:
+        """How many sources are in one chunk."""
+        return min(self.chunk, self.files - chunk * self.chunk)
+
+    def sources(self, chunk: int) -> list[Source]:
+        """Those of one chunk."""
+        with open(_chunk(self.folder, chunk), "rb") as file:
+            return [Source(**json.loads(line)) for line in file]
+
+    def remove(self) -> None:
+        """Forget all that is known, and OUT where it was made for this and nothing else is in it."""
+        tidy(self.out)
+        if self.made_out:
+            with suppress(OSError):
+                self.out.rmdir()
+
+
+def begin(videos: Path, out: Path, settings: Settings) -> Work | None:
+    """List the sources, or find that this data set was begun; None: it is finished.
+
+    videos: a folder, or a list (see sources.py)
+    Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
+    holds something else.
+    """
+    root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
+    listing = _Listing(root, sources)
+    if not _held(out):
+        _list_sources(listing, videos, out, settings)
+        return replace(Work.open(out), videos=videos, root=root)
+    for _ in listing:
+        pass
+    if (out / MANIFEST).exists():
+        _same(out / MANIFEST, listing.describe(settings))
+        tidy(out)
+        return None
+    work = Work.open(out)
+    _same(work.folder / "source.json", listing.describe(settings))
+    return replace(work, videos=videos, root=root)
+
+
+def tidy(out: Path) -> None:
+    """Remove what making has left: the work, and files under temporary names."""
+    if (out / WORK).exists():
+        with suppress(FileNotFoundError):  # another process was faster
+            os.rename(out / WORK, _temporary(out))
+    for left in out.glob(f"{WORK}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in (*out.glob(".*.tmp"), *(out / "columns").glob(".*.tmp")):
+        left.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, unless another process has done so: what stands there never changes."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.rename(temporary, path)
+    temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """``publish`` for a folder of finished files."""
+    try:
+        os.rename(temporary, folder)
+        fsync_dir(folder.parent)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -- begin -----------------------------------------------------------------------------------------
+
+
+class _Listing:
+    """Sources as they come, and a digest of their names and sizes when all have come."""
+
+    def __init__(self, root: Path, sources: Iterator[Source]) -> None:
+        self.root, self._sources = root, sources
+        self._digest = hashlib.sha256()
+        self.files = 0
+
+    def __iter__(self) -> Iterator[Source]:
+        for source in self._sources:
+            asked = repr(source.path) if source == folder_source(source.path) else repr(source)
+            path = source.path if source.trajectory is None else os.path.join(source.trajectory, LOG)
+            try:
+                size = os.stat(self.root / path).st_size
+            except (OSError, ValueError):
+                size = -1
+            self._digest.update(f"{asked} {size}\n".encode("utf-8", "backslashreplace"))
+            self.files += 1
+            yield source
+
+    def describe(self, settings: Settings) -> dict[str, Any]:
+        """What identifies a data set before it is made: names and sizes of the files, and the settings."""
+        plain = asdict(Settings())
+        always = ("seed", "shard_records", "shard_mb")  # others by choice: data sets made before they existed are known
+        chosen = {key: value for key, value in asdict(settings).items() if key in always or value != plain[key]}
+        return {"files": self.files, "listing": self._digest.hexdigest(), **chosen}
+
+
+def _held(out: Path) -> bool:
+    """Whether this data set, or one like it, is in ``out``, begun or finished. Raises UserError for anything else."""
+    if out.exists() and not out.is_dir():
+        raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
+    if (out / MANIFEST).exists() or (out / WORK / "source.json").exists():
+        return True
+    if not out.is_dir():
+        return False
+    if any(out.glob("*.tar")):
+        raise UserError("OUT holds shards of unknown origin", where=out, fix="give a new or empty folder")
+    foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith((WORK, JOBS)))
+    if foreign and not (out / WORK / "source.json").exists():  # asked again: another process may have begun
+        raise UserError(
+            f"OUT is not empty: {foreign[0]}" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
+            where=out,
+            fix="give a new or empty folder",
+        )
+    return False
+
+
+def _same(path: Path, source: dict[str, Any]) -> None:
+    tree = read_json(path)
+    if not isinstance(tree, dict) or tree.get("source") != source:
+        raise UserError(
+            "OUT holds a data set of other videos, seed or shard size, or made otherwise",
+            where=path,
+            fix="give another folder, or remove this one",
+        )
+
+
+def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings) -> None:
+    """Write all sources and what was asked for: under a temporary name, then renamed."""
+    sources = iter(listing)
+    first = next(sources)  # before OUT is made: where there is none, this raises
+    made_out = not out.exists()
+    temporary = _temporary(out)
+    try:
+        (temporary / "sources").mkdir(parents=True)
+        for name in ("probed", "written"):
+            (temporary / name).mkdir()
+        sources, chunk = chain([first], sources), 0
+        while rows := list(islice(sources, CHUNK)):
+            lines = (json.dumps(_told(source)) + "\n" for source in rows)
+            _chunk(temporary, chunk).write_text("".join(lines))
+            chunk += 1
+        asked: dict[str, Any] = {
+            "version": VERSION,
+            "source": listing.describe(settings),
+            "settings": asdict(settings),
+            "videos": str(videos.absolute()),  # for jobs that start in another folder
+            "root": str(listing.root.absolute()),
+            "files": listing.files,
+            "chunk": CHUNK,
+            "made_out": made_out,
+        }
+        write_json(temporary / "source.json", asked)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made_out and out.exists() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    publish_folder(temporary, out / WORK)
+    _same(out / WORK / "source.json", asked["source"])  # another process may have begun it, otherwise
+
+
+def _told(source: Source) -> dict[str, Any]:
+    return {name: value for name, value in vars(source).items() if value is not None}
+
+
+def _chunk(folder: Path, chunk: int) -> Path:
+    return folder / "sources" / f"{chunk:06d}.jsonl"
+
+
+def _temporary(out: Path) -> Path:
+    return out / f"{WORK}.{secrets.token_hex(4)}.tmp"

@@ -1,0 +1,60 @@
+"""What each Slurm job of ``make_shards --cluster slurm`` runs: its share of one step.
+
+A step keeps on disk whatever it has done and goes on from there, so a job that Slurm wants to end leaves at once, with
+the status after which epilogue.sh queues it again.
+"""
+
+import os
+import signal
+import time
+from types import FrameType
+
+from vjepa_scale.core.errors import EXIT_SAVED, run_command
+from vjepa_scale.data.ingest.planning import plan
+from vjepa_scale.data.ingest.probing import probe
+from vjepa_scale.data.ingest.work import Part, Work
+from vjepa_scale.data.ingest.writing import finish, write
+from vjepa_scale.data.manifest import MANIFEST
+from vjepa_scale.data.processes import start_fork_server
+
+STEPS = ("probe", "plan", "write", "finish")
+
+
+def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: int) -> None:
+    """One job's share of a step, from wherever it stands; exits as ``run_command`` does, or with 75 after a signal."""
+    attempt = Attempt(timeout_min)
+    told = (signal.SIGTERM, signal.SIGUSR2)
+    for number in told:
+        signal.signal(number, attempt.leave)
+    start_fork_server(deaf_to=told)  # a worker that died of it would seem to have died of its video
+
+    def share() -> None:
+        if (work.out / MANIFEST).exists() and not work.folder.exists():
+            return  # its finish was queued again at the last moment
+        if step == "probe":
+            probe(work, part, workers=workers, progress=attempt.count)
+        elif step == "plan":
+            plan(work)
+        elif step == "write":
+            write(work, part, workers=workers, progress=attempt.count)
+        else:
+            finish(work)
+
+    run_command(share)
+
+
+class Attempt:
+    """Keeps a step that nothing comes of within a job's time limit from being queued again for ever."""
+
+    def __init__(self, timeout_min: int) -> None:
+        self._done, self._timeout_min, self._started = 0, timeout_min, time.monotonic()
+
+    def count(self, doing: str, done: int, total: int) -> None:
+        self._done += 1
+
+    def leave(self, number: int, _: FrameType | None) -> None:
+        # More than half of it: a job may as well be preempted as it starts.
+        if not self._done and time.monotonic() - self._started > 60 * self._timeout_min / 2:
+            os.write(2, f"error: nothing was finished in {self._timeout_min} minutes (--timeout-min)\n".encode())
+            os._exit(1)
+        os._exit(EXIT_SAVED)

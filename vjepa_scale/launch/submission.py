@@ -1,0 +1,162 @@
+"""How a job of ours is submitted, whatever it does: the site's profile, the code it runs, submitit, sbatch's words.
+
+A job's batch script is submitit's: the site's setup, ``srun`` of our Python processes, and after it our epilogue,
+which queues the job again where a process has ended with status 75.
+"""
+
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+
+import submitit
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.launch.profile import Profile, python_command, submitit_parameters
+from vjepa_scale.launch.snapshot import import_lines
+from vjepa_scale.watch.jobs import SlurmUnavailable, run_slurm
+
+SIGNAL = "USR2"
+SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """submitit's executor, which here can also say what it would submit."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # submitit's own wants srun, which a dry run does without
+
+    def script(self, tasks: int = 1) -> str:
+        """The batch script that ``submit``, or ``map_array`` over this many tasks, hands to sbatch."""
+        count = {"map_count": tasks} if tasks > 1 else {}  # as submitit's map_array: an array of one is a job
+        asked = copy(self)
+        asked.parameters = {**self.parameters, **count}
+        return asked._make_submission_file_text(self._submitit_command_str, uid="")
+
+
+def job_executor(
+    profile: Profile,
+    *,
+    logs: Path,
+    code: Path,
+    finish: Sequence[str],
+    name: str,
+    nodes: int,
+    tasks_per_node: int,
+    cpus_per_task: int,
+    timeout_min: int,
+    needs_gpus: bool,
+    after: str | None,
+    srun_args: Sequence[str] = (),
+) -> ScriptExecutor:
+    """The executor of one job, or of one array.
+
+    code:      the folder that its processes import vjepa_scale from
+    finish:    the command of the batch script's ``finish``, which is given srun's status as $1, and as $2 what a
+               failed line of the site's setup said
+    after:     the job that must have succeeded before
+    srun_args: before the site's
+    """
+    refuse_pattern(logs)
+    site = submitit_parameters(profile, needs_gpus=needs_gpus, tasks_per_node=tasks_per_node)
+    additional = dict(site.pop("additional_parameters"))
+    if after is not None:
+        additional["kill-on-invalid-dep"] = "yes"
+    site_srun_args = site.pop("srun_args")
+    additional["signal"] = f"{SIGNAL}@{profile.signal_delay_s}"  # submitit's follows a variable of the user's shell
+    imports = import_lines(code)
+    before_site = ["finish() {", *(f"  {line}" for line in [*imports, *finish, "exit"]), "}", f"trap : TERM {SIGNAL}"]
+    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"]
+    executor = ScriptExecutor(folder=logs, python=python_command(profile))
+    executor.update_parameters(
+        **site | {"setup": [*before_site, *site["setup"], *after_site]},
+        job_name=name,
+        nodes=nodes,
+        ntasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        time=timeout_min,
+        dependency=f"afterok:{after}" if after else None,
+        srun_args=[*srun_args, *site_srun_args],
+        teardown=["finish $?"],
+        additional_parameters=additional,
+    )
+    return executor
+
+
+def epilogue(code: Path, *decide: str) -> str:
+    """A line of bash: epilogue.sh with the status that ``finish`` was given, and who decides about a failure.
+
+    decide: words for bash as they are to stand there
+    """
+    return " ".join(["bash", shlex.quote(str(code / "vjepa_scale" / "launch" / "epilogue.sh")), '"$1"', *decide])
+
+
+def refuse_short(timeout_min: int, profile: Profile, *, named: str, doing: str, where: str) -> None:
+    """Raise UserError where Slurm's signal before the time limit would come before a job has done anything."""
+    if 60 * timeout_min <= profile.signal_delay_s + SIGNAL_EARLY_S:
+        raise UserError(
+            f"jobs of {timeout_min} minutes ({60 * timeout_min} s) that Slurm tells to save up to "
+            f"{profile.signal_delay_s} + {SIGNAL_EARLY_S} s before their end would not {doing}",
+            where=where,
+            fix=f"a longer one, or a shorter signal_delay_s in profile {named}",
+        )
+
+
+# What to look at where Slurm refuses a job.
+SEE_SLURM = "sinfo, sacctmgr show associations and scontrol show partition say what there is"
+
+
+def need_sbatch(*, where: str, otherwise: str) -> None:
+    """Raise UserError where there is no Slurm to submit to. otherwise: what works without."""
+    if shutil.which("sbatch") is None:
+        raise UserError("no sbatch command here", where=where, fix=f"run on a login node, or {otherwise}")
+
+
+def refuse_pattern(folder: Path) -> None:
+    """Raise UserError where Slurm would write logs of this folder elsewhere."""
+    if "%" in str(folder):
+        raise UserError("Slurm reads % in the path of a log as a pattern", where=folder, fix="a folder without %")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C, a closed terminal or a kill wait until the block is done."""
+    waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def jobs_of(folder: Path, *, name: str | None = None, also: Collection[str] = ()) -> list[str]:
+    """Ids of this user's jobs, waiting or at work, whose script lies below a folder, oldest first; of one name.
+
+    An array's id is that of the whole. also: ids that count too; the folder may have had another path then
+    Raises SlurmUnavailable.
+    """
+    named = ["--name", name] if name is not None else []
+    asked = run_slurm(["squeue", "--me", "--noheader", *named, "--format", "%F %o"])
+    if asked.returncode:
+        raise SlurmUnavailable(" ".join(asked.stderr.split()) or f"squeue ended with {asked.returncode}")
+    rows = (line.strip().partition(" ") for line in asked.stdout.splitlines())
+    return sorted(
+        {job_id for job_id, _, command in rows if command.startswith(f"{folder}/") or job_id in also}, key=int
+    )
+
+
+def objection(script: str) -> str:
+    """What Slurm says against a batch script, were it submitted now (``sbatch --test-only``); empty if nothing."""
+    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+    return said_by_sbatch(done.stderr) if done.returncode else ""
+
+
+def said_by_sbatch(text: str) -> str:
+    """sbatch's error lines, each once and without its name."""
+    lines = [line.partition("error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or " ".join(text.split())
