@@ -30,6 +30,8 @@ setup(
         "h5py>=3.12",
     ],
     extras_require={
+        # data.decoder: torchcodec; needs FFmpeg's shared libraries on the machine, too
+        "torchcodec": ["torchcodec>=0.13"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -40,6 +42,7 @@ setup(
             "types-PyYAML",
             "import-linter",
             "transformers>=5",
+            "torchcodec>=0.13",
         ],
     },
 )

@@ -2,6 +2,7 @@
 
     bare decoder   PyAV on bytes in memory: seek, decode, RGB arrays. No crop, no batch: what cannot be avoided
     ours           PhaseLoader in this process: order, shard read, the same decoding, crop, batch, masks
+    torchcodec     the same with data.decoder: torchcodec (where it is installed)
     webdataset     webdataset.WebDataset over the same shards in their order, the bare decoder, our crop, batches
     published      decord on files with its own threads, stride 30 // 4, float32 crop, normalised (where decord is)
 
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, cycle
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -63,9 +65,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ways = dict(WAYS)
-    if importlib.util.find_spec("decord") is None:
-        del ways["published"]
-        print("decord is not installed: the published code's way is left out")
+    for package, way in (("decord", "published"), ("torchcodec", "torchcodec")):
+        if importlib.util.find_spec(package) is None:
+            del ways[way]
+            print(f"{package} is not installed: {way} is left out")
     with tempfile.TemporaryDirectory() as folder:
         _in_fork(_make_data, Path(folder), arguments.videos, arguments.seconds)
         print(f"{'frames':>6} | {'way':12} | {'clips/s/core':>12} | {'best':>6} | {'÷ bare':>6} | {'peak MB':>7}")
@@ -156,11 +159,17 @@ def _texture(rng: np.random.Generator, height: int, width: int, cell: int) -> np
     return smooth[0].permute(1, 2, 0).numpy()
 
 
-def _recipe(folder: Path, frames: int, clips: int) -> Recipe:
+def _recipe(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> Recipe:
     stage = {"clip": {"frames": frames, "size": CROP}, "global_batch": BATCH, "micro_batch": BATCH}
     tree = {
         "run": {"dir": "unused"},
-        "data": {"sets": {"videos": {"path": str(folder / "shards")}}, "fps": FPS, "workers": 0, "lanes": 2},
+        "data": {
+            "sets": {"videos": {"path": str(folder / "shards")}},
+            "fps": FPS,
+            "decoder": decoder,
+            "workers": 0,
+            "lanes": 2,
+        },
         "model": {"encoder": "vit_large"},
         "masks": {"group": BATCH},
         "pretrain": {"steps": clips // BATCH, "phases": [{"name": "all", "start_lr": 1e-4}], **stage},
@@ -168,8 +177,8 @@ def _recipe(folder: Path, frames: int, clips: int) -> Recipe:
     return validate_recipe(tree, source="benchmarks/loader.py")
 
 
-def _planned(folder: Path, frames: int, clips: int) -> tuple[Recipe, Phase, DataOrder, Manifest]:
-    recipe = _recipe(folder, frames, clips)
+def _planned(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> tuple[Recipe, Phase, DataOrder, Manifest]:
+    recipe = _recipe(folder, frames, clips, decoder)
     (phase,) = resolve_phases(recipe, "pretrain")
     manifest = Manifest.open(folder / "shards")
     order = DataOrder(seed=0, sets=[("videos", manifest.records_per_shard)], phases=[phase], lanes=recipe.data.lanes)
@@ -182,9 +191,7 @@ def _windows(folder: Path, frames: int, clips: int) -> list[tuple[int, float]]:
     return [
         (ref.record, ref.start_s)
         for step in range(phase.first, phase.end)
-        for ref in clip_refs(
-            order, {"videos": manifest}, step=step, slots=range(BATCH), seed=recipe.data.seed, fps=FPS, frames=frames
-        )
+        for ref in clip_refs(recipe, phase, order, {"videos": manifest}, step=step, slots=range(BATCH))
     ]
 
 
@@ -199,8 +206,8 @@ def _bare(folder: Path, frames: int, clips: int) -> Iterator[int]:
         yield 1
 
 
-def _ours(folder: Path, frames: int, clips: int) -> Iterator[int]:
-    recipe, phase, order, manifest = _planned(folder, frames, clips)
+def _ours(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> Iterator[int]:
+    recipe, phase, order, manifest = _planned(folder, frames, clips, decoder)
     with PhaseLoader(
         recipe=recipe,
         phase=phase,
@@ -220,7 +227,7 @@ def _webdataset(folder: Path, frames: int, clips: int) -> Iterator[int]:
 
     def clip(sample: dict[str, Any]) -> Tensor:
         n = next(number) % len(windows)  # batched() takes a sample more before it gives the last batch
-        pictures = _plain_decode(sample["mp4"], windows[n][1], frames)
+        pictures = list(_plain_decode(sample["mp4"], windows[n][1], frames))
         return random_crop(pictures, (CROP, CROP), augment, seed=0, step=n // BATCH, slot=n % BATCH)
 
     shards = sorted(map(str, (folder / "shards").glob("*.tar")))
@@ -275,6 +282,7 @@ def _plain_decode(data: bytes, start_s: float, frames: int) -> np.ndarray:
 WAYS: dict[str, Callable[[Path, int, int], Iterator[int]]] = {
     "bare decoder": _bare,
     "ours": _ours,
+    "torchcodec": partial(_ours, decoder="torchcodec"),
     "webdataset": _webdataset,
     "published": _published,
 }

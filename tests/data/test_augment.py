@@ -9,12 +9,12 @@ from vjepa_scale.data.augment import Box, center_box, center_crop, random_box, r
 from vjepa_scale.recipe.schema import AugmentConfig
 
 PLAIN = AugmentConfig()
-NO_FLIP = AugmentConfig(flip=0.0)
+NO_FLIP, FLIP = AugmentConfig(flip=0.0), AugmentConfig(flip=1.0)
 
 
-def noise(frames: int, height: int, width: int) -> np.ndarray:
+def noise(frames: int, height: int, width: int) -> list[np.ndarray]:
     small = np.random.default_rng(0).integers(0, 256, (frames, height // 8, width // 8, 3), np.uint8)
-    return np.ascontiguousarray(small.repeat(8, axis=1).repeat(8, axis=2))
+    return list(small.repeat(8, axis=1).repeat(8, axis=2))
 
 
 def test_boxes_have_the_area_and_aspect_of_the_recipe_and_lie_in_the_picture() -> None:
@@ -60,13 +60,53 @@ def test_pixels_are_those_of_an_antialiased_bilinear_resize(size: tuple[int, int
     clip = center_crop(pictures, size)
     assert clip.shape == (3, 2, *size)
     assert clip.dtype == torch.uint8
-    square = pictures[:, :, 32:128].astype(float)
+    square = np.stack(pictures)[:, :, 32:128].astype(float)
     expected = np.einsum("yh,thwc,xw->ctyx", triangle(96, size[0]), square, triangle(96, size[1]), optimize=True)
     assert np.abs(clip.numpy() - expected).max() <= 1.1  # rounded twice, once for each axis
 
 
+def test_pixels_are_to_the_bit_those_of_torch_on_the_stacked_pictures() -> None:
+    """Boxes and sizes of all kinds: shrunk, enlarged, kept, of one pixel."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        frames, height, width = int(rng.integers(1, 5)), *rng.integers(1, 120, 2).tolist()
+        pictures = [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(frames)]
+        pictures.insert(1, pictures[0])  # stays on screen
+        size = tuple(rng.integers(1, 90, 2).tolist())
+        for slot in range(3):
+            box = random_box(PLAIN, Draws(4, "crop", 2, slot), height, width)
+            found = random_crop(pictures, size, NO_FLIP, seed=4, step=2, slot=slot)
+            assert torch.equal(found, resized_by_torch(pictures, box, size))
+            turned = random_crop(pictures, size, FLIP, seed=4, step=2, slot=slot)
+            assert torch.equal(turned, found.flip(-1))
+        box = center_box(size[1] / size[0], height, width)
+        assert torch.equal(center_crop(pictures, size), resized_by_torch(pictures, box, size))
+    upside_down = [pictures[0][::-1]]  # as FFmpeg gives some uncompressed pictures
+    assert torch.equal(center_crop(upside_down, size), resized_by_torch([pictures[0][::-1].copy()], box, size))
+
+
+def resized_by_torch(pictures: list[np.ndarray], box: Box, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [3, T, *size]."""
+    crop = np.stack(pictures)[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    crop_TCHW = torch.from_numpy(crop).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(crop_TCHW, size=size, mode="bilinear", antialias=True)
+    return resized.transpose(0, 1)
+
+
+def test_the_row_of_a_batch_is_written_in_place() -> None:
+    pictures = noise(3, 96, 160)
+    batch = torch.zeros(3, 3, 3, 32, 48, dtype=torch.uint8)
+    for slot in range(3):
+        row = random_crop(pictures, (32, 48), PLAIN, seed=0, step=1, slot=slot, out=batch[slot])
+        assert row.data_ptr() == batch[slot].data_ptr()
+        assert torch.equal(batch[slot], random_crop(pictures, (32, 48), PLAIN, seed=0, step=1, slot=slot))
+    assert center_crop(pictures, (32, 48), out=batch[1]).data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], center_crop(pictures, (32, 48)))
+
+
 def test_all_pictures_of_a_clip_get_the_same_crop() -> None:
-    still = noise(1, 96, 160).repeat(5, axis=0)
+    (picture,) = noise(1, 96, 160)
+    still = [picture, picture, picture.copy(), picture, picture.copy()]
     clip = random_crop(still, (32, 48), PLAIN, seed=0, step=3, slot=1)
     assert clip.shape == (3, 5, 32, 48)
     assert (clip == clip[:, :1]).all()

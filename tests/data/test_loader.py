@@ -157,10 +157,11 @@ def test_windows_lie_in_the_video_and_the_dump_is_what_is_loaded(
         lines = [line.split("\t") for line in dump_order(recipe, phases[1], order, manifests, step)]
         assert [(int(line[0]), int(line[1])) for line in lines] == [(step, slot) for slot in range(8)]
         assert [line[2] for line in lines] == [name for m in reference[step] for name in m.datasets]
-        refs = clip_refs(order, manifests, step=step, slots=range(8), seed=7, fps=4.0, frames=4)
+        refs = clip_refs(recipe, phases[1], order, manifests, step=step, slots=range(8))
         for line, ref in zip(lines, refs, strict=True):
             record = keys.index(line[3])
             assert (ref.record, f"{ref.start_s:.6f}") == (record, line[4])
+            assert line[5:] == ["4", "4"]
             assert 0 <= ref.start_s <= max(0, shards.column("duration")[record] - 1)
             starts.append(ref.start_s)
     assert len(set(starts)) == len(starts)
@@ -174,7 +175,7 @@ def test_loaded_pictures_are_those_of_the_order(shards: Manifest, reference: dic
     phases = resolve_phases(recipe, "pretrain")
     order = DataOrder(seed=7, sets=[(n, shards.records_per_shard) for n in "ab"], phases=phases, lanes=2)
     for step in (2, 5):
-        refs = clip_refs(order, {"a": shards, "b": shards}, step=step, slots=range(8), seed=7, fps=4.0, frames=4)
+        refs = clip_refs(recipe, phases[1], order, {"a": shards, "b": shards}, step=step, slots=range(8))
         clips = torch.cat([m.clips for m in loaded[step]])
         for clip, ref in zip(clips, refs, strict=True):
             with av.open(io.BytesIO(shards.read(ref.record))) as container:
@@ -228,8 +229,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_shows_the_middle_of_every_record_in_order(labelled: Manifest, workers: int) -> None:
     got = list(evaluation_clips(labelled, frames=2, size=(48, 64), fps=4, batch=2, workers=workers))
-    assert [tuple(clips.shape) for clips, _ in got] == [(2, 3, 2, 48, 64), (2, 3, 2, 48, 64), (1, 3, 2, 48, 64)]
-    clips, labels = torch.cat([c for c, _ in got]), torch.cat([label for _, label in got])
+    assert [tuple(part.clips.shape) for part in got] == [(2, 3, 2, 48, 64), (2, 3, 2, 48, 64), (1, 3, 2, 48, 64)]
+    assert [part.records for part in got] == [(0, 1), (2, 3), (4,)]
+    clips, labels = torch.cat([part.clips for part in got]), torch.cat([part.labels for part in got])
     for record in range(5):
         number = int(Path(json.loads(labelled.read(record, "json"))["path"]).stem)
         assert labels[record] == number % 2

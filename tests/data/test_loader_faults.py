@@ -101,15 +101,9 @@ def test_only_the_slots_of_broken_clips_change_and_show_what_the_rows_say(
     rows = {(a.step, a.slot): a for a in told(replaced)}
     hit = 0
     for step, batch in replaced.items():
-        refs = clip_refs(
-            order_of(recipe_for(shards), shards),
-            {"a": shards, "b": shards},
-            step=step,
-            slots=range(8),
-            seed=7,
-            fps=4.0,
-            frames=4,
-        )
+        recipe, manifests = recipe_for(shards), {"a": shards, "b": shards}
+        phase = resolve_phases(recipe, "pretrain")[1]
+        refs = clip_refs(recipe, phase, order_of(recipe, shards), manifests, step=step, slots=range(8))
         assert as_global(batch)[1] == as_global(whole[step])[1]  # of the same data sets
         for ref, now, then in zip(refs, clips(batch), clips(whole[step]), strict=True):
             if ref.record not in (2, 5):

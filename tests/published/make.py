@@ -11,6 +11,7 @@ by inputs.py.
     steps.safetensors      three pretraining steps: per step mask indices, loss, learning rate and the norm of every
                            parameter's gradient; the third step's gradients
     checkpoint.pt          what the published training saved after them: weights, EMA weights, optimiser
+    strides.json           frame numbers that the published loader asks its decoder for, of videos of some lengths
 
 The published ``app.vjepa.train.main`` runs as it is: a loader with given clips, weights by name and small sizes are put
 in its place for data sets, random weights and ViT-L. Third-party imports that are not installed are empty stand-ins.
@@ -19,6 +20,7 @@ in its place for data sets, random weights and ViT-L. Third-party imports that a
 import argparse
 import importlib.abc
 import importlib.machinery
+import json
 import os
 import shutil
 import sys
@@ -28,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
@@ -47,6 +49,29 @@ METADATA = {
     "made_by": f"python -m tests.published.make PUBLISHED, with https://github.com/facebookresearch/vjepa2 at {COMMIT}"
 }
 
+# Frames and rate of a video, frames per second and frames of the clip: longer than the window, equal, shorter, tiny.
+STRIDES = [
+    (300, 30.0, 4, 16),
+    (300, 29.97, 4, 16),
+    (300, 30000 / 1001, 4, 16),
+    (250, 25.0, 4, 16),
+    (600, 23.976, 4, 64),
+    (2000, 59.94, 4, 64),
+    (113, 30.0, 4, 16),
+    (112, 30.0, 4, 16),
+    (111, 30.0, 4, 16),
+    (90, 30.0, 4, 16),
+    (60, 12.0, 4, 16),
+    (8, 30.0, 4, 16),
+    (7, 30.0, 4, 16),
+    (6, 30.0, 4, 16),
+    (1, 30.0, 4, 16),
+    (100, 15.0, 4, 8),
+    (40, 4.0, 4, 16),
+    (13, 4.0, 4, 16),
+    (200, 30.0, 8, 10),
+    (77, 17.4, 5, 12),
+]
 # As in the published configs, but 0.5 for 0.7 in the second: on a grid of 8×8 that leaves a context to every clip.
 MASKS = [
     {
@@ -273,12 +298,56 @@ class Given(list[Any]):
         return iter([self.pop(0) for _ in range(len(self))])
 
 
+def strides() -> list[dict[str, Any]]:
+    """What ``VideoDataset`` takes of videos that have so many frames at such a rate.
+
+    offset: the place of the window, of ``places``: the published code draws it uniformly; null where it draws none
+    """
+    from src.datasets import video_dataset
+
+    rows = []
+    for source_frames, source_fps, fps, frames in STRIDES:
+        reader = MagicMock()
+        reader.__len__.return_value = source_frames
+        reader.get_avg_fps.return_value = source_fps
+        for share in (0.0, 0.37, 0.9999):
+            drawn = []
+
+            def randint(low: int, high: int, share: float = share, drawn: list[Any] = drawn) -> int:
+                drawn.extend([int(share * (high - low)), high - low])
+                return low + drawn[0]
+
+            dataset = video_dataset.VideoDataset([], frames_per_clip=frames, frame_step=None, fps=fps)
+            with (
+                patch.object(video_dataset, "VideoReader", lambda *_, reader=reader, **__: reader),
+                patch.object(video_dataset.np.random, "randint", randint),
+            ):
+                _, (numbers,) = dataset.loadvideo_decord(__file__, frames)
+            offset, places = drawn or (None, None)
+            rows.append(
+                {
+                    "source_frames": source_frames,
+                    "source_fps": source_fps,
+                    "fps": fps,
+                    "frames": frames,
+                    "offset": offset,
+                    "places": places,
+                    "numbers": numbers.tolist(),
+                }
+            )
+            if not drawn:
+                break
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("published", type=Path, help="a checkout of facebookresearch/vjepa2")
     sys.path.insert(0, str(parser.parse_args().published.resolve()))
     sys.meta_path.append(StandIns())  # last: what is installed is used
     torch.set_num_threads(1)
+    rows = ",\n".join(json.dumps(row) for row in strides())
+    (HERE / "strides.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     save_file(networks(), HERE / "networks.safetensors", metadata=METADATA)
     for variable in ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_NTASKS"):
         os.environ.pop(variable, None)

@@ -125,6 +125,15 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
         (["run.seed=6"], ["run.seed: 5 then, 6 now"]),
         (["engine.precision=bfloat16"], ["engine.precision: float32 then, bfloat16 now"]),
         (["data.fps=5"], ["data.fps: 4 then, 5 now"]),
+        (["data.augment.rate=[0.5, 2]"], ["data.augment.rate: [1.0, 1.0] then, [0.5, 2.0] now"]),
+        (
+            ["data.sets.left.frames=2", "data.sets.right.frames=4"],  # 4 is the phases' own
+            [f'pretrain (steps {s}).frames of their own: {{}} then, {{"left": 2}} now' for s in ("0 to 4", "5 to 7")],
+        ),
+        (
+            ["data.sets.right.fps=2", "data.sets.left.fps=4"],
+            [f'pretrain (steps {s}).fps of their own: {{}} then, {{"right": 2.0}} now' for s in ("0 to 4", "5 to 7")],
+        ),
         (["data.augment.area=[0.5, 1]"], ["data.augment.area: [0.3, 1.0] then, [0.5, 1.0] now"]),
         (["masks.generators.0.blocks=8"], ["masks.generators.0.blocks: 4 then, 8 now"]),
         (["masks.generators=[{blocks: 4, spatial_scale: 0.15}]"], ["masks.generators: 2 items then, 1 item now"]),
@@ -191,7 +200,7 @@ def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "not run yet", two_data_sets)
     whole = tool("launch", recipe, "--dump-order", "12:15").stdout
     header, *rows = whole.splitlines()
-    assert header == "# step\tslot\tdata set\trecord\tstart in seconds"
+    assert header == "# step\tslot\tdata set\trecord\tstart in seconds\tframes\tframes per second"
     assert [row.split("\t")[:2] for row in rows] == [[str(step), str(i)] for step in (12, 13, 14) for i in range(8)]
     assert tool("launch", recipe, "--stages", "cooldown", "--dump-order", "12:15").stdout == whole
     assert tool("launch", finished / "recipe.yaml", "--dump-order", "12:15").stdout == whole  # as it was trained

@@ -26,7 +26,6 @@ from vjepa_scale.training.step import training_step
 pytestmark = pytest.mark.distributed
 
 STEPS, CLIPS, SIZE, FRAMES = 3, 4, 32, 4
-TOKENS = 2 * 4 * 4
 RATE, DECAY, MOMENTUM, EPS = 1e-2, 0.04, 0.9, 1e-5  # eps damps Adam where the true gradient is 0
 
 RECIPE = validate_recipe(
@@ -53,22 +52,30 @@ RECIPE = validate_recipe(
 )
 
 
-def fixed_batch(step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Clips uint8 [4, 3, 4, 32, 32] and two pairs of sorted token indices, other for every clip."""
+# Frames of the four clips: of one geometry; and of three, so that two ranks compute different ones at a time.
+SAME, MIXED = (FRAMES,) * CLIPS, (FRAMES, 2, 6, FRAMES)
+
+
+def fixed_batch(step: int, frames: tuple[int, ...] = SAME) -> list[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+    """Per clip: uint8 [1, 3, T, 32, 32] and two pairs of sorted token indices [1, n]."""
     generator = torch.Generator().manual_seed(step)
-    clips = torch.randint(0, 256, (CLIPS, 3, FRAMES, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    pairs = []
-    for context in (12, 5):
-        order = torch.stack([torch.randperm(TOKENS, generator=generator) for _ in range(CLIPS)])
-        pairs.append((order[:, :context].sort().values, order[:, context : context + 15].sort().values))
-    return clips, pairs
+    clips = []
+    for T in frames:
+        clip = torch.randint(0, 256, (1, 3, T, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        tokens, pairs = T // 2 * 4 * 4, []
+        for context in (tokens * 3 // 8, tokens * 5 // 32):
+            order = torch.randperm(tokens, generator=generator)[None]
+            targets = order[:, context : context + tokens * 15 // 32]
+            pairs.append((order[:, :context].sort().values, targets.sort().values))
+        clips.append((clip, pairs))
+    return clips
 
 
 def published() -> VJEPA2Model:
     return random_published(RECIPE.model, crop=SIZE, frames=FRAMES, seed=3)
 
 
-def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
+def reference(frames: tuple[int, ...]) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, gradient norms and the final weights by our names, by transformers and torch."""
     student = published().train()
     teacher = copy.deepcopy(student.encoder).requires_grad_(False)
@@ -80,25 +87,7 @@ def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
     )
     losses, norms = [], []
     for step in range(STEPS):
-        clips, pairs = fixed_batch(step)
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
-        video = ((clips / 255 - mean) / std).transpose(1, 2)  # [B, T, C, H, W]
-        features = teacher(video).last_hidden_state
-        wanted = (features - features.mean(-1, keepdim=True)) / (
-            features.var(-1, correction=0, keepdim=True) + 1e-5
-        ).sqrt()
-        loss = torch.zeros(())
-        for context, target in pairs:
-            # transformers' encoder sees every token: run it on the kept ones as ours does, by its own layers.
-            kept = student.encoder.embeddings(video).gather(1, context[..., None].expand(-1, -1, 48))
-            for layer in student.encoder.layer:
-                out = layer(kept, context)
-                kept = out[0] if isinstance(out, tuple) else out
-            kept = student.encoder.layernorm(kept)
-            whole = torch.zeros(CLIPS, TOKENS, 48).scatter(1, context[..., None].expand(-1, -1, 48), kept)
-            predicted = student.predictor(whole, [context], [target]).last_hidden_state
-            loss = loss + (predicted - wanted.gather(1, target[..., None].expand(-1, -1, 48))).abs().mean() / 2
+        loss = torch.stack([_clip_loss(student, teacher, *clip) for clip in fixed_batch(step, frames)]).mean()
         optimizer.zero_grad()
         loss.backward()
         losses.append(float(loss.detach()))
@@ -117,6 +106,26 @@ def reference() -> tuple[list[float], list[float], dict[str, Tensor]]:
     return losses, norms, weights
 
 
+def _clip_loss(student: VJEPA2Model, teacher: nn.Module, clip: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+    video = ((clip / 255 - mean) / std).transpose(1, 2)  # [1, T, C, H, W]
+    features = teacher(video).last_hidden_state
+    wanted = (features - features.mean(-1, keepdim=True)) / (features.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    loss = torch.zeros(())
+    for context, target in pairs:
+        # transformers' encoder sees every token: run it on the kept ones as ours does, by its own layers.
+        kept = student.encoder.embeddings(video).gather(1, context[..., None].expand(-1, -1, 48))
+        for layer in student.encoder.layer:
+            out = layer(kept, context)
+            kept = out[0] if isinstance(out, tuple) else out
+        kept = student.encoder.layernorm(kept)
+        whole = torch.zeros_like(wanted).scatter(1, context[..., None].expand(-1, -1, 48), kept)
+        predicted = student.predictor(whole, [context], [target]).last_hidden_state
+        loss = loss + (predicted - wanted.gather(1, target[..., None].expand(-1, -1, 48))).abs().mean() / 2
+    return loss
+
+
 def _rank(name: str, parameter: Tensor) -> int:
     return 3 if name.endswith("mask_tokens") else parameter.ndim
 
@@ -128,7 +137,7 @@ def _named(model: VJEPA2Model) -> dict[str, Tensor]:
     }
 
 
-def ours(ranks: Ranks) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def ours(ranks: Ranks, frames: tuple[int, ...]) -> tuple[list[float], list[float], dict[str, Tensor]]:
     engine = FsdpEngine(ENGINE, ranks)
     objective = Jepa(RECIPE, engine)
     encoder, predictor = our_weights(published())
@@ -143,17 +152,8 @@ def ours(ranks: Ranks) -> tuple[list[float], list[float], dict[str, Tensor]]:
     share = CLIPS // ranks.world_size
     losses, norms = [], []
     for step in range(STEPS):
-        clips, pairs = fixed_batch(step)
-        batch = [
-            MicroBatch(
-                clips[slot : slot + 1],
-                tuple(MaskPair(c[slot : slot + 1], t[slot : slot + 1]) for c, t in pairs),
-                step,
-                range(slot, slot + 1),
-                ("a",),
-            )
-            for slot in range(ranks.rank * share, (ranks.rank + 1) * share)
-        ]
+        mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+        batch = [_micro_batch(step, slot, *fixed_batch(step, frames)[slot]) for slot in mine]
         result = training_step(objective, engine, optimizer, batch, lr=RATE)
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -165,6 +165,10 @@ def ours(ranks: Ranks) -> tuple[list[float], list[float], dict[str, Tensor]]:
     return losses, norms, final
 
 
+def _micro_batch(step: int, slot: int, clip: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> MicroBatch:
+    return MicroBatch(clip, tuple(MaskPair(*pair) for pair in pairs), step, range(slot, slot + 1), ("a",))
+
+
 @torch.no_grad()
 def _fill(network: nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = dict(network.named_parameters())
@@ -174,11 +178,11 @@ def _fill(network: nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(distribute_tensor(weights[name], mesh, placements))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_three_steps_equal_the_published_models(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "frames"), [(1, SAME), (2, SAME), (1, MIXED), (2, MIXED)])
+def test_three_steps_equal_the_published_models(world_size: int, frames: tuple[int, ...]) -> None:
     """Loss 1e-5, gradient norm 1e-4, weights 1e-5: float32 sums in another order, three steps of AdamW."""
-    losses, norms, weights = reference()
-    found_losses, found_norms, found = run_processes(ours, world_size)[0]
+    losses, norms, weights = reference(frames)
+    found_losses, found_norms, found = run_processes(ours, world_size, frames)[0]
     assert max(losses) - min(losses) > 0.001
     assert found_losses == pytest.approx(losses, rel=1e-5)
     assert found_norms == pytest.approx(norms, rel=1e-4)
@@ -198,8 +202,7 @@ def nothing_moves(ranks: Ranks) -> list[str]:
     objective = Jepa(RECIPE, engine)
     named = [(f"{n}.{k}", p) for n, network in objective.trained.items() for k, p in network.named_parameters()]
     optimizer = build_optimizer(RECIPE.optimizer, named)
-    clips, pairs = fixed_batch(0)
-    batch = [MicroBatch(clips[:1], tuple(MaskPair(c[:1], t[:1]) for c, t in pairs), 0, range(1), ("a",))]
+    batch = [_micro_batch(0, 0, *fixed_batch(0)[0])]
     if ranks.rank == 1:  # one rank's weights alone are enough to spoil the sum of all
         with torch.no_grad():
             next(iter(objective.encoder.parameters())).to_local().fill_(float("nan"))  # type: ignore[attr-defined]

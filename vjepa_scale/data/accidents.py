@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.clips import ClipRef, start_of_window, undecodable
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.clips import ClipRef, pictures_of, undecodable, with_window
+from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.recipe.schema import DataConfig
 
 # A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
 ATTEMPTS = 8
@@ -78,24 +79,19 @@ def clip_or_substitute(
     manifest: Manifest,
     ref: ClipRef,
     *,
-    seed: int,
-    fps: float,
-    frames: int,
+    data: DataConfig,
     known: Known,
     timed: Timed | None = None,
-) -> tuple[npt.NDArray[np.uint8], list[Accident]]:
-    """The pictures of a slot, uint8 [T, H, W, 3], and the accidents on the way to them.
+) -> tuple[list[npt.NDArray[np.uint8]], list[Accident]]:
+    """The pictures of a slot, T of uint8 [H, W, 3], and the accidents on the way to them.
 
-    seed:  data.seed
     known: clips not to be tried
     Raises UserError where no clip of ATTEMPTS decodes.
     """
     accidents: list[Accident] = []
     first: UserError | None = None
     for attempt in range(ATTEMPTS):
-        candidate = ref
-        if attempt:
-            candidate = substitute(manifest, ref, attempt=attempt, seed=seed, fps=fps, frames=frames)
+        candidate = substitute(manifest, ref, attempt=attempt, data=data) if attempt else ref
         if any(accident.record == candidate.record for accident in accidents):
             continue
         if accidents:
@@ -104,10 +100,10 @@ def clip_or_substitute(
         if place in known:
             error = DecodeError(*known[place])
         else:
-            data = manifest.read(candidate.record)
+            video = manifest.read(candidate.record)
             try:
                 with timed.decoding(candidate) if timed is not None else nullcontext():
-                    return decode_clip(data, start_s=candidate.start_s, fps=fps, frames=frames), accidents
+                    return pictures_of(candidate, video, decoder=data.decoder), accidents
             except DecodeError as caught:
                 error = caught
         first = first or undecodable(manifest, candidate, error)
@@ -126,9 +122,9 @@ def clip_or_substitute(
     raise UserError(first.what + more, where=first.where, fix=first.fix)
 
 
-def substitute(manifest: Manifest, ref: ClipRef, *, attempt: int, seed: int, fps: float, frames: int) -> ClipRef:
+def substitute(manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig) -> ClipRef:
     """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
-    record = Draws(seed, "substitute", ref.step, ref.slot, attempt).integer(manifest.records)
-    draw = Draws(seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
-    start_s = start_of_window(manifest, record, draw, fps=fps, frames=frames)
-    return replace(ref, record=record, start_s=start_s)
+    record = Draws(data.seed, "substitute", ref.step, ref.slot, attempt).integer(manifest.records)
+    draw = Draws(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
+    ref = replace(ref, record=record)
+    return with_window(ref, manifest, draw, frames=len(ref.times_s), sampling=data.sampling)

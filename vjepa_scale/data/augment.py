@@ -4,6 +4,7 @@ Normalisation is not here: batches travel as uint8 and are normalised on the dev
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,27 +51,50 @@ def center_box(aspect: float, height: int, width: int) -> Box:
 
 
 def random_crop(
-    pictures_THWC: npt.NDArray[np.uint8], size: tuple[int, int], cfg: AugmentConfig, *, seed: int, step: int, slot: int
+    pictures: Sequence[npt.NDArray[np.uint8]],
+    size: tuple[int, int],
+    cfg: AugmentConfig,
+    *,
+    seed: int,
+    step: int,
+    slot: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Random resized crop and horizontal flip of a clip: uint8 [3, T, *size]. One draw for all its pictures."""
-    box = random_box(cfg, Draws(seed, "crop", step, slot), *pictures_THWC.shape[1:3])
-    clip = _resized(pictures_THWC, box, size)
+    """Random resized crop and horizontal flip of a clip: uint8 [3, T, *size]. One draw for all its pictures.
+
+    pictures: T of uint8 [H, W, 3], all of one size
+    out:      where to put the result
+    """
+    box = random_box(cfg, Draws(seed, "crop", step, slot), *pictures[0].shape[:2])
+    clip = _resized(pictures, box, size, out)
     if Draws(seed, "flip", step, slot).uniform() < cfg.flip:
-        clip = clip.flip(-1)
+        clip.copy_(clip.flip(-1))
     return clip
 
 
-def center_crop(pictures_THWC: npt.NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+def center_crop(
+    pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, out: Tensor | None = None
+) -> Tensor:
     """The largest centred crop of the wanted aspect, resized: uint8 [3, T, *size].
 
+    pictures: T of uint8 [H, W, 3], all of one size
+    out:      where to put the result
     Same pixels as resizing the short side and then cropping the centre, but only what is kept is resized.
     """
-    return _resized(pictures_THWC, center_box(size[1] / size[0], *pictures_THWC.shape[1:3]), size)
+    return _resized(pictures, center_box(size[1] / size[0], *pictures[0].shape[:2]), size, out)
 
 
-def _resized(pictures_THWC: npt.NDArray[np.uint8], box: Box, size: tuple[int, int]) -> Tensor:
+def _resized(pictures: Sequence[npt.NDArray[np.uint8]], box: Box, size: tuple[int, int], out: Tensor | None) -> Tensor:
     top, left, height, width = box
-    # A decoded picture is channels-last in memory, which the uint8 kernel is fast on: no copy before it.
-    crop_TCHW = torch.from_numpy(pictures_THWC[:, top : top + height, left : left + width]).permute(0, 3, 1, 2)
-    resized = functional.interpolate(crop_TCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.transpose(0, 1)
+    clip = torch.empty(3, len(pictures), *size, dtype=torch.uint8) if out is None else out
+    for k, picture in enumerate(pictures):
+        if k and picture is pictures[k - 1]:
+            clip[:, k] = clip[:, k - 1]
+            continue
+        # torch's uint8 kernel is fast on channels-last pictures without gaps; numpy is faster at closing the gaps.
+        crop_HWC = np.ascontiguousarray(picture[top : top + height, left : left + width])
+        crop_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None]
+        (clip[:, k],) = functional.interpolate(
+            crop_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False
+        )
+    return clip

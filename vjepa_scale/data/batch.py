@@ -13,7 +13,7 @@ from vjepa_scale.masking import MaskPair
 class MicroBatch:
     """Consecutive slots of one geometry inside one mask group: what one forward pass takes.
 
-    clips:    uint8 [b, 3, T, H, W], not normalised
+    clips:    uint8 [b, 3, T, H, W], not normalised; micro-batches of a step may differ in T
     masks:    one pair per mask generator, rows as in clips
     step:     the global step
     slots:    of the step's global batch

@@ -1,71 +1,111 @@
 """Which seconds of which video each slot of a step shows; from the manifests alone, nothing is decoded."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.decode import PYAV, DecodeError, decode_clip, times_of_frames
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import Phase, Recipe
+
+DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second")
 
 
 @dataclass(frozen=True)
 class ClipRef:
     """One clip of the global batch.
 
-    dataset: name of the data set; record: index in its manifest; start_s: seconds into the video
+    dataset: name of the data set; record: index in its manifest
+    times_s: seconds into the video, ascending: what each of its frames shows
+    fps:     frames per second that were asked for, with the slot's jitter
+    numbers: of the video's frames, where the recipe samples by stride; times_s are then theirs if the rate is constant
     """
 
     step: int
     slot: int
     dataset: str
     record: int
-    start_s: float
+    times_s: tuple[float, ...]
+    fps: float
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def start_s(self) -> float:
+        return self.times_s[0]
 
 
 def clip_refs(
+    recipe: Recipe,
+    phase: Phase,
     order: DataOrder,
     manifests: Mapping[str, Manifest],
     *,
     step: int,
     slots: Iterable[int],
-    seed: int,
-    fps: float,
-    frames: int,
 ) -> list[ClipRef]:
-    """The clips of some slots of a step.
+    """The clips of some slots of a step of a phase.
 
-    seed: data.seed. The window of frames/fps seconds is drawn uniformly where the video is longer; a
-    shorter one starts at 0 and repeats its last picture.
+    A clip has the frames and the rate of its data set, the rate times the slot's jitter; its window is drawn
+    uniformly.
     """
+    seed = recipe.data.seed
     datasets, records = order.batch(step)
     refs = []
     for slot in slots:
         name, record = order.names[datasets[slot]], int(records[slot])
+        fps = recipe.data.fps_of(name) * _jitter(recipe.data.augment.rate, Draws(seed, "rate", step, slot))
         draw = Draws(seed, "window", step, slot).uniform()
-        start_s = start_of_window(manifests[name], record, draw, fps=fps, frames=frames)
-        refs.append(ClipRef(step, slot, name, record, start_s))
+        ref = ClipRef(step, slot, name, record, (), fps)
+        frames = phase.frames_of(name)
+        refs.append(with_window(ref, manifests[name], draw, frames=frames, sampling=recipe.data.sampling))
     return refs
 
 
-def start_of_window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: int) -> float:
-    """Where a record's window begins, in seconds, for a uniform draw in [0, 1)."""
-    room = float(manifest.column("duration")[record]) - frames / fps
-    return draw * max(0.0, room)
+def _jitter(limits: tuple[float, float], draws: Draws) -> float:
+    """What a clip's rate is multiplied by: uniform between the limits."""
+    low, high = limits
+    return low if low == high else low + (high - low) * draws.uniform()
 
 
-def decode_ref(manifest: Manifest, ref: ClipRef, *, fps: float, frames: int) -> npt.NDArray[np.uint8]:
-    """The pictures of a clip, uint8 [T, H, W, 3]. A UserError names data set, shard and record if it fails."""
+def with_window(ref: ClipRef, manifest: Manifest, draw: float, *, frames: int, sampling: str) -> ClipRef:
+    """A clip with the window that a uniform draw in [0, 1) gives it. sampling: data.sampling; a picture has none."""
+    source_fps = float(manifest.column("fps")[ref.record])
+    if sampling == "time" or source_fps == 0:
+        return replace(ref, times_s=window(manifest, ref.record, draw, fps=ref.fps, frames=frames), numbers=None)
+    source_frames = int(manifest.column("frames")[ref.record])
+    numbers = strided_frames(draw, source_frames=source_frames, source_fps=source_fps, fps=ref.fps, frames=frames)
+    return replace(ref, times_s=tuple(number / source_fps for number in numbers), numbers=numbers)
+
+
+def window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: int) -> tuple[float, ...]:
+    """The times, in seconds into the video, that a clip of a record shows.
+
+    draw: uniform in [0, 1): where a window of frames/fps seconds lies in a video that is longer; in a shorter one it
+          begins at 0, and decoding repeats the last picture
+    """
+    start_s = draw * max(0.0, float(manifest.column("duration")[record]) - frames / fps)
+    return tuple(start_s + k / fps for k in range(frames))
+
+
+def decode_ref(manifest: Manifest, ref: ClipRef) -> list[npt.NDArray[np.uint8]]:
+    """The pictures of a clip, T of uint8 [H, W, 3]. A UserError names data set, shard and record if it fails."""
     data = manifest.read(ref.record)
     try:
-        return decode_clip(data, start_s=ref.start_s, fps=fps, frames=frames)
+        return pictures_of(ref, data)
     except DecodeError as error:
         raise undecodable(manifest, ref, error) from None
+
+
+def pictures_of(ref: ClipRef, data: bytes, *, decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
+    """The pictures of a clip, T of uint8 [H, W, 3], from its video's bytes. Raises DecodeError."""
+    times_s = ref.times_s if ref.numbers is None else times_of_frames(data, ref.numbers)
+    return decode_clip(data, times_s=times_s, decoder=decoder)
 
 
 def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserError:
@@ -80,16 +120,8 @@ def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserErr
 def dump_order(
     recipe: Recipe, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], step: int
 ) -> Iterator[str]:
-    """One line per slot of a step, tabs between: step, slot, data set, record key, start time in seconds."""
-    refs = clip_refs(
-        order,
-        manifests,
-        step=step,
-        slots=range(phase.global_batch),
-        seed=recipe.data.seed,
-        fps=recipe.data.fps,
-        frames=phase.frames,
-    )
-    for ref in refs:
+    """One line per slot of a step, the columns of DUMPED with tabs between."""
+    for ref in clip_refs(recipe, phase, order, manifests, step=step, slots=range(phase.global_batch)):
         key = manifests[ref.dataset].key(ref.record)
-        yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{ref.start_s:.6f}"
+        times = f"{ref.start_s:.6f}\t{len(ref.times_s)}\t{ref.fps:.9g}"
+        yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}"

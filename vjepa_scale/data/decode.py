@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
 NOT_A_VIDEO = "not a video"
+PYAV, TORCHCODEC = "pyav", "torchcodec"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
@@ -100,20 +101,27 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
 
 
-def decode_clip(data: Media, *, start_s: float, fps: float, frames: int) -> npt.NDArray[np.uint8]:
-    """The pictures at start_s, start_s + 1/fps, … : uint8 RGB [T, H, W, 3], upright.
+def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
+    """The pictures at some ascending times: uint8 RGB [H, W, 3], upright; the same array where one stays on screen.
 
     data:    a video file, or an image file: its picture at all times
-    start_s: seconds from the stream's start; fps: pictures per second of the clip; frames: T
-    Times past the end repeat the last frame. Raises DecodeError.
+    times_s: seconds from the stream's start; past the end it is the last frame
+    decoder: PYAV or TORCHCODEC, of videos
+    Raises DecodeError.
     """
     try:
-        pictures = pictures_at(data, [start_s + k / fps for k in range(frames)])
+        if decoder == TORCHCODEC:
+            from vjepa_scale.data.decode_torchcodec import torchcodec_pictures  # installed only where it is asked for
+
+            found = torchcodec_pictures(data, times_s)
+            if found is not None:
+                return found
+        pictures = pictures_at(data, times_s)
     except DecodeError as error:
         still = still_picture(data) if error.reason == NOT_A_VIDEO else None
         if still is None:
             raise
-        pictures = [still] * frames
+        pictures = [still] * len(times_s)
     reformatter = VideoReformatter()
     rgb: list[npt.NDArray[np.uint8]] = []
     for k, picture in enumerate(pictures):
@@ -123,7 +131,39 @@ def decode_clip(data: Media, *, start_s: float, fps: float, frames: int) -> npt.
         rgb.append(upright_rgb(reformatter, picture))
     if any(array.shape != rgb[0].shape for array in rgb):
         raise DecodeError("the picture size changes inside the video")
-    return np.stack(rgb)
+    return rgb
+
+
+def times_of_frames(data: Media, numbers: Sequence[int]) -> list[float]:
+    """When frames, numbered from 0 in the order of display, come on screen: seconds from the stream's start.
+
+    Past the end it is the last one's time. Nothing is decoded: a frame is a packet. Raises DecodeError.
+    """
+    with open_video(data) as (container, stream):
+        frames = frames_by_packet(container, stream)
+        start, tick_s = stream_start(stream), float(time_base(stream))
+    return [(frames[min(number, len(frames) - 1)].tick - start) * tick_s for number in numbers]
+
+
+class PacketedFrame(NamedTuple):
+    """A frame as the container tells of it. tick: its timestamp; damaged: its bytes are not all there."""
+
+    tick: int
+    damaged: bool
+
+
+def frames_by_packet(container: InputContainer, stream: VideoStream) -> list[PacketedFrame]:
+    """All frames of a stream that nothing was read of yet, in the order of display. Raises DecodeError."""
+    frames = []
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            tick = packet.pts if packet.pts is not None else packet.dts
+            if tick is None:
+                raise DecodeError("frames without timestamps")
+            frames.append(PacketedFrame(tick, packet.is_corrupt))
+    if not frames:
+        raise DecodeError("zero length", "no packets")
+    return sorted(frames)
 
 
 def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
@@ -152,7 +192,8 @@ def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.ND
     with ffmpeg_errors("pixels that cannot be converted"):
         array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
     # The display matrix's rotation is counter-clockwise, as numpy's is.
-    return np.rot90(array, k=round(picture.rotation / 90)) if picture.rotation else array
+    turns = round(picture.rotation / 90)
+    return np.ascontiguousarray(np.rot90(array, k=turns)) if turns else array
 
 
 def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:

@@ -1,14 +1,17 @@
 """A whole data set once, in the order of its records, without chance: what probes measure on."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import center_crop
-from vjepa_scale.data.clips import ClipRef, decode_ref
+from vjepa_scale.data.clips import ClipRef, decode_ref, window
 from vjepa_scale.data.loader import Prefetched
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 
@@ -37,6 +40,39 @@ def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Tenso
     return torch.tensor([number.get(name, -1) for name in manifest.classes])[own]
 
 
+def metadata_of(manifest: Manifest, record: int) -> dict[str, Any]:
+    """The JSON of a record (docs/shards.md); empty for an indexed sample that has none. Raises UserError."""
+    try:
+        known = json.loads(manifest.read(record, "json") or b"{}")
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(
+            f"the JSON of record {manifest.key(record)} is no JSON object",
+            where=manifest.folder / manifest.shard_of(record).name,
+            fix="restore this shard from a copy, or make the shards again",
+        )
+    return known
+
+
+@dataclass(frozen=True)
+class LabelledClips:
+    """Some records of a data set, as probes want them.
+
+    clips:    uint8 [n, 3, T, H, W]
+    labels:   int64 [n], indices into the classes of the task
+    classes:  the name of each clip's class
+    records:  their indices in the manifest
+    metadata: the JSON of each record, where it was asked for
+    """
+
+    clips: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    records: tuple[int, ...]
+    metadata: tuple[dict[str, Any], ...] | None = None
+
+
 def evaluation_clips(
     manifest: Manifest,
     *,
@@ -46,31 +82,35 @@ def evaluation_clips(
     batch: int,
     classes: Sequence[str] | None = None,
     records: Sequence[int] | None = None,
+    metadata: bool = False,
     workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(clips uint8 [n, 3, T, H, W], labels int64 [n]) for all records in order, n = batch (the last fewer).
+) -> Iterator[LabelledClips]:
+    """All records in order, ``batch`` at a time (the last fewer).
 
-    records: only these, in this order
+    records:  only these, in this order
+    metadata: read each record's JSON too
     The window is the middle of the video, the crop the centre. Labels as in ``labels_of``. Nothing is ever shown
     in another clip's place: raises UserError where one does not decode.
     """
-    labels = labels_of(manifest, classes)
+    labels, names = labels_of(manifest, classes), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
-    spans = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
-    load = partial(_load_span, manifest, frames, size, fps)
+    spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
+    load = partial(_load_span, manifest, frames, size, fps, metadata)
     loader = Prefetched(load, spans, workers=workers, prefetch=2)
     try:
-        for span, clips in zip(spans, loader, strict=True):
-            yield clips, labels[list(span)]
+        for span, (clips, known) in zip(spans, loader, strict=True):
+            own = labels[list(span)]
+            yield LabelledClips(clips, own, tuple(names[i] for i in own.tolist()), span, known)
     finally:
         loader.close()
 
 
-def _load_span(manifest: Manifest, frames: int, size: tuple[int, int], fps: float, records: Sequence[int]) -> Tensor:
+def _load_span(
+    manifest: Manifest, frames: int, size: tuple[int, int], fps: float, metadata: bool, records: Sequence[int]
+) -> tuple[Tensor, tuple[dict[str, Any], ...] | None]:
     clips = torch.empty(len(records), 3, frames, *size, dtype=torch.uint8)
     for row, record in zip(clips, records, strict=True):
-        start_s = max(0.0, (float(manifest.column("duration")[record]) - frames / fps) / 2)
-        ref = ClipRef(step=0, slot=record, dataset=manifest.folder.name, record=record, start_s=start_s)
-        pictures = decode_ref(manifest, ref, fps=fps, frames=frames)
-        row.copy_(center_crop(pictures, size))
-    return clips
+        times_s = window(manifest, record, 0.5, fps=fps, frames=frames)
+        ref = ClipRef(0, record, manifest.folder.name, record, times_s, fps)
+        center_crop(decode_ref(manifest, ref), size, out=row)
+    return clips, tuple(metadata_of(manifest, record) for record in records) if metadata else None

@@ -20,7 +20,7 @@ def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
     """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage."""
     held = _held(recipe)
     return max(
-        held * phase.micro_batch * _clip_bytes(recipe, phase.frames, phase.size)
+        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size)
         for phase in resolve_phases(recipe, stage_name)
     )
 

@@ -122,19 +122,16 @@ def load_micro_batch(
     """Micro-batch number m of a step, by index (step, m): decoded, cropped, with its masks."""
     step, number = index
     slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
-    fps, frames = recipe.data.fps, phase.frames
-    refs = clip_refs(order, manifests, step=step, slots=slots, seed=recipe.data.seed, fps=fps, frames=frames)
+    refs = clip_refs(recipe, phase, order, manifests, step=step, slots=slots)
+    frames = phase.frames_of(refs[0].dataset)
+    assert all(len(ref.times_s) == frames for ref in refs), "a micro-batch has one geometry"
     clips = torch.empty(len(refs), 3, frames, *phase.size, dtype=torch.uint8)
     accidents: list[Accident] = []
     for row, ref in zip(clips, refs, strict=True):
-        pictures, met = clip_or_substitute(
-            manifests[ref.dataset], ref, seed=recipe.data.seed, fps=fps, frames=frames, known=known, timed=timed
-        )
+        pictures, met = clip_or_substitute(manifests[ref.dataset], ref, data=recipe.data, known=known, timed=timed)
         accidents += met
-        row.copy_(
-            random_crop(pictures, phase.size, recipe.data.augment, seed=recipe.run.seed, step=step, slot=ref.slot)
-        )
-    grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
+        random_crop(pictures, phase.size, recipe.data.augment, seed=recipe.run.seed, step=step, slot=ref.slot, out=row)
+    grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
     masks = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=slots, grid=grid)
     return MicroBatch(clips, masks, step, slots, tuple(ref.dataset for ref in refs), tuple(accidents))
 

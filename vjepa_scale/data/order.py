@@ -2,10 +2,14 @@
 
 Nothing is shuffled, buffered or remembered. From the step alone follow, in this order:
 
-    step  -> how many clips each data set has given before it       (nested divisions of the draw counter)
+    step  -> how many mask groups each geometry has had before it    (nested divisions of the group counter)
+    group -> how many clips each data set has given before it        (the same, of the geometry's clips)
     draw  -> epoch and place k' in it                                (draw k is record k mod R of epoch k div R)
     place -> position in the epoch's sequence                        (laid out in lanes, so that reads stay local)
     position -> shard and record                                     (keyed permutations of shards and inside them)
+
+A geometry is a number of frames: clips of a mask group have the same one. Where a phase has only one, as most do,
+groups do not matter: the clips are dealt to the data sets one by one.
 
 An epoch gives each record exactly once, across phases that change batch or mixture too: ``base``
 carries the counts on. All of it is integers, so that every machine computes the same order.
@@ -65,15 +69,16 @@ class DataOrder:
             _SetOrder(key64(seed, f"order.{name}"), np.asarray(sizes, np.int64), lanes) for name, sizes in sets
         ]
         self._phases = list(phases)
-        self._shares = [_shares(phase.mixture, self.names) for phase in phases]
+        self._deals = [_Deal(phase, self.names) for phase in phases]
         assert all(a.end == b.first for a, b in pairwise(phases)), "phases have a gap"
         self._base = [[int((base or {}).get(name, 0)) for name in self.names]]
-        for phase, shares in zip(self._phases, self._shares, strict=True):
-            given = split_draws(phase.global_batch * phase.steps, shares)
+        for phase, deal in zip(self._phases, self._deals, strict=True):
+            given = deal.given(phase.steps)
             for name, n in zip(self.names, given, strict=True):
                 if n == 0 and phase.mixture.get(name, 0) > 0:
+                    groups = f" in mask groups of {phase.mask_group}" if len(deal.geometries) > 1 else ""
                     raise UserError(
-                        f"phase {phase.name!r} has {phase.steps} steps of {phase.global_batch} clips, "
+                        f"phase {phase.name!r} has {phase.steps} steps of {phase.global_batch} clips{groups}, "
                         f"too few to draw even once from {name!r}",
                         where=f"{phase.stage}.mixture.{name}",
                         fix="a larger weight, more steps, or weight 0",
@@ -94,41 +99,82 @@ class DataOrder:
         return self._last
 
     def _batch(self, step: int) -> BatchOrder:
+        deal = self._deals[self._number(step)]
+        first, end = (self._given(step, at_end=at_end) for at_end in (False, True))
+        columns, group_rank, geometry_of = [], [], []
+        for number, members in enumerate(deal.geometries):
+            clips = self._spread(members, first, end)
+            groups = clips.shape[1] // deal.group
+            # Groups of a geometry are spread evenly over the batch too, so that ranks have like work.
+            columns.append(clips.reshape(2, groups, deal.group))
+            group_rank.append((np.arange(groups) + 0.5) / max(1, groups))
+            geometry_of.append(np.full(groups, number, np.int64))
+        order = np.lexsort((np.concatenate(geometry_of), np.concatenate(group_rank)))
+        datasets, records = np.concatenate(columns, axis=1)[:, order].reshape(2, -1)
+        return BatchOrder(datasets, records)
+
+    def _spread(self, members: Sequence[int], first: Sequence[int], end: Sequence[int]) -> Ints:
+        """Draws first[i] … end[i]−1 of some data sets i, spread evenly: int64 [2, draws], data set and record."""
         dataset, record, lane_rank = [], [], []
-        for i, (first, end) in enumerate(
-            zip(self._given(step, at_end=False), self._given(step, at_end=True), strict=True)
-        ):
-            n = end - first
-            if n == 0:
-                continue
+        for i in members:
+            n = end[i] - first[i]
             # Draws of a set by (lane, k), so that neighbours in the batch are neighbours in a shard;
             # then the sets are spread evenly over the batch. Equal quotients of integers are equal floats.
-            record.append(self._sets[i].records(np.arange(first, end, dtype=np.int64)))
+            record.append(self._sets[i].records(np.arange(first[i], end[i], dtype=np.int64)))
             dataset.append(np.full(n, i, np.int64))
-            lane_rank.append((np.arange(n) + 0.5) / n)
+            lane_rank.append((np.arange(n) + 0.5) / max(1, n))
         datasets, records = np.concatenate(dataset), np.concatenate(record)
         slots = np.lexsort((datasets, np.concatenate(lane_rank)))
-        return BatchOrder(datasets[slots], records[slots])
+        return np.stack([datasets[slots], records[slots]])
+
+    def _number(self, step: int) -> int:
+        """Which phase a step is in."""
+        if not self._phases[0].first <= step < self._phases[-1].end:
+            raise ValueError(f"step {step} is outside {self._phases[0].first} to {self._phases[-1].end - 1}")
+        return bisect_right([phase.first for phase in self._phases], step) - 1
 
     def _given(self, step: int, *, at_end: bool) -> list[int]:
         """Draws of each set before a step, or before the next one."""
-        if not self._phases[0].first <= step < self._phases[-1].end:
-            raise ValueError(f"step {step} is outside {self._phases[0].first} to {self._phases[-1].end - 1}")
-        number = bisect_right([phase.first for phase in self._phases], step) - 1
-        phase = self._phases[number]
-        given = split_draws(phase.global_batch * (step + at_end - phase.first), self._shares[number])
+        number = self._number(step)
+        given = self._deals[number].given(step + at_end - self._phases[number].first)
         return [b + n for b, n in zip(self._base[number], given, strict=True)]
 
 
-def _shares(mixture: Mapping[str, float], names: Sequence[str]) -> list[int]:
-    """Weights as integers, 0 for the data sets that a phase leaves out."""
-    assert set(mixture) <= set(names), f"mixture {sorted(mixture)} of unknown data sets; known: {names}"
-    total = sum(mixture.values())
-    return [round(mixture.get(name, 0) / total * 2**_SHARE_BITS) for name in names]
+class _Deal:
+    """How a phase deals its clips: mask groups to geometries, then each geometry's clips to its data sets.
+
+    geometries: indices of the data sets of each number of frames
+    group:      clips of a mask group
+    """
+
+    def __init__(self, phase: Phase, names: Sequence[str]) -> None:
+        assert set(phase.mixture) <= set(names), f"mixture {sorted(phase.mixture)} of unknown data sets; known: {names}"
+        assert phase.global_batch % phase.mask_group == 0, "the batch is not whole mask groups"
+        total = sum(phase.mixture.values())
+        self._shares = [round(phase.mixture.get(name, 0) / total * 2**_SHARE_BITS) for name in names]
+        by_frames: dict[int, list[int]] = {}
+        for i, name in enumerate(names):
+            if name in phase.mixture:
+                by_frames.setdefault(phase.frames_of(name), []).append(i)
+        self.geometries = list(by_frames.values())
+        self.group = phase.mask_group
+        self._groups_per_step = phase.global_batch // phase.mask_group
+
+    def given(self, steps: int) -> list[int]:
+        """Draws of each data set in the first steps of the phase."""
+        of_geometry = [sum(self._shares[i] for i in members) for members in self.geometries]
+        given = [0] * len(self._shares)
+        for members, groups in zip(
+            self.geometries, split_draws(self._groups_per_step * steps, of_geometry), strict=True
+        ):
+            split = split_draws(self.group * groups, [self._shares[i] for i in members])
+            for i, n in zip(members, split, strict=True):
+                given[i] = n
+        return given
 
 
 def split_draws(draws: int, shares: Sequence[int]) -> list[int]:
-    """How many of the first q draws each data set gives.
+    """How many of the first q draws each data set gives (or of the first q mask groups each geometry gets).
 
     By falling share, with rest = q and Q = Σ shares: N = rest·share // Q; rest -= N; Q -= share.
     The counts sum to q, never fall as q grows, and stay within two of the exact share.

@@ -54,8 +54,7 @@ def _unusable(path: Path, error: DecodeError) -> UserError:
 
 def cropped(picture_HWC: npt.NDArray[np.uint8], size: Size) -> Tensor:
     """One picture, uint8 [3, 1, *size]."""
-    # A copy: a rotated picture's strides are negative, which torch does not take.
-    return center_crop(np.ascontiguousarray(picture_HWC)[None], size)
+    return center_crop([picture_HWC], size)
 
 
 def clip_of_file(path: str | Path, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
@@ -82,6 +81,6 @@ def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, sta
     pictures = pictures[None] if is_image else pictures[round(start_s * fps) :][:frames]
     if not len(pictures):
         raise UserError(f"the pictures end before {start_s:g} s", where="preprocess", fix="an earlier start")
-    clip = center_crop(np.ascontiguousarray(pictures), size)
+    clip = center_crop(list(np.ascontiguousarray(pictures)), size)
     wanted = frames if frames is not None else still if is_image else len(pictures)
     return torch.cat([clip, *[clip[:, -1:]] * (wanted - clip.shape[1])], dim=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.clips import dump_order
+from vjepa_scale.data.clips import DUMPED, dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
@@ -162,7 +162,10 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
                 held, problem = f", {manifest.records} records in {len(manifest.shards)} shards", ""
             except UserError as error:  # a plan shows what is wrong; a launch refuses it
                 problem = f"  (error: {error})"
-        yield f"data    {name}: {data_set.path}{held}, weight {data_set.weight:g}{problem}"
+        own = (f", {data_set.frames} frames" if data_set.frames else "") + (
+            f", {data_set.fps:g} frames per second" if data_set.fps else ""
+        )
+        yield f"data    {name}: {data_set.path}{held}, weight {data_set.weight:g}{own}{problem}"
     for name in stages:
         stage = recipe.stages()[name]
         origin = (
@@ -186,14 +189,24 @@ def site(recipe: Recipe) -> str:
 
 
 def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:
-    t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
     per_rank = accumulation(phase, dp_world_size=world_size)
     return (
         f"{phase.name}: steps {phase.first} to {phase.end - 1}, lr {phase.start_lr:g} → {phase.final_lr:g}, "
-        f"{phase.frames} × {phase.size[0]}×{phase.size[1]} px = {t * h * w} tokens, "
+        f"{_geometries(recipe, phase)}, "
         f"batch {phase.global_batch} = {world_size} ranks × {per_rank} × {phase.micro_batch}, "
         f"{_count(step_flops(recipe, phase))}FLOPs a step"
     )
+
+
+def _geometries(recipe: Recipe, phase: Phase) -> str:
+    """``16 × 256×256 px = 2048 tokens``; of several, each with its share of the clips."""
+    said = []
+    for frames, part in phase.geometries.items():
+        t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
+        share = f" ({sum(part.values()) / sum(phase.mixture.values()):.3g} of the clips: {', '.join(part)})"
+        several = len(phase.geometries) > 1
+        said.append(f"{frames} × {phase.size[0]}×{phase.size[1]} px = {t * h * w} tokens" + several * share)
+    return " and ".join(said)
 
 
 def _count(value: float) -> str:
@@ -224,7 +237,7 @@ def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[st
     if not any(max(wanted.start, there.start) < min(wanted.stop, there.stop) for there in steps.values()):
         there = ", ".join(f"{name} has steps {s.start} to {s.stop - 1}" for name, s in steps.items())
         raise UserError(f"no step of the stages is in {text}", where="--dump-order", fix=there)
-    yield "# step\tslot\tdata set\trecord\tstart in seconds"
+    yield "# " + "\t".join(DUMPED)
     for phases, order in planned.values():
         for phase in phases:
             for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):

@@ -9,12 +9,19 @@ SAMPLED_STEPS = 16
 
 
 def step_flops(recipe: Recipe, phase: Phase) -> float:
-    """Model FLOPs of one optimiser step over all ranks: the mean over sampled steps' masks."""
-    t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
-    group = range(recipe.masks.group)
+    """Model FLOPs of one optimiser step over all ranks: the mean over sampled steps' masks and over geometries."""
+    total = sum(phase.mixture.values())
+    return phase.global_batch * sum(
+        _clip_flops(recipe, phase, frames) * sum(part.values()) / total for frames, part in phase.geometries.items()
+    )
+
+
+def _clip_flops(recipe: Recipe, phase: Phase, frames: int) -> float:
+    """Of one clip of so many frames."""
+    t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
     total = 0
     for step in range(phase.first, phase.first + SAMPLED_STEPS):
-        pairs = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=group[:1], grid=(t, h, w))
+        pairs = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=range(1), grid=(t, h, w))
         lengths = [(pair.context.shape[1], pair.target.shape[1]) for pair in pairs]
         total += flops.jepa_step(recipe.model, t * h * w, lengths)
-    return phase.global_batch * total / SAMPLED_STEPS
+    return total / SAMPLED_STEPS

@@ -4,7 +4,7 @@ Steps are counted from 0; a phase covers ``first <= step < end`` of the global s
 a cooldown's phases count from the step of the checkpoint that it continues from.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.schema import Recipe, StageConfig
@@ -17,6 +17,8 @@ class Phase:
     first, steps:  the global steps first … first+steps-1
     frames, size:  T and (H, W) of a clip, in frames and pixels
     mixture:       weight of each data set that is drawn from (all positive)
+    own_frames:    T of those data sets whose clips have another length
+    mask_group:    consecutive slots of one geometry; matters where there are several
     """
 
     stage: str
@@ -30,6 +32,8 @@ class Phase:
     global_batch: int
     micro_batch: int
     mixture: dict[str, float]
+    own_frames: dict[str, int] = field(default_factory=dict)
+    mask_group: int = 1
 
     @property
     def end(self) -> int:
@@ -47,9 +51,21 @@ class Phase:
             return self.final_lr
         return self.start_lr + (self.final_lr - self.start_lr) * done / self.steps
 
-    def grid(self, *, patch: int, tubelet: int) -> tuple[int, int, int]:
-        """Tokens (t, h, w) of a clip."""
-        return self.frames // tubelet, self.size[0] // patch, self.size[1] // patch
+    def frames_of(self, name: str) -> int:
+        """T of a data set's clips."""
+        return self.own_frames.get(name, self.frames)
+
+    @property
+    def geometries(self) -> dict[int, dict[str, float]]:
+        """The part of the mixture that has each number of frames; data sets in the mixture's order."""
+        parts: dict[int, dict[str, float]] = {}
+        for name, weight in self.mixture.items():
+            parts.setdefault(self.frames_of(name), {})[name] = weight
+        return parts
+
+    def grid(self, *, patch: int, tubelet: int, frames: int | None = None) -> tuple[int, int, int]:
+        """Tokens (t, h, w) of a clip of so many frames, by default the phase's."""
+        return (self.frames if frames is None else frames) // tubelet, self.size[0] // patch, self.size[1] // patch
 
 
 def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None) -> list[Phase]:
@@ -74,6 +90,7 @@ def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None)
         if steps == 0:
             continue
         mixture = config.mixture or stage.mixture or {name: s.weight for name, s in recipe.data.sets.items()}
+        frames = (config.clip and config.clip.frames) or stage.clip.frames
         phases.append(
             Phase(
                 stage=stage_name,
@@ -82,11 +99,17 @@ def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None)
                 steps=steps,
                 start_lr=begin_lr,
                 final_lr=start_lr,
-                frames=(config.clip and config.clip.frames) or stage.clip.frames,
+                frames=frames,
                 size=(config.clip and config.clip.size) or stage.clip.size,
                 global_batch=config.global_batch or stage.global_batch,
                 micro_batch=config.micro_batch or stage.micro_batch,
                 mixture={name: weight for name, weight in mixture.items() if weight > 0},
+                own_frames={
+                    name: data_set.frames
+                    for name, data_set in recipe.data.sets.items()
+                    if data_set.frames not in (None, frames) and mixture.get(name, 0) > 0
+                },
+                mask_group=recipe.masks.group,
             )
         )
         first += steps
@@ -112,6 +135,13 @@ def check_stages(recipe: Recipe, source: object) -> None:
     """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
     if not recipe.stages():
         raise UserError("no stage to run", where=source, fix="add a section pretrain: or cooldown:")
+    for name, data_set in recipe.data.sets.items():
+        if data_set.frames is not None and data_set.frames % recipe.model.tubelet:
+            raise UserError(
+                f"{data_set.frames} frames do not divide into tubelets of {recipe.model.tubelet}",
+                where=f"{source}:data.sets.{name}.frames",
+                fix=f"a multiple of model.tubelet ({recipe.model.tubelet})",
+            )
     names = list(recipe.stages())
     for name, stage in recipe.stages().items():
         key = f"{source}:{name}"

@@ -97,6 +97,12 @@ class DataSetConfig(Section):
 
     path: str = Field(description="a folder with manifest.json, written by tools/make_shards.py")
     weight: Annotated[float, Field(ge=0)] = Field(1.0, description="share of the mixture, relative to the others")
+    fps: Positive | None = Field(None, description="frames per second of its clips; default: data.fps")
+    frames: PositiveInt | None = Field(
+        None,
+        description="frames of its clips in every phase, a multiple of model.tubelet; for pictures, model.tubelet is "
+        "the cheapest; default: the phase's clip.frames",
+    )
 
 
 class AugmentConfig(Section):
@@ -105,6 +111,9 @@ class AugmentConfig(Section):
     area: ShareRange = Field((0.3, 1.0), description="share of the picture's area that the crop takes")
     aspect: PositiveRange = Field((0.75, 1.35), description="width over height of the crop")
     flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
+    rate: PositiveRange = Field(
+        (1.0, 1.0), description="temporal jitter: a clip's frames per second are its data set's times a draw from this"
+    )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of RGB in [0, 1]: ImageNet's")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
 
@@ -129,6 +138,14 @@ class DataConfig(Section):
     sets: dict[str, DataSetConfig] = Field(min_length=1)
     seed: int = Field(0, description="key of the order of the data and of clip windows")
     fps: Annotated[float, Field(gt=0)] = Field(4.0, description="frames per second of a clip, in physical time")
+    sampling: Literal["time", "stride"] = Field(
+        "time",
+        description="time: the picture on screen at each time of a clip; stride: frames at equal distances of "
+        "⌈source fps⌉ // fps, as the published code takes them",
+    )
+    decoder: Literal["pyav", "torchcodec"] = Field(
+        "pyav", description="of training clips; torchcodec (where installed) for MP4, MOV, Matroska and WebM"
+    )
     lanes: PositiveInt = Field(128, description="how many shards an epoch walks through side by side")
     workers: Annotated[int, Field(ge=0, strict=True)] = Field(
         4, description="loader processes per rank; 0: in the rank"
@@ -136,6 +153,11 @@ class DataConfig(Section):
     prefetch: PositiveInt = Field(2, description="micro-batches each worker prepares ahead")
     augment: AugmentConfig = AugmentConfig()
     faults: FaultsConfig = FaultsConfig()
+
+    def fps_of(self, name: str) -> float:
+        """Frames per second of a data set's clips, without jitter."""
+        own = self.sets[name].fps
+        return self.fps if own is None else own
 
 
 # -- model -----------------------------------------------------------------------------------------

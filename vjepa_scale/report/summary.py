@@ -72,7 +72,8 @@ def _frozen(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
             records=records.tolist(),
             workers=1,
         )
-        for clips, _ in batches:
+        for shown in batches:
+            clips = shown.clips
             features["pixels"][split].append(frozen.pixel_features(clips))
             for name, encoder in encoders.items():
                 rows = frozen.encoder_features(

@@ -207,7 +207,9 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
     phases = resolve_phases(recipe, stage_name)
     for phase in phases:
         accumulation(phase, dp_world_size=world_size)
-        check_masks(recipe.masks, grid=phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet))
+        for frames in phase.geometries:
+            grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
+            check_masks(recipe.masks, grid=grid)
     if world_size % recipe.engine.replicate:
         raise UserError(
             f"{world_size} processes do not divide into {recipe.engine.replicate} replicas",
@@ -247,7 +249,7 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
         )
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
     step, first = manifest["step"], manifest["first"]
-    then, now = (_trained(resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
+    then, now = (_trained(r, resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
     changed = list(_differences(_decisive(done), _decisive(recipe)))
     if list(then) == list(now):
         for steps in then:
@@ -290,7 +292,7 @@ def _decisive(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _trained(phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
+def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
     """What the steps before ``step`` were trained with: a section for ``steps FIRST to LAST`` of each phase."""
     out = {}
     for phase in phases:
@@ -304,6 +306,10 @@ def _trained(phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
             "clip.size": list(phase.size),
             "global_batch": phase.global_batch,
             "mixture": phase.mixture,
+            "frames of their own": phase.own_frames,
+            "fps of their own": {
+                name: fps for name in phase.mixture if (fps := recipe.data.fps_of(name)) != recipe.data.fps
+            },
         }
     return out
 

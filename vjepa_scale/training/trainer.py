@@ -14,6 +14,8 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, write_atomic
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
+from vjepa_scale.data.decode import TORCHCODEC
+from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.objective.jepa import Jepa
@@ -89,6 +91,8 @@ class _Trainer:
             store.remove_unfinished(self.checkpoints)
             touch(Path(recipe.run.dir) / NAME)
         check_limits(recipe, stage_name, ranks_on_node=ranks.local_world_size)
+        if recipe.data.decoder == TORCHCODEC:
+            import_torchcodec()  # now, not in the first worker
         process_group.barrier()
         self.manifests = open_data(recipe)
         self.start = find_start(recipe, stage_name, self.manifests)

@@ -195,7 +195,7 @@ def test_shards_of_others_are_indexed_as_they_are(foreign: Path) -> None:
         with tarfile.open(foreign / shards.shard_of(record).name) as tar:
             (name,) = (n for n in tar.getnames() if n.rpartition(".")[0] == key and n.endswith(("mp4", "jpg")))
             assert shards.read(record) == tar.extractfile(name).read()  # type: ignore[union-attr]
-    assert number_of(decode_clip(shards.read(1), start_s=2, fps=4, frames=1)[0]) == 5
+    assert number_of(decode_clip(shards.read(1), times_s=[2])[0]) == 5
     assert {row["path"]: row["reason"] for row in read_jsonl(foreign / "rejected.jsonl")} == {
         "more.tar:b": "unreadable",
         "more.tar:d": "not one video",

@@ -117,8 +117,8 @@ def test_an_image_is_a_clip_that_stands_still(codec: str) -> None:
     with av.open(io.BytesIO(data)) as container:
         expected = next(container.decode(video=0)).to_ndarray(format="rgb24")
     for start_s in (0.0, 0.4, 100.0):
-        clip = decode_clip(data, start_s=start_s, fps=4, frames=5)
-        assert clip.shape == (5, 48, 64, 3)
+        clip = decode_clip(data, times_s=[start_s + k / 4 for k in range(5)])
+        assert np.stack(clip).shape == (5, 48, 64, 3)
         assert all(np.array_equal(image, expected) for image in clip)
         assert number_of(clip[0]) == 37
 
@@ -142,7 +142,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     for record in range(4):
         number = int(Path(json.loads(shards.read(record, "json"))["path"]).stem)
         assert shards.column("label")[record] == number % 2
-        clip = decode_clip(shards.read(record), start_s=0.0, fps=4, frames=3)
+        clip = decode_clip(shards.read(record), times_s=[0.0, 0.25, 0.5])
         assert [number_of(image) for image in clip] == [number] * 3
     assert set(rejected(tmp_path / "out")) == {"n0/half.jpeg", "n0/drawn.txt"}
     assert rejected(tmp_path / "out")["n0/half.jpeg"] == "does not decode to the end"

@@ -1,0 +1,120 @@
+"""data.sampling: stride takes the frames that the published code takes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import quiet
+from tests.data.test_decode import sequential
+from tests.data.test_loader import recipe_for
+from tests.data.videos import encoded, number_of, still_image
+from vjepa_scale.data.accidents import substitute
+from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
+from vjepa_scale.data.decode import DecodeError, times_of_frames
+from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.data.loader import PhaseLoader
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.stride import strided_frames
+from vjepa_scale.recipe import resolve_phases
+
+ROWS = json.loads((Path(__file__).parents[1] / "published" / "strides.json").read_text())
+# 14 frames, 4.52 a second on average, at times that no constant rate has.
+VARIABLE_MS = [0, 40, 180, 300, 420, 700, 1000, 1100, 1500, 2000, 2300, 2400, 2900, 3100]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "{source_frames} at {source_fps}, {frames}".format(**row))
+def test_numbers_are_those_of_the_published_code(row: dict) -> None:
+    draw = 0.5 if row["places"] is None else (row["offset"] + 0.5) / row["places"]
+    asked = {name: row[name] for name in ("source_frames", "source_fps", "fps", "frames")}
+    assert list(strided_frames(draw, **asked)) == row["numbers"]
+
+
+def test_every_place_of_a_window_is_drawn_alike() -> None:
+    draws = (np.arange(1000) + 0.5) / 1000
+    asked = {"source_frames": 122, "source_fps": 30.0, "fps": 4.0, "frames": 16}
+    first = [strided_frames(draw, **asked)[0] for draw in draws.tolist()]
+    assert np.bincount(first).tolist() == [100] * 10
+
+
+def test_rates_that_the_published_code_refuses_or_misreads() -> None:
+    asked = {"source_frames": 12, "fps": 4.0, "frames": 4}
+    assert strided_frames(0.0, source_fps=2.0, **asked) == (0, 1, 2, 3)  # stride 0 there
+    rounded = 59 / 1.966  # 60 frames of a Matroska file, whose times are whole milliseconds
+    assert strided_frames(0.0, source_fps=rounded, source_frames=60, fps=10.0, frames=4) == (0, 4, 8, 11)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
+def test_times_of_frames_are_those_of_decoding_in_order(container: str) -> None:
+    for data in (encoded(40, rate=25, container=container), encoded(14, pts_ms=VARIABLE_MS, container=container)):
+        times, _ = sequential(data)
+        assert times_of_frames(data, range(len(times))) == pytest.approx(times, abs=1e-6)
+        assert times_of_frames(data, [len(times) + 5]) == pytest.approx(times[-1:], abs=1e-6)
+    with pytest.raises(DecodeError):
+        times_of_frames(still_image(), [0])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Constant and variable rates, and a picture."""
+    folder, out = tmp_path_factory.mktemp("mixed"), tmp_path_factory.mktemp("made") / "shards"
+    (folder / "constant.mp4").write_bytes(encoded(60, rate=20, gop=8))
+    (folder / "short.mp4").write_bytes(encoded(9, rate=20, gop=8))
+    (folder / "variable.mkv").write_bytes(encoded(14, pts_ms=VARIABLE_MS, gop=5, container="matroska"))
+    (folder / "picture.jpg").write_bytes(still_image(33))
+    make_shards(folder, out, Settings(images=True), workers=1, progress=quiet)
+    return Manifest.open(out)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_clips_show_these_frames(mixed: Manifest, decoder: str) -> None:
+    """Numbers are read off the pictures: at a variable rate, too, they count frames and not time."""
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec", exc_type=ImportError)
+    recipe = recipe_for(mixed, sampling="stride", decoder=decoder)
+    phases = resolve_phases(recipe, "pretrain")
+    order = DataOrder(seed=7, sets=[(n, mixed.records_per_shard) for n in "ab"], phases=phases, lanes=2)
+    shown = dict[str, set[tuple[int, ...]]]()
+    for step in range(2, 6):
+        for ref in clip_refs(recipe, phases[1], order, {"a": mixed, "b": mixed}, step=step, slots=range(8)):
+            for clip in (ref, substitute(mixed, ref, attempt=1, data=recipe.data)):
+                pictures = pictures_of(clip, mixed.read(clip.record), decoder=decoder)
+                name = Path(json.loads(mixed.read(clip.record, "json"))["path"]).stem
+                shown.setdefault(name, set()).add(tuple(number_of(picture) for picture in pictures))
+    assert {tuple(np.diff(numbers).tolist()) for numbers in shown["constant"]} == {(6, 7, 6)}
+    assert len(shown["constant"]) > 3
+    assert shown["short"] == {(0, 8, 8, 8)}
+    assert {tuple(np.diff(numbers).tolist()) for numbers in shown["variable"]} == {(1, 1, 1)}
+    assert len(shown["variable"]) > 3
+    assert shown["picture"] == {(33,) * 4}
+
+
+def test_the_loader_samples_as_its_recipe_says(mixed: Manifest) -> None:
+    def clips(**data: object) -> list[list[int]]:
+        recipe = recipe_for(mixed, size=(48, 64), augment={"area": 1.0, "aspect": 4 / 3, "flip": 0.0}, **data)
+        phases = resolve_phases(recipe, "pretrain")
+        order = DataOrder(seed=7, sets=[(n, mixed.records_per_shard) for n in "ab"], phases=phases, lanes=2)
+        manifests = {"a": mixed, "b": mixed}
+        refs = clip_refs(recipe, phases[1], order, manifests, step=2, slots=range(8))
+        with PhaseLoader(
+            recipe=recipe,
+            phase=phases[1],
+            order=order,
+            manifests=manifests,
+            dp_rank=0,
+            dp_world_size=1,
+            first_step=2,
+        ) as loader:
+            rows = [clip for part in next(iter(loader)) for clip in part.clips]
+        out = [[number_of(picture.permute(1, 2, 0).numpy()) for picture in row.unbind(1)] for row in rows]
+        for ref, numbers in zip(refs, out, strict=True):
+            assert ref.numbers is None or list(ref.numbers) == numbers
+        return out
+
+    assert clips(sampling="stride") != clips()
+
+
+def test_a_clip_by_time_has_no_numbers() -> None:
+    assert ClipRef(0, 0, "a", 0, (0.0,), 4.0).numbers is None
