@@ -16,6 +16,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -204,10 +205,19 @@ def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:
 
 def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """Frames as they come, each with a timestamp."""
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            raise DecodeError("frames without timestamps")
-        yield frame
+    for packet in filled_packets(container, stream):
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise DecodeError("frames without timestamps")
+            yield frame
+
+
+def filled_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """A stream's packets, and the one without a time that ends it.
+
+    Left out are packets of no bytes, by which Theora says that a picture stays on screen: decoders refuse them.
+    """
+    return (packet for packet in container.demux(stream) if packet.size or packet.dts is None)
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from av import VideoFrame
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, pts_of, stream_start, time_base
+from vjepa_scale.data.decode import DecodeError, filled_packets, pts_of, stream_start, time_base
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Every frame in order; DecodeError at the first sign of damage."""
     count, before = 0, None
-    for packet in container.demux(stream):
+    for packet in filled_packets(container, stream):
         if packet.is_corrupt:
             raise DecodeError("does not decode to the end", f"damaged packet after {count} frames")
         for frame in packet.decode():
@@ -46,8 +46,10 @@ def _mean_gap(stream: VideoStream, first_tick: int, last_tick: int, frames: int)
 
 def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
     """Refuse a file that ends before what its header promises (formats that stop without an error)."""
-    if frames < 0.95 * stream.frames:
-        raise DecodeError("does not decode to the end", f"truncated: {frames} of {stream.frames} frames")
+    # AVI counts the times a picture is shown: one that stays on screen for seven ticks is there seven times.
+    shown = round(end_s / float(time_base(stream))) if container.format.name == "avi" else frames
+    if shown < 0.95 * stream.frames:
+        raise DecodeError("does not decode to the end", f"truncated: {shown} of {stream.frames} frames")
     declared_s = None
     if stream.duration is not None:
         declared_s = float(stream.duration * time_base(stream))

@@ -25,6 +25,7 @@ from vjepa_scale.data.decode import (
     on_screen,
     open_video,
     pts_of,
+    sought,
     still_picture,
     stream_start,
     ticks_of,
@@ -36,6 +37,7 @@ from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
+_KEYS_SOUGHT = 8  # keyframes per video that are compared after a seek
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def decode_whole(data: Media, *, images: bool = False) -> Decoded:
 def _decode_video(data: Media) -> Decoded:
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
-        ticks, digests, facts = _decode_all(container, stream)
+        ticks, digests, keys, facts = _decode_all(container, stream)
         start = stream_start(stream)
-    for index in sorted({len(ticks) // 2, len(ticks) - 1} - {0}):
+        if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
+            keys = []
+    for index in _places_to_seek(len(ticks), keys):
         # Half a tick later, so that the frame is on screen whatever the rounding.
         found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
         if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
@@ -112,18 +116,31 @@ def _frames_beating(container: InputContainer, stream: VideoStream) -> Iterator[
         yield frame
 
 
-def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[int], list[bytes], VideoFacts]:
-    """Ticks and digest of every frame, in order, and the facts."""
+def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
+    """Frames by which seeking is checked: the middle, the last, and keyframes over the whole length.
+
+    A keyframe costs no decoding but its own, and what is wrong there is wrong until the next one: where an index
+    and the frames in order count differently, say, from a lost packet on.
+    """
+    spread = np.linspace(0, len(keys) - 1, min(len(keys), _KEYS_SOUGHT)).round().astype(int)
+    return sorted({frames // 2, frames - 1, *(keys[i] for i in spread)} - {0})
+
+
+def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[int], list[bytes], list[int], VideoFacts]:
+    """Ticks and digest of every frame, in order, which ones are keyframes, and the facts."""
     seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
     digests: list[bytes] = []
+    keys: list[int] = []
     size, last = None, None
     for last in sound_frames(container, stream):
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
         size = (last.width, last.height)
         beat()
+        if last.key_frame:
+            keys.append(len(ticks))
         ticks.append(pts_of(last))
         digests.append(picture_digest(reformatter, last))
         turned = round(last.rotation / 90) % 2
@@ -136,7 +153,7 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[in
     spread = (ticks[-1] - ticks[0]) * seconds
     fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
     width, height = size[::-1] if turned else size
-    return ticks, digests, VideoFacts(end_s, fps, len(ticks), width, height)
+    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height)
 
 
 def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
