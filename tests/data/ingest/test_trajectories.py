@@ -286,7 +286,7 @@ def test_a_video_of_60_fps_over_a_log_of_15_hz(kind: str, missing: int, tmp_path
     assert times[-1] < found.facts.duration < lasts + 0.014, "how long the last is shown, files say badly"
     own = np.load(BytesIO(members(tmp_path, found.trajectory)["times"]))
     assert own == pytest.approx(times, abs=1e-9)
-    pictures = decode_clip(data, start_s=float(own[20]), fps=1, frames=1)
+    pictures = decode_clip(data, times_s=[float(own[20])])
     assert number_of(pictures[0]) == 20
 
 
