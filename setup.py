@@ -32,6 +32,8 @@ setup(
     extras_require={
         # data.decoder: torchcodec; needs FFmpeg's shared libraries on the machine, too
         "torchcodec": ["torchcodec>=0.13"],
+        # engine.kind: deepspeed; compiles a small operation the first time, so it needs a C++ compiler, too
+        "deepspeed": ["deepspeed>=0.19"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -43,6 +45,7 @@ setup(
             "import-linter",
             "transformers>=5",
             "torchcodec>=0.13",
+            "deepspeed>=0.19",
         ],
     },
 )

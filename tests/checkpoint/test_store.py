@@ -16,7 +16,7 @@ from vjepa_scale.core.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json")
+FILES = ("__0_0.distcp", "__1_0.distcp", "__0.sha256", "__1.sha256", ".metadata", "manifest.json")
 
 
 def state(value: float) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import RopeTables
 from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 pytestmark = pytest.mark.distributed
 
@@ -59,12 +59,13 @@ def _one_weight(ranks: Ranks) -> tuple[float, float, float]:
         network = nn.Linear(1, 1, bias=False)
     engine.shard(network, name="n", seed=0, trainable=True, initial_value=lambda name, shape, seed: torch.ones(shape))
     (parameter,) = network.parameters()
-    with engine.accumulating([network], last=True):
-        network(torch.tensor([[10.0**ranks.rank]])).sum().backward()  # the gradient is the input
+    engine.start_optimizer(OptimizerConfig(), {"n": network})
+    clip = torch.tensor([[10.0**ranks.rank]])
+    engine.backward(lambda: network(clip).sum(), share=1.0, last=True)  # the gradient is the input
     assert isinstance(parameter.grad, DTensor)
     gradient = float(parameter.grad.full_tensor())
-    engine.scale_gradients([parameter], 0.5)
-    return gradient, engine.grad_norm([parameter]), float(engine.mean(torch.tensor(float(ranks.rank))))
+    engine.scale_gradients(0.5)
+    return gradient, engine.grad_norm(), float(engine.mean(torch.tensor(float(ranks.rank))))
 
 
 @pytest.mark.parametrize("replicate", [1, 2])
@@ -82,10 +83,11 @@ def test_gradients_are_averaged_not_summed(replicate: int) -> None:
 def _gradient_collectives(ranks: Ranks) -> list[int]:
     engine = FsdpEngine(ENGINE, ranks)
     encoder = sharded_encoder(engine)
+    engine.start_optimizer(OptimizerConfig(), {"encoder": encoder})
     counts = []
     for last in (False, False, True):
-        with CommDebugMode() as mode, engine.accumulating([encoder], last=last):
-            encoder(batch(0)[0][:1]).sum().backward()
+        with CommDebugMode() as mode:
+            engine.backward(lambda: encoder(batch(0)[0][:1]).sum(), share=1.0, last=last)
         counts.append(mode.get_comm_counts()[torch.ops.c10d._reduce_scatter_base_])
     return counts
 
@@ -100,12 +102,18 @@ def _gradient_after_in_place_change(ranks: Ranks) -> float:
     with torch.device("meta"):
         network = nn.Linear(4, 4)
     engine.shard(network, name="n", seed=0, trainable=True, initial_value=start)
-    with warnings.catch_warnings(), engine.accumulating([network], last=True):
-        warnings.simplefilter("error")  # FSDP2 warns of outputs that are views; a Linear's of three axes is one
+    network.weight.requires_grad_(False)
+    engine.start_optimizer(OptimizerConfig(), {"n": network})
+
+    def changed() -> torch.Tensor:
         output = network(torch.ones(2, 3, 4))
         output += 1
-        output.sum().backward()
-    return engine.grad_norm([network.bias])
+        return output.sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # FSDP2 warns of outputs that are views; a Linear's of three axes is one
+        engine.backward(changed, share=1.0, last=True)
+    return engine.grad_norm()
 
 
 def test_outputs_may_be_changed_in_place() -> None:

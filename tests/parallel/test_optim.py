@@ -1,5 +1,7 @@
 """Optimisers: which parameters decay, state as named tensors, and AdamW on shards against torch's on whole tensors."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -81,25 +83,25 @@ def test_sgd_has_no_state() -> None:
     assert get_optimizer_steps(optimizer) == 0
 
 
+def _mean_square(encoder: nn.Module, step: int) -> torch.Tensor:
+    return encoder(batch(step)[0]).square().mean()
+
+
 def _adamw_on_shards(ranks: Ranks) -> tuple[list[torch.Tensor], list[bool]]:
     engine = FsdpEngine(ENGINE, ranks)
     with torch.device("meta"):
         encoder = Encoder(MODEL)
     engine.shard(encoder, name="encoder", seed=0, trainable=True, initial_value=start)
-    named = list(encoder.named_parameters())
-    optimizer = build_optimizer(OptimizerConfig(), named)
+    engine.start_optimizer(OptimizerConfig(), {"encoder": encoder})
     for step in range(3):
-        with engine.accumulating([encoder], last=True):
-            encoder(batch(step)[0]).square().mean().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
-        optimizer.step()
-        optimizer.zero_grad()
-    state = optimizer_tensors(optimizer, named)
+        engine.backward(partial(_mean_square, encoder, step), share=1.0, last=True)
+        engine.step(1e-3)
+    state = engine.tensors({"encoder": encoder}, optimizer=True)
+    named = list(encoder.named_parameters())
     alike = [
         isinstance(moment, DTensor) and (moment.placements, moment.dtype) == (p.placements, torch.float32)  # type: ignore[attr-defined]
         for name, p in named
-        for moment in (state[f"optimizer.exp_avg.{name}"], state[f"optimizer.exp_avg_sq.{name}"])
+        for moment in (state[f"optimizer.exp_avg.encoder.{name}"], state[f"optimizer.exp_avg_sq.encoder.{name}"])
     ]
     return [p.full_tensor().detach() for _, p in named], alike  # type: ignore[attr-defined]
 

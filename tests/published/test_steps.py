@@ -19,7 +19,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import build_optimizer
+from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import training_step
 
@@ -76,18 +76,16 @@ def ours(ranks: Ranks) -> Results:
         for name, parameter in module.named_parameters():
             value = inputs.weight(f"{network.removeprefix('target_')}.{name}", tuple(parameter.shape))
             parameter.detach().to_local().copy_(torch.from_numpy(value))  # type: ignore[attr-defined]
-    named = [
-        (f"{network}.{n}", p) for network, module in objective.trained.items() for n, p in module.named_parameters()
-    ]
-    optimizer = build_optimizer(RECIPE.optimizer, named)
+    engine.start_optimizer(RECIPE.optimizer, objective.trained)
+    named = named_parameters(objective.trained)
     gradients: list[dict[str, Tensor]] = []
 
     def note(*_: Any) -> None:
         gradients.append({name: p.grad.full_tensor().clone() for name, p in named if p.grad is not None})  # type: ignore[attr-defined]
 
-    optimizer.register_step_pre_hook(note)
+    engine._optimizer.register_step_pre_hook(note)
     losses = [
-        training_step(objective, engine, optimizer, batch(step), lr=float(steps()[f"step{step}.lr"])).loss
+        training_step(objective, engine, batch(step), lr=float(steps()[f"step{step}.lr"])).loss
         for step in range(inputs.STEPS)
     ]
     final = {

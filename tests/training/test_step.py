@@ -19,7 +19,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import build_optimizer
+from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import training_step
 
@@ -147,14 +147,13 @@ def ours(ranks: Ranks, frames: tuple[int, ...]) -> tuple[list[float], list[float
         (objective.predictor, predictor),
     ):
         _fill(network, weights)
-    named = [(f"{n}.{k}", p) for n, network in objective.trained.items() for k, p in network.named_parameters()]
-    optimizer = build_optimizer(RECIPE.optimizer, named)
+    engine.start_optimizer(RECIPE.optimizer, objective.trained)
     share = CLIPS // ranks.world_size
     losses, norms = [], []
     for step in range(STEPS):
         mine = range(ranks.rank * share, (ranks.rank + 1) * share)
         batch = [_micro_batch(step, slot, *fixed_batch(step, frames)[slot]) for slot in mine]
-        result = training_step(objective, engine, optimizer, batch, lr=RATE)
+        result = training_step(objective, engine, batch, lr=RATE)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     final = {
@@ -200,15 +199,15 @@ def nothing_moves(ranks: Ranks) -> list[str]:
 
     engine = FsdpEngine(ENGINE, ranks)
     objective = Jepa(RECIPE, engine)
-    named = [(f"{n}.{k}", p) for n, network in objective.trained.items() for k, p in network.named_parameters()]
-    optimizer = build_optimizer(RECIPE.optimizer, named)
+    engine.start_optimizer(RECIPE.optimizer, objective.trained)
+    named = named_parameters(objective.trained)
     batch = [_micro_batch(0, 0, *fixed_batch(0)[0])]
     if ranks.rank == 1:  # one rank's weights alone are enough to spoil the sum of all
         with torch.no_grad():
             next(iter(objective.encoder.parameters())).to_local().fill_(float("nan"))  # type: ignore[attr-defined]
     before = {name: p.full_tensor().clone() for name, p in named}  # type: ignore[attr-defined]
     try:
-        training_step(objective, engine, optimizer, batch, lr=RATE)
+        training_step(objective, engine, batch, lr=RATE)
     except NonFiniteLossError as error:
         after = {name: p.full_tensor() for name, p in named}  # type: ignore[attr-defined]
         assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)

@@ -2,11 +2,14 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from vjepa_scale.checkpoint.chunks import ChunkChecksums
 
 # All that DCP's own index, the pickle ``.metadata``, is made of; beside these only torch's dtypes.
 _CLASSES = {
@@ -35,15 +38,22 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """DCP's reader, with an index that is read once and cannot run code. (Tensors are read weights-only.)"""
+    """DCP's reader, with an index that is read once and cannot run code, and chunks that are verified as they are read.
+
+    (Tensors are read weights-only.)
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
         with open(checkpoint / ".metadata", "rb") as file:
             self.index: Metadata = _IndexUnpickler(file).load()
+        self._checksums = ChunkChecksums(checkpoint)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
+
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        return self._checksums.read(file, sinfo.relative_path, sinfo.offset, sinfo.length)
 
     def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor in the checkpoint."""

@@ -4,6 +4,7 @@
       step_00000100/          the state after 100 completed steps
         __0_0.distcp          the tensors' shards, a file per rank (PyTorch DCP)
         __1_0.distcp
+        __0.sha256            checksums of every chunk of a tensor in them, which readers verify
         .metadata             DCP's index: which tensor is where
         manifest.json         step, recipe, counts …, size and SHA-256 of all files above, own checksum
       step_00000200/
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from vjepa_scale.checkpoint.chunks import write_chunk_checksums
 from vjepa_scale.checkpoint.finding import NAME, newest_first, newest_name
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
@@ -53,11 +55,19 @@ _LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|replaced|removing)")
 # -- writing -----------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    manifest: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Write the checkpoint of ``step`` completed steps; returns its folder, complete and on disk.
 
     tensors:  plain ones (equal on all ranks) or DTensors, by canonical name
     manifest: JSON values that the manifest shall hold beside its own
+    group:    all processes, for who saves while they talk of other things (see saver.py)
 
     One of the same step (from before a restart, or damaged) is replaced.
     """
@@ -69,18 +79,22 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
-    _gathered(None)
+    _gathered(None, group)
 
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    dcp.save(detached, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
-    written = sorted(temporary.glob(f"__{rank}_*.distcp")) + ([temporary / ".metadata"] if rank == 0 else [])
-    parts = _gathered({path.name: describe_file(path) for path in written})
+    writer = dcp.FileSystemWriter(temporary, sync_files=True)
+    index = dcp.save(detached, storage_writer=writer, process_group=group)
+    written = sorted(temporary.glob(f"__{rank}_*.distcp"))
+    written.append(write_chunk_checksums(temporary, rank, written, index))
+    if rank == 0:
+        written.append(temporary / ".metadata")
+    parts = _gathered({path.name: describe_file(path) for path in written}, group)
 
     if rank == 0:
         files = {name: description for part in parts for name, description in part.items()}
         write_manifest(temporary, step=step, world_size=world_size, files=files, extra=manifest)
         _publish(temporary, final)
-    _gathered(None)
+    _gathered(None, group)
     return final
 
 
@@ -240,10 +254,10 @@ def _rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _gathered(value: Any) -> list[Any]:
+def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, on every rank; also a barrier."""
     _, world_size = _rank_and_world_size()
     values = [value] * world_size
     if world_size > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values

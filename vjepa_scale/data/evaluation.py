@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.augment import center_crop
+from vjepa_scale.data.augment import center_crop, empty_clips
 from vjepa_scale.data.clips import ClipRef, decode_ref, window
 from vjepa_scale.data.loader import Prefetched
 from vjepa_scale.data.manifest import MANIFEST, Manifest
@@ -108,7 +108,7 @@ def evaluation_clips(
 def _load_span(
     manifest: Manifest, frames: int, size: tuple[int, int], fps: float, metadata: bool, records: Sequence[int]
 ) -> tuple[Tensor, tuple[dict[str, Any], ...] | None]:
-    clips = torch.empty(len(records), 3, frames, *size, dtype=torch.uint8)
+    clips = empty_clips(len(records), frames, size)
     for row, record in zip(clips, records, strict=True):
         times_s = window(manifest, record, 0.5, fps=fps, frames=frames)
         ref = ClipRef(0, record, manifest.folder.name, record, times_s, fps)

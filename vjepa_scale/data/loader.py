@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.accidents import Accident, Known, Timed, clip_or_substitute
-from vjepa_scale.data.augment import random_crop
+from vjepa_scale.data.augment import empty_clips, random_crop
 from vjepa_scale.data.batch import MicroBatch, StepBatch
 from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.manifest import Manifest
@@ -125,7 +125,7 @@ def load_micro_batch(
     refs = clip_refs(recipe, phase, order, manifests, step=step, slots=slots)
     frames = phase.frames_of(refs[0].dataset)
     assert all(len(ref.times_s) == frames for ref in refs), "a micro-batch has one geometry"
-    clips = torch.empty(len(refs), 3, frames, *phase.size, dtype=torch.uint8)
+    clips = empty_clips(len(refs), frames, phase.size)
     accidents: list[Accident] = []
     for row, ref in zip(clips, refs, strict=True):
         pictures, met = clip_or_substitute(manifests[ref.dataset], ref, data=recipe.data, known=known, timed=timed)

@@ -8,7 +8,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe.schema import Recipe
 
 # Enough to see a collapse; all 18,432 tokens of a 64-frame clip would cost more than they tell.
@@ -23,7 +23,7 @@ class Jepa:
         | P(E(x, context), context, target) − LayerNorm(Ē(x))[target] |   averaged over tokens and channels
     """
 
-    def __init__(self, recipe: Recipe, engine: FsdpEngine) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine) -> None:
         with torch.device("meta"):
             encoder, predictor, target = Encoder(recipe.model), Predictor(recipe.model), Encoder(recipe.model)
         seed = recipe.run.seed

@@ -1,51 +1,45 @@
 """FSDP2: plain networks become sharded ones. ``FsdpEngine.shard`` is the whole of it, in order."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.attention import set_kernel
+from vjepa_scale.parallel.blocks import prepare_blocks
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
+from vjepa_scale.parallel.engine import Engine, InitialValue
 from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.process_group import pick_device
-from vjepa_scale.recipe.schema import EngineConfig
-
-# A block is what is checkpointed, compiled and gathered as one: an entry of a list of one of these names.
-BLOCK_LISTS = ("blocks", "predictor_blocks")
-
-
-class InitialValue(Protocol):
-    """The start of the parameter of that canonical name: float32, on the CPU."""
-
-    def __call__(self, name: str, shape: torch.Size, *, seed: int) -> Tensor: ...
+from vjepa_scale.parallel.optim import (
+    build_optimizer,
+    get_optimizer_steps,
+    named_parameters,
+    optimizer_tensors,
+    set_optimizer_steps,
+)
+from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 
-class FsdpEngine:
-    """Shards networks over all processes of the started group, and does what needs all of them.
+class FsdpEngine(Engine):
+    """The default engine. Parameters, gradients, optimiser state and EMA are sharded, in hybrid sharding too.
 
-    Every process is a data-parallel rank, in hybrid sharding too. Parameters, gradients, optimiser state and
-    EMA stay float32 and sharded; with ``precision: bfloat16`` a block computes with bf16 copies of its
-    parameters, gathered for the moment, and gradients are averaged in float32.
+    With ``precision: bfloat16`` a block computes with bf16 copies of its parameters, gathered for the moment, and
+    gradients are averaged in float32.
     """
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
-        self._cfg = cfg
-        self.device = pick_device(cfg, ranks)
-        self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
+        super().__init__(cfg, ranks)
         self.mesh = build_mesh(self.device.type, world_size=self.dp_world_size, replicate=cfg.replicate)
-        self.attention = ""  # the name of the kernel in use
-        self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
         self._ema: dict[nn.Module, ShardedEma] = {}
+        self._trained: list[nn.Module] = []
+        self._named: list[tuple[str, nn.Parameter]] = []
+        self._optimizer: torch.optim.Optimizer
 
     # -- from a plain network to a sharded one -------------------------------------------------------
 
@@ -58,23 +52,14 @@ class FsdpEngine:
         trainable: bool,
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
-        """Choose kernels, checkpoint activations, shard, materialise, initialise; returns the same module.
-
-        network: built on the meta device, without buffers (nobody would give them values).
-        name:    prefix of its parameters' canonical names: the key of their initial values together with
-                 ``seed``. Values do not depend on the number of processes; two networks of one architecture
-                 under one name start equal.
-        """
+        """Choose kernels, checkpoint activations, shard, materialise, initialise (see Engine.shard)."""
         assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
         assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
         network.requires_grad_(trainable)
-        blocks = blocks_of(network)
 
         self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
 
-        if trainable and self._cfg.activation_checkpointing == "full":
-            for block in blocks:
-                checkpoint_activations(block)
+        blocks = prepare_blocks(network, self._cfg, trainable=trainable)  # checkpointed, then compiled
 
         network.register_forward_hook(_own_output)  # before FSDP's, which then sees what this returns
 
@@ -84,6 +69,7 @@ class FsdpEngine:
         for block in blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=self._policy(root=False), reshard_after_forward=reshard)
         fully_shard(network, mesh=self.mesh, mp_policy=self._policy(root=True), reshard_after_forward=reshard)
+        _prefetch(blocks, self._cfg.prefetch)
 
         network.to_empty(device=self.device)
 
@@ -106,66 +92,85 @@ class FsdpEngine:
 
     # -- what a training step needs -------------------------------------------------------------------
 
-    @contextmanager
-    def accumulating(self, networks: Iterable[nn.Module], *, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; gradients are averaged over ranks in the last one only.
+    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
+        self._trained = list(trained.values())
+        self._named = named_parameters(trained)
+        self._optimizer = build_optimizer(cfg, self._named)
 
-        Until then each rank holds its own sum, unsharded, in float32.
-        """
-        networks = list(networks)
-        _set_gradient_sync(networks, last)
+    def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
+        _set_gradient_sync(self._trained, last)  # without it each rank keeps its own sum, unsharded, in float32
         try:
-            yield
+            shared = loss() * share
+            shared.backward()
         finally:
-            _set_gradient_sync(networks, True)
+            _set_gradient_sync(self._trained, True)
+        return shared.detach()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The average of a float tensor over all ranks: equal on all of them, no gradient."""
-        total = x.detach().clone()
-        dist.all_reduce(total)
-        return total.div_(self.dp_world_size)
-
-    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> float:
-        """L2 norm of all gradients together, of the whole network on every rank."""
+    def grad_norm(self) -> float:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients := _local_gradients(parameters):
+        if gradients := self._gradients():
             squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         dist.all_reduce(squares, group=self.mesh.get_group("shard"))  # replicas hold the same gradients
         return float(squares.sqrt())
 
-    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
-        """Multiply all gradients: clipping is scaling by ``limit / grad_norm`` where that is below 1."""
-        if gradients := _local_gradients(parameters):
+    def scale_gradients(self, factor: float) -> None:
+        if gradients := self._gradients():
             torch._foreach_mul_(gradients, factor)
 
+    def discard_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    def step(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:
-        """Check, before training, that ``ema_update`` can average these two shard by shard."""
         self._ema[target] = ShardedEma(target, source)
 
     def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
-        """θ̄ ← m·θ̄ + (1−m)·θ for all parameters of ``target`` (θ̄) and ``source`` (θ)."""
         if target not in self._ema:
             self.match_ema(target, source)
         self._ema[target].update(momentum)
 
+    # -- what a checkpoint holds ----------------------------------------------------------------------
 
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a network, in the order of its definition."""
-    return [
-        block
-        for path, module in network.named_modules()
-        if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] in BLOCK_LISTS
-        for block in module
-    ]
+    def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
+        """The state itself, no copy."""
+        state = {
+            f"{prefix}.{name}": tensor
+            for prefix, network in networks.items()
+            for name, tensor in network.state_dict().items()
+        }
+        return state | (optimizer_tensors(self._optimizer, self._named) if optimizer else {})
+
+    def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to do: the loader has written into the state itself."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        return get_optimizer_steps(self._optimizer)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        set_optimizer_steps(self._optimizer, steps)
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = []
+        for _, parameter in self._named:
+            if parameter.grad is not None:
+                assert isinstance(parameter.grad, DTensor)
+                gradients.append(parameter.grad.to_local())
+        return gradients
 
 
-def checkpoint_activations(block: nn.Module) -> None:
-    """Keep only a block's input; compute the rest again in the backward pass.
-
-    The forward method is replaced, not the module wrapped: parameter names stay canonical. FSDP's hooks
-    stay outside, so the parameters are gathered when the block is computed again.
-    """
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:
+    """Gather the next blocks' weights while a block computes: forward in their order, backward in reverse."""
+    sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
+    for number, block in enumerate(sharded):
+        block.set_modules_to_forward_prefetch(sharded[number + 1 : number + 1 + ahead])
+        block.set_modules_to_backward_prefetch(sharded[max(0, number - ahead) : number][::-1])
 
 
 def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Any) -> Any:
@@ -192,12 +197,3 @@ def _set_gradient_sync(networks: Iterable[nn.Module], on: bool) -> None:
         assert isinstance(network, FSDPModule)
         network.set_requires_gradient_sync(on)
         network.set_is_last_backward(on)
-
-
-def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            assert isinstance(parameter.grad, DTensor)
-            gradients.append(parameter.grad.to_local())
-    return gradients

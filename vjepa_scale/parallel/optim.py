@@ -1,6 +1,6 @@
 """Optimisers over sharded parameters, and their state as named tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,37 +9,56 @@ from vjepa_scale.recipe.schema import OptimizerConfig
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
+
+def named_parameters(networks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """All parameters of some networks by canonical name: the network's prefix, then the parameter's own name."""
+    return [(f"{prefix}.{name}", p) for prefix, network in networks.items() for name, p in network.named_parameters()]
+
+
 # Names of the per-parameter state in checkpoints: optimizer.<moment>.<parameter>
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(cfg: OptimizerConfig, named_parameters: NamedParameters) -> torch.optim.Optimizer:
+def _own_shape(parameter: nn.Parameter) -> Sequence[int]:
+    return parameter.shape
+
+
+def make_optimizer(
+    cfg: OptimizerConfig, named_parameters: NamedParameters, shape: Callable[[nn.Parameter], Sequence[int]] = _own_shape
+) -> torch.optim.Optimizer:
     """AdamW or plain SGD, in two groups: with weight decay and without. The caller sets the rate each step.
 
-    AdamW's moments exist from the start, as zeros: a checkpoint has the same tensors at any step.
+    shape: of a whole parameter, where it does not tell itself
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in named_parameters:
-        (decayed if is_decayed(name, parameter) else undecayed).append(parameter)
+        (decayed if is_decayed(name, shape(parameter)) else undecayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": cfg.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=True)
-    for parameter in decayed + undecayed:
-        optimizer.state[parameter] = {
-            "step": torch.zeros(()),
-            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
-        }
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=True)
+
+
+def build_optimizer(cfg: OptimizerConfig, named_parameters: NamedParameters) -> torch.optim.Optimizer:
+    """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
+    optimizer = make_optimizer(cfg, named_parameters)
+    if cfg.kind == "adamw":
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
+                }
     return optimizer
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
+def is_decayed(name: str, shape: Sequence[int]) -> bool:
     """As published: none on biases and 1-D parameters. Mask tokens, [1, 1, P], are decayed."""
-    return parameter.ndim > 1 and not name.endswith("bias")
+    return len(shape) > 1 and not name.endswith("bias")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters) -> dict[str, Tensor]:

@@ -42,6 +42,11 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(cfg.threads)
+    if cfg.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        # Filling costs time, and nothing here reads memory before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=cfg.timeout_s)
     if ranks.source == "torchrun":

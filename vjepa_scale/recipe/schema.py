@@ -68,7 +68,12 @@ class LaunchConfig(Section):
 class EngineConfig(Section):
     """How networks are sharded and computed. The method does not depend on it."""
 
-    kind: Literal["fsdp"] = Field("fsdp", description="how networks are sharded: PyTorch's FSDP2")
+    kind: Literal["fsdp", "deepspeed"] = Field(
+        "fsdp", description="how networks are sharded: by PyTorch's FSDP2, or by DeepSpeed's ZeRO"
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="of DeepSpeed: what is sharded. 1: optimiser state; 2: gradients too; 3: weights too"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU per process where there is one")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="compute type; master weights, optimiser, EMA and reduction stay float32"
@@ -77,8 +82,20 @@ class EngineConfig(Section):
     reshard_after_forward: bool = Field(
         True, description="false keeps gathered weights from forward to backward: more memory, fewer all-gathers"
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and compute the rest again in the backward pass"
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="full: keep only each block's input and compute the rest again in the backward pass; selective: "
+        "keep the outputs of matrix products and attention too, and compute again what is cheap",
+    )
+    compile: bool = Field(
+        False, description="compile each block (torch.compile), for any number of tokens; the first steps take minutes"
+    )
+    prefetch: Annotated[int, Field(ge=0, strict=True)] = Field(
+        1, description="of FSDP2: how many blocks' weights are gathered ahead of the one that computes"
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: only kernels that give the same bits each time, and are slower; on CPU it is always so",
     )
     attention: Literal["auto", "sdpa", "flash", "varlen"] = Field(
         "auto",
@@ -87,6 +104,21 @@ class EngineConfig(Section):
     )
     threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
+
+    @model_validator(mode="after")
+    def _what_zero_can(self) -> "EngineConfig":
+        if self.kind == "deepspeed":
+            if self.replicate != 1:
+                raise ValueError("replicate is FSDP2's hybrid sharding; DeepSpeed shards over all processes")
+            if not self.reshard_after_forward:
+                raise ValueError(
+                    "reshard_after_forward is FSDP2's; for weights that stay gathered use zero_stage 1 or 2"
+                )
+            if self.compile and self.zero_stage == 3:
+                raise ValueError(
+                    "compile does not go with zero_stage 3, whose weights come and go inside a block: use 1, 2 or fsdp"
+                )
+        return self
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -490,6 +522,9 @@ class StageConfig(Section):
 class CheckpointConfig(Section):
     every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase is always one")
     keep: PositiveInt = Field(3, description="how many recent ones stay; ends of phases always stay")
+    background: bool = Field(
+        True, description="write while training goes on, from a copy in CPU memory; false: training waits"
+    )
 
 
 class LogConfig(Section):

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.parallel.engine import Engine
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,8 +32,7 @@ class StepResult:
 
 def training_step(
     objective: Jepa,
-    engine: FsdpEngine,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     batch: Sequence[MicroBatch],
     *,
     lr: float,
@@ -53,28 +53,22 @@ def training_step(
     observed = FeatureCovariance() if measure_rank else None
     total = torch.zeros((), device=engine.device)
     for index, micro_batch in enumerate(batch):
-        with engine.accumulating(objective.trained.values(), last=index == len(batch) - 1):
-            loss = objective.loss(micro_batch, observed) / len(batch)
-            loss.backward()
-        total += loss.detach()
+        loss = partial(objective.loss, micro_batch, observed)
+        total += engine.backward(loss, share=1 / len(batch), last=index == len(batch) - 1)
 
     flags = torch.tensor([float(stop_asked), float(accidents)], device=engine.device)
     mean_loss, stop, unsettled = engine.mean(torch.cat([total[None], flags])).tolist()
     if unsettled > 0 and settle is not None:
         settle()
-    parameters = [p for network in objective.trained.values() for p in network.parameters()]
-    grad_norm = engine.grad_norm(parameters)
+    grad_norm = engine.grad_norm()
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-        optimizer.zero_grad()
+        engine.discard_gradients()
         raise NonFiniteLossError(
             f"loss {mean_loss}, gradient norm {grad_norm}; weights, optimiser and EMA did not move"
         )
     if clip_grad_norm is not None and grad_norm > clip_grad_norm:
-        engine.scale_gradients(parameters, clip_grad_norm / grad_norm)
+        engine.scale_gradients(clip_grad_norm / grad_norm)
 
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+    engine.step(lr)
     objective.after_step()
     return StepResult(mean_loss, grad_norm, observed.effective_rank() if observed else None, stop > 0)

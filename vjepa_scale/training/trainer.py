@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, write_atomic
 from vjepa_scale.core.ranks import Ranks
@@ -20,8 +19,7 @@ from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
+from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
 from vjepa_scale.training.foreign import load_foreign
@@ -83,10 +81,11 @@ class _Trainer:
     def __init__(self, recipe: Recipe, stage_name: str, ranks: Ranks, interrupt: Interrupt, progress: Progress) -> None:
         self.recipe, self.stage_name, self.ranks = recipe, stage_name, ranks
         self.interrupt, self.progress = interrupt, progress
-        self.engine = FsdpEngine(recipe.engine, ranks)
+        self.engine = build_engine(recipe.engine, ranks)
         self.folder = stage_folder(recipe, stage_name)
         self.checkpoints = checkpoints_folder(recipe, stage_name)
         self.history = History(self.folder)
+        self.saver = Saver(self.checkpoints, background=recipe.checkpoint.background)
         if ranks.is_main:
             store.remove_unfinished(self.checkpoints)
             touch(Path(recipe.run.dir) / NAME)
@@ -101,13 +100,7 @@ class _Trainer:
         self.end = self.phases[-1].end
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base)
         self.objective = Jepa(recipe, self.engine)
-        named = [
-            (f"{prefix}.{name}", parameter)
-            for prefix, network in self.objective.trained.items()
-            for name, parameter in network.named_parameters()
-        ]
-        self.named_parameters = named
-        self.optimizer = build_optimizer(recipe.optimizer, named)
+        self.engine.start_optimizer(recipe.optimizer, self.objective.trained)
         self._restore(self.start)
 
     def run(self) -> None:
@@ -167,7 +160,6 @@ class _Trainer:
                     result = training_step(
                         self.objective,
                         self.engine,
-                        self.optimizer,
                         batch,
                         lr=lr,
                         clip_grad_norm=self.recipe.optimizer.clip_grad_norm,
@@ -178,6 +170,7 @@ class _Trainer:
                     )
                 except (NonFiniteLossError, UserError) as error:
                     self._record_stop(step, error)
+                    self._take_saved(wait=True)
                     raise
                 now = time.perf_counter()
                 if log is not None:
@@ -196,6 +189,7 @@ class _Trainer:
                         }
                     )
                 clock = now
+                self._take_saved()
                 if result.stop or (step + 1) % self.recipe.checkpoint.every == 0 or step + 1 == phase.end:
                     self._save(phase, step + 1)
                     clock = time.perf_counter()
@@ -221,23 +215,17 @@ class _Trainer:
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def _network_tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{prefix}.{name}": tensor
-            for prefix, network in self.objective.networks.items()
-            for name, tensor in network.state_dict().items()
-        }
-
     def _save(self, phase: Phase, step: int) -> None:
+        self._take_saved(wait=True)
         self._refuse_if_superseded()
-        tensors = {**self._network_tensors(), **optimizer_tensors(self.optimizer, self.named_parameters)}
+        tensors = self.engine.tensors(self.objective.networks, optimizer=True)
         manifest = {
             "stage": self.stage_name,
             "phase": phase.name,
             "first": self.start.first,
             "base": self.start.base,
             "drawn": self.order.drawn(step),
-            "optimizer_steps": get_optimizer_steps(self.optimizer),
+            "optimizer_steps": self.engine.optimizer_steps,
             "ends_phase": step == phase.end,
             "fps": self.recipe.data.fps,
             "frames": phase.frames,
@@ -246,7 +234,15 @@ class _Trainer:
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
             "data": {name: manifest.identity for name, manifest in self.manifests.items()},
         }
-        path = store.save(self.checkpoints, step, tensors, manifest)
+        self.saver.save(step, tensors, manifest)
+        if step == self.end:
+            self._take_saved(wait=True)
+
+    def _take_saved(self, *, wait: bool = False) -> None:
+        """Note the checkpoint that is complete now, if one is."""
+        if (saved := self.saver.take(wait=wait)) is None:
+            return
+        step, path = saved
         store.retain(self.checkpoints, keep=self.recipe.checkpoint.keep)
         self._note("saved", step=step)
         if step == self.end:
@@ -266,20 +262,19 @@ class _Trainer:
         if start.checkpoint is None:
             self._say(f"{self.stage_name} starts fresh")
             return
-        tensors = self._network_tensors()  # of files that find_start has just verified
-        if start.kind != "init":
-            tensors |= optimizer_tensors(self.optimizer, self.named_parameters)
+        tensors = self.engine.tensors(self.objective.networks, optimizer=start.kind != "init")
         if start.foreign:
             report = load_foreign(self.recipe, self.stage_name, start.checkpoint, tensors)
-            set_optimizer_steps(self.optimizer, start.step)
+            self.engine.optimizer_steps = start.step
         elif start.kind == "init":
             without = tuple(f"{network}." for network in self.recipe.stages()[self.stage_name].init_without)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
             loaded = store.load(start.checkpoint, tensors, allow_unexpected=("optimizer.", *without), check=False)
             report = str(loaded)
         else:
-            report = str(store.load(start.checkpoint, tensors, check=False))
-            set_optimizer_steps(self.optimizer, store.read_manifest(start.checkpoint)["optimizer_steps"])
+            report = str(store.load(start.checkpoint, tensors, check=False))  # find_start has just verified the files
+            self.engine.optimizer_steps = store.read_manifest(start.checkpoint)["optimizer_steps"]
+        self.engine.restore(self.objective.networks, tensors)
         self._say(f"{self.stage_name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
         then = store.read_manifest(start.checkpoint).get("attention") if start.kind == "resume" else None
         if then not in (None, self.engine.attention):
@@ -288,6 +283,7 @@ class _Trainer:
     # -- reports -----------------------------------------------------------------------------------
 
     def _stop(self, step: int) -> None:
+        self._take_saved(wait=True)
         signal = self.interrupt.signal or "a signal to another rank"
         self._note("interrupted", step=step, signal=signal)
         self._say(f"{self.stage_name}: {signal} obeyed: saved at step {step}, to go on from there")

@@ -167,6 +167,7 @@ def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
             return _verdict_of([_probe_trajectory(Path(root), source, source.trajectory, settings)])
         if (why := _no_file(path)) is not None:
             return Verdict([], [Rejected(source.path, "unreadable", why)])
+        before = path.stat()
         decoded = decode_whole(path, images=settings.images)
         whole = (source.start_s, source.end_s, settings.segment_s) == (None, None, None)
         still = decoded.facts.duration == 0
@@ -179,8 +180,16 @@ def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
             return _verdict_of([_probe_cut(path, source, settings, decoded, cut) for cut in cuts])
         if not still and (short := _too_short(source.path, decoded.facts, settings)):
             return Verdict([], [short])
-        digest, size = _sha256(path), path.stat().st_size
-        return Verdict([Record(source.path, size, source.label, decoded.facts, digest, None, source.metadata)], [])
+        record = Record(
+            source.path,
+            before.st_size,
+            source.label,
+            decoded.facts,
+            _sha256(path),
+            metadata=source.metadata,
+            mtime_ns=before.st_mtime_ns,
+        )
+        return Verdict([record], [])
     except OSError as error:
         return Verdict([], [Rejected(source.path, "unreadable", str(error.strerror))])
     except DecodeError as error:

@@ -24,6 +24,7 @@ class Record:
 
     path: relative to the sources' folder, or absolute; size, sha256: of the record's bytes; cut: where it is a part
     trajectory: of a robot's: what is beside the video
+    mtime_ns: when a file that is copied was last changed, before it was probed
     transcode: what it will be; size then is an estimate, and sha256 that of the source's sha256 and the part
     """
 
@@ -36,6 +37,7 @@ class Record:
     metadata: dict[str, Any] | None = None
     trajectory: Trajectory | None = None
     transcode: Transcode | None = None
+    mtime_ns: int | None = None
 
     @property
     def part(self) -> tuple[float, float] | None:

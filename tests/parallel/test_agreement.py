@@ -1,0 +1,151 @@
+"""Sharded training is the same training: against plain PyTorch on one process, for every way to shard.
+
+Tolerances: loss 1e-5 relative and gradient norm 1e-4, for float32 sums in another order over a few steps; weights
+and EMA 1e-5 with SGD. AdamW divides by the gradient's size, so where the true gradient is 0 it makes whole steps out
+of rounding noise: with it only loss and norm are compared. The planted bugs show that these tolerances can fail.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.parallel.jepa_shape import Outcome, train_plain, train_sharded
+from tests.processes import ENGINE, run_processes
+from vjepa_scale.parallel.engine import Engine
+
+WAYS: dict[str, tuple[int, dict[str, object]]] = {
+    "1 process": (1, {}),
+    "2 ranks": (2, {}),
+    "4 ranks": (4, {}),
+    "hybrid 2x2": (4, {"replicate": 2}),
+    "plain replication": (2, {"replicate": 2}),
+    "weights kept gathered": (2, {"reshard_after_forward": False}),
+    "activation checkpointing": (2, {"activation_checkpointing": "full"}),
+    "selective checkpointing": (2, {"activation_checkpointing": "selective"}),
+    "compiled": (2, {"compile": True, "activation_checkpointing": "full"}),
+    "ZeRO 1": (2, {"kind": "deepspeed", "zero_stage": 1}),
+    "ZeRO 2": (2, {"kind": "deepspeed", "zero_stage": 2}),
+    "ZeRO 3": (2, {"kind": "deepspeed", "zero_stage": 3}),
+    "ZeRO 3, activation checkpointing": (
+        2,
+        {"kind": "deepspeed", "zero_stage": 3, "activation_checkpointing": "full"},
+    ),
+}
+RATES = {"sgd": 0.3, "adamw": 0.01}
+# Of each engine one in make test; the table is make test-full's.
+FAST = {("2 ranks", "sgd"), ("hybrid 2x2", "sgd"), ("ZeRO 3", "sgd")}
+TABLE = [
+    pytest.param(way, kind, marks=[] if (way, kind) in FAST else pytest.mark.slow) for way in WAYS for kind in RATES
+]
+
+Plain = dict[str, Outcome]
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    outcomes = {kind: train_plain(kind, rate) for kind, rate in RATES.items()}
+    for outcome in outcomes.values():
+        assert outcome.losses[0] - outcome.losses[-1] > 0.05 * outcome.losses[0]  # else little would be compared
+    return outcomes
+
+
+def sharded(way: str, kind: str, plant: Callable[[Engine], None] | None = None) -> list[Outcome]:
+    world_size, changes = WAYS[way]
+    cfg = ENGINE.model_copy(update=changes)
+    # DeepSpeed compiles an operation of its own the first time.
+    return run_processes(train_sharded, world_size, cfg, kind, RATES[kind], plant, cfg=cfg, timeout_s=300)
+
+
+def differences(outcome: Outcome, wanted: Outcome) -> dict[str, float]:
+    """The largest ones: of loss and norm relative, of weights and EMA absolute."""
+    assert outcome.weights.keys() == wanted.weights.keys()
+    apart = {name: float((outcome.weights[name] - value).abs().max()) for name, value in wanted.weights.items()}
+    return {
+        "loss": max(abs(a - b) / b for a, b in zip(outcome.losses, wanted.losses, strict=True)),
+        "norm": max(abs(a - b) / b for a, b in zip(outcome.norms, wanted.norms, strict=True)),
+        "weights": max(value for name, value in apart.items() if not name.startswith("target_")),
+        "EMA": max(value for name, value in apart.items() if name.startswith("target_")),
+    }
+
+
+def agree(found: dict[str, float], kind: str) -> bool:
+    close = found["loss"] < 1e-5 and found["norm"] < 1e-4
+    return close and (kind != "sgd" or max(found["weights"], found["EMA"]) < 1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("way", "kind"), TABLE)
+def test_training_equals_plain_pytorch(way: str, kind: str, plain: Plain, record_property: Record) -> None:
+    outcomes = sharded(way, kind)
+    for outcome in outcomes:
+        assert (outcome.losses, outcome.norms) == (outcomes[0].losses, outcomes[0].norms)
+    found = differences(outcomes[0], plain[kind])
+    record_property("measured", ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
+    assert agree(found, kind), found
+
+
+# -- planted bugs ------------------------------------------------------------------------------------
+
+
+def _summed(engine: Engine) -> None:
+    """Gradients summed over ranks, not averaged (gloo has done so)."""
+    right = engine.backward
+
+    def backward(loss: Any, *, share: float, last: bool) -> torch.Tensor:
+        value = right(loss, share=share, last=last)
+        if last:
+            engine.scale_gradients(float(engine.dp_world_size))
+        return value
+
+    engine.backward = backward  # type: ignore[method-assign]
+
+
+def _no_ema(engine: Engine) -> None:
+    engine.ema_update = lambda target, source, momentum: None  # type: ignore[method-assign]
+
+
+def _stale_ema(engine: Engine) -> None:
+    """The average goes into copies of the weights that were taken while they were gathered."""
+    copies: dict[nn.Module, list[torch.Tensor]] = {}
+
+    def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
+        ours, theirs = (list(engine.tensors({"n": n}, optimizer=False).values()) for n in (target, source))
+        stale = copies.setdefault(target, [value.full_tensor().clone() for value in ours])  # type: ignore[attr-defined]
+        torch._foreach_lerp_(stale, [value.full_tensor() for value in theirs], 1 - momentum)  # type: ignore[attr-defined]
+
+    engine.ema_update = ema_update  # type: ignore[method-assign]
+
+
+def _misaligned(engine: Engine) -> None:
+    """Each block of the teacher averages another block of the student."""
+    right = engine.ema_update
+
+    def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
+        blocks = target.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        blocks._modules = dict(zip(blocks._modules, reversed(list(blocks)), strict=True))
+        right(target, source, momentum)
+        blocks._modules = dict(zip(blocks._modules, reversed(list(blocks)), strict=True))
+
+    engine.match_ema = lambda target, source: None  # type: ignore[method-assign]
+    engine.ema_update = ema_update  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["2 ranks", "ZeRO 3"])
+@pytest.mark.parametrize("plant", [_summed, _no_ema, _stale_ema, _misaligned])
+def test_a_planted_bug_is_seen(plant: Callable[[Engine], None], way: str, plain: Plain) -> None:
+    """By the numbers, or by the engine itself."""
+    try:
+        outcomes = sharded(way, "sgd", plant)
+    except AssertionError as error:
+        if "AssertionError: EMA: " not in str(error):
+            raise
+        return
+    found = differences(outcomes[0], plain["sgd"])
+    assert not agree(found, "sgd"), found

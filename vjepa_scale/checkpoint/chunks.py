@@ -1,0 +1,60 @@
+"""A checksum for every chunk of a tensor, where it is written and wherever it is read.
+
+DCP itself loads flipped bytes without a word. The checksums of whole files, in the manifest, say which checkpoint is
+good before a run starts from it; those of chunks hold for who reads a part of it later, from a disk that fails then.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_atomic
+
+
+def write_chunk_checksums(folder: Path, rank: int, files: Sequence[Path], index: Metadata) -> Path:
+    """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files; returns its path."""
+    assert index.storage_data is not None
+    places: dict[str, set[tuple[int, int]]] = {path.name: set() for path in files}
+    for stored in index.storage_data.values():
+        if stored.relative_path in places:
+            places[stored.relative_path].add((stored.offset, stored.length))
+    found = {path.name: [[*place, _digest(path, *place)] for place in sorted(places[path.name])] for path in files}
+    out = folder / f"__{rank}.sha256"
+    write_atomic(out, json.dumps(found) + "\n")
+    return out
+
+
+def _digest(path: Path, offset: int, length: int) -> str:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+class ChunkChecksums:
+    """What the chunks of a checkpoint must be. One that was written before there were checksums has none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._of_file: dict[str, dict[tuple[int, int], str]] = {}
+        for path in folder.glob("__*.sha256"):
+            for name, chunks in json.loads(path.read_text()).items():
+                self._of_file[name] = {(offset, length): digest for offset, length, digest in chunks}
+
+    def read(self, file: IO[bytes], name: str, offset: int, length: int) -> IO[bytes]:
+        """The bytes of a chunk, verified. Raises UserError where they are not those that were written."""
+        file.seek(offset)
+        data = file.read(length)
+        known = self._of_file.get(name)
+        if known is not None and known.get((offset, length)) != hashlib.sha256(data).hexdigest():
+            raise UserError(
+                f"bytes {offset} to {offset + length} are not those that were written (SHA-256)",
+                where=self._folder / name,
+                fix="use another checkpoint, or restore this one from a copy",
+            )
+        return io.BytesIO(data)

@@ -1,0 +1,90 @@
+"""Checkpoints written while training goes on: it waits for a copy of the tensors, and for nothing else.
+
+One save is in flight at most: the next one waits for it. The writing is ``store.save``'s, in a thread, with a process
+group of its own, so that its messages never mix with those of training. A checkpoint that a kill leaves unfinished is
+a temporary folder, as ever; who starts next removes it.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.core.errors import PassingError
+
+
+class Saver:
+    """Writes a stage's checkpoints. Every rank makes one, at the same time, and calls all of it alike.
+
+    background: False writes each one before ``save`` returns
+    """
+
+    def __init__(self, folder: Path, *, background: bool) -> None:
+        self._folder, self._background = folder, background
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint-saver")
+        self._copies: dict[str, Tensor] = {}  # the memory is kept from save to save
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self._in_flight: tuple[int, Future[Path]] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of ``step`` completed steps. What is in flight must have been taken."""
+        assert self._in_flight is None, "one save in flight at most: take() the one before"
+        content = self._copied(tensors) if self._background else tensors
+        future = self._thread.submit(store.save, self._folder, step, content, manifest, group=self._group)
+        self._in_flight = step, future
+        if not self._background:
+            future.exception()  # waits; whoever takes it is told
+
+    def take(self, *, wait: bool) -> tuple[int, Path] | None:
+        """Step and folder of the save that has come to its end, once; None while there is none.
+
+        wait: until what is in flight has come to its end
+        Raises PassingError where it could not be written.
+        """
+        if self._in_flight is None or not (wait or self._in_flight[1].done()):
+            return None
+        (step, future), self._in_flight = self._in_flight, None
+        try:
+            return step, future.result()
+        except OSError as error:
+            raise PassingError(
+                f"the checkpoint of step {step} cannot be written: {error.strerror or error}",
+                where=self._folder,
+                fix="the one before it is whole; with space and permission there, the same launch goes on from it",
+            ) from None
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the tensors hold now, in CPU memory."""
+        copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return copies
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        held = self._copies.get(name)
+        if held is None or held.shape != local.shape or held.dtype != local.dtype:
+            held = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            self._copies[name] = held
+        held.copy_(local, non_blocking=True)
+        if not isinstance(tensor, DTensor):
+            return held
+        return DTensor.from_local(
+            held, self._on_cpu(tensor.device_mesh), tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    def _on_cpu(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The same processes in the same places; a DTensor of a GPU's mesh would take its part back there."""
+        if mesh.device_type == "cpu":
+            return mesh
+        if mesh not in self._meshes:
+            self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        return self._meshes[mesh]

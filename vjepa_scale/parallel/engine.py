@@ -1,0 +1,139 @@
+"""What training asks of an engine; ``fsdp.py`` and ``zero.py`` answer it, each with a library's way to shard.
+
+An engine owns what only makes sense over all processes together: the shards of networks and optimiser, the
+averaging of gradients and of the EMA, and the tensors that a checkpoint holds, whole under canonical names. So
+objectives, the trainer and checkpoints are written once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.model.init import initial_value
+from vjepa_scale.parallel.process_group import pick_device
+from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+
+
+class InitialValue(Protocol):
+    """The start of the parameter of that canonical name: float32, on the CPU."""
+
+    def __call__(self, name: str, shape: torch.Size, *, seed: int) -> Tensor: ...
+
+
+class Engine(ABC):
+    """Shards networks over all processes of the started group. Every process is a data-parallel rank.
+
+    The order of its use: ``shard`` each network, ``match_ema``, ``start_optimizer``; then ``restore`` where a
+    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``grad_norm``, ``step``, ``ema_update``.
+    Master weights, optimiser state, EMA and the reduction of gradients are float32, whatever computes.
+    """
+
+    def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
+        self._cfg = cfg
+        self.device = pick_device(cfg, ranks)
+        self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
+        self.attention = ""  # the name of the kernel in use
+        self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
+
+    # -- from a plain network to a sharded one -------------------------------------------------------
+
+    @abstractmethod
+    def shard(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        seed: int,
+        trainable: bool,
+        initial_value: InitialValue = initial_value,
+    ) -> nn.Module:
+        """Shard, materialise and initialise a network; returns the same module.
+
+        network: built on the meta device, without buffers (nobody would give them values).
+        name:    prefix of its parameters' canonical names: the key of their initial values together with
+                 ``seed``. Values do not depend on the number of processes; two networks of one architecture
+                 under one name start equal.
+        """
+
+    @abstractmethod
+    def match_ema(self, target: nn.Module, source: nn.Module) -> None:
+        """Check, before training, that ``ema_update`` can average these two shard by shard."""
+
+    @abstractmethod
+    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
+        """Make the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``."""
+
+    # -- what a training step needs -------------------------------------------------------------------
+
+    @abstractmethod
+    def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch, whose loss counts ``share``; returns ``share · loss``, detached.
+
+        Gradients are averaged over ranks in the last micro-batch of a step only; until then each rank sums its own.
+        """
+
+    @abstractmethod
+    def grad_norm(self) -> float:
+        """L2 norm of all gradients of the step together, of the whole networks, equal on every rank."""
+
+    @abstractmethod
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients: clipping is scaling by ``limit / grad_norm`` where that is below 1."""
+
+    @abstractmethod
+    def discard_gradients(self) -> None:
+        """Forget the gradients of the step: nothing has moved."""
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Move the weights by their gradients, and forget these."""
+
+    @abstractmethod
+    def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        """θ̄ ← m·θ̄ + (1−m)·θ for all parameters of ``target`` (θ̄) and ``source`` (θ), in float32."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The average of a float tensor over all ranks: equal on all of them, no gradient."""
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total.div_(self.dp_world_size)
+
+    # -- what a checkpoint holds ----------------------------------------------------------------------
+
+    @abstractmethod
+    def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, as it is now: DTensors of the canonical names and whole shapes.
+
+        networks: by the prefix of their parameters' names
+        optimizer: the moments of the trained networks too, as ``optimizer.<moment>.<parameter>``
+        Collective. Loaders write into them; ``restore`` then makes what they hold the state of the run.
+        """
+
+    @abstractmethod
+    def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+        """Take over ``tensors``, filled by a loader; those that are left out stay as they are. Collective."""
+
+    @property
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """How many steps the moments have seen, which Adam's bias correction needs; 0 for SGD."""
+
+    @optimizer_steps.setter
+    @abstractmethod
+    def optimizer_steps(self, steps: int) -> None: ...
+
+
+def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:
+    """The engine that the recipe asks for. Raises UserError where its library is not installed."""
+    if cfg.kind == "deepspeed":
+        from vjepa_scale.parallel.zero import ZeroEngine
+
+        return ZeroEngine(cfg, ranks)
+    from vjepa_scale.parallel.fsdp import FsdpEngine
+
+    return FsdpEngine(cfg, ranks)

@@ -1,0 +1,281 @@
+"""DeepSpeed ZeRO 1, 2 and 3 behind the same interface as FSDP2.
+
+    1  every rank has all weights and gradients; optimiser state is partitioned
+    2  gradients too
+    3  weights too: they are gathered for the module that computes, and partitioned again after it
+
+DeepSpeed keeps float32 masters here; in bfloat16 it is autocast that computes with rounded copies, as the
+published code does. What DeepSpeed partitions are flat pieces of all parameters laid end to end; checkpoints see
+none of that: they get whole tensors under canonical names, in shards of dim 0, so that one written here resumes on
+any number of ranks, and under FSDP2.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.model.init import initial_value
+from vjepa_scale.parallel.attention import set_kernel
+from vjepa_scale.parallel.blocks import prepare_blocks
+from vjepa_scale.parallel.engine import Engine, InitialValue
+from vjepa_scale.parallel.mesh import build_mesh
+from vjepa_scale.parallel.optim import MOMENTS, make_optimizer, named_parameters
+from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed's engine around a composite of all trained networks; under stage 3 another around each frozen one."""
+
+    def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
+        super().__init__(cfg, ranks)
+        self._deepspeed = _import_deepspeed(self.device, ranks)
+        self._stage = cfg.zero_stage
+        self._mesh = build_mesh("cpu", world_size=self.dp_world_size, replicate=1)
+        self._frozen_engines: list[Any] = []  # alive as long as their hooks are needed
+        self._ema: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {}
+        self._named: dict[str, nn.Parameter] = {}
+        self._engine: Any = None
+
+    # -- from a plain network to a sharded one -------------------------------------------------------
+
+    def shard(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        seed: int,
+        trainable: bool,
+        initial_value: InitialValue = initial_value,
+    ) -> nn.Module:
+        """Choose kernels, checkpoint activations, then piece by piece: materialise, initialise, partition."""
+        assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
+        assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
+        network.requires_grad_(trainable)
+        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
+        blocks = prepare_blocks(network, self._cfg, trainable=trainable)
+        names = {id(parameter): f"{name}.{own}" for own, parameter in network.named_parameters()}
+        for piece in [*blocks, network]:  # so that at most one block is whole before it is partitioned
+            self._materialise(piece, names, seed, initial_value)
+        if self._stage == 3 and not trainable:
+            engine, *_ = self._deepspeed.initialize(model=network, config=self._config(), dist_init_required=False)
+            self._frozen_engines.append(engine)
+        return network
+
+    @torch.no_grad()
+    def _materialise(self, piece: nn.Module, names: dict[int, str], seed: int, value: InitialValue) -> None:
+        for module in piece.modules():
+            for own, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.is_meta:
+                    continue
+                full = value(names[id(parameter)], parameter.shape, seed=seed)
+                assert full.dtype == parameter.dtype == torch.float32, f"{own}: master weights are float32"
+                whole = nn.Parameter(full.to(self.device), requires_grad=parameter.requires_grad)
+                setattr(module, own, whole)
+        if self._stage == 3:
+            self._deepspeed.zero.Init(module=piece, config_dict_or_path=self._config())
+
+    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
+        self._named = dict(named_parameters(trained))
+        self._engine, self._zero, *_ = self._deepspeed.initialize(
+            model=_Composite(trained, self._compute_type, self.device),
+            optimizer=make_optimizer(cfg, self._named.items(), _whole_shape),
+            config=self._config(),
+            dist_init_required=False,
+        )
+        self._moments = MOMENTS if cfg.kind == "adamw" else ()
+        self._partitions: list[Tensor] = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        if self._moments:  # from the start, as zeros: a checkpoint has the same tensors at any step
+            for partition in self._partitions:
+                self._torch_state[partition] = {
+                    "step": torch.zeros(()),
+                    **{moment: torch.zeros_like(partition, requires_grad=False) for moment in self._moments},
+                }
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self._zero.optimizer.state
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            # The sizes of batches are ours, and the boundary of accumulation is told to it: these are not used.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # Its default would clip at 1.0. Clipping is the training step's, where the recipe asks for it.
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": self.device.type == "cuda",
+                # Weights that stay gathered would hide what the EMA writes into their partitions.
+                "stage3_param_persistence_threshold": 0,
+                "stage3_model_persistence_threshold": 0,
+                "stage3_max_reuse_distance": 0,
+            },
+        }
+
+    # -- what a training step needs -------------------------------------------------------------------
+
+    def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
+        self._engine.set_gradient_accumulation_boundary(last)
+        shared = self._engine(loss) * share
+        self._engine.backward(shared, scale_wrt_gas=False)
+        return shared.detach()
+
+    def grad_norm(self) -> float:
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        if gradients := self._gradients():
+            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(squares)
+        return float(squares.sqrt())
+
+    def scale_gradients(self, factor: float) -> None:
+        if gradients := self._gradients():
+            torch._foreach_mul_(gradients, factor)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's partition of the averaged gradients."""
+        return [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
+
+    def discard_gradients(self) -> None:
+        self._zero.averaged_gradients = {}
+        self._zero.zero_grad()
+
+    def step(self, lr: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def match_ema(self, target: nn.Module, source: nn.Module) -> None:
+        theirs = dict(source.named_parameters())
+        assert theirs.keys() == dict(target.named_parameters()).keys(), "EMA: parameter names differ"
+        for name, ours in target.named_parameters():
+            assert not ours.requires_grad, f"EMA: {name} of the target is trained"
+            assert _whole_shape(ours) == _whole_shape(theirs[name]), f"EMA: {name} has another shape"
+            assert self._local(ours).shape == self._local(theirs[name]).shape, f"EMA: {name} is partitioned otherwise"
+
+    @torch.no_grad()
+    def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        # Looked up each time: DeepSpeed may give a parameter another tensor.
+        averages = [self._local(parameter) for parameter in target.parameters()]
+        torch._foreach_lerp_(averages, [self._local(parameter) for parameter in source.parameters()], 1.0 - momentum)
+
+    def _local(self, parameter: Any) -> Tensor:
+        """What this rank holds of a parameter, float32: all of it, or under stage 3 its flat piece."""
+        if self._stage < 3:
+            return parameter.data
+        assert parameter.ds_status.name == "NOT_AVAILABLE", "a gathered weight hides what is written to its partition"
+        return parameter.ds_tensor.data
+
+    # -- what a checkpoint holds ----------------------------------------------------------------------
+
+    def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
+        """Copies, in CPU memory: each rank has its share of every tensor."""
+        state = {name: self._sharded(self._whole(p, self._local(p))) for name, p in named_parameters(networks)}
+        if optimizer:
+            for moment in self._moments:
+                for name, parameter in self._named.items():
+                    state[f"optimizer.{moment}.{name}"] = self._sharded(self._whole_moment(parameter, moment))
+        return state
+
+    @torch.no_grad()
+    def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in named_parameters(networks):
+            if name in tensors:
+                self._put(parameter, _gathered(tensors[name], self.device), None)
+        for moment in self._moments:
+            for name, parameter in self._named.items():
+                if (key := f"optimizer.{moment}.{name}") in tensors:
+                    self._put(parameter, _gathered(tensors[key], self.device), moment)
+
+    def _sharded(self, whole: Tensor) -> Tensor:
+        return distribute_tensor(whole.cpu(), self._mesh, [Shard(0)], src_data_rank=None)
+
+    def _whole(self, parameter: Any, local: Tensor) -> Tensor:
+        """A parameter, or a moment of it, from its pieces on all ranks."""
+        if self._stage < 3:
+            return local
+        pieces = local.new_empty(self.dp_world_size * local.numel())
+        dist.all_gather_into_tensor(pieces, local.contiguous())
+        return pieces[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _whole_moment(self, parameter: Any, moment: str) -> Tensor:
+        if self._stage == 3:
+            return self._whole(parameter, self._zero.get_local_fp32_param(parameter, moment))
+        return parameter.get_full_hp_param(moment)
+
+    def _put(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
+        """Write a whole tensor into this rank's pieces: of the moment; or of the weight and its master."""
+        if self._stage == 3:
+            piece = parameter.ds_tensor.numel()
+            flat = whole.flatten().new_zeros(self.dp_world_size * piece)
+            flat[: whole.numel()] = whole.flatten()
+            mine = flat[self.dp_rank * piece : (self.dp_rank + 1) * piece]
+            if parameter.requires_grad:
+                self._zero.set_local_hp_param(mine, parameter, moment)
+            if moment is None:
+                self._local(parameter).copy_(mine)
+            return
+        if parameter.requires_grad:
+            parameter.set_full_hp_param(whole, moment)
+        if moment is None:
+            parameter.data.copy_(whole)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return max((int(state["step"]) for state in self._torch_state.values() if "step" in state), default=0)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._torch_state.values():
+            if "step" in state:
+                state["step"].fill_(steps)
+
+
+class _Composite(nn.Module):
+    """All trained networks as one module, whose forward computes a loss with them."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], compute_type: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self._device_type, self._compute_type = device.type, compute_type
+
+    def forward(self, loss: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(self._device_type, self._compute_type, enabled=self._compute_type != torch.float32):
+            return loss()
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(device)
+
+
+def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
+    """The library, told which device computes, and quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # it reads no other place
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"DeepSpeed is not installed ({error})", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]'"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
