@@ -167,6 +167,23 @@ def test_lists_are_cut_to_the_least_of_their_group(truncate: str) -> None:
                     assert row == kept[:least]
 
 
+@pytest.mark.parametrize("truncate", ["random", "tail"])
+def test_counts_are_rounded_down_to_a_multiple(truncate: str) -> None:
+    plain = config(truncate=truncate)
+    rounded = plain.model_copy(update={"multiple_of": 64})
+    rests = set()
+    for step in range(20):
+        drawn = (draw_masks(cfg, seed=1, step=step, slots=range(24), grid=GRID) for cfg in (plain, rounded))
+        for whole, pair in zip(*drawn, strict=True):
+            for before, after in ((whole.context, pair.context), (whole.target, pair.target)):
+                assert after.shape[1] == max(64, before.shape[1] // 64 * 64)
+                assert all(kept <= had for kept, had in zip(rows(after), rows(before), strict=True))
+                rests.add(before.shape[1] % 64)
+    assert len(rests) > 5  # there was something to round
+    with pytest.raises(ValueError, match="multiple_of: a complement"):
+        MasksConfig.model_validate({"multiple_of": 8, "generators": [{**SHORT, "full_complement": True}]})
+
+
 def test_random_truncation_keeps_all_of_time_alike() -> None:
     kept = np.zeros(8)
     for step in range(30):

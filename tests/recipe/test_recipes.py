@@ -149,7 +149,11 @@ ONE_PHASE = [{"name": "all", "start_lr": 0.1}]
         ),
         ("optimizer.betas", [2, 3], "optimizer.betas.0", "must be less than 1, not 2"),
         ("data.sets", {}, "data.sets", "must have at least 1 item"),
-        ("engine.kind", "fsdp3", "engine.kind", "must be 'fsdp', not 'fsdp3'"),
+        ("engine.kind", "fsdp3", "engine.kind", "must be 'fsdp' or 'deepspeed', not 'fsdp3'"),
+        ("engine", {"kind": "deepspeed", "zero_stage": 0}, "engine.zero_stage", "must be 1, 2 or 3, not 0"),
+        ("engine", {"kind": "deepspeed", "replicate": 2}, "engine", "replicate is FSDP2's"),
+        ("engine", {"kind": "deepspeed", "zero_stage": 3, "compile": True}, "engine", "does not go with"),
+        ("masks.multiple_of", 0, "masks.multiple_of", "must be greater than 0"),
     ],
 )
 def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, key: str, hint: str) -> None:

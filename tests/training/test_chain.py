@@ -238,6 +238,7 @@ def test_consolidated_encoder_has_the_target_encoders_weights(finished: Path, tm
         assert encoder(torch.randn(2, 3, 8, 40, 48)).shape == (2, 4 * 5 * 6, 48)
 
 
+@pytest.mark.slow
 def test_same_numbers_for_any_ranks_and_micro_batches(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     """1, 2 and 4 processes; micro-batches of 1, 2 and 4; 20 steps over a phase switch; float32.
 

@@ -171,6 +171,7 @@ def test_the_ledger_decides_also_where_the_clips_are_whole_again(
     assert_same_run(run, undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_above_the_rate_the_run_stops_names_the_clips_and_goes_on_once_they_are_restored(
     two_data_sets: Sets, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ good before a run starts from it; those of chunks hold for who reads a part of i
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic
 
+_BLOCK = 2**20  # bytes: a chunk is never held whole here
+
 
 def write_chunk_checksums(folder: Path, rank: int, files: Sequence[Path], index: Metadata) -> Path:
     """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files; returns its path."""
@@ -24,16 +25,22 @@ def write_chunk_checksums(folder: Path, rank: int, files: Sequence[Path], index:
     for stored in index.storage_data.values():
         if stored.relative_path in places:
             places[stored.relative_path].add((stored.offset, stored.length))
-    found = {path.name: [[*place, _digest(path, *place)] for place in sorted(places[path.name])] for path in files}
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = [(*place, _digest(file, *place)) for place in sorted(places[path.name])]
     out = folder / f"__{rank}.sha256"
     write_atomic(out, json.dumps(found) + "\n")
     return out
 
 
-def _digest(path: Path, offset: int, length: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return hashlib.sha256(file.read(length)).hexdigest()
+def _digest(file: IO[bytes], offset: int, length: int) -> str:
+    digest = hashlib.sha256()
+    file.seek(offset)
+    while length > 0 and (block := file.read(min(length, _BLOCK))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()
 
 
 class ChunkChecksums:
@@ -46,15 +53,12 @@ class ChunkChecksums:
             for name, chunks in json.loads(path.read_text()).items():
                 self._of_file[name] = {(offset, length): digest for offset, length, digest in chunks}
 
-    def read(self, file: IO[bytes], name: str, offset: int, length: int) -> IO[bytes]:
-        """The bytes of a chunk, verified. Raises UserError where they are not those that were written."""
-        file.seek(offset)
-        data = file.read(length)
+    def verify(self, file: IO[bytes], name: str, offset: int, length: int) -> None:
+        """Raise UserError where a chunk's bytes are not those that were written. file: open, of this name."""
         known = self._of_file.get(name)
-        if known is not None and known.get((offset, length)) != hashlib.sha256(data).hexdigest():
+        if known is not None and known.get((offset, length)) != _digest(file, offset, length):
             raise UserError(
                 f"bytes {offset} to {offset + length} are not those that were written (SHA-256)",
                 where=self._folder / name,
                 fix="use another checkpoint, or restore this one from a copy",
             )
-        return io.BytesIO(data)

@@ -53,7 +53,8 @@ class CheckpointReader(FileSystemReader):
         return self.index
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
-        return self._checksums.read(file, sinfo.relative_path, sinfo.offset, sinfo.length)
+        self._checksums.verify(file, sinfo.relative_path, sinfo.offset, sinfo.length)
+        return super()._slice_file(file, sinfo)
 
     def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor in the checkpoint."""

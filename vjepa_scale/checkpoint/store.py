@@ -18,8 +18,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vjepa_scale.checkpoint.chunks import write_chunk_checksums
 from vjepa_scale.checkpoint.finding import NAME, newest_first, newest_name
@@ -83,7 +85,8 @@ def save(
 
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
-    index = dcp.save(detached, storage_writer=writer, process_group=group)
+    with _causes():
+        index = dcp.save(detached, storage_writer=writer, process_group=group)
     written = sorted(temporary.glob(f"__{rank}_*.distcp"))
     written.append(write_chunk_checksums(temporary, rank, written, index))
     if rank == 0:
@@ -239,8 +242,21 @@ def load(
             fix="give a checkpoint of the same model and optimizer",
         )
     targets = {name: tensor.detach() for name, tensor in tensors.items()}
-    dcp.load(targets, storage_reader=reader)
+    with _causes():
+        dcp.load(targets, storage_reader=reader)
     return LoadReport(len(matching), unexpected=tuple(unexpected))
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """DCP gathers what went wrong on the ranks in an exception of its own, of which the cause is what we can tell."""
+    try:
+        yield
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, UserError | OSError):
+                raise cause from None
+        raise
 
 
 def _form(shape: Any, dtype: Any) -> str:

@@ -55,7 +55,7 @@ def draw_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Gr
     for number, generator in enumerate(cfg.generators):
         if isinstance(generator, BlockMasksConfig):
             context, target = _block_masks(
-                generator, cfg.truncate, grid, seed=seed, step=step, number=number, slots=slots, group=group
+                generator, cfg, grid, seed=seed, step=step, number=number, slots=slots, group=group
             )
         else:
             context, target = frame_masks(generator, grid, seed=seed, step=step, number=number, slots=slots)
@@ -79,7 +79,7 @@ def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
 
 def _block_masks(
     generator: BlockMasksConfig,
-    truncate: str,
+    cfg: MasksConfig,
     grid: Grid,
     *,
     seed: int,
@@ -93,12 +93,14 @@ def _block_masks(
     target_BN = union_of_blocks(generator, grid, size, seed=seed, step=step, number=number, slots=group)
     target_BN = target_BN.reshape(len(group), -1)
     rows = slice(slots.start - group.start, slots.stop - group.start)
-    ranks_BN = random_ranks(seed, step, number, slots, target_BN.shape[1]) if truncate == "random" else None
-    return _truncated(generator, target_BN, rows, ranks_BN)
+    ranks_BN = random_ranks(seed, step, number, slots, target_BN.shape[1]) if cfg.truncate == "random" else None
+    return _truncated(generator, target_BN, rows, ranks_BN, cfg.multiple_of)
 
 
-def _truncated(generator: BlockMasksConfig, target_BN: Mask, rows: slice, ranks_BN: Ranks | None) -> tuple[Mask, Mask]:
-    """Context and target of the wanted rows, with the lengths of the whole group.
+def _truncated(
+    generator: BlockMasksConfig, target_BN: Mask, rows: slice, ranks_BN: Ranks | None, multiple: int
+) -> tuple[Mask, Mask]:
+    """Context and target of the wanted rows, with the lengths of the whole group, rounded down to a multiple.
 
     max_keep bounds the context before a complement is taken; ``invert`` swaps last (both as published).
     """
@@ -108,6 +110,7 @@ def _truncated(generator: BlockMasksConfig, target_BN: Mask, rows: slice, ranks_
     keep_context = tokens - int(target_counts.max())
     if generator.max_keep is not None:
         keep_context = min(keep_context, generator.max_keep)
+    keep_target, keep_context = (n - n % multiple if n > multiple else n for n in (keep_target, keep_context))
     target = target_BN[rows]
     context = ~target
     if not generator.pred_full_complement or generator.full_complement:

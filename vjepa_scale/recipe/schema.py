@@ -428,6 +428,19 @@ class MasksConfig(Section):
     truncate: Literal["random", "tail"] = Field(
         "random", description="how lists are cut to that count: a random subset, or dropping the latest (published)"
     )
+    multiple_of: PositiveInt = Field(
+        1,
+        description="of blocks: counts are rounded down to a multiple of this (those below it stay), so that fewer "
+        "lengths occur; not with a complement",
+    )
+
+    @model_validator(mode="after")
+    def _complements_have_any_length(self) -> "MasksConfig":
+        for number, generator in enumerate(self.generators):
+            blocks = generator if isinstance(generator, BlockMasksConfig) else None
+            if self.multiple_of > 1 and blocks and (blocks.full_complement or blocks.pred_full_complement):
+                raise ValueError(f"multiple_of: a complement (generators.{number}) has whatever length is left")
+        return self
 
 
 class JepaConfig(Section):

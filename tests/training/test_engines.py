@@ -1,0 +1,110 @@
+"""One recipe under every engine and on any number of ranks: the same run, through the real tools."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.chain import metrics, tool, write_recipe
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "ZeRO 1": {"kind": "deepspeed", "zero_stage": 1},
+    "ZeRO 2": {"kind": "deepspeed", "zero_stage": 2},
+    "ZeRO 3": {"kind": "deepspeed", "zero_stage": 3, "activation_checkpointing": "full"},
+}
+# Plain SGD moves every weight by its gradient, where AdamW makes whole steps out of noise; clipped, so that clipping
+# is compared too.
+SGD = {"kind": "sgd", "clip_grad_norm": 0.2}
+LARGE_STEPS = {
+    "pretrain": {
+        "phases": [
+            {"name": "warmup", "steps": 5, "start_lr": 0.1, "final_lr": 1.0},
+            {"name": "constant", "clip": {"frames": 4, "size": [40, 32]}, "mixture": {"left": 1, "right": 3}},
+        ]
+    }
+}
+
+Sets = dict[str, Path]
+Record = Callable[[str, object], None]
+
+
+def recipe(folder: Path, sets: Sets, engine: str, **sections: Any) -> Path:
+    options = {"device": "cpu", "precision": "float32", "timeout_s": 200, **ENGINES[engine]}
+    sections = {"launch": {"tasks_per_node": 2}, "optimizer": SGD, **LARGE_STEPS, **sections}
+    return write_recipe(folder / "recipe.yaml", folder / "run", sets, engine=options, **sections)
+
+
+def run(folder: Path, sets: Sets, engine: str, **sections: Any) -> Path:
+    tool("launch", recipe(folder, sets, engine, **sections), "--wait")
+    return folder / "run"
+
+
+def losses(run_dir: Path, stage: str) -> list[float]:
+    return [row["loss"] for row in metrics(run_dir, stage)]
+
+
+def consolidated(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
+    tool("consolidate", run_dir, "--out", out)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def by_fsdp(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("fsdp"), two_data_sets, "fsdp")
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "fsdp"])
+def test_a_chain_is_the_same_under_zero(
+    engine: str, by_fsdp: Path, two_data_sets: Sets, tmp_path: Path, record_property: Record
+) -> None:
+    run_dir = run(tmp_path, two_data_sets, engine)
+    worst = 0.0
+    for stage in ("pretrain", "cooldown"):
+        wanted, found = losses(by_fsdp, stage), losses(run_dir, stage)
+        assert stage == "cooldown" or wanted[0] - min(wanted) > 0.05 * wanted[0]
+        assert found == pytest.approx(wanted, rel=1e-5)
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(found, wanted, strict=True)))
+    record_property("measured", f"loss {worst:.1e}")
+    wanted_weights, weights = (consolidated(d, tmp_path / d.parent.name) for d in (by_fsdp, run_dir))
+    assert weights.keys() == wanted_weights.keys()
+    for name, value in wanted_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_cooldown_may_follow_under_another_engine(by_fsdp: Path, two_data_sets: Sets, tmp_path: Path) -> None:
+    shutil.copytree(by_fsdp, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "cooldown")
+    tool("launch", recipe(tmp_path, two_data_sets, "ZeRO 2"), "--stages", "cooldown", "--wait")
+    assert losses(tmp_path / "run", "cooldown") == pytest.approx(losses(by_fsdp, "cooldown"), rel=1e-5)
+
+
+def test_saved_on_four_ranks_goes_on_on_two_and_on_one(two_data_sets: Sets, tmp_path: Path) -> None:
+    """With AdamW, whose moments and bias correction must come along."""
+
+    def launch(run_dir: Path, ranks: int, steps: int) -> list[float]:
+        sections: dict[str, Any] = {"launch": {"tasks_per_node": ranks}, "cooldown": None}
+        path = write_recipe(run_dir.parent / f"{run_dir.name}.yaml", run_dir, two_data_sets, **sections)
+        tool("launch", path, f"pretrain.steps={steps}", "--wait")
+        return losses(run_dir, "pretrain")
+
+    wanted = launch(tmp_path / "undisturbed", 4, 12)
+    launch(tmp_path / "half", 4, 7)
+    for ranks in (2, 1):
+        shutil.copytree(tmp_path / "half", tmp_path / f"on{ranks}")
+        found = launch(tmp_path / f"on{ranks}", ranks, 12)
+        assert found[:7] == wanted[:7]
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert any(row["kind"] == "resume" for row in history(tmp_path / f"on{ranks}"))
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    from vjepa_scale.core.files import read_jsonl
+
+    return [row for row in read_jsonl(run_dir / "pretrain" / "history.jsonl") if row["event"] == "started"]
