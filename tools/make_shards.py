@@ -82,8 +82,8 @@ def main() -> int:
     ):
         if value is not None and value < 1:
             raise UserError(f"{value} is too few", where=f"make_shards.py {flag}", fix="1 or more")
-    if args.segment is not None and not args.segment > 0:
-        raise UserError(f"{args.segment} is no length", where="make_shards.py --segment", fix="seconds above 0")
+    if args.segment is not None and not args.segment >= 0.1:
+        raise UserError(f"{args.segment} s is no segment", where="make_shards.py --segment", fix="0.1 seconds or more")
     if not 1 <= args.decode_timeout < math.inf:
         fix = "1 second or more"
         raise UserError(f"{args.decode_timeout} is too short", where="make_shards.py --decode-timeout", fix=fix)

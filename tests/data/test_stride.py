@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.conftest import quiet
+from tests.data.conftest import VARIABLE_MS, quiet  # 14 frames, 4.52 a second, at times that no constant rate has
 from tests.data.test_decode import sequential
 from tests.data.test_loader import recipe_for
 from tests.data.videos import encoded, number_of, still_image
@@ -21,8 +21,6 @@ from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import resolve_phases
 
 ROWS = json.loads((Path(__file__).parents[1] / "published" / "strides.json").read_text())
-# 14 frames, 4.52 a second on average, at times that no constant rate has.
-VARIABLE_MS = [0, 40, 180, 300, 420, 700, 1000, 1100, 1500, 2000, 2300, 2400, 2900, 3100]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "{source_frames} at {source_fps}, {frames}".format(**row))

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from tests.data.conftest import quiet
 from tests.data.videos import encoded
 from tests.launch.test_sbatch import GOLDEN, ROOT
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.ingest import work as work_module
 from vjepa_scale.data.ingest.probing import probe
+from vjepa_scale.data.ingest.shards import make_shards as make
 from vjepa_scale.data.ingest.work import Part, Settings, begin
 from vjepa_scale.launch.arrays_follow import Files, last_words
 from vjepa_scale.launch.profile import Profile, submitit_parameters, without_gpus
@@ -131,7 +134,11 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_progress_is_read_off_the_files(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shares", [1, 256])
+def test_progress_is_read_off_the_files(
+    shares: int, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_module, "SHARES", shares)
     work = begin(videos, tmp_path / "out", Settings(shard_records=2))
     assert work is not None
     files = Files(work)
@@ -150,6 +157,32 @@ def test_progress_is_read_off_the_files(videos: Path, tmp_path: Path) -> None:
     assert begin(videos, tmp_path / "out", Settings(shard_records=2)) is not None
     with pytest.raises(UserError, match="other videos"):
         begin(videos, tmp_path / "out", Settings(shard_records=3))
+
+
+def test_a_finish_that_was_ended_amid_its_tidying(videos: Path, tmp_path: Path) -> None:
+    """And was queued again: it has nothing to do but to tidy up."""
+    out = tmp_path / "out"
+    work = begin(videos, out, Settings())
+    assert work is not None
+    make(videos, out, Settings(), workers=1, progress=quiet)
+    (out / ".work.ab12.tmp" / "plan").mkdir(parents=True)
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "from vjepa_scale.data.ingest.work import Part\n"
+        "from vjepa_scale.launch.shards_task import run_share\n"
+        "if __name__ == '__main__':\n"
+        "    work = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "    run_share(work, 'finish', Part(0, 1), workers=1, timeout_min=5)\n"
+    )
+    (tmp_path / "work").write_bytes(pickle.dumps(work))
+    subprocess.run([sys.executable, script, tmp_path / "work"], check=True, timeout=120)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "columns",
+        "manifest.json",
+        "rejected.jsonl",
+        "shard-000000.tar",
+    ]
 
 
 def test_the_last_words_of_a_log(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine good ones in two classes, of which the last takes seconds to decode, and three that are broken."""
+    """Nine good ones in two classes, and three that are broken.
+
+    Each is a chunk of its own, so task t of three has t, t + 3, …: the first has the one that takes seconds to decode,
+    after another.
+    """
     folder = tmp_path_factory.mktemp("videos")
     for name in ("left", "right"):
         (folder / name).mkdir()
@@ -35,7 +39,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "left" / "empty.mp4").write_bytes(b"")
     (folder / "left" / "notes.mp4").write_text("not a video")
     (folder / "right" / "cut.mp4").write_bytes(encoded(60, faststart=True)[:-1200])
-    (folder / "right" / "z.mp4").write_bytes(encoded(6000, gop=250, size=(96, 128)))
+    slow = encoded(1200, rate=8, codec="jpeg2000", container="matroska", size=(480, 640))
+    (folder / "left" / "3 is slow.mkv").write_bytes(slow)
     return folder
 
 
@@ -61,8 +66,13 @@ def submitted(out: Path, step: str) -> str:
 
 
 def known(out: Path) -> int:
-    """How many sources have a verdict."""
-    return sum(path.read_bytes().count(b"\n") for path in (out / ".work" / "probed").glob("*.part"))
+    """How many sources have a verdict: how many chunks, which hold one each."""
+    return len(list((out / ".work" / "probed").glob("[0-9]*.jsonl")))
+
+
+def amid(out: Path) -> bool:
+    """Whether the first task has probed a source and is at the slow one."""
+    return (out / ".work" / "probed" / "000000.jsonl").exists()
 
 
 def started(cluster: Cluster, videos: Path, out: Path, *words: object) -> tuple["subprocess.Popen[str]", str]:
@@ -100,7 +110,7 @@ def test_a_task_that_is_ended_and_the_same_command_again(
 ) -> None:
     out = tmp_path / "out"
     process, probe = started(cluster, videos, out)
-    cluster.wait_until(lambda: known(out) >= 3, 90, "some sources are probed")
+    cluster.wait_until(lambda: amid(out), 90, "the first task has probed a source")
     if how == "KILL":
         cluster.scancel("--signal=KILL", f"{probe}_0.0")  # its step: as if it had run out of memory
     else:
@@ -149,7 +159,7 @@ def test_tasks_that_are_told_to_make_room_come_back(
     prefix.chmod(0o755)
     profile.write_text(f"partition: main\nsignal_delay_s: 20\ncontainer: {prefix}\npython: {sys.executable}\n")
     process, probe = started(cluster, videos, out, "--profile", profile)
-    cluster.wait_until(lambda: known(out) >= 3, 90, "some sources are probed")
+    cluster.wait_until(lambda: amid(out), 90, "the first task has probed a source")
     if how == "signal":  # as before a time limit
         cluster.scancel("--signal=USR2", f"{probe}_0")
     else:

@@ -6,7 +6,7 @@ frame with pts <= t, whatever the frame rate does. Second 0 is the video stream'
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -156,7 +156,7 @@ class PacketedFrame(NamedTuple):
 def frames_by_packet(container: InputContainer, stream: VideoStream) -> list[PacketedFrame]:
     """All frames of a stream that nothing was read of yet, in the order of display. Raises DecodeError."""
     frames = []
-    for packet in container.demux(stream):
+    for packet in all_packets(container, stream):
         if packet.size and not packet.is_discard:
             tick = packet.pts if packet.pts is not None else packet.dts
             if tick is None:
@@ -217,7 +217,15 @@ def filled_packets(container: InputContainer, stream: VideoStream) -> Iterator[P
 
     Left out are packets of no bytes, by which Theora says that a picture stays on screen: decoders refuse them.
     """
-    return (packet for packet in container.demux(stream) if packet.size or packet.dts is None)
+    return (packet for packet in all_packets(container, stream) if packet.size or packet.dts is None)
+
+
+def all_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """A stream's packets in the order of the file, and the one without bytes and time that ends it."""
+    # Where other streams begin inside the file (sound that comes late), PyAV may stumble over them after its last
+    # packet of this one: it asks memory that it has not set whether they are wanted.
+    with suppress(IndexError):
+        yield from container.demux(stream)
 
 
 @contextmanager

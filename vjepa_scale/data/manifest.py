@@ -128,8 +128,9 @@ class Manifest:
         path = self.folder / self.shard_of(record).name
         offset, size = int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
         try:
-            with open(path, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+            with open(path, "rb") as file:  # buffered: one call to the system gives up to 2 GiB
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
             gone = isinstance(error, FileNotFoundError | PermissionError)
             kind = UserError if gone else PassingError  # an I/O error of a file server may pass

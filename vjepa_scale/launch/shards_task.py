@@ -12,7 +12,7 @@ from types import FrameType
 from vjepa_scale.core.errors import EXIT_SAVED, run_command
 from vjepa_scale.data.ingest.planning import plan
 from vjepa_scale.data.ingest.probing import probe
-from vjepa_scale.data.ingest.work import Part, Work
+from vjepa_scale.data.ingest.work import Part, Work, tidy
 from vjepa_scale.data.ingest.writing import finish, write
 from vjepa_scale.data.manifest import MANIFEST
 from vjepa_scale.data.processes import start_fork_server
@@ -30,7 +30,8 @@ def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: i
 
     def share() -> None:
         if (work.out / MANIFEST).exists() and not work.folder.exists():
-            return  # its finish was queued again at the last moment
+            tidy(work.out)  # its finish was queued again at the last moment, maybe amid this
+            return
         if step == "probe":
             probe(work, part, workers=workers, progress=attempt.count)
         elif step == "plan":

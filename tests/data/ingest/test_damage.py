@@ -1,15 +1,20 @@
 """What damage looks like that no decoder complains of, and what looks like damage and is none."""
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
 import pytest
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
 
 from tests.data.test_decode import sequential
-from tests.data.videos import picture
-from vjepa_scale.data.decode import DecodeError, pictures_at
+from tests.data.videos import encoded, picture
+from vjepa_scale.data.decode import DecodeError, open_video, pictures_at, timed_frames
 from vjepa_scale.data.ingest.probe import decode_whole, probe_video
 
 
@@ -49,6 +54,21 @@ def test_a_lost_packet_after_which_index_and_order_disagree() -> None:
     with pytest.raises(DecodeError) as caught:
         probe_video(damaged)
     assert caught.value.reason == "decode mismatch after seek"
+
+
+def test_streams_that_begin_inside_the_file_do_not_matter() -> None:
+    """PyAV's demux raises IndexError at its end, or not, by what is in memory that it has not set."""
+
+    class Stumbling:
+        def __init__(self, container: InputContainer) -> None:
+            self._container = container
+
+        def demux(self, stream: VideoStream) -> Iterator[Packet]:
+            yield from self._container.demux(stream)
+            raise IndexError("list index out of range")
+
+    with open_video(encoded(20, container="flv", codec="flv1")) as (container, stream):
+        assert len(list(timed_frames(cast(InputContainer, Stumbling(container)), stream))) == 20
 
 
 def test_an_avi_may_leave_frames_out() -> None:

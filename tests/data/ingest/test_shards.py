@@ -218,6 +218,17 @@ def damaged(shards: Manifest, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
+def test_a_record_of_more_than_the_system_reads_at_once(shards: Manifest, tmp_path: Path) -> None:
+    long = damaged(shards, tmp_path / "long")
+    sizes, size = np.load(long / "columns" / "video.size.npy"), 2**31 + 1000
+    sizes[0] = size
+    np.save(long / "columns" / "video.size.npy", sizes)
+    with open(long / "shard-000000.tar", "r+b") as file:
+        file.truncate(size + 2**20)  # a hole: it takes no room
+    assert len(Manifest.open(long, look=False).read(0)) == size
+
+
 def test_opening_what_is_not_whole(shards: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such data folder"):
         Manifest.open(tmp_path / "nowhere")

@@ -88,6 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "flip": (flip_in_a_video, ["shard-000001.tar: other bytes"]),
     "missing": (lambda f: (f / "shard-000002.tar").unlink(), ["shard-000002.tar: missing"]),
     "truncated": (truncate, ["shard-000001.tar: 3000 bytes", "shard-000001.tar: record 000000007: not in the shard"]),
+    "rejected": (lambda folder: (folder / "rejected.jsonl").unlink(), ["rejected.jsonl is missing"]),
     "member": (lose_a_member, ["shard-000000.tar: other bytes", "shard-000000.tar: record 000000001: its video lies"]),
     "stranger": (lambda f: shutil.copy(f / "shard-000000.tar", f / "more.tar"), ["more.tar: not in the manifest"]),
     "column bytes": (lambda f: flip(f / "columns" / "fps.npy", 140), ["columns/fps.npy: other bytes"]),

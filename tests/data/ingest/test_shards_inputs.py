@@ -229,6 +229,16 @@ def test_start_and_end_widen_to_whole_groups(tmp_path: Path) -> None:
     assert rejected(tmp_path / "out") == {"a.mp4": "no such part"}
 
 
+def test_a_codec_that_no_part_can_hold_is_rejected(tmp_path: Path) -> None:
+    """Sorenson's H.263, of old FLVs: neither MP4 nor Matroska takes it. Uncut, its bytes are kept."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "long.flv").write_bytes(encoded(40, rate=20, gop=5, container="flv", codec="flv1"))
+    (tmp_path / "videos" / "short.flv").write_bytes(encoded(10, rate=20, gop=5, container="flv", codec="flv1"))
+    make_shards(tmp_path / "videos", tmp_path / "out", Settings(segment_s=1), workers=1, progress=quiet)
+    assert rejected(tmp_path / "out") == {"long.flv": "cannot be cut by copying"}
+    assert [known["path"] for known, _ in samples(tmp_path / "out")] == ["short.flv"]
+
+
 # -- broken files ---------------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.ingest import work as work_module
+from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Part, Settings, Work, begin, finish, make_shards, plan, probe, write
+from vjepa_scale.data.ingest.tars import TarWriter
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.processes import Silent, beat, map_in_workers
 
@@ -72,6 +74,7 @@ def ended(process: subprocess.Popen[str]) -> int:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_module, "CHUNK", 4)
+    monkeypatch.setattr(work_module, "SHORT", 8)  # else a listing of 14 is a short one
 
 
 @pytest.mark.slow
@@ -113,7 +116,36 @@ def test_parts_in_one_process_give_the_same_bytes(
     assert contents(tmp_path / "out") == whole
 
 
-def test_what_was_probed_before_a_kill_is_not_probed_again(videos: Path, whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("files", "chunk"), [(1, 1), (3, 1), (4, 1), (5, 2), (9, 3), (19, 5), (20, 7), (50, 7)])
+def test_few_sources_are_many_chunks_too(
+    files: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks at most of fewer than twenty sources, that each job of an array may have some; else by seven."""
+    for name, value in (("CHUNK", 7), ("SHORT", 20), ("SHARES", 4)):
+        monkeypatch.setattr(work_module, name, value)
+    paths = [f"{number}.mp4" for number in range(files)]
+    (tmp_path / "list").write_text("\n".join(paths))
+    begin(tmp_path / "list", tmp_path / "out", SETTINGS)
+    work = Work.open(tmp_path / "out")
+    found = [[source.path for source in work.sources(number)] for number in range(work.chunks)]
+    assert found == [paths[first : first + chunk] for first in range(0, files, chunk)]
+    assert [work.files_in(number) for number in range(work.chunks)] == [len(sources) for sources in found]
+    assert len(list((tmp_path / "out" / ".work" / "sources").iterdir())) == work.chunks
+
+
+def test_the_jobs_of_an_array_share_5000_sources_evenly(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("\n".join(f"{number}.mp4" for number in range(5000)))
+    work = begin(tmp_path / "list", tmp_path / "out", SETTINGS)
+    assert work is not None
+    shares = [sum(work.files_in(chunk) for chunk in range(job, work.chunks, 64)) for job in range(64)]
+    assert sum(shares) == 5000
+    assert max(shares) - min(shares) <= work.chunk
+
+
+def test_what_was_probed_before_a_kill_is_not_probed_again(
+    videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_module, "SHARES", 1)
     out = tmp_path / "out"
     begin(videos, out, SETTINGS)
     job_of_one = job(tmp_path, "probe", 0, kill_at=6)  # all sources are in one chunk
@@ -129,7 +161,14 @@ def test_what_was_probed_before_a_kill_is_not_probed_again(videos: Path, whole: 
     assert contents(out) == whole
 
 
-def test_two_runs_at_once_end_with_the_same_bytes(videos: Path, whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_runs_at_once_end_with_the_same_bytes(
+    begun: bool, videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both list the sources, a chunk each; or both find all of them in one chunk."""
+    monkeypatch.setattr(work_module, "SHARES", 1)
+    if begun:
+        begin(videos, tmp_path / "out", SETTINGS)
     tool = Path(__file__).parents[3] / "tools" / "make_shards.py"
     command = [sys.executable, tool, videos, tmp_path / "out", "--shard-records", "2", "--seed", "3", "--workers", "1"]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -163,6 +202,7 @@ FAULTY = """
 import ctypes, os, sys
 from pathlib import Path
 import av
+from vjepa_scale.data.ingest import check, index
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 
 honest = av.open
@@ -180,6 +220,13 @@ av.open = faulty
 
 def main():
     folder = Path(sys.argv[1])
+    for look in sys.argv[2:]:  # instead
+        index.SILENCE_S = check.SILENCE_S = 3
+        if look == "index":
+            index.index_shards(folder, workers=1, progress=lambda *_: None)
+        else:
+            print(check.check_shards(folder, decode=True, workers=1, progress=lambda *_: None))
+        return
     settings = Settings(decode_timeout_s=3)
     make_shards(folder / "videos", folder / "out", settings, workers=2, progress=lambda *_: None)
 
@@ -207,6 +254,29 @@ def test_files_that_hang_or_crash_the_decoder_are_rejected_with_the_reason(tmp_p
     ]
     shards = Manifest.open(tmp_path / "out")
     assert {json.loads(shards.read(r, "json"))["path"] for r in range(3)} == {"0.mp4", "1.mp4", "2.mp4"}
+
+
+@pytest.mark.parametrize(("word", "how"), [(b"HANG", "hangs in"), (b"DIES", "crashes")])
+def test_index_and_check_name_the_shard_whose_decoder_hangs_or_crashes(word: bytes, how: str, tmp_path: Path) -> None:
+    folder, script = tmp_path / "shards", tmp_path / "look.py"
+    folder.mkdir()
+    with open(folder / "a.tar", "wb") as file:
+        tar = TarWriter(file)
+        place = tar.add("clip.mp4", len(encoded(10)), [encoded(10)])
+        tar.close()
+    index_shards(folder, workers=1, progress=quiet)
+    with open(folder / "a.tar", "r+b") as file:
+        file.seek(place.offset)
+        file.write(word)
+    script.write_text(FAULTY)
+
+    def look(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, script, folder, what]
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+    assert f"a.tar: a clip {how} the decoder" in look("check").stdout
+    (folder / "manifest.json").unlink()
+    assert f"a.tar: a sample of this shard {how} the decoder" in look("index").stderr
 
 
 def _wait(seconds: float) -> float:

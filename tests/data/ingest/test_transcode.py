@@ -301,6 +301,18 @@ def test_a_part_of_less_than_a_frame_shows_one() -> None:
     assert numbers(transcode(data, part)) == [4]
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "shown"),
+    [(1.97, None, 19), (1.9999, 9.0, 19), (0.98, 1.01, 10), (1.02, 1.03, 10), (None, 0.01, 0)],
+)
+def test_a_part_around_one_change_of_picture_lasts_a_frame(start: float | None, end: float | None, shown: int) -> None:
+    """Both ends are nearest to the same change: the part is the picture that begins there, or the last."""
+    data = encoded(20, rate=10)
+    (part,) = planned(data, start_s=start, end_s=end)
+    assert (part.start_s, part.end_s) == (pytest.approx(shown / 10), pytest.approx((shown + 1) / 10))
+    assert numbers(transcode(data, part)) == [shown]
+
+
 # -- facts and checks ------------------------------------------------------------------------------
 
 
@@ -532,7 +544,7 @@ def test_shards_are_filled_by_an_estimate(tmp_path: Path) -> None:
     work = begin(tmp_path / "videos", tmp_path / "out", Settings(transcode=True))
     assert work is not None
     probe(work, Part(0, 1), workers=1, progress=quiet)
-    lines = (work.folder / "probed" / "000000.jsonl").read_text().splitlines()
+    lines = [line for path in sorted((work.folder / "probed").iterdir()) for line in path.read_text().splitlines()]
     sizes = [record["size"] for line in lines for record in json.loads(line)["records"]]
     assert sizes == [64 * 48 * (500 + n) * 12 // 800 for n in range(3)]
 

@@ -11,11 +11,14 @@ import numpy as np
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import sha256_file
 from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.ingest.index import SILENCE_S
+from vjepa_scale.data.ingest.planning import FACTS
 from vjepa_scale.data.ingest.probe import decode_whole
+from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.tars import list_tar
 from vjepa_scale.data.ingest.work import Progress
-from vjepa_scale.data.manifest import MANIFEST, Manifest, Shard
-from vjepa_scale.data.processes import map_in_workers
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard
+from vjepa_scale.data.processes import Silent, map_in_workers
 from vjepa_scale.data.trajectories import MEMBERS, read_trajectory
 
 _COLUMNS = frozenset(
@@ -33,7 +36,6 @@ _COLUMNS = frozenset(
         "label",
     ]
 )
-_FACTS = ("duration", "fps", "frames", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ def check_shards(folder: Path, *, decode: bool, workers: int, progress: Progress
     firsts = np.cumsum(manifest.records_per_shard) - manifest.records_per_shard
     tasks = [_ShardTask(folder, s, int(f), decode) for s, f in zip(manifest.shards, firsts, strict=True)]
     found: list[list[str]] = [[] for _ in tasks]
-    for done, (number, result) in enumerate(map_in_workers(_check_shard, tasks, workers=workers), start=1):
-        crashed = [f"{tasks[number].shard.name}: a clip crashes the decoder"]
-        found[number] = result if isinstance(result, list) else crashed
+    results = map_in_workers(_check_shard, tasks, workers=workers, silence_s=SILENCE_S)
+    for done, (number, result) in enumerate(results, start=1):
+        how = "hangs in" if isinstance(result, Silent) else "crashes"
+        lost = [f"{tasks[number].shard.name}: a clip {how} the decoder"]
+        found[number] = result if isinstance(result, list) else lost
         progress("checking", done, len(tasks))
     listed = {shard.name for shard in manifest.shards}
     indexed = "indexed" in manifest.source  # of which a tar without any usable sample is not in the manifest
@@ -74,6 +78,8 @@ def _check_manifest(manifest: Manifest) -> list[str]:
     identity = hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     if manifest.identity != identity:
         wrong.append(f"{MANIFEST}: its identity is not that of its shards")
+    if not (manifest.folder / REJECTED).is_file():
+        wrong.append(f"{REJECTED} is missing: what was left out, and why")
     wrong += [f"{MANIFEST}: no column {name}" for name in sorted(_COLUMNS - set(manifest.described))]
     for name, described in manifest.described.items():
         path = manifest.folder / described["file"]
@@ -93,7 +99,7 @@ def _check_shard(task: _ShardTask) -> list[str]:
     wrong = []
     if path.stat().st_size != shard.bytes:
         wrong.append(f"{shard.name}: {path.stat().st_size} bytes, the manifest says {shard.bytes}")
-    elif sha256_file(path) != shard.sha256:
+    elif sha256_beating(path) != shard.sha256:
         wrong.append(f"{shard.name}: other bytes than the manifest's sha256 says")
     contents = list_tar(path)
     if contents.damage is not None:
@@ -129,7 +135,7 @@ def _check_record(
     if not any(place["video"] in members for members in candidates):
         return ["its video lies elsewhere in the shard"]
     wrong = []
-    facts = {name: manifest.column(name)[record].item() for name in _FACTS}
+    facts = {name: manifest.column(name)[record].item() for name in FACTS}
     if place["json"][1]:
         if not any(members.get(place["json"]) == "json" for members in candidates):
             return ["its JSON lies elsewhere in the shard"]

@@ -20,7 +20,15 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, ffmpeg_errors, open_video, sought, stream_start, time_base
+from vjepa_scale.data.decode import (
+    DecodeError,
+    all_packets,
+    ffmpeg_errors,
+    open_video,
+    sought,
+    stream_start,
+    time_base,
+)
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.processes import beat
 
@@ -102,7 +110,7 @@ def _part(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """All packets of a video, in the order of the file."""
-    for packet in container.demux(stream):
+    for packet in all_packets(container, stream):
         beat()
         if packet.size:
             yield packet
@@ -118,7 +126,10 @@ def muxed(
     kind = {"mp4": "mp4", "mkv": "matroska"}[extension]
     buffer = io.BytesIO()
     with ffmpeg_errors(REASON), av.open(buffer, "w", format=kind, options={"fflags": "+bitexact"}) as out:
-        copy = out.add_stream_from_template(stream, opaque=True)
+        try:
+            copy = out.add_stream_from_template(stream, opaque=True)
+        except ValueError as error:  # a codec that the new file cannot hold either: Sorenson's, of old FLVs
+            raise DecodeError(REASON, str(error)) from None
         if tick_s is not None:
             copy.time_base = tick_s
         for packet, pts, dts in zip(packets, ticks, _decoding_times(ticks), strict=True):

@@ -15,16 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json, sha256_file, write_atomic
+from vjepa_scale.core.files import read_json, write_atomic
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.summary import Summary, summarize
+from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
 from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
-from vjepa_scale.data.processes import map_in_workers
+from vjepa_scale.data.processes import Silent, map_in_workers
 
+SILENCE_S = 600.0  # a decoder that gives no new frame for so long hangs; storage may be slow
 _PLACES = ("video.offset", "video.size", "json.offset", "json.size")
 
 
@@ -63,9 +65,11 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
             raise UserError("there is a manifest of something else", where=folder / MANIFEST, fix="remove it")
         return summarize(folder, existed=True)
     results: list[_Indexed | None] = [None] * len(tars)
-    for done, (number, result) in enumerate(map_in_workers(_index, tars, workers=workers), start=1):
+    found_in = map_in_workers(_index, tars, workers=workers, silence_s=SILENCE_S)
+    for done, (number, result) in enumerate(found_in, start=1):
         if not isinstance(result, _Indexed):
-            raise UserError("a sample of this shard crashes the decoder", where=tars[number], fix="move it elsewhere")
+            how = "hangs in" if isinstance(result, Silent) else "crashes"
+            raise UserError(f"a sample of this shard {how} the decoder", where=tars[number], fix="move it elsewhere")
         results[number] = result
         progress("indexing", done, len(tars))
     indexed = [result for result in results if result is not None]
@@ -110,7 +114,7 @@ def _index(path: Path) -> _Indexed:
                 found.append(_look(file, sample))
             except DecodeError as error:
                 rejected.append(Rejected(f"{path.name}:{sample.key}", error.reason, error.detail))
-    return _Indexed(Shard(path.name, len(found), path.stat().st_size, sha256_file(path)), found, rejected)
+    return _Indexed(Shard(path.name, len(found), path.stat().st_size, sha256_beating(path)), found, rejected)
 
 
 def _look(file: Any, sample: Sample) -> _Found:

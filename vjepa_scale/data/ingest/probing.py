@@ -25,12 +25,11 @@ from vjepa_scale.data.ingest.cut import Cut, checked_cut, plan_cuts
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Record, Rejected, Verdict, verdict_tree
 from vjepa_scale.data.ingest.sources import Source
+from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.trajectories import probe_trajectory
 from vjepa_scale.data.ingest.transcode import digest_of_part, facts_of, plan_transcodes, typical_bytes
 from vjepa_scale.data.ingest.work import Part, Progress, Settings, Work, publish
-from vjepa_scale.data.processes import Crashed, Silent, beat, map_in_workers
-
-_BLOCK = 2**20
+from vjepa_scale.data.processes import Crashed, Silent, map_in_workers
 
 
 def probe(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
@@ -185,7 +184,7 @@ def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
             before.st_size,
             source.label,
             decoded.facts,
-            _sha256(path),
+            sha256_beating(path),
             metadata=source.metadata,
             mtime_ns=before.st_mtime_ns,
         )
@@ -194,6 +193,9 @@ def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
         return Verdict([], [Rejected(source.path, "unreadable", str(error.strerror))])
     except DecodeError as error:
         return Verdict([], [Rejected(source.path, error.reason, error.detail)])
+    except Exception as error:  # a mistake of ours or of PyAV's: it stops the run, and must name the file
+        error.add_note(f"while probing {path}")
+        raise
 
 
 def _verdict_of(found: Sequence[Record | Rejected]) -> Verdict:
@@ -212,16 +214,6 @@ def _no_file(path: Path) -> str | None:
     return "not a file" if path.exists() else "no such file"
 
 
-def _sha256(path: Path) -> str:
-    """Of a file, of which there may be more than can be read within the time limit."""
-    digest, block = hashlib.sha256(), bytearray(_BLOCK)
-    with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(block):
-            digest.update(memoryview(block)[:n])
-            beat()
-    return digest.hexdigest()
-
-
 def _probe_trajectory(root: Path, source: Source, folder: str, settings: Settings) -> Record | Rejected:
     found = probe_trajectory(root, folder, view=settings.view, retime=settings.retime)
     known = found.known | (source.metadata or {})
@@ -238,7 +230,7 @@ def _plan_transcodes(path: Path, source: Source, settings: Settings, decoded: De
         end_s=source.end_s,
         segment_s=settings.segment_s,
     )
-    digest, found = _sha256(path), list[Record | Rejected]()
+    digest, found = sha256_beating(path), list[Record | Rejected]()
     for part in parts:
         facts = facts_of(part)
         record = Record(

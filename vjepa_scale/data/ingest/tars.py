@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vjepa_scale.data.ingest.sums import Sha256
+from vjepa_scale.data.processes import beat
 
 _VIDEO = {
     "mp4",
@@ -66,6 +67,7 @@ def list_tar(path: Path) -> Contents:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                beat()
                 if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")

@@ -87,8 +87,12 @@ def plan_transcodes(
             if (bound - bounds[-1]) * rate >= 0.5:
                 bounds.append(bound)
     end = at_change(end)
-    if len(bounds) > 1 and (end - bounds[-1]) * rate < 0.5:  # not a frame remains
-        bounds.pop()
+    if (end - bounds[-1]) * rate < 0.5:  # not a frame remains
+        if len(bounds) > 1:
+            bounds.pop()
+        else:  # less than one was asked for: it is one, and not behind the end
+            bounds = [at_change(max(0.0, min(begin, facts.duration - float(1 / rate))))]
+            end = at_change(min(bounds[0] + float(1 / rate), facts.duration))
     bounds.append(end)
     width, height = _even_size(facts.width, facts.height, short_side)
     return [_part(decoded, first, last, rate, width, height) for first, last in pairwise(bounds)]

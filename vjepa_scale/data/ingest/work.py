@@ -1,13 +1,14 @@
 """A data set that is being made: what was asked for, and what is done of it.
 
     OUT/.work/source.json            what was asked for; written last of this and sources/
-    OUT/.work/sources/000000.jsonl   the sources in their order, 1,000 to a file
+    OUT/.work/sources/000000.jsonl   the sources in their order, a chunk to a file
     OUT/.work/probed/000000.jsonl    what became of each of those (probing.py)
     OUT/.work/plan/                  which record goes where (planning.py)
     OUT/.work/written/               a receipt per finished shard (writing.py)
 
 Any number of processes may work on it at once, on any machines that see the folder. Nothing is locked: a file
 appears whole under its name or not at all, its bytes do not depend on who wrote it, and the first to write it wins.
+What one process does alone is a chunk of the sources, or a shard.
 """
 
 import hashlib
@@ -31,7 +32,9 @@ from vjepa_scale.data.manifest import MANIFEST
 
 WORK = ".work"
 JOBS = ".slurm"  # launch/arrays.py: beside the work, since its jobs write logs until after its end
-CHUNK = 1000  # sources
+CHUNK = 1000  # sources of a long listing
+SHORT = 64_000  # sources: a listing of fewer is held until its length is known
+SHARES = 256  # chunks of a short listing, at most: many jobs are to have some each, however few the videos
 VERSION = 1
 
 # Told (what is being done, how much is done, of how much).
@@ -266,11 +269,13 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
         (temporary / "sources").mkdir(parents=True)
         for name in ("probed", "written"):
             (temporary / name).mkdir()
-        sources, chunk = chain([first], sources), 0
-        while rows := list(islice(sources, CHUNK)):
+        front = [first, *islice(sources, SHORT - 1)]
+        chunk = CHUNK if len(front) == SHORT else -(-len(front) // SHARES)
+        sources, number = chain(front, sources), 0
+        while rows := list(islice(sources, chunk)):
             lines = (json.dumps(_told(source)) + "\n" for source in rows)
-            _chunk(temporary, chunk).write_text("".join(lines))
-            chunk += 1
+            _chunk(temporary, number).write_text("".join(lines))
+            number += 1
         asked: dict[str, Any] = {
             "version": VERSION,
             "source": listing.describe(settings),
@@ -278,7 +283,7 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
             "videos": str(videos.absolute()),  # for jobs that start in another folder
             "root": str(listing.root.absolute()),
             "files": listing.files,
-            "chunk": CHUNK,
+            "chunk": chunk,
             "made_out": made_out,
         }
         write_json(temporary / "source.json", asked)
