@@ -21,7 +21,7 @@ from vjepa_scale.data.batch import MicroBatch, StepBatch
 from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.data.processes import start_worker, worker_context
+from vjepa_scale.data.processes import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.silence import Board, SilenceWatch
 from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Phase, Recipe
@@ -85,6 +85,8 @@ class PhaseLoader:
     def _from(self, given: int) -> "Prefetched[tuple[int, int], MicroBatch]":
         data = self._recipe.data
         board = Board(self._names, data.workers) if data.workers else None
+        if board is None:  # clips are decoded here
+            keep_freed_memory()
         return Prefetched(
             partial(self._load, known=dict(self._known), timed=board),
             list(islice(self._indices, given, None)) if given else self._indices,
@@ -247,3 +249,4 @@ def _as_is(item: Item) -> Item:
 
 def _start_loader_worker(_: int) -> None:
     start_worker()
+    keep_freed_memory()
