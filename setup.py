@@ -32,7 +32,7 @@ setup(
     extras_require={
         # data.decoder: torchcodec; needs FFmpeg's shared libraries on the machine, too
         "torchcodec": ["torchcodec>=0.13"],
-        # engine.kind: deepspeed; compiles a small operation the first time, so it needs a C++ compiler, too
+        # engine.kind: deepspeed
         "deepspeed": ["deepspeed>=0.19"],
         "dev": [
             "pytest>=8",

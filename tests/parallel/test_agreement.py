@@ -59,8 +59,7 @@ def plain() -> Plain:
 def sharded(way: str, kind: str, plant: Callable[[Engine], None] | None = None) -> list[Outcome]:
     world_size, changes = WAYS[way]
     cfg = ENGINE.model_copy(update=changes)
-    # DeepSpeed compiles an operation of its own the first time.
-    return run_processes(train_sharded, world_size, cfg, kind, RATES[kind], plant, cfg=cfg, timeout_s=300)
+    return run_processes(train_sharded, world_size, cfg, kind, RATES[kind], plant, cfg=cfg)
 
 
 def differences(outcome: Outcome, wanted: Outcome) -> dict[str, float]:

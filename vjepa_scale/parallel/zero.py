@@ -278,4 +278,6 @@ def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
             f"DeepSpeed is not installed ({error})", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An all-reduce for inference on CPUs, which would be compiled now; without it gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
