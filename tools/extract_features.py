@@ -10,12 +10,12 @@ docs/inference.md says how to read the files.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.ranks import usable_cores
 
 # Videos per file: of features that are read together, some hundred megabytes at most for short clips.
 PART = {"mean": 4096, "time": 1024, "none": 32}
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="chunks per forward pass")
     parser.add_argument("--part", type=int, metavar="VIDEOS", help="per file (default: by --pool)")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only parts I, I+N, I+2N, … (I from 0)")
-    parser.add_argument("--workers", type=int, default=_cores(), help="processes that decode (default: cores)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that decode (default: cores)")
     args = parser.parse_args()
     for flag, value in (("--batch", args.batch), ("--part", args.part), ("--workers", args.workers)):
         if value is not None and value < 1:
@@ -92,11 +92,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{text!r}", where="extract_features.py --layers", fix="numbers, as 5,11") from None
-
-
-def _cores() -> int:
-    """Cores this process may use (Slurm gives fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ lines, CSV with a header, or JSON lines. docs/shards.md has all of it.
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.data.ingest.check import check_shards
 from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Settings, make_shards
@@ -107,7 +107,9 @@ def main() -> int:
     )
     if args.cluster == "slurm":
         return _on_slurm(args, settings)
-    report(args.out, make_shards(args.videos, args.out, settings, workers=args.workers or _cores(), progress=Watch()))
+    report(
+        args.out, make_shards(args.videos, args.out, settings, workers=args.workers or usable_cores(), progress=Watch())
+    )
     return 0
 
 
@@ -230,7 +232,7 @@ def look_after(command: str, arguments: Sequence[str]) -> int:
     """The commands on a folder of shards."""
     parser = argparse.ArgumentParser(prog=f"make_shards.py {command}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
-    parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: cores)")
     if command == "check":
         parser.add_argument("--decode", action="store_true", help="decode every clip, too")
     args = parser.parse_args(arguments)
@@ -275,11 +277,6 @@ class Watch:
             rate = max(done - first, 1) / (now - began)
             print(f"{doing}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate / 60:.0f} minutes left")
             sys.stdout.flush()
-
-
-def _cores() -> int:
-    """Cores this process may use (Slurm gives fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(out: Path, summary: Summary) -> None:

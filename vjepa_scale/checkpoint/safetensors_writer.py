@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.files import fsync_dir
+from vjepa_scale.core.files import fsync_path
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 
@@ -59,7 +59,7 @@ def write_safetensors(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:

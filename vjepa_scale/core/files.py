@@ -12,8 +12,8 @@ from typing import Any
 from vjepa_scale.core.errors import UserError
 
 
-def fsync_dir(path: Path) -> None:
-    """Make a rename inside a folder survive a power cut."""
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or a rename inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,17 +89,10 @@ def sha256_file(path: Path) -> str:
 def publish_dir(temporary: Path, final: Path) -> None:
     """Give a finished folder its name: every file flushed, then one rename. ``final`` must not exist."""
     for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        else:
-            fsync_dir(path)
-    fsync_dir(temporary)
+        fsync_path(path)
+    fsync_path(temporary)
     os.rename(temporary, final)
-    fsync_dir(final.parent)
+    fsync_path(final.parent)
 
 
 def remove_dir(path: Path) -> None:

@@ -103,3 +103,8 @@ def _checked(rank: int, world: int, local: int, local_world: int, job: str, sour
             where=f"environment of {source}",
         )
     return Ranks(rank, world, local, local_world, job, source, job_id)
+
+
+def usable_cores() -> int:
+    """Cores this process may use (Slurm gives fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

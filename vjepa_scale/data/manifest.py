@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import fsync_dir, read_json, temporary_beside, write_json
+from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -123,10 +123,18 @@ class Manifest:
         """The WebDataset key of a record."""
         return self.column("key")[record].decode()
 
+    def has(self, record: int, member: str) -> bool:
+        """Whether a record has this member."""
+        return f"{member}.size" in self.described and bool(self.column(f"{member}.size")[record])
+
+    def place(self, record: int, member: str) -> tuple[int, int]:
+        """Offset and size, in its shard, of a member; zeros for one that other records of the data set have."""
+        return int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
+
     def read(self, record: int, member: str = "video") -> bytes:
         """The bytes of one member (``video``, ``json``, …) of a record, and nothing else of the shard."""
         path = self.folder / self.shard_of(record).name
-        offset, size = int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
+        offset, size = self.place(record, member)
         try:
             with open(path, "rb") as file:  # buffered: one call to the system gives up to 2 GiB
                 file.seek(offset)
@@ -170,7 +178,7 @@ def write_manifest(
     source: what it was made from; a second run compares it.
     """
     described = [_write_column(folder, name, values) for name, values in columns.items()]
-    fsync_dir(folder / "columns")
+    fsync_path(folder / "columns")
     tree = {
         "version": VERSION,
         "records": sum(shard.records for shard in shards),

@@ -159,14 +159,13 @@ class _Deal:
         self.geometries = list(by_frames.values())
         self.group = phase.mask_group
         self._groups_per_step = phase.global_batch // phase.mask_group
+        self._of_geometry = [sum(self._shares[i] for i in members) for members in self.geometries]
 
     def given(self, steps: int) -> list[int]:
         """Draws of each data set in the first steps of the phase."""
-        of_geometry = [sum(self._shares[i] for i in members) for members in self.geometries]
         given = [0] * len(self._shares)
-        for members, groups in zip(
-            self.geometries, split_draws(self._groups_per_step * steps, of_geometry), strict=True
-        ):
+        of_geometry = split_draws(self._groups_per_step * steps, self._of_geometry)
+        for members, groups in zip(self.geometries, of_geometry, strict=True):
             split = split_draws(self.group * groups, [self._shares[i] for i in members])
             for i, n in zip(members, split, strict=True):
                 given[i] = n

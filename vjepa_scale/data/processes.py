@@ -23,12 +23,10 @@ import torch
 
 # Of glibc's mallopt: from what size on a block is the system's; how much free memory at the end stays.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+_BEAT_S = 1.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-_BEAT_S = 1.0
 
 
 class Crashed:

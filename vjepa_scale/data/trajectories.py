@@ -81,7 +81,7 @@ def read_trajectory(manifest: Manifest, record: int) -> StateLog:
         fix = "make shards with tools/make_shards.py DROID OUT --trajectories droid"
         raise UserError("these shards have no trajectories", where=manifest.folder, fix=fix)
     try:
-        found = {name: _array(name, manifest.read(record, name)) for name in MEMBERS if _has(manifest, record, name)}
+        found = {name: _array(name, manifest.read(record, name)) for name in MEMBERS if manifest.has(record, name)}
         if missing := {"states", "times"} - set(found):
             raise DecodeError("no trajectory", f"no {' and no '.join(sorted(missing))}")
         log = check_log(StateLog(found["states"], found["times"], found.get("extrinsics")))
@@ -89,10 +89,6 @@ def read_trajectory(manifest: Manifest, record: int) -> StateLog:
     except DecodeError as error:
         raise UserError(str(error), where=where, fix="make the shards again") from None
     return log
-
-
-def _has(manifest: Manifest, record: int, name: str) -> bool:
-    return f"{name}.size" in manifest.described and bool(manifest.column(f"{name}.size")[record])
 
 
 def _array(name: str, data: bytes) -> npt.NDArray[np.float64]:

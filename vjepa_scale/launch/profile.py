@@ -375,15 +375,20 @@ def submitit_parameters(profile: Profile, *, needs_gpus: bool, tasks_per_node: i
     additional: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
     if profile.reservation is not None:
         additional["reservation"] = profile.reservation
-    # Where sbatch was told --export=NONE (some sites do by default), srun would hand on nothing either.
-    exports = [] if any(argument.startswith("--export=") for argument in profile.srun) else ["--export=ALL"]
     return {name: value for name, value in parameters.items() if value is not None} | {
         "signal_delay_s": profile.signal_delay_s,
         "wckey": sbatch.pop("wckey", None),  # submitit's own default is a key that sites with wckeys refuse
         "setup": setup_lines(profile),
-        "srun_args": [*exports, *profile.srun],
+        "srun_args": srun_arguments(profile),
         "additional_parameters": {**additional, **sbatch},
     }
+
+
+def srun_arguments(profile: Profile) -> list[str]:
+    """What the site's profile hands to srun."""
+    # Where sbatch was told --export=NONE (some sites do by default), srun would hand on nothing either.
+    exports = [] if any(argument.startswith("--export=") for argument in profile.srun) else ["--export=ALL"]
+    return [*exports, *profile.srun]
 
 
 def _gpus_per_node(profile: Profile, needs_gpus: bool, tasks_per_node: int) -> int | None:

@@ -13,7 +13,7 @@ from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic
-from vjepa_scale.launch.profile import Profile, load_profile, python_command, submitit_parameters
+from vjepa_scale.launch.profile import Profile, load_profile, python_command, srun_arguments
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.submission import (
     SEE_SLURM,
@@ -119,8 +119,7 @@ _END_PEERS = "--kill-on-bad-exit=1"  # else ranks wait for their dead peer
 
 def _finish(stage: str, launch: Launch, profile: Profile) -> str:
     """A line of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
-    site = submitit_parameters(profile, needs_gpus=False, tasks_per_node=1)["srun_args"]
-    step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *site])
+    step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *srun_arguments(profile)])
     decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
     return epilogue(launch.code, step, python_command(profile), decide, '${2:+"--setup-failed=$2"}')
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
+from vjepa_scale.parallel.attention import set_kernel
+from vjepa_scale.parallel.optim import get_optimizer_steps, set_optimizer_steps
 from vjepa_scale.parallel.process_group import pick_device
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
@@ -38,9 +40,17 @@ class Engine(ABC):
         self.device = pick_device(cfg, ranks)
         self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
         self.attention = ""  # the name of the kernel in use
+        self._optimizer: torch.optim.Optimizer  # PyTorch's own, from start_optimizer on
         self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
 
     # -- from a plain network to a sharded one -------------------------------------------------------
+
+    def _accept(self, network: nn.Module, *, trainable: bool) -> None:
+        """What comes before any sharding: refuse what could not be initialised, and choose the attention kernel."""
+        assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
+        assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
+        network.requires_grad_(trainable)
+        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
 
     @abstractmethod
     def shard(
@@ -77,13 +87,26 @@ class Engine(ABC):
         Gradients are averaged over ranks in the last micro-batch of a step only; until then each rank sums its own.
         """
 
-    @abstractmethod
     def grad_norm(self) -> float:
         """L2 norm of all gradients of the step together, of the whole networks, equal on every rank."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        if gradients := self._gradients():
+            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(squares, group=self._gradient_group())
+        return float(squares.sqrt())
 
-    @abstractmethod
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients: clipping is scaling by ``limit / grad_norm`` where that is below 1."""
+        if gradients := self._gradients():
+            torch._foreach_mul_(gradients, factor)
+
+    @abstractmethod
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of the averaged gradients."""
+
+    def _gradient_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose parts make up all gradients, each once; None for all ranks."""
+        return None
 
     @abstractmethod
     def discard_gradients(self) -> None:
@@ -119,13 +142,20 @@ class Engine(ABC):
         """Take over ``tensors``, filled by a loader; those that are left out stay as they are. Collective."""
 
     @property
-    @abstractmethod
     def optimizer_steps(self) -> int:
         """How many steps the moments have seen, which Adam's bias correction needs; 0 for SGD."""
+        return get_optimizer_steps(self._optimizer)
 
     @optimizer_steps.setter
-    @abstractmethod
-    def optimizer_steps(self, steps: int) -> None: ...
+    def optimizer_steps(self, steps: int) -> None:
+        set_optimizer_steps(self._optimizer, steps)
+
+
+def checked_start(value: InitialValue, name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """The start of a parameter: master weights are float32."""
+    full = value(name, shape, seed=seed)
+    assert full.dtype == torch.float32, f"{name}: master weights are float32"
+    return full
 
 
 def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:

@@ -11,18 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
-from vjepa_scale.parallel.attention import set_kernel
 from vjepa_scale.parallel.blocks import prepare_blocks
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
-from vjepa_scale.parallel.engine import Engine, InitialValue
+from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.optim import (
-    build_optimizer,
-    get_optimizer_steps,
-    named_parameters,
-    optimizer_tensors,
-    set_optimizer_steps,
-)
+from vjepa_scale.parallel.optim import build_optimizer, named_parameters, optimizer_tensors
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 
@@ -39,7 +32,6 @@ class FsdpEngine(Engine):
         self._ema: dict[nn.Module, ShardedEma] = {}
         self._trained: list[nn.Module] = []
         self._named: list[tuple[str, nn.Parameter]] = []
-        self._optimizer: torch.optim.Optimizer
 
     # -- from a plain network to a sharded one -------------------------------------------------------
 
@@ -53,11 +45,7 @@ class FsdpEngine(Engine):
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
         """Choose kernels, checkpoint activations, shard, materialise, initialise (see Engine.shard)."""
-        assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
-        assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
-        network.requires_grad_(trainable)
-
-        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
+        self._accept(network, trainable=trainable)
 
         blocks = prepare_blocks(network, self._cfg, trainable=trainable)  # checkpointed, then compiled
 
@@ -74,9 +62,9 @@ class FsdpEngine(Engine):
         network.to_empty(device=self.device)
 
         for parameter_name, parameter in sharded_parameters(network).items():
-            full = initial_value(f"{name}.{parameter_name}", parameter.shape, seed=seed)
-            assert full.dtype == parameter.dtype == torch.float32, f"{parameter_name}: master weights are float32"
-            fill_shard(parameter, full)
+            assert parameter.dtype == torch.float32, f"{parameter_name}: master weights are float32"
+            full_name = f"{name}.{parameter_name}"
+            fill_shard(parameter, checked_start(initial_value, full_name, parameter.shape, seed=seed))
         return network
 
     def _policy(self, *, root: bool) -> MixedPrecisionPolicy:
@@ -106,16 +94,8 @@ class FsdpEngine(Engine):
             _set_gradient_sync(self._trained, True)
         return shared.detach()
 
-    def grad_norm(self) -> float:
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients := self._gradients():
-            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        dist.all_reduce(squares, group=self.mesh.get_group("shard"))  # replicas hold the same gradients
-        return float(squares.sqrt())
-
-    def scale_gradients(self, factor: float) -> None:
-        if gradients := self._gradients():
-            torch._foreach_mul_(gradients, factor)
+    def _gradient_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("shard")  # replicas hold the same gradients
 
     def discard_gradients(self) -> None:
         self._optimizer.zero_grad()
@@ -147,14 +127,6 @@ class FsdpEngine(Engine):
 
     def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
         """Nothing to do: the loader has written into the state itself."""
-
-    @property
-    def optimizer_steps(self) -> int:
-        return get_optimizer_steps(self._optimizer)
-
-    @optimizer_steps.setter
-    def optimizer_steps(self, steps: int) -> None:
-        set_optimizer_steps(self._optimizer, steps)
 
     def _gradients(self) -> list[Tensor]:
         gradients = []

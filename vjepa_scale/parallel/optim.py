@@ -47,13 +47,17 @@ def build_optimizer(cfg: OptimizerConfig, named_parameters: NamedParameters) -> 
     """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
     optimizer = make_optimizer(cfg, named_parameters)
     if cfg.kind == "adamw":
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
-                }
+        start_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
     return optimizer
+
+
+def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """AdamW's state before its first step."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
+            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
+        }
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:

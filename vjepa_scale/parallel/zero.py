@@ -24,11 +24,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
-from vjepa_scale.parallel.attention import set_kernel
 from vjepa_scale.parallel.blocks import prepare_blocks
-from vjepa_scale.parallel.engine import Engine, InitialValue
+from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.optim import MOMENTS, make_optimizer, named_parameters
+from vjepa_scale.parallel.optim import MOMENTS, make_optimizer, named_parameters, start_moments
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 
@@ -41,7 +40,6 @@ class ZeroEngine(Engine):
         self._stage = cfg.zero_stage
         self._mesh = build_mesh("cpu", world_size=self.dp_world_size, replicate=1)
         self._frozen_engines: list[Any] = []  # alive as long as their hooks are needed
-        self._ema: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {}
         self._named: dict[str, nn.Parameter] = {}
         self._engine: Any = None
 
@@ -57,10 +55,7 @@ class ZeroEngine(Engine):
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
         """Choose kernels, checkpoint activations, then piece by piece: materialise, initialise, partition."""
-        assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
-        assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
-        network.requires_grad_(trainable)
-        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
+        self._accept(network, trainable=trainable)
         blocks = prepare_blocks(network, self._cfg, trainable=trainable)
         names = {id(parameter): f"{name}.{own}" for own, parameter in network.named_parameters()}
         for piece in [*blocks, network]:  # so that at most one block is whole before it is partitioned
@@ -76,8 +71,8 @@ class ZeroEngine(Engine):
             for own, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.is_meta:
                     continue
-                full = value(names[id(parameter)], parameter.shape, seed=seed)
-                assert full.dtype == parameter.dtype == torch.float32, f"{own}: master weights are float32"
+                assert parameter.dtype == torch.float32, f"{own}: master weights are float32"
+                full = checked_start(value, names[id(parameter)], parameter.shape, seed=seed)
                 whole = nn.Parameter(full.to(self.device), requires_grad=parameter.requires_grad)
                 setattr(module, own, whole)
         if self._stage == 3:
@@ -91,22 +86,17 @@ class ZeroEngine(Engine):
             config=self._config(),
             dist_init_required=False,
         )
+        self._optimizer = self._zero.optimizer
         self._moments = MOMENTS if cfg.kind == "adamw" else ()
-        self._partitions: list[Tensor] = (
-            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
-        )
-        if self._moments:  # from the start, as zeros: a checkpoint has the same tensors at any step
-            for partition in self._partitions:
-                self._torch_state[partition] = {
-                    "step": torch.zeros(()),
-                    **{moment: torch.zeros_like(partition, requires_grad=False) for moment in self._moments},
-                }
+        if self._moments:
+            start_moments(
+                self._optimizer,
+                self._zero.fp32_partitioned_groups_flat
+                if self._stage == 3
+                else self._zero.single_partition_of_fp32_groups,
+            )
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        return self._zero.optimizer.state
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -135,19 +125,7 @@ class ZeroEngine(Engine):
         self._engine.backward(shared, scale_wrt_gas=False)
         return shared.detach()
 
-    def grad_norm(self) -> float:
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients := self._gradients():
-            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        dist.all_reduce(squares)
-        return float(squares.sqrt())
-
-    def scale_gradients(self, factor: float) -> None:
-        if gradients := self._gradients():
-            torch._foreach_mul_(gradients, factor)
-
     def _gradients(self) -> list[Tensor]:
-        """This rank's partition of the averaged gradients."""
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
 
     def discard_gradients(self) -> None:
@@ -233,16 +211,6 @@ class ZeroEngine(Engine):
             parameter.set_full_hp_param(whole, moment)
         if moment is None:
             parameter.data.copy_(whole)
-
-    @property
-    def optimizer_steps(self) -> int:
-        return max((int(state["step"]) for state in self._torch_state.values() if "step" in state), default=0)
-
-    @optimizer_steps.setter
-    def optimizer_steps(self, steps: int) -> None:
-        for state in self._torch_state.values():
-            if "step" in state:
-                state["step"].fill_(steps)
 
 
 class _Composite(nn.Module):

@@ -125,10 +125,7 @@ def _check_shard(task: _ShardTask) -> list[str]:
 def _check_record(
     manifest: Manifest, record: int, samples: dict[str, list[dict[tuple[int, int], str]]], task: _ShardTask
 ) -> list[str]:
-    place = {
-        role: (int(manifest.column(f"{role}.offset")[record]), int(manifest.column(f"{role}.size")[record]))
-        for role in ("video", "json")
-    }
+    place = {role: manifest.place(record, role) for role in ("video", "json")}
     candidates = samples.get(manifest.key(record), [])
     if not candidates:
         return ["not in the shard"]
@@ -152,8 +149,8 @@ def _check_beside(manifest: Manifest, record: int, candidates: list[dict[tuple[i
         return []
     wrong = []
     for name in MEMBERS:
-        if f"{name}.size" in manifest.described and manifest.column(f"{name}.size")[record]:
-            place = int(manifest.column(f"{name}.offset")[record]), int(manifest.column(f"{name}.size")[record])
+        if manifest.has(record, name):
+            place = manifest.place(record, name)
             if not any(members.get(place) == f"{name}.npy" for members in candidates):
                 wrong.append(f"its {name} lie elsewhere in the shard")
     if not wrong:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_dir, read_json, temporary_beside, write_json
+from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.decode import NOT_A_VIDEO
 from vjepa_scale.data.ingest.probing import probed
@@ -186,7 +186,7 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
         np.save(folder / f"{name}.npy", raw[name][order])
     for name in _ROW.names or ():
         (folder / f"{name}.raw").unlink()
-    fsync_dir(folder)
+    fsync_path(folder)
 
 
 def duplicates(

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import sha256_file
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.droid import LOG, METADATA, VIDEOS, read_log, read_view
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.ingest.retime import checked_retimed, retimed
 from vjepa_scale.data.ingest.sources import Source, read_list, walk_sources
+from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.trajectories import MEMBERS, Floats, StateLog, check_clocks, step_s
 
 LAYOUTS = ("droid",)
@@ -119,7 +119,7 @@ def probe_trajectory(root: Path, folder: str, *, view: str, retime: bool) -> Fou
     logged = len(log.times_s)
     decoded = decode_whole(path)
     log = _with_pictures(log, decoded.facts.frames)
-    digest, size, extension = sha256_file(path), path.stat().st_size, None
+    digest, size, extension = sha256_beating(path), path.stat().st_size, None
     if retime and len(log.times_s) == decoded.facts.frames and not _on_screen(decoded, log.times_s):
         data, extension, decoded = checked_retimed(path, decoded, log.times_s)
         digest, size = hashlib.sha256(data).hexdigest(), len(data)

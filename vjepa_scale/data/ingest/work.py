@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_dir, read_json, write_json
+from vjepa_scale.core.files import fsync_path, read_json, write_json
 from vjepa_scale.data.ingest.droid import LOG
 from vjepa_scale.data.ingest.sources import Source, find_sources, folder_source
 from vjepa_scale.data.ingest.trajectories import find_trajectories
@@ -172,11 +172,7 @@ def tidy(out: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, unless another process has done so: what stands there never changes."""
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_path(temporary)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -184,14 +180,14 @@ def publish(temporary: Path, path: Path) -> None:
     except OSError:  # a file system without links
         os.rename(temporary, path)
     temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:
     """``publish`` for a folder of finished files."""
     try:
         os.rename(temporary, folder)
-        fsync_dir(folder.parent)
+        fsync_path(folder.parent)
     except OSError:
         if not folder.exists():
             raise
