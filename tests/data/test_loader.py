@@ -21,8 +21,9 @@ from tests.data.videos import encoded, number_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import clip_refs, dump_order
-from vjepa_scale.data.evaluation import evaluation_clips, labels_of
+from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.data.labels import labels_of
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder

@@ -12,7 +12,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.masking import MaskPair, check_masks, draw_masks
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import recipe_yaml, validate_recipe
-from vjepa_scale.recipe.schema import MasksConfig
+from vjepa_scale.recipe.mask_sections import MasksConfig
 
 GRID = (8, 3, 2)
 FUTURE, DROPOUT, RATES = {"kind": "future"}, {"kind": "frame_dropout"}, {"kind": "multi_rate"}

@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.chain import ROOT
-from vjepa_scale.model import Encoder, Predictor, flops
+from vjepa_scale.model import ActionPredictor, AttentiveProbe, Encoder, Predictor, flops
 from vjepa_scale.recipe import load_recipe
-from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
+from vjepa_scale.recipe.schema import ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig
 
 SMALL = ModelConfig(
     encoder=EncoderConfig(width=64, depth=3, heads=2, mlp_hidden=200),
@@ -53,3 +53,43 @@ def test_a_long_clip_is_dominated_by_attention() -> None:
     alone = 40 * 18432**2 * 4 * 1408
     whole = flops.encoder_forward(load_recipe(ROOT / "recipes" / "vitg_384.yaml").model, 18432)
     assert alone < whole < 2 * alone + 40 * 18432 * 2 * (4 * 1408**2 + 2 * 1408 * 6144)
+
+
+ARM = SMALL.model_copy(
+    update={
+        "action_predictor": ActionPredictorConfig(
+            width=48, depth=2, heads=2, mlp_hidden=96, extrinsics=True, grid=(3, 5)
+        )
+    }
+)
+
+
+def test_an_action_step() -> None:
+    """Three frames: the frozen encoder on each, teacher forcing over two steps, one imagined step more."""
+    with torch.device("meta"):
+        encoder, predictor = Encoder(ARM), ActionPredictor(ARM.action_predictor, encoder_width=ARM.encoder.width)
+        frames = torch.empty(3, 3, ARM.tubelet, 3 * ARM.patch, 5 * ARM.patch)
+        states, cameras = torch.empty(1, 2, 7), torch.empty(1, 2, 6)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            encoder(frames)
+        for _ in range(2):
+            tokens = torch.empty(1, 30, ARM.encoder.width, device="meta", requires_grad=True)
+            predictor(tokens, states, states, cameras).sum().backward()
+    # A pass costs twice its forward in the backward; of actions and states, the few inputs need no gradient.
+    assert flops.action_step(ARM, 3, 15, 2) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert flops.action_predictor_parameters(ARM) == sum(p.numel() for p in predictor.parameters())
+
+
+def test_a_probe_step() -> None:
+    with torch.device("meta"):
+        encoder, probe = Encoder(SMALL), AttentiveProbe(width=64, heads=2, classes=11, depth=3)
+        clip = torch.empty(1, 3, 2 * SMALL.tubelet, 3 * SMALL.patch, 5 * SMALL.patch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            tokens = encoder(clip)
+        for _ in range(2):
+            probe(tokens.detach().requires_grad_()).sum().backward()
+    assert flops.probe_step(SMALL, 30, probes=2, depth=3, classes=11) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )

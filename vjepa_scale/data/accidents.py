@@ -24,6 +24,8 @@ from vjepa_scale.recipe.schema import DataConfig
 # A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
 ATTEMPTS = 8
 
+Ints = npt.NDArray[np.int64]
+
 TIME_LIMIT = "time limit"
 CRASH = "crashes the decoder"
 
@@ -82,16 +84,18 @@ def clip_or_substitute(
     data: DataConfig,
     known: Known,
     timed: Timed | None = None,
-) -> tuple[list[npt.NDArray[np.uint8]], list[Accident]]:
-    """The pictures of a slot, T of uint8 [H, W, 3], and the accidents on the way to them.
+    kept: Ints | None = None,
+) -> tuple[ClipRef, list[npt.NDArray[np.uint8]], list[Accident]]:
+    """The clip that a slot shows, its pictures, T of uint8 [H, W, 3], and the accidents on the way to them.
 
     known: clips not to be tried
+    kept:  the records that the stage draws from; None: all
     Raises UserError where no clip of ATTEMPTS decodes.
     """
     accidents: list[Accident] = []
     first: UserError | None = None
     for attempt in range(ATTEMPTS):
-        candidate = substitute(manifest, ref, attempt=attempt, data=data) if attempt else ref
+        candidate = substitute(manifest, ref, attempt=attempt, data=data, kept=kept) if attempt else ref
         if any(accident.record == candidate.record for accident in accidents):
             continue
         if accidents:
@@ -103,7 +107,7 @@ def clip_or_substitute(
             video = manifest.read(candidate.record)
             try:
                 with timed.decoding(candidate) if timed is not None else nullcontext():
-                    return pictures_of(candidate, video, decoder=data.decoder), accidents
+                    return candidate, pictures_of(candidate, video, decoder=data.decoder), accidents
             except DecodeError as caught:
                 error = caught
         first = first or undecodable(manifest, candidate, error)
@@ -122,9 +126,12 @@ def clip_or_substitute(
     raise UserError(first.what + more, where=first.where, fix=first.fix)
 
 
-def substitute(manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig) -> ClipRef:
+def substitute(
+    manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig, kept: Ints | None = None
+) -> ClipRef:
     """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
-    record = Draws(data.seed, "substitute", ref.step, ref.slot, attempt).integer(manifest.records)
+    draws = Draws(data.seed, "substitute", ref.step, ref.slot, attempt)
+    record = draws.integer(manifest.records) if kept is None else int(kept[draws.integer(len(kept))])
     draw = Draws(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
     ref = replace(ref, record=record)
     return with_window(ref, manifest, draw, frames=len(ref.times_s), sampling=data.sampling)

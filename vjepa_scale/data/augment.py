@@ -85,6 +85,13 @@ def center_crop(
     return _resized(pictures, center_box(size[1] / size[0], *pictures[0].shape[:2]), size, out)
 
 
+def squashed_crop(
+    pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, aspect: float, out: Tensor | None = None
+) -> Tensor:
+    """The largest centred crop of an aspect (width/height), squashed to a size: uint8 [3, T, *size]."""
+    return _resized(pictures, center_box(aspect, *pictures[0].shape[:2]), size, out)
+
+
 def empty_clips(number: int, frames: int, size: tuple[int, int]) -> Tensor:
     """Room for clips, uint8 [number, 3, frames, *size], channels last in memory: as resizing gives them."""
     return torch.empty(number, frames, *size, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)

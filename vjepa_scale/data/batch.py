@@ -1,5 +1,6 @@
 """What the loader hands to the trainer: micro-batches, typed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +15,13 @@ class MicroBatch:
     """Consecutive slots of one geometry inside one mask group: what one forward pass takes.
 
     clips:    uint8 [b, 3, T, H, W], not normalised; micro-batches of a step may differ in T
-    masks:    one pair per mask generator, rows as in clips
+    masks:    one pair per mask generator, rows as in clips; of pretraining only
     step:     the global step
     slots:    of the step's global batch
     datasets: name of each clip's data set
     accidents: clips that had to be replaced, as ledger rows; known ones too
+    states, extrinsics: of trajectories, float32 [b, T, 7] and, where the model asks for them, [b, T, 6]
+    labels:   of labelled clips, int64 [b]
     """
 
     clips: Tensor
@@ -27,18 +30,28 @@ class MicroBatch:
     slots: range
     datasets: tuple[str, ...]
     accidents: tuple[Accident, ...] = ()
+    states: Tensor | None = None
+    extrinsics: Tensor | None = None
+    labels: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        return replace(
-            self,
-            clips=self.clips.to(device, non_blocking=non_blocking),
-            masks=tuple(pair.to(device, non_blocking) for pair in self.masks),
-        )
+        masks = tuple(pair.to(device, non_blocking) for pair in self.masks)
+        return self._with(masks, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MicroBatch":
         """In page-locked memory, from which a copy to a GPU does not block (DataLoader calls this)."""
-        masks = tuple(pair.pin_memory() for pair in self.masks)
-        return replace(self, clips=self.clips.pin_memory(), masks=masks)
+        return self._with(tuple(pair.pin_memory() for pair in self.masks), Tensor.pin_memory)
+
+    def _with(self, masks: tuple[MaskPair, ...], change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """These masks, and all other tensors changed."""
+        return replace(
+            self,
+            masks=masks,
+            clips=change(self.clips),
+            states=None if self.states is None else change(self.states),
+            extrinsics=None if self.extrinsics is None else change(self.extrinsics),
+            labels=None if self.labels is None else change(self.labels),
+        )
 
 
 # This rank's micro-batches of one step.

@@ -13,6 +13,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe.schema import DataConfig
 
 DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second")
 
@@ -54,17 +55,26 @@ def clip_refs(
     A clip has the frames and the rate of its data set, the rate times the slot's jitter; its window is drawn
     uniformly.
     """
-    seed = recipe.data.seed
+    data = data_of(recipe, phase)
+    seed = data.seed
     datasets, records = order.batch(step)
     refs = []
     for slot in slots:
         name, record = order.names[datasets[slot]], int(records[slot])
-        fps = recipe.data.fps_of(name) * _jitter(recipe.data.augment.rate, Draws(seed, "rate", step, slot))
+        fps = data.fps_of(name) * _jitter(data.augment.rate, Draws(seed, "rate", step, slot))
         draw = Draws(seed, "window", step, slot).uniform()
         ref = ClipRef(step, slot, name, record, (), fps)
         frames = phase.frames_of(name)
-        refs.append(with_window(ref, manifests[name], draw, frames=frames, sampling=recipe.data.sampling))
+        refs.append(with_window(ref, manifests[name], draw, frames=frames, sampling=data.sampling))
     return refs
+
+
+def data_of(recipe: Recipe, phase: Phase) -> DataConfig:
+    """How a phase takes its clips. Trajectories always by physical time: their actions are made of it."""
+    if phase.kind != "action":
+        return recipe.data
+    augment = recipe.data.augment.model_copy(update={"rate": (1.0, 1.0)})
+    return recipe.data.model_copy(update={"sampling": "time", "augment": augment})
 
 
 def _jitter(limits: tuple[float, float], draws: Draws) -> float:

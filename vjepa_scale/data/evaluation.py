@@ -1,58 +1,17 @@
 """A whole data set once, in the order of its records, without chance: what probes measure on."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import center_crop, empty_clips
 from vjepa_scale.data.clips import ClipRef, decode_ref, window
+from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import Prefetched
-from vjepa_scale.data.manifest import MANIFEST, Manifest
-
-
-def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Tensor:
-    """The class of every record: int64 [records], an index into ``classes``.
-
-    classes: of the task, usually the training set's ``manifest.classes``; default: this data set's own.
-    Raises UserError where a record has no label, or one that is not in ``classes``.
-    """
-    own = torch.from_numpy(manifest.column("label").astype("int64"))
-    where = manifest.folder / MANIFEST
-    if (own < 0).any():
-        key = manifest.key(int((own < 0).nonzero()[0, 0]))
-        raise UserError(f"record {key} has no label", where=where, fix="put videos into one folder per class")
-    if classes is None:
-        return own
-    number = {name: i for i, name in enumerate(classes)}
-    unknown = sorted({manifest.classes[i] for i in own.unique().tolist()} - set(number))
-    if unknown:
-        raise UserError(
-            f"class {unknown[0]!r} is not among the {len(number)} classes of the task",
-            where=where,
-            fix="use data sets of the same classes",
-        )
-    return torch.tensor([number.get(name, -1) for name in manifest.classes])[own]
-
-
-def metadata_of(manifest: Manifest, record: int) -> dict[str, Any]:
-    """The JSON of a record (docs/shards.md); empty for an indexed sample that has none. Raises UserError."""
-    try:
-        known = json.loads(manifest.read(record, "json") or b"{}")
-    except ValueError:
-        known = None
-    if not isinstance(known, dict):
-        raise UserError(
-            f"the JSON of record {manifest.key(record)} is no JSON object",
-            where=manifest.folder / manifest.shard_of(record).name,
-            fix="restore this shard from a copy, or make the shards again",
-        )
-    return known
+from vjepa_scale.data.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
 
 def handles_needed(recipe: Recipe) -> int:
     """Open files that one rank has at most."""
-    tensors = 1 + 2 * len(recipe.masks.generators)  # clips; context and target of each generator
+    # Clips; context and target of each generator, or states and extrinsics, or labels.
+    tensors = 1 + 2 * len(recipe.masks.generators)
     return _OTHER_HANDLES + _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe) * tensors
 
 

@@ -15,15 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.accidents import Accident, Known, Timed, clip_or_substitute
-from vjepa_scale.data.augment import empty_clips, random_crop
+from vjepa_scale.data.accidents import Ints, Known
 from vjepa_scale.data.batch import MicroBatch, StepBatch
-from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.processes import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.silence import Board, SilenceWatch
-from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.recipe.phases import accumulation
 
@@ -38,6 +36,7 @@ class PhaseLoader:
     dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
     pin_memory:              for a copy to a GPU that does not block
     known:                   accidents of the run's ledger: these clips are replaced, not tried
+    kept:                    of data sets of which the stage draws only some records, these (data/kept.py)
     Use it in a ``with``: its workers end with it. A clip that does not decode, or not within
     data.faults.decode_timeout_s, is replaced, and told in its MicroBatch's ``accidents``. Raises UserError where a
     shard cannot be read, and where the replacements of a clip do not decode either.
@@ -55,13 +54,14 @@ class PhaseLoader:
         first_step: int,
         pin_memory: bool = False,
         known: Known | None = None,
+        kept: Mapping[str, Ints] | None = None,
     ) -> None:
         assert phase.first <= first_step < phase.end, f"step {first_step} is not in phase {phase.name}"
         self._per_step = accumulation(phase, dp_world_size=dp_world_size)
         mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
         self._recipe, self._pin_memory = recipe, pin_memory
         self._indices = _Indices(range(first_step, phase.end), mine)
-        self._load = partial(load_micro_batch, recipe, phase, order, dict(manifests))
+        self._load = partial(load_micro_batch, recipe, phase, order, dict(manifests), kept=dict(kept or {}))
         self._known = dict(known or {})
         self._names = order.names
         self._items: Prefetched[tuple[int, int], MicroBatch] | None = None
@@ -109,33 +109,6 @@ class PhaseLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def load_micro_batch(
-    recipe: Recipe,
-    phase: Phase,
-    order: DataOrder,
-    manifests: Mapping[str, Manifest],
-    index: tuple[int, int],
-    *,
-    known: Known,
-    timed: Timed | None = None,
-) -> MicroBatch:
-    """Micro-batch number m of a step, by index (step, m): decoded, cropped, with its masks."""
-    step, number = index
-    slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
-    refs = clip_refs(recipe, phase, order, manifests, step=step, slots=slots)
-    frames = phase.frames_of(refs[0].dataset)
-    assert all(len(ref.times_s) == frames for ref in refs), "a micro-batch has one geometry"
-    clips = empty_clips(len(refs), frames, phase.size)
-    accidents: list[Accident] = []
-    for row, ref in zip(clips, refs, strict=True):
-        pictures, met = clip_or_substitute(manifests[ref.dataset], ref, data=recipe.data, known=known, timed=timed)
-        accidents += met
-        random_crop(pictures, phase.size, recipe.data.augment, seed=recipe.run.seed, step=step, slot=ref.slot, out=row)
-    grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
-    masks = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=slots, grid=grid)
-    return MicroBatch(clips, masks, step, slots, tuple(ref.dataset for ref in refs), tuple(accidents))
 
 
 class ClipsLost(Exception):

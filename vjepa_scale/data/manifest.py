@@ -112,6 +112,12 @@ class Manifest:
         """Records of each shard: what DataOrder wants."""
         return np.array([shard.records for shard in self.shards], np.int64)
 
+    def records_of_shards(self, kept: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+        """Records of each shard, or how many of ``kept`` each has."""
+        if kept is None:
+            return self.records_per_shard
+        return np.bincount(np.searchsorted(self._ends, kept, side="right"), minlength=len(self.shards))
+
     @cached_property
     def _ends(self) -> list[int]:
         return np.cumsum(self.records_per_shard).tolist()

@@ -52,6 +52,7 @@ class DataOrder:
     phases: consecutive phases, each with its global batch and mixture
     base:   draws that each set had given before the first phase (what ``drawn`` said there); default none
     lanes:  how many shards an epoch of one set walks through side by side
+    kept:   of sets of which only some records are drawn, these, rising; ``sets`` then counts only them
     Raises UserError for a data set in a phase's mixture that the phase is too short to draw from.
     """
 
@@ -63,8 +64,10 @@ class DataOrder:
         phases: Sequence[Phase],
         base: Mapping[str, int] | None = None,
         lanes: int = 128,
+        kept: Mapping[str, Ints] | None = None,
     ) -> None:
         self.names = [name for name, _ in sets]
+        self._kept = [(kept or {}).get(name) for name in self.names]
         self._sets = [
             _SetOrder(key64(seed, f"order.{name}"), np.asarray(sizes, np.int64), lanes) for name, sizes in sets
         ]
@@ -120,12 +123,12 @@ class DataOrder:
             n = end[i] - first[i]
             # Draws of a set by (lane, k), so that neighbours in the batch are neighbours in a shard;
             # then the sets are spread evenly over the batch. Equal quotients of integers are equal floats.
-            record.append(self._sets[i].records(np.arange(first[i], end[i], dtype=np.int64)))
+            records, kept = self._sets[i].records(np.arange(first[i], end[i], dtype=np.int64)), self._kept[i]
+            record.append(records if kept is None else kept[records])
             dataset.append(np.full(n, i, np.int64))
             lane_rank.append((np.arange(n) + 0.5) / max(1, n))
-        datasets, records = np.concatenate(dataset), np.concatenate(record)
-        slots = np.lexsort((datasets, np.concatenate(lane_rank)))
-        return np.stack([datasets[slots], records[slots]])
+        both = np.stack([np.concatenate(dataset), np.concatenate(record)])
+        return both[:, np.lexsort((both[0], np.concatenate(lane_rank)))]
 
     def _number(self, step: int) -> int:
         """Which phase a step is in."""
@@ -176,7 +179,8 @@ def split_draws(draws: int, shares: Sequence[int]) -> list[int]:
     """How many of the first q draws each data set gives (or of the first q mask groups each geometry gets).
 
     By falling share, with rest = q and Q = Σ shares: N = rest·share // Q; rest -= N; Q -= share.
-    The counts sum to q, never fall as q grows, and stay within two of the exact share.
+    The counts sum to q and never fall as q grows. Of k sets each is less than 1 under its exact share and less than
+    1 + 1/2 + … + 1/(k−1) over it (tests/data/shares.py): within two for up to four sets, within three for up to eleven.
     """
     given = [0] * len(shares)
     rest, total = draws, sum(shares)

@@ -17,12 +17,11 @@ from vjepa_scale.model import flops
 from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
-from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
 from vjepa_scale.training.lock import refuse_if_training
 from vjepa_scale.training.start import (
     check_finished,
     is_finished,
-    open_data,
     planned_first,
     planned_order,
     preflight,
@@ -150,11 +149,18 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
         f"{recipe.engine.precision}, on {recipe.engine.device}"
     )
     yield f"cluster {where}, jobs of at most {launch.timeout_min} minutes"
-    sizes = (flops.encoder_parameters(model), flops.predictor_parameters(model))
-    yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}: " + (
-        "{:,.1f} M parameters, and {:,.1f} M in the predictor".format(*(size / 1e6 for size in sizes))
+    sizes = {"encoder": flops.encoder_parameters(model)}
+    if any(name in MASKED for name in stages):
+        sizes["predictor"] = flops.predictor_parameters(model)
+    if "action" in stages:
+        sizes["action predictor"] = flops.action_predictor_parameters(model)
+    yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}; " + (
+        "parameters: " + ", ".join(f"{name} {size / 1e6:,.1f} M" for name, size in sizes.items())
     )
+    used = {name for stage in stages for name in stage_sets(recipe, stage)}
     for name, data_set in recipe.data.sets.items():
+        if name not in used:
+            continue
         held, problem = "", "  (no manifest there yet)"
         if (Path(data_set.path) / MANIFEST).exists():
             try:
@@ -205,7 +211,8 @@ def _geometries(recipe: Recipe, phase: Phase) -> str:
         t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
         share = f" ({sum(part.values()) / sum(phase.mixture.values()):.3g} of the clips: {', '.join(part)})"
         several = len(phase.geometries) > 1
-        said.append(f"{frames} × {phase.size[0]}×{phase.size[1]} px = {t * h * w} tokens" + several * share)
+        tokens = f"{frames} × {h * w}" if phase.kind == "action" else str(t * h * w)
+        said.append(f"{frames} × {phase.size[0]}×{phase.size[1]} px = {tokens} tokens" + several * share)
     return " and ".join(said)
 
 
@@ -231,14 +238,13 @@ def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[st
             where="--dump-order",
             fix=f"FIRST:LAST with FIRST < LAST, for example {wanted.start}:{wanted.start + 1}",
         )
-    manifests = open_data(recipe)
-    planned = {name: planned_order(recipe, name, manifests) for name in stages}
-    steps = {name: range(phases[0].first, phases[-1].end) for name, (phases, _) in planned.items()}
+    planned = {name: planned_order(recipe, name) for name in stages}
+    steps = {name: range(phases[0].first, phases[-1].end) for name, (phases, *_) in planned.items()}
     if not any(max(wanted.start, there.start) < min(wanted.stop, there.stop) for there in steps.values()):
         there = ", ".join(f"{name} has steps {s.start} to {s.stop - 1}" for name, s in steps.items())
         raise UserError(f"no step of the stages is in {text}", where="--dump-order", fix=there)
     yield "# " + "\t".join(DUMPED)
-    for phases, order in planned.values():
+    for phases, order, manifests in planned.values():
         for phase in phases:
             for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):
                 yield from dump_order(recipe, phase, order, manifests, step)

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.load import explain_invalid
-from vjepa_scale.recipe.schema import Section
+from vjepa_scale.recipe.sections import Section
 
 # -- what values may hold --------------------------------------------------------------------------
 

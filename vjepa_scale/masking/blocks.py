@@ -8,7 +8,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws, key64, words
 from vjepa_scale.masking.subset import Mask
-from vjepa_scale.recipe.schema import BlockMasksConfig
+from vjepa_scale.recipe.mask_sections import BlockMasksConfig
 
 Grid = tuple[int, int, int]
 

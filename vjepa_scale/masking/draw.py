@@ -15,7 +15,7 @@ from torch import Tensor
 from vjepa_scale.masking.blocks import Grid, block_size, drawn_block_size, union_of_blocks
 from vjepa_scale.masking.frames import check_frames, frame_masks
 from vjepa_scale.masking.subset import Mask, Ranks, random_ranks, subset
-from vjepa_scale.recipe.schema import BlockMasksConfig, MasksConfig
+from vjepa_scale.recipe.mask_sections import BlockMasksConfig, MasksConfig
 
 
 @dataclass(frozen=True)

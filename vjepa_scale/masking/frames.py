@@ -15,7 +15,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.masking.blocks import Grid
 from vjepa_scale.masking.subset import Mask, random_ranks, subset
-from vjepa_scale.recipe.schema import FrameDropoutMasksConfig, FrameMasksConfig, MultiRateMasksConfig
+from vjepa_scale.recipe.mask_sections import FrameDropoutMasksConfig, FrameMasksConfig, MultiRateMasksConfig
 
 
 def frame_masks(

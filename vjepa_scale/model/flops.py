@@ -6,7 +6,7 @@ among them.
 """
 
 from vjepa_scale.model.encoder import CHANNELS
-from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
+from vjepa_scale.recipe.schema import ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig
 
 
 def encoder_parameters(model: ModelConfig) -> int:
@@ -17,6 +17,13 @@ def encoder_parameters(model: ModelConfig) -> int:
 def predictor_parameters(model: ModelConfig) -> int:
     D, P = model.encoder.width, model.predictor.width
     return (D + 1) * P + model.predictor.mask_tokens * P + _block_parameters(model.predictor) + 2 * P + (P + 1) * D
+
+
+def action_predictor_parameters(model: ModelConfig) -> int:
+    network, D = model.action_predictor, model.encoder.width
+    P = network.width
+    conditions = 8 * P + 8 * P + 7 * P  # actions, states, extrinsics
+    return (D + 1) * P + conditions + _block_parameters(network) + 2 * P + (P + 1) * D
 
 
 def encoder_forward(model: ModelConfig, tokens: int) -> int:
@@ -50,16 +57,43 @@ def jepa_step(model: ModelConfig, tokens: int, pairs: list[tuple[int, int]]) -> 
     return encoder_forward(model, tokens) + trained
 
 
+def action_predictor_forward(model: ModelConfig, steps: int, tokens: int) -> int:
+    """Of one clip: ``steps`` time steps of ``tokens`` patch tokens each, with their actions and states."""
+    network, D = model.action_predictor, model.encoder.width
+    conditions = 3 if network.extrinsics else 2
+    embedded = 2 * steps * network.width * (2 * D * tokens + 7 * conditions)  # in and out; a condition has 6 or 7
+    return embedded + _blocks(network, steps * (tokens + conditions))
+
+
+def action_step(model: ModelConfig, frames: int, tokens: int, rollout_steps: int) -> int:
+    """Of one clip of a step of action-conditioned training, forward and backward.
+
+    tokens: of one frame, each of which the frozen encoder computes alone
+    The mask of attention is not made use of, so all pairs of tokens count.
+    """
+    passes = [frames - 1, *range(2, rollout_steps + 1)]
+    trained = sum(3 * action_predictor_forward(model, steps, tokens) for steps in passes)
+    return frames * encoder_forward(model, tokens) + trained
+
+
+def probe_step(model: ModelConfig, tokens: int, *, probes: int, depth: int, classes: int) -> int:
+    """Of one clip of a step that trains probes on a frozen encoder."""
+    D = model.encoder.width
+    blocks = _blocks(EncoderConfig(width=D, depth=depth, heads=1), tokens) * (depth - 1) // depth
+    pooled = 2 * tokens * 2 * D * D + 2 * 2 * tokens * D + 2 * D * (D + 8 * D + classes)  # keys, values; the query's
+    return encoder_forward(model, tokens) + 3 * probes * (blocks + pooled)
+
+
 def _tubelet(model: ModelConfig) -> int:
     return CHANNELS * model.tubelet * model.patch**2
 
 
-def _block_parameters(network: EncoderConfig | PredictorConfig) -> int:
+def _block_parameters(network: EncoderConfig | PredictorConfig | ActionPredictorConfig) -> int:
     D, hidden = network.width, network.mlp_hidden
     return network.depth * ((D + 1) * 3 * D + (D + 1) * D + (D + 1) * hidden + (hidden + 1) * D + 4 * D)
 
 
-def _blocks(network: EncoderConfig | PredictorConfig, tokens: int) -> int:
+def _blocks(network: EncoderConfig | PredictorConfig | ActionPredictorConfig, tokens: int) -> int:
     D = network.width
     linear = 4 * D * D + 2 * D * network.mlp_hidden  # qkv and projection, MLP
     attention = 2 * tokens * D  # scores, and their product with the values

@@ -15,21 +15,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vjepa_scale.core.keyed import Draws
 from vjepa_scale.objective import effective_rank as spectrum
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-def few_labels(labels: Ints, *, per_class: int, seed: int) -> Ints:
-    """Indices of ``per_class`` examples of every class, sorted: a keyed draw, so equal for all encoders."""
-    chosen = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        assert len(members) >= per_class, f"class {label} has {len(members)} examples, fewer than {per_class}"
-        chosen.append(members[Draws(seed, "labels", int(label)).shuffled(len(members))[:per_class]])
-    return np.sort(np.concatenate(chosen))
 
 
 def effective_rank(features: Floats) -> float:

@@ -8,6 +8,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.objective.objective import Objective, lp_distance
 from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe.schema import Recipe
 
@@ -15,7 +16,7 @@ from vjepa_scale.recipe.schema import Recipe
 OBSERVED_TOKENS = 256
 
 
-class Jepa:
+class Jepa(Objective):
     """Encoder E, predictor P and target encoder Ē, an exponential moving average of E that is never trained.
 
     The loss of one clip and one (context, target) pair of token sets, with x the clip:
@@ -23,7 +24,10 @@ class Jepa:
         | P(E(x, context), context, target) − LayerNorm(Ē(x))[target] |   averaged over tokens and channels
     """
 
+    observes = True
+
     def __init__(self, recipe: Recipe, engine: Engine) -> None:
+        super().__init__(recipe, engine)
         with torch.device("meta"):
             encoder, predictor, target = Encoder(recipe.model), Predictor(recipe.model), Encoder(recipe.model)
         seed = recipe.run.seed
@@ -32,26 +36,21 @@ class Jepa:
         # Under the encoder's name: the same keyed values, so Ē starts as an exact copy of E.
         self.target_encoder = engine.shard(target, name="encoder", seed=seed, trainable=False)
         engine.match_ema(self.target_encoder, self.encoder)
-        self._engine = engine
-        self._momentum = recipe.jepa.ema_momentum
+        self.ema_momentum: float = recipe.jepa.ema_momentum
         self._exponent = recipe.jepa.loss_exponent
         self._token_per_generator = recipe.jepa.mask_token == "per_generator"
-        self._mean = torch.tensor(recipe.data.augment.mean, device=engine.device).view(1, 3, 1, 1, 1)
-        self._std = torch.tensor(recipe.data.augment.std, device=engine.device).view(1, 3, 1, 1, 1)
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that the optimiser moves."""
         return {"encoder": self.encoder, "predictor": self.predictor}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Everything a checkpoint holds."""
         return {**self.trained, "target_encoder": self.target_encoder}
 
-    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> Tensor:
-        """Mean loss of one micro-batch over its mask pairs: a float32 scalar with a graph.
+    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+        """The mean over the micro-batch's mask pairs.
 
         observe: where given, takes target features of the micro-batch, evenly spaced tokens of each clip.
         """
@@ -73,23 +72,9 @@ class Jepa:
             mask_token = generator if self._token_per_generator else 0
             predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)
             wanted_BMD = targets_BND.gather(1, target_BM[..., None].expand(-1, -1, targets_BND.shape[-1]))
-            losses.append(self._distance(predicted_BMD.float(), wanted_BMD))
-        return torch.stack(losses).mean()
-
-    def _distance(self, predicted: Tensor, wanted: Tensor) -> Tensor:
-        if self._exponent == 1.0:
-            return F.l1_loss(predicted, wanted)
-        return (predicted - wanted).abs().pow(self._exponent).mean() / self._exponent
+            losses.append(lp_distance(predicted_BMD.float(), wanted_BMD, self._exponent))
+        return {"loss": torch.stack(losses).mean()}
 
     def after_step(self) -> None:
         """θ̄ ← m·θ̄ + (1−m)·θ over all parameters of the encoder."""
-        self._engine.ema_update(self.target_encoder, self.encoder, self._momentum)
-
-    @property
-    def ema_momentum(self) -> float:
-        return self._momentum
-
-    def _normalised(self, clips: Tensor) -> Tensor:
-        """uint8 [B, 3, T, H, W] in any memory layout → float32 on the device, by the recipe's mean and std."""
-        clips = clips.to(self._engine.device, non_blocking=True).float().div_(255.0)
-        return clips.sub_(self._mean).div_(self._std)
+        self._engine.ema_update(self.target_encoder, self.encoder, self.ema_momentum)

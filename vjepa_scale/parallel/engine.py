@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.attention import set_kernel
-from vjepa_scale.parallel.optim import get_optimizer_steps, set_optimizer_steps
+from vjepa_scale.parallel.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
 from vjepa_scale.parallel.process_group import pick_device
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
@@ -75,8 +75,13 @@ class Engine(ABC):
         """Check, before training, that ``ema_update`` can average these two shard by shard."""
 
     @abstractmethod
-    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
-        """Make the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``."""
+    def start_optimizer(
+        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+    ) -> None:
+        """Make the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``.
+
+        settings: networks with a rate and a weight decay of their own
+        """
 
     # -- what a training step needs -------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from vjepa_scale.parallel.blocks import prepare_blocks
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
 from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.optim import build_optimizer, named_parameters, optimizer_tensors
+from vjepa_scale.parallel.optim import GroupSetting, build_optimizer, named_parameters, optimizer_tensors, set_rate
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 
@@ -80,10 +80,12 @@ class FsdpEngine(Engine):
 
     # -- what a training step needs -------------------------------------------------------------------
 
-    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
+    def start_optimizer(
+        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+    ) -> None:
         self._trained = list(trained.values())
         self._named = named_parameters(trained)
-        self._optimizer = build_optimizer(cfg, self._named)
+        self._optimizer = build_optimizer(cfg, self._named, settings)
 
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
         _set_gradient_sync(self._trained, last)  # without it each rank keeps its own sum, unsharded, in float32
@@ -101,8 +103,7 @@ class FsdpEngine(Engine):
         self._optimizer.zero_grad()
 
     def step(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

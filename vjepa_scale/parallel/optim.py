@@ -1,6 +1,7 @@
 """Optimisers over sharded parameters, and their state as named tensors."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,13 @@ from torch import Tensor, nn
 from vjepa_scale.recipe.schema import OptimizerConfig
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+class GroupSetting(NamedTuple):
+    """What a network has of its own. lr_scale: its learning rate is the step's times this."""
+
+    lr_scale: float
+    weight_decay: float
 
 
 def named_parameters(networks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
@@ -24,28 +32,39 @@ def _own_shape(parameter: nn.Parameter) -> Sequence[int]:
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, named_parameters: NamedParameters, shape: Callable[[nn.Parameter], Sequence[int]] = _own_shape
+    cfg: OptimizerConfig,
+    named_parameters: NamedParameters,
+    shape: Callable[[nn.Parameter], Sequence[int]] = _own_shape,
+    settings: Mapping[str, GroupSetting] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW or plain SGD, in two groups: with weight decay and without. The caller sets the rate each step.
+    """AdamW or plain SGD, in groups with weight decay and without. The caller sets the rate of each step (set_rate).
 
-    shape: of a whole parameter, where it does not tell itself
+    shape:    of a whole parameter, where it does not tell itself
+    settings: of networks that have groups of their own, by the prefix of their parameters' names
     """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    split: dict[GroupSetting, list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        (decayed if is_decayed(name, shape(parameter)) else undecayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
+        own = (settings or {}).get(name.partition(".")[0], GroupSetting(1.0, cfg.weight_decay))
+        if not is_decayed(name, shape(parameter)):
+            own = own._replace(weight_decay=0.0)
+        split.setdefault(own, []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": parameters, **own._asdict()} for own, parameters in split.items()]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=True)
 
 
-def build_optimizer(cfg: OptimizerConfig, named_parameters: NamedParameters) -> torch.optim.Optimizer:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def build_optimizer(
+    cfg: OptimizerConfig, named_parameters: NamedParameters, settings: Mapping[str, GroupSetting] | None = None
+) -> torch.optim.Optimizer:
     """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
-    optimizer = make_optimizer(cfg, named_parameters)
+    optimizer = make_optimizer(cfg, named_parameters, settings=settings)
     if cfg.kind == "adamw":
         start_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
     return optimizer

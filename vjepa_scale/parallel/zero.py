@@ -27,7 +27,14 @@ from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.blocks import prepare_blocks
 from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.optim import MOMENTS, make_optimizer, named_parameters, start_moments
+from vjepa_scale.parallel.optim import (
+    MOMENTS,
+    GroupSetting,
+    make_optimizer,
+    named_parameters,
+    set_rate,
+    start_moments,
+)
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
 
@@ -78,11 +85,13 @@ class ZeroEngine(Engine):
         if self._stage == 3:
             self._deepspeed.zero.Init(module=piece, config_dict_or_path=self._config())
 
-    def start_optimizer(self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module]) -> None:
+    def start_optimizer(
+        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+    ) -> None:
         self._named = dict(named_parameters(trained))
         self._engine, self._zero, *_ = self._deepspeed.initialize(
             model=_Composite(trained, self._compute_type, self.device),
-            optimizer=make_optimizer(cfg, self._named.items(), _whole_shape),
+            optimizer=make_optimizer(cfg, self._named.items(), _whole_shape, settings),
             config=self._config(),
             dist_init_required=False,
         )
@@ -133,8 +142,7 @@ class ZeroEngine(Engine):
         self._zero.zero_grad()
 
     def step(self, lr: float) -> None:
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_rate(self._zero, lr)
         self._engine.step()
 
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:

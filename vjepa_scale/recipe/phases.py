@@ -5,9 +5,14 @@ a cooldown's phases count from the step of the checkpoint that it continues from
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe.schema import Recipe, StageConfig
+from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.recipe.stage_sections import ActionStageConfig, ProbeStageConfig, StageConfig
+
+STAGES = ("pretrain", "cooldown", "action", "probe")
+MASKED = ("pretrain", "cooldown")  # those that learn from masks
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class Phase:
     @property
     def end(self) -> int:
         return self.first + self.steps
+
+    @property
+    def kind(self) -> "Literal['jepa', 'action', 'probe']":
+        """What its steps learn from: masked clips, trajectories, or labelled clips."""
+        return "action" if self.stage == "action" else "probe" if self.stage == "probe" else "jepa"
 
     def lr(self, step: int) -> float:
         """The learning rate of a global step: a linear ramp whose last step has exactly final_lr.
@@ -109,7 +119,7 @@ def resolve_phases(recipe: Recipe, stage_name: str, *, first: int | None = None)
                     for name, data_set in recipe.data.sets.items()
                     if data_set.frames not in (None, frames) and mixture.get(name, 0) > 0
                 },
-                mask_group=recipe.masks.group,
+                mask_group=recipe.masks.group if stage_name in MASKED else config.micro_batch or stage.micro_batch,
             )
         )
         first += steps
@@ -134,7 +144,7 @@ def _phase_steps(stage: StageConfig) -> list[int]:
 def check_stages(recipe: Recipe, source: object) -> None:
     """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
     if not recipe.stages():
-        raise UserError("no stage to run", where=source, fix="add a section pretrain: or cooldown:")
+        raise UserError("no stage to run", where=source, fix="add a section pretrain:, cooldown:, action: or probe:")
     for name, data_set in recipe.data.sets.items():
         if data_set.frames is not None and data_set.frames % recipe.model.tubelet:
             raise UserError(
@@ -145,23 +155,59 @@ def check_stages(recipe: Recipe, source: object) -> None:
     names = list(recipe.stages())
     for name, stage in recipe.stages().items():
         key = f"{source}:{name}"
-        if stage.continue_from in Recipe.model_fields and stage.continue_from not in names[: names.index(name)]:
-            raise UserError(
-                f"{stage.continue_from!r} is no earlier stage of this recipe",
-                where=f"{key}.continue_from",
-                fix="name an earlier stage or a checkpoint folder",
-            )
+        for word in ("continue_from", "init_from"):
+            value = getattr(stage, word)
+            if value in STAGES and value not in names[: names.index(name)]:
+                raise UserError(
+                    f"{value!r} is no earlier stage of this recipe",
+                    where=f"{key}.{word}",
+                    fix="name an earlier stage or a checkpoint folder",
+                )
         try:
             phases = resolve_phases(recipe, name)
         except ValueError as error:
             raise UserError(str(error), where=f"{key}.phases", fix="change steps of the stage or of a phase") from None
         for phase in phases:
             _check_phase(recipe, phase, key)
+    if recipe.probe is not None:
+        _check_probe(recipe, recipe.probe, f"{source}:probe")
+
+
+def stage_sets(recipe: Recipe, stage_name: str) -> list[str]:
+    """The data sets that a stage needs, in the recipe's order."""
+    needed = {name for phase in resolve_phases(recipe, stage_name) for name in phase.mixture}
+    if stage_name == "probe" and recipe.probe is not None:
+        needed.add(recipe.probe.evaluate_on)
+    return [name for name in recipe.data.sets if name in needed]
+
+
+def _check_probe(recipe: Recipe, probe: ProbeStageConfig, key: str) -> None:
+    if probe.evaluate_on not in recipe.data.sets:
+        raise UserError(
+            f"{probe.evaluate_on!r} is not in data.sets",
+            where=f"{key}.evaluate_on",
+            fix=f"known: {', '.join(recipe.data.sets)}",
+        )
+    if recipe.model.encoder.width % probe.heads:
+        raise UserError(
+            f"{probe.heads} heads do not divide the encoder's width {recipe.model.encoder.width}",
+            where=f"{key}.heads",
+            fix=f"the encoder's: {recipe.model.encoder.heads}",
+        )
 
 
 def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
-    model, group = recipe.model, recipe.masks.group
-    if phase.frames % model.tubelet:
+    model, group = recipe.model, phase.mask_group
+    if phase.kind == "action":  # each frame is a step, repeated to one tubelet
+        wanted = recipe.stages()["action"]
+        assert isinstance(wanted, ActionStageConfig)
+        if phase.frames <= wanted.rollout_steps:
+            raise UserError(
+                f"a rollout of {wanted.rollout_steps} steps needs more than {phase.frames} frames",
+                where=f"{key}.clip.frames",
+                fix="longer clips, or fewer rollout_steps",
+            )
+    elif phase.frames % model.tubelet:
         raise UserError(
             f"{phase.frames} frames do not divide into tubelets of {model.tubelet}", where=f"{key}.clip.frames"
         )
@@ -169,6 +215,12 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
         raise UserError(
             f"{phase.size[0]}×{phase.size[1]} pixels do not divide into patches of {model.patch}",
             where=f"{key}.clip.size",
+        )
+    if phase.stage not in MASKED and phase.global_batch % group:
+        raise UserError(
+            f"a global batch of {phase.global_batch} clips does not divide into micro-batches of {group}",
+            where=f"{key}.global_batch",
+            fix=f"a multiple of micro_batch ({group})",
         )
     if group % phase.micro_batch:
         raise UserError(

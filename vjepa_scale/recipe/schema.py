@@ -5,35 +5,11 @@ Batches are global and counted in clips; lengths are in steps; sizes in pixels; 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _as_range(value: Any) -> Any:
-    return (value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError(f"a range goes from low to high, not {value[0]} to {value[1]}")
-    return value
-
-
-# A single number stands for a range of that one value.
-Positive = Annotated[float, Field(gt=0)]
-PositiveRange = Annotated[tuple[Positive, Positive], BeforeValidator(_as_range), AfterValidator(_ordered)]
-ShareRange = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_range), AfterValidator(_ordered)]
-# Height and width; a single number stands for a square.
-Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: [v, v] if isinstance(v, int) else v)]
-
+from vjepa_scale.recipe.mask_sections import MasksConfig
+from vjepa_scale.recipe.sections import Positive, PositiveInt, PositiveRange, Section, ShareRange, Size
+from vjepa_scale.recipe.stage_sections import ActionStageConfig, ProbeStageConfig, StageConfig
 
 # -- run, launch, engine ---------------------------------------------------------------------------
 
@@ -292,6 +268,7 @@ class SincosConfig(Section):
 class ModelConfig(Section):
     encoder: Annotated[EncoderConfig, BeforeValidator(_named_encoder)]
     predictor: PredictorConfig = PredictorConfig()
+    action_predictor: ActionPredictorConfig = ActionPredictorConfig()
     patch: PositiveInt = Field(16, description="pixels per token side")
     tubelet: PositiveInt = Field(2, description="frames per token")
     positions: Literal["rope", "sincos"] = Field(
@@ -316,131 +293,7 @@ class ModelConfig(Section):
         return self
 
 
-# -- masks, loss, optimiser ------------------------------------------------------------------------
-
-
-class BlockMasksConfig(Section):
-    """Multi-block masking (docs/method.md 4): targets are the union of blocks, context is the rest."""
-
-    kind: Literal["blocks"] = Field(
-        "blocks",
-        description="blocks: blocks of tokens are predicted. Or whole time steps (of model.tubelet frames): future: "
-        "the rest of the clip from its first part; frame_dropout: steps anywhere from the others; multi_rate: the "
-        "steps 1, 2, 4 … after the first part from it. A kind has the keys that name it below, blocks all others",
-    )
-    blocks: PositiveInt = Field(description="how many blocks; targets are their union")
-    spatial_scale: ShareRange = Field(description="share of the h×w grid that one block covers")
-    temporal_scale: ShareRange = Field((1.0, 1.0), description="share of time that one block covers")
-    aspect_ratio: PositiveRange = Field((0.75, 1.5), description="height over width of a block")
-    max_context_frames: Fraction = Field(1.0, description="share of time the context may come from, from the start")
-    max_keep: PositiveInt | None = Field(None, description="at most this many context tokens")
-    full_complement: bool = Field(False, description="targets are all tokens outside the (truncated) context")
-    pred_full_complement: bool = Field(False, description="context is all tokens outside the (truncated) targets")
-    invert: bool = Field(False, description="swap context and targets")
-
-    @model_validator(mode="after")
-    def _one_complement(self) -> "BlockMasksConfig":
-        if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
-            raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
-        return self
-
-
-_CONTEXT_SHARE = Field(
-    (0.5, 0.5),
-    description="future, multi_rate: share of time that is context, from the start; of a range, drawn per step",
-)
-
-
-class FutureMasksConfig(Section):
-    """The first part of a clip predicts the rest."""
-
-    kind: Literal["future"]
-    context_share: ShareRange = _CONTEXT_SHARE
-
-
-class FrameDropoutMasksConfig(Section):
-    """Whole time steps, drawn per clip, are predicted from the others."""
-
-    kind: Literal["frame_dropout"]
-    dropped_share: ShareRange = Field(
-        (0.5, 0.5), description="frame_dropout: share of time that is predicted; of a range, drawn per step"
-    )
-
-
-class MultiRateMasksConfig(Section):
-    """The first part of a clip predicts single time steps at several distances after it."""
-
-    kind: Literal["multi_rate"]
-    context_share: ShareRange = _CONTEXT_SHARE
-    steps_ahead: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4),
-        min_length=1,
-        description="multi_rate: the time steps that are predicted, counted from the last one of the context",
-    )
-
-    @model_validator(mode="after")
-    def _each_once(self) -> "MultiRateMasksConfig":
-        if list(self.steps_ahead) != sorted(set(self.steps_ahead)):
-            raise ValueError(f"steps_ahead must go up, not {list(self.steps_ahead)}")
-        return self
-
-
-FrameMasksConfig = FutureMasksConfig | FrameDropoutMasksConfig | MultiRateMasksConfig
-
-_MASK_KINDS: dict[str, type[Section]] = {
-    "blocks": BlockMasksConfig,
-    "future": FutureMasksConfig,
-    "frame_dropout": FrameDropoutMasksConfig,
-    "multi_rate": MultiRateMasksConfig,
-}
-
-
-def _of_its_kind(value: Any) -> Any:
-    """A generator as its kind's section. (A tagged union of pydantic's would put the kind into every error's key.)"""
-    if isinstance(value, Section):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"a mask generator is a section of keys, not {value!r}")
-    kind = value.get("kind", "blocks")
-    if not isinstance(kind, str) or kind not in _MASK_KINDS:
-        raise ValueError(f"no kind of masks {kind!r}; there are {', '.join(_MASK_KINDS)}")
-    known = list(_MASK_KINDS[kind].model_fields)
-    for key in value:
-        if key not in known:
-            others = [other for other, section in _MASK_KINDS.items() if key in section.model_fields]
-            where = f"; it is one of {' and '.join(others)}" if others else ""
-            raise ValueError(f"{key!r} is no key of masks of kind {kind}, which have {', '.join(known)}{where}")
-    return _MASK_KINDS[kind].model_validate(value)
-
-
-MaskGeneratorConfig = Annotated[BlockMasksConfig | FrameMasksConfig, BeforeValidator(_of_its_kind)]
-
-
-class MasksConfig(Section):
-    generators: tuple[MaskGeneratorConfig, ...] = Field(
-        (
-            BlockMasksConfig(blocks=8, spatial_scale=(0.15, 0.15)),
-            BlockMasksConfig(blocks=2, spatial_scale=(0.7, 0.7)),
-        ),
-        min_length=1,
-    )
-    group: PositiveInt = Field(24, description="consecutive slots of the global batch that share one token count")
-    truncate: Literal["random", "tail"] = Field(
-        "random", description="how lists are cut to that count: a random subset, or dropping the latest (published)"
-    )
-    multiple_of: PositiveInt = Field(
-        1,
-        description="of blocks: counts are rounded down to a multiple of this (those below it stay), so that fewer "
-        "lengths occur; not with a complement",
-    )
-
-    @model_validator(mode="after")
-    def _complements_have_any_length(self) -> "MasksConfig":
-        for number, generator in enumerate(self.generators):
-            blocks = generator if isinstance(generator, BlockMasksConfig) else None
-            if self.multiple_of > 1 and blocks and (blocks.full_complement or blocks.pred_full_complement):
-                raise ValueError(f"multiple_of: a complement (generators.{number}) has whatever length is left")
-        return self
+# -- loss, optimiser, books ------------------------------------------------------------------------
 
 
 class JepaConfig(Section):
@@ -464,72 +317,6 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
-
-
-# -- stages ----------------------------------------------------------------------------------------
-
-
-class ClipConfig(Section):
-    frames: PositiveInt = Field(16, description="frames of a clip, at data.fps")
-    size: Size = Field((256, 256), description="height and width in pixels; one number for a square")
-
-
-class PhaseClipConfig(Section):
-    frames: PositiveInt | None = Field(None, description="default: the stage's")
-    size: Size | None = Field(None, description="default: the stage's")
-
-
-class PhaseConfig(Section):
-    """A stretch of steps with one learning-rate ramp, one geometry, one batch, one mixture.
-
-    What a phase leaves out, it takes from its stage.
-    """
-
-    name: str = Field(description="as metrics and checkpoints call it")
-    steps: PositiveInt | Fraction | None = Field(
-        None, description="a whole number of steps, a fraction of the stage's, or (in one phase) all that remain"
-    )
-    start_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: where the previous phase ended")
-    final_lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="exactly the last step's; default: start_lr"
-    )
-    clip: PhaseClipConfig | None = None
-    global_batch: PositiveInt | None = Field(None, description="default: the stage's")
-    micro_batch: PositiveInt | None = Field(None, description="default: the stage's")
-    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")
-
-
-class StageConfig(Section):
-    """What one job runs."""
-
-    steps: PositiveInt = Field(description="optimiser steps of the stage")
-    clip: ClipConfig = ClipConfig()
-    global_batch: PositiveInt = Field(3072, description="clips per optimiser step, over all ranks")
-    micro_batch: PositiveInt = Field(24, description="clips per forward pass; divides masks.group")
-    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="weights of data.sets for this stage; default: the weights given there"
-    )
-    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
-    continue_from: str | None = Field(
-        None,
-        description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "
-        "from there",
-    )
-    init_from: str | None = Field(
-        None,
-        description="weights only, step 0: of a checkpoint, a published .pt, a Hugging Face or a consolidated folder",
-    )
-    init_without: tuple[Literal["predictor"], ...] = Field(
-        (), description="networks that init_from leaves fresh; without their names here, everything must be there"
-    )
-
-    @model_validator(mode="after")
-    def _one_start(self) -> "StageConfig":
-        if self.continue_from and self.init_from:
-            raise ValueError("continue_from (everything goes on) and init_from (weights only) exclude each other")
-        if self.init_without and not self.init_from:
-            raise ValueError("init_without is about init_from, which is not given")
-        return self
 
 
 class CheckpointConfig(Section):
@@ -560,6 +347,8 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
     pretrain: StageConfig | None = None
     cooldown: StageConfig | None = None
+    action: ActionStageConfig | None = None
+    probe: ProbeStageConfig | None = None
 
     @model_validator(mode="after")
     def _peers_can_wait(self) -> "Recipe":
@@ -573,5 +362,5 @@ class Recipe(Section):
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages this recipe has, in the order they run."""
-        every = {"pretrain": self.pretrain, "cooldown": self.cooldown}
+        every = {"pretrain": self.pretrain, "cooldown": self.cooldown, "action": self.action, "probe": self.probe}
         return {name: stage for name, stage in every.items() if stage is not None}

@@ -13,7 +13,8 @@ import numpy as np
 
 from vjepa_scale.checkpoint.consolidated import load_encoder, read_config
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.data.evaluation import evaluation_clips, labels_of
+from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.labels import few_labels, labels_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
@@ -58,7 +59,7 @@ def _frozen(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
         name: {"train": [], "val": []} for name in (*encoders, "pixels")
     }
     train_labels, val_labels = labels_of(train).numpy(), labels_of(val, train.classes).numpy()
-    draws = [frozen.few_labels(train_labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
+    draws = [few_labels(train_labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
     labelled = np.unique(np.concatenate(draws))
     channel_mean, channel_std = np.asarray(config.mean), np.asarray(config.std)
     for split, manifest, records in (("train", train, labelled), ("val", val, np.arange(val.records))):

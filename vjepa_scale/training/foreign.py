@@ -12,11 +12,13 @@ from torch import Tensor
 
 from vjepa_scale.checkpoint.formats import huggingface, native, published
 from vjepa_scale.checkpoint.formats.opening import open_weights
-from vjepa_scale.checkpoint.formats.source import Network, WeightSource
+from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.parallel.fsdp import fill_shard
 from vjepa_scale.parallel.optim import MOMENTS
-from vjepa_scale.recipe.schema import Recipe, StageConfig
+from vjepa_scale.recipe.phases import MASKED
+from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.training.initial import networks_from
 
 _FILES = (native.WEIGHTS_FILE, "model.safetensors.index.json", published.WEIGHTS_FILE, huggingface.CONFIG_FILE)
 
@@ -36,7 +38,7 @@ def check_foreign(recipe: Recipe, stage_name: str) -> int:
     word = "continue_from" if stage.continue_from is not None else "init_from"
     path = str(stage.continue_from or stage.init_from)
     try:
-        _open(recipe, stage, path).match(recipe.model)
+        _open(recipe, stage_name, path).match(recipe.model)
         return 0 if word == "init_from" else _steps(_optimizer(recipe, path))
     except UserError as error:
         raise UserError(error.what, where=f"{stage_name}.{word}: {error.where}", fix=error.fix) from None
@@ -48,7 +50,7 @@ def load_foreign(recipe: Recipe, stage_name: str, path: Path, tensors: Mapping[s
     tensors: by canonical names, as a checkpoint of ours holds them. A target encoder that is not there is the encoder.
     """
     stage = recipe.stages()[stage_name]
-    source = _open(recipe, stage, str(path))
+    source = _open(recipe, stage_name, str(path))
     report = source.match(recipe.model).sentence()
     moments = _optimizer(recipe, str(path)) if stage.continue_from is not None else {}
     stored = {name for name, _, _ in source.entries}
@@ -62,15 +64,15 @@ def load_foreign(recipe: Recipe, stage_name: str, path: Path, tensors: Mapping[s
             fill_shard(tensor, source.read(alias).float())
         else:
             fresh.append(name)
-    allowed = tuple(f"{network}." for network in stage.init_without)
-    assert all(name.startswith(allowed) for name in fresh), "open and match said that all others are there"
-    return report + (f"; {len(fresh)} tensors start fresh (init_without)" if fresh else "")
+    taken = tuple(f"{network}." for network in (*networks_from(recipe, stage_name), "target_encoder"))
+    assert not any(name.startswith(taken) for name in fresh), "open and match said that all of these are there"
+    return report + (f"; {len(fresh)} tensors start fresh" if fresh else "")
 
 
-def _open(recipe: Recipe, stage: StageConfig, path: str) -> WeightSource:
-    every: tuple[Network, ...] = ("encoder", "predictor")
-    networks = tuple(network for network in every if network not in stage.init_without)
-    return open_weights(path, model=recipe.model, weights="both", networks=networks)
+def _open(recipe: Recipe, stage_name: str, path: str) -> WeightSource:
+    """A stage that trains an encoder takes both; another freezes the target encoder where there are two."""
+    weights: Weights | None = "both" if stage_name in MASKED else None
+    return open_weights(path, model=recipe.model, weights=weights, networks=networks_from(recipe, stage_name))
 
 
 def _optimizer(recipe: Recipe, path: str) -> dict[str, dict[str, Tensor]]:

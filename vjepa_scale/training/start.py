@@ -14,14 +14,19 @@ from typing import Any, Literal
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.formats.source import refuse_other_model
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.kept import Ints, kept_records
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import check_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
-from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
+from vjepa_scale.recipe.stage_sections import StageConfig
 from vjepa_scale.training.foreign import check_foreign, is_foreign
+from vjepa_scale.training.initial import networks_from
+
+UNTRAINED = "untrained"  # of a probe: its encoder is a fresh one, to compare with
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,16 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
         return Start("resume", own, manifest["step"], manifest["first"], manifest["base"])
     stage = recipe.stages()[stage_name]
     elsewhere = stage.continue_from or stage.init_from
-    if elsewhere is not None and elsewhere not in recipe.stages() and is_foreign(elsewhere):
+    if elsewhere is not None and elsewhere not in (UNTRAINED, *recipe.stages()) and is_foreign(elsewhere):
         step = check_foreign(recipe, stage_name)
         kind: Literal["continue", "init"] = "init" if stage.continue_from is None else "continue"
         return Start(kind, Path(elsewhere), step, step, foreign=True)
     if stage.continue_from is not None:
         source = _source(recipe, stage_name, "continue_from", stage.continue_from)
         step = store.read_manifest(source)["step"]
-        return Start("continue", source, step, step, _carried(recipe, manifests, source))
+        return Start("continue", source, step, step, _carried(recipe, stage_name, manifests, source))
+    if stage.init_from == UNTRAINED:
+        return Start("fresh")
     if stage.init_from is not None:
         return Start("init", _source(recipe, stage_name, "init_from", stage.init_from))
     return Start("fresh")
@@ -107,15 +114,14 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
 def _refuse_other_model(recipe: Recipe, stage_name: str, word: str, source: Path) -> None:
     """Heads and positions have no tensors: only the models' words tell whether weights mean the same under both."""
     then = validate_recipe(store.read_manifest(source)["recipe"], source=source / store.MANIFEST).model
-    without = recipe.stages()[stage_name].init_without
-    networks = [network for network in ("encoder", "predictor") if network not in without]
+    networks = networks_from(recipe, stage_name)
     try:
         refuse_other_model(then, recipe.model, where=source, networks=networks)
     except UserError as error:
         raise UserError(error.what, where=f"{stage_name}.{word}: {error.where}", fix=error.fix) from None
 
 
-def _carried(recipe: Recipe, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
+def _carried(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
     """How many clips each data set has given before a stage that continues from ``source``.
 
     A data set whose order is another one now (other shards, seed or lanes) begins with its first epoch.
@@ -123,6 +129,8 @@ def _carried(recipe: Recipe, manifests: Mapping[str, Manifest], source: Path) ->
     manifest = store.read_manifest(source)
     data = manifest["recipe"]["data"]
     if (data["seed"], data["lanes"]) != (recipe.data.seed, recipe.data.lanes):
+        return {}
+    if resolve_phases(recipe, stage_name)[0].kind != "jepa":  # what it draws from may be other records now
         return {}
     return {
         name: manifest["drawn"][name]
@@ -146,8 +154,9 @@ def planned_first(recipe: Recipe, stage_name: str) -> int:
     return store.read_manifest(_source(recipe, stage_name, "continue_from", before, verify=False))["step"]
 
 
-def planned_order(recipe: Recipe, stage_name: str, manifests: dict[str, Manifest]) -> tuple[list[Phase], DataOrder]:
-    """The phases of a stage and the order of its data, as they were or will be trained."""
+def planned_order(recipe: Recipe, stage_name: str) -> tuple[list[Phase], DataOrder, dict[str, Manifest]]:
+    """The phases of a stage and the order of its data, as they were or will be trained; and the data."""
+    manifests = open_data(recipe, stage_name)
     phases = resolve_phases(recipe, stage_name, first=planned_first(recipe, stage_name))
     own = store.newest_name(checkpoints_folder(recipe, stage_name))
     before = recipe.stages()[stage_name].continue_from
@@ -156,10 +165,11 @@ def planned_order(recipe: Recipe, stage_name: str, manifests: dict[str, Manifest
     elif before is None or (before not in recipe.stages() and is_foreign(before)):
         base = {}
     elif before in recipe.stages():
-        base = planned_order(recipe, before, manifests)[1].drawn(phases[0].first)
+        base = planned_order(recipe, before)[1].drawn(phases[0].first)
     else:
-        base = _carried(recipe, manifests, _source(recipe, stage_name, "continue_from", before, verify=False))
-    return phases, data_order(recipe, manifests, phases, base)
+        source = _source(recipe, stage_name, "continue_from", before, verify=False)
+        base = _carried(recipe, stage_name, manifests, source)
+    return phases, data_order(recipe, manifests, phases, base), manifests
 
 
 def is_finished(recipe: Recipe, stage_name: str) -> bool:
@@ -178,24 +188,33 @@ def check_finished(recipe: Recipe, stage_name: str) -> None:
     refuse_other_recipe(recipe, stage_name, newest)
 
 
-def open_data(recipe: Recipe) -> dict[str, Manifest]:
-    """The manifests of all data sets, in the recipe's order. Raises UserError naming the key."""
+def open_data(recipe: Recipe, stage_name: str) -> dict[str, Manifest]:
+    """The manifests of a stage's data sets, in the recipe's order. Raises UserError naming the key."""
     manifests = {}
-    for name, config in recipe.data.sets.items():
+    for name in stage_sets(recipe, stage_name):
         try:
-            manifests[name] = Manifest.open(Path(config.path))
+            manifests[name] = Manifest.open(Path(recipe.data.sets[name].path))
         except UserError as error:
             raise UserError(error.what, where=f"data.sets.{name}.path: {error.where}", fix=error.fix) from None
     return manifests
 
 
-def data_order(recipe: Recipe, manifests: dict[str, Manifest], phases: list[Phase], base: dict[str, int]) -> DataOrder:
+def data_order(
+    recipe: Recipe,
+    manifests: Mapping[str, Manifest],
+    phases: list[Phase],
+    base: Mapping[str, int],
+    kept: Mapping[str, Ints] | None = None,
+) -> DataOrder:
+    """kept: as kept_records says, which is asked where it is not given"""
+    kept = kept_records(recipe, phases, manifests) if kept is None else kept
     return DataOrder(
         seed=recipe.data.seed,
-        sets=[(name, manifest.records_per_shard) for name, manifest in manifests.items()],
+        sets=[(name, manifest.records_of_shards(kept.get(name))) for name, manifest in manifests.items()],
         phases=phases,
         base=base,
         lanes=recipe.data.lanes,
+        kept=kept,
     )
 
 
@@ -207,7 +226,7 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
     phases = resolve_phases(recipe, stage_name)
     for phase in phases:
         accumulation(phase, dp_world_size=world_size)
-        for frames in phase.geometries:
+        for frames in phase.geometries if phase.kind == "jepa" else ():
             grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
             check_masks(recipe.masks, grid=grid)
     if world_size % recipe.engine.replicate:
@@ -216,7 +235,7 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
             where="engine.replicate",
             fix="a divisor of launch.nodes × launch.tasks_per_node",
         )
-    manifests = open_data(recipe)
+    manifests = open_data(recipe, stage_name)
     stage = recipe.stages()[stage_name]
     own = store.newest_name(checkpoints_folder(recipe, stage_name))
     if own is not None:
@@ -224,7 +243,7 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
         _refuse_other_data(manifests, own)
     else:
         for word, value in (("continue_from", stage.continue_from), ("init_from", stage.init_from)):
-            if value is None or value in will_have_run:
+            if value is None or value in will_have_run or value == UNTRAINED:
                 continue
             if value not in recipe.stages() and is_foreign(value):
                 check_foreign(recipe, stage_name)
@@ -250,7 +269,7 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
     step, first = manifest["step"], manifest["first"]
     then, now = (_trained(r, resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
-    changed = list(_differences(_decisive(done), _decisive(recipe)))
+    changed = list(_differences(_decisive(done, stage_name), _decisive(recipe, stage_name)))
     if list(then) == list(now):
         for steps in then:
             changed += _differences(then[steps], now[steps], f"{stage_name} ({steps})")
@@ -280,15 +299,20 @@ def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
             )
 
 
-def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """What the numbers of every stage depend on, by the recipe's keys."""
+def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+    """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
     whole = recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
+    kind = "jepa" if stage_name in MASKED else stage_name
+    elsewhere = {"jepa": ["action_predictor"], "action": ["predictor"], "probe": ["predictor", "action_predictor"]}
+    own = {key: value for key, value in (whole[stage_name] or {}).items() if key not in StageConfig.model_fields}
     return {
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
-        "data": data | {"sets": list(recipe.data.sets)},  # the rest of the sets: by identity and mixture
-        **{section: whole[section] for section in ("model", "masks", "jepa", "optimizer")},
+        "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
+        "model": {key: value for key, value in whole["model"].items() if key not in elsewhere[kind]},
+        "optimizer": whole["optimizer"],
+        **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
     }
 
 

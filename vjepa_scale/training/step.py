@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.objective.objective import Objective
 from vjepa_scale.parallel.engine import Engine
 
 
@@ -21,17 +22,19 @@ class NonFiniteLossError(RuntimeError):
 class StepResult:
     """What one step gave, equal on every rank.
 
-    stop: some rank has been asked to save and stop
+    parts: what the objective reports beside its loss
+    stop:  some rank has been asked to save and stop
     """
 
     loss: float
     grad_norm: float
     effective_rank: float | None
+    parts: dict[str, float] = field(default_factory=dict)
     stop: bool = False
 
 
 def training_step(
-    objective: Jepa,
+    objective: Objective,
     engine: Engine,
     batch: Sequence[MicroBatch],
     *,
@@ -50,14 +53,22 @@ def training_step(
     accidents: of this rank, in loading this batch; where any rank has some, all call ``settle`` before anything moves.
     Raises NonFiniteLossError where either is not finite.
     """
-    observed = FeatureCovariance() if measure_rank else None
+    observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
+    sums: dict[str, Tensor] = {}
+
+    def loss_of(micro_batch: MicroBatch) -> Tensor:
+        found = objective.loss(micro_batch, observed)
+        for name, part in found.items():
+            if name != "loss":
+                sums[name] = sums.get(name, torch.zeros_like(total)) + part.detach() / len(batch)
+        return found["loss"]
+
     for index, micro_batch in enumerate(batch):
-        loss = partial(objective.loss, micro_batch, observed)
-        total += engine.backward(loss, share=1 / len(batch), last=index == len(batch) - 1)
+        total += engine.backward(partial(loss_of, micro_batch), share=1 / len(batch), last=index == len(batch) - 1)
 
     flags = torch.tensor([float(stop_asked), float(accidents)], device=engine.device)
-    mean_loss, stop, unsettled = engine.mean(torch.cat([total[None], flags])).tolist()
+    mean_loss, stop, unsettled, *parts = engine.mean(torch.stack([total, *flags, *sums.values()])).tolist()
     if unsettled > 0 and settle is not None:
         settle()
     grad_norm = engine.grad_norm()
@@ -71,4 +82,5 @@ def training_step(
 
     engine.step(lr)
     objective.after_step()
-    return StepResult(mean_loss, grad_norm, observed.effective_rank() if observed else None, stop > 0)
+    rank = observed.effective_rank() if observed else None
+    return StepResult(mean_loss, grad_norm, rank, dict(zip(sums, parts, strict=True)), stop > 0)

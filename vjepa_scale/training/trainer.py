@@ -15,15 +15,17 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
 from vjepa_scale.data.decode import TORCHCODEC
 from vjepa_scale.data.decode_torchcodec import import_torchcodec
+from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
-from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.objective.build import build_objective
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
 from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.history import History
+from vjepa_scale.training.initial import load_initial
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.ledger import NAME, Ledger
 from vjepa_scale.training.lock import only_trainer_of
@@ -93,14 +95,15 @@ class _Trainer:
         if recipe.data.decoder == TORCHCODEC:
             import_torchcodec()  # now, not in the first worker
         process_group.barrier()
-        self.manifests = open_data(recipe)
+        self.manifests = open_data(recipe, stage_name)
         self.start = find_start(recipe, stage_name, self.manifests)
         self.ledger = Ledger(Path(recipe.run.dir), stage_name)
         self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
-        self.order = data_order(recipe, self.manifests, self.phases, self.start.base)
-        self.objective = Jepa(recipe, self.engine)
-        self.engine.start_optimizer(recipe.optimizer, self.objective.trained)
+        self.kept = kept_records(recipe, self.phases, self.manifests)
+        self.order = data_order(recipe, self.manifests, self.phases, self.start.base, self.kept)
+        self.objective = build_objective(recipe, stage_name, self.engine, self.manifests)
+        self.engine.start_optimizer(recipe.optimizer, self.objective.trained, self.objective.settings)
         self._restore(self.start)
 
     def run(self) -> None:
@@ -148,6 +151,7 @@ class _Trainer:
             first_step=first,
             pin_memory=self.engine.device.type == "cuda",
             known=self.ledger.known(),
+            kept=self.kept,
         )
         clock = time.perf_counter()
         with loader:
@@ -182,6 +186,7 @@ class _Trainer:
                             "loss": result.loss,
                             "lr": lr,
                             "ema": self.objective.ema_momentum,
+                            **result.parts,
                             "grad_norm": result.grad_norm,
                             "clips_per_s": phase.global_batch / (now - clock),
                             "effective_rank": result.effective_rank,
@@ -267,10 +272,7 @@ class _Trainer:
             report = load_foreign(self.recipe, self.stage_name, start.checkpoint, tensors)
             self.engine.optimizer_steps = start.step
         elif start.kind == "init":
-            without = tuple(f"{network}." for network in self.recipe.stages()[self.stage_name].init_without)
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
-            loaded = store.load(start.checkpoint, tensors, allow_unexpected=("optimizer.", *without), check=False)
-            report = str(loaded)
+            report = str(load_initial(self.recipe, self.stage_name, start.checkpoint, tensors))
         else:
             report = str(store.load(start.checkpoint, tensors, check=False))  # find_start has just verified the files
             self.engine.optimizer_steps = store.read_manifest(start.checkpoint)["optimizer_steps"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.recipe.schema import ModelConfig, Section
+from vjepa_scale.recipe.schema import ModelConfig
+from vjepa_scale.recipe.sections import Section
 
 FORMAT: Final = "vjepa_scale.consolidated"
 VERSION: Final = 1
@@ -22,7 +23,7 @@ VERSION: Final = 1
 # What a caller may ask for: encoder.* is the EMA target encoder; the context encoder that was trained; or both
 # of them, the context encoder as encoder.* and the target encoder as target_encoder.* where there are two.
 Weights = Literal["target", "context", "both"]
-Network = Literal["encoder", "predictor"]
+Network = Literal["encoder", "predictor", "action_predictor"]
 
 # Of our names and Hugging Face's, behind their network's or alone.
 _BLOCK = re.compile(r"^(?:(encoder|target_encoder|predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d+)\.")

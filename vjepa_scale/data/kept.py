@@ -1,0 +1,64 @@
+"""Which records of its data sets a stage draws from, where that is not all of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.labels import few_labels, labels_of
+from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.data.trajectory_clips import long_enough
+from vjepa_scale.recipe import Phase, Recipe
+
+Ints = npt.NDArray[np.int64]
+
+
+def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
+    """Record numbers, rising, by data set; a data set that is not here gives all.
+
+    Of trajectories, those that last as long as the longest clip. Of labelled clips, ``probe.labels_per_class`` of each.
+    Every rank computes the same. Raises UserError naming the data set's key where it cannot serve the stage.
+    """
+    if phases[0].kind == "jepa":
+        return {}
+    drawn = {name for phase in phases for name in phase.mixture}
+    of_kind = _trajectories if phases[0].kind == "action" else _labelled
+    return {name: of_kind(recipe, phases, name, manifests) for name in manifests if name in drawn}
+
+
+def few_of(recipe: Recipe, manifest: Manifest, *, per_class: int | None, skip: int = 0) -> Ints:
+    """Of a labelled data set, so many records of each class, by ``data.seed``; None: all."""
+    labels = labels_of(manifest).numpy()
+    if per_class is None:
+        return np.arange(manifest.records)
+    try:
+        return few_labels(labels, per_class=per_class, seed=recipe.data.seed, skip=skip)
+    except ValueError as error:
+        fix = "fewer probe.labels_per_class or probe.choose_per_class, or more videos"
+        raise UserError(str(error), where=manifest.folder / MANIFEST, fix=fix) from None
+
+
+def _labelled(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:
+    assert recipe.probe is not None, "a stage of this kind"
+    labels_of(manifests[name], manifests[next(iter(phases[0].mixture))].classes)  # all there, and of the task
+    return few_of(recipe, manifests[name], per_class=recipe.probe.labels_per_class)
+
+
+def _trajectories(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:
+    manifest, fix = manifests[name], "make shards with tools/make_shards.py DROID OUT --trajectories droid"
+    where = f"data.sets.{name}.path: {Path(manifest.folder)}"
+    if "states.size" not in manifest.described:
+        raise UserError("these shards have no trajectories", where=where, fix=fix)
+    frames = max(phase.frames_of(name) for phase in phases)
+    kept = long_enough(manifest, frames=frames, fps=recipe.data.fps_of(name))
+    if recipe.model.action_predictor.extrinsics:
+        sizes = manifest.column("extrinsics.size")[kept] if "extrinsics.size" in manifest.described else np.zeros(1)
+        if lacking := int((sizes == 0).sum()):
+            raise UserError(
+                f"{lacking} of its {len(kept)} usable trajectories have no extrinsics",
+                where=where,
+                fix="model.action_predictor.extrinsics=false, or a data set in which all have them",
+            )
+    return kept

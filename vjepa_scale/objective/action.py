@@ -1,0 +1,82 @@
+"""The action-conditioned objective of V-JEPA 2-AC: a robot's next picture, in feature space (paper, section 3.1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.poses import actions_between
+from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.objective.objective import Objective, lp_distance
+from vjepa_scale.parallel.engine import Engine
+from vjepa_scale.recipe.schema import Recipe
+
+
+class ActionConditioned(Objective):
+    """A frozen encoder E and a predictor P of the next frame's tokens from all frames, states and actions so far.
+
+    With z_k = LayerNorm(E(frame k, repeated to one tubelet)), s_k the state and a_k the action that follows it:
+
+        teacher forcing   ẑ_k+1 = LayerNorm(P(z_0 … z_k, s_0 … s_k, a_0 … a_k))              for every k
+        rollout           ẑ_1 = …(z_0), ẑ_2 = …(z_0, ẑ_1), … with true states and actions    of rollout_steps steps
+
+    The loss is the sum of both parts' |ẑ − z| averaged over tokens and channels.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine) -> None:
+        super().__init__(recipe, engine)
+        assert recipe.action is not None, "the stage of this objective"
+        with torch.device("meta"):
+            predictor = ActionPredictor(recipe.model.action_predictor, encoder_width=recipe.model.encoder.width)
+        self.encoder = self._frozen_encoder()
+        self.predictor = engine.shard(predictor, name="action_predictor", seed=recipe.run.seed, trainable=True)
+        self._rollout_steps, self._exponent = recipe.action.rollout_steps, recipe.action.loss_exponent
+        self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        return {"action_predictor": self.predictor}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, **self.trained}
+
+    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+        """Both parts of the loss, and ``copy_loss``: what predicting no change would cost in teacher forcing."""
+        assert batch.states is not None, "clips of trajectories"
+        device = self._engine.device
+        states_BK7 = batch.states.to(device, non_blocking=True)
+        extrinsics_BK6 = None if batch.extrinsics is None else batch.extrinsics.to(device, non_blocking=True)
+        actions_BL7 = actions_between(states_BK7)
+        tokens_BKND = self._frame_tokens(batch.clips)
+        grid = (batch.clips.shape[3] // self._patch, batch.clips.shape[4] // self._patch)
+
+        def predicted(seen_BkND: Tensor) -> Tensor:
+            """The frame after each of the first frames, which may be imagined."""
+            steps = seen_BkND.shape[1]
+            cameras = None if extrinsics_BK6 is None else extrinsics_BK6[:, :steps]
+            seen = seen_BkND.flatten(1, 2)
+            out = self.predictor(seen, actions_BL7[:, :steps], states_BK7[:, :steps], cameras, grid=grid).float()
+            return F.layer_norm(out, out.shape[-1:]).unflatten(1, (steps, -1))
+
+        forced_BLND = predicted(tokens_BKND[:, :-1])
+        imagined = [forced_BLND[:, 0]]  # it has seen the first frame alone
+        for _ in range(1, self._rollout_steps):
+            imagined.append(predicted(torch.stack([tokens_BKND[:, 0], *imagined], dim=1))[:, -1])
+        teacher = lp_distance(forced_BLND, tokens_BKND[:, 1:], self._exponent)
+        rollout = lp_distance(torch.stack(imagined, dim=1), tokens_BKND[:, 1 : 1 + len(imagined)], self._exponent)
+        return {
+            "loss": teacher + rollout,
+            "teacher_loss": teacher.detach(),
+            "rollout_loss": rollout.detach(),
+            "copy_loss": lp_distance(tokens_BKND[:, :-1], tokens_BKND[:, 1:], self._exponent),
+        }
+
+    @torch.no_grad()
+    def _frame_tokens(self, clips: Tensor) -> Tensor:
+        """uint8 [B, 3, K, H, W] → normalised tokens of each frame alone, float32 [B, K, h·w, D]."""
+        B, _, K = clips.shape[:3]
+        frames = self._normalised(clips).transpose(1, 2).flatten(0, 1)[:, :, None]
+        tokens = self.encoder(frames.expand(-1, -1, self._tubelet, -1, -1)).float()
+        return F.layer_norm(tokens, tokens.shape[-1:]).unflatten(0, (B, K))

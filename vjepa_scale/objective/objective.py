@@ -1,0 +1,71 @@
+"""What the trainer asks of an objective: its networks, its loss, and what it reports."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.parallel.engine import Engine, GroupSetting
+from vjepa_scale.recipe.schema import Recipe
+
+
+class Objective(ABC):
+    """Owns the networks of a stage, sharded by its engine.
+
+    observes:     whether ``loss`` gives features to look at for a collapse
+    ema_momentum: of a target encoder; None without one
+    """
+
+    observes = False
+    ema_momentum: float | None = None
+
+    def __init__(self, recipe: Recipe, engine: Engine) -> None:
+        self._recipe, self._engine = recipe, engine
+        augment = recipe.data.augment
+        self._mean = torch.tensor(augment.mean, device=engine.device).view(1, 3, 1, 1, 1)
+        self._std = torch.tensor(augment.std, device=engine.device).view(1, 3, 1, 1, 1)
+
+    @property
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that the optimiser moves, by the prefix of their parameters' names."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """Everything a checkpoint holds."""
+
+    @property
+    def settings(self) -> dict[str, GroupSetting]:
+        """Trained networks that have a learning rate and a weight decay of their own."""
+        return {}
+
+    @abstractmethod
+    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+        """Of one micro-batch, float32 scalars: ``loss``, with a graph, and what is reported beside it.
+
+        observe: where given, takes features of the micro-batch
+        """
+
+    def after_step(self) -> None:  # noqa: B027 (most have nothing to do)
+        """What follows each step of the optimiser."""
+
+    def _frozen_encoder(self) -> nn.Module:
+        """The encoder, without gradients; one copy."""
+        with torch.device("meta"):
+            encoder = Encoder(self._recipe.model)
+        return self._engine.shard(encoder, name="encoder", seed=self._recipe.run.seed, trainable=False)
+
+    def _normalised(self, clips: Tensor) -> Tensor:
+        """uint8 [B, 3, T, H, W] in any memory layout → float32 on the device, by the recipe's mean and std."""
+        clips = clips.to(self._engine.device, non_blocking=True).float().div_(255.0)
+        return clips.sub_(self._mean).div_(self._std)
+
+
+def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:
+    """Mean |difference|^p / p: L1 for p = 1."""
+    difference = (predicted - wanted).abs()
+    return difference.mean() if exponent == 1.0 else difference.pow(exponent).mean() / exponent

@@ -1,0 +1,74 @@
+"""Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.model.probe import AttentiveProbe
+from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.objective.objective import Objective
+from vjepa_scale.parallel.engine import Engine
+from vjepa_scale.parallel.optim import GroupSetting
+from vjepa_scale.recipe import Recipe, resolve_phases
+
+
+class Probes(Objective):
+    """One frozen encoder, and a probe for each learning rate and weight decay: all see the same tokens.
+
+    The loss is the sum of the probes' cross-entropies, so that each gets the gradient of its own alone.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine, *, classes: list[str]) -> None:
+        super().__init__(recipe, engine)
+        assert recipe.probe is not None, "the stage of this objective"
+        config = recipe.probe
+        self.encoder = self._frozen_encoder()
+        self._settings = {
+            f"probe_{number:02d}": GroupSetting(*pair)
+            for number, pair in enumerate(product(config.lr_scales, config.weight_decays))
+        }
+        self.probes: dict[str, nn.Module] = {}
+        for name in self._settings:
+            with torch.device("meta"):
+                probe = AttentiveProbe(
+                    width=recipe.model.encoder.width, heads=config.heads, classes=len(classes), depth=config.depth
+                )
+            # One name for all: they start equal, and differ by their settings alone.
+            self.probes[name] = engine.shard(probe, name="probe", seed=recipe.run.seed, trainable=True)
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        return self.probes
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, **self.probes}
+
+    @property
+    def settings(self) -> dict[str, GroupSetting]:
+        return self._settings
+
+    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+        """The sum over the probes; ``best_loss``, of the best of them; ``accuracy``, the mean over the probes."""
+        assert batch.labels is not None, "labelled clips"
+        labels_B = batch.labels.to(self._engine.device, non_blocking=True)
+        logits = self.logits(batch.clips)
+        losses = torch.stack([F.cross_entropy(one, labels_B) for one in logits.values()])
+        right = torch.stack([(one.argmax(1) == labels_B).float().mean() for one in logits.values()])
+        return {"loss": losses.sum(), "best_loss": losses.detach().min(), "accuracy": right.mean()}
+
+    def logits(self, clips: Tensor) -> dict[str, Tensor]:
+        """Of uint8 clips [B, 3, T, H, W]: float32 [B, classes] of each probe."""
+        with torch.no_grad():
+            tokens_BND = self.encoder(self._normalised(clips))
+        return {name: probe(tokens_BND).float() for name, probe in self.probes.items()}
+
+
+def task_classes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str]:
+    """The classes of the probe stage: its first data set's."""
+    return manifests[next(iter(resolve_phases(recipe, "probe")[0].mixture))].classes

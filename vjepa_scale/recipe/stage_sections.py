@@ -1,0 +1,137 @@
+"""What a recipe may say of its stages, their phases and clips."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vjepa_scale.recipe.sections import Fraction, Positive, PositiveInt, Section, Size
+
+
+class ClipConfig(Section):
+    frames: PositiveInt = Field(16, description="frames of a clip, at data.fps")
+    size: Size = Field((256, 256), description="height and width in pixels; one number for a square")
+
+
+class PhaseClipConfig(Section):
+    frames: PositiveInt | None = Field(None, description="default: the stage's")
+    size: Size | None = Field(None, description="default: the stage's")
+
+
+class PhaseConfig(Section):
+    """A stretch of steps with one learning-rate ramp, one geometry, one batch, one mixture.
+
+    What a phase leaves out, it takes from its stage.
+    """
+
+    name: str = Field(description="as metrics and checkpoints call it")
+    steps: PositiveInt | Fraction | None = Field(
+        None, description="a whole number of steps, a fraction of the stage's, or (in one phase) all that remain"
+    )
+    start_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: where the previous phase ended")
+    final_lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="exactly the last step's; default: start_lr"
+    )
+    clip: PhaseClipConfig | None = None
+    global_batch: PositiveInt | None = Field(None, description="default: the stage's")
+    micro_batch: PositiveInt | None = Field(None, description="default: the stage's")
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")
+
+
+class StageConfig(Section):
+    """What one job runs."""
+
+    steps: PositiveInt = Field(description="optimiser steps of the stage")
+    clip: ClipConfig = ClipConfig()
+    global_batch: PositiveInt = Field(3072, description="clips per optimiser step, over all ranks")
+    micro_batch: PositiveInt = Field(
+        24, description="clips per forward pass; of pretrain and cooldown a divisor of masks.group"
+    )
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="weights of data.sets for this stage, 0 for those left out; default: the weights given there"
+    )
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    continue_from: str | None = Field(
+        None,
+        description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "
+        "from there",
+    )
+    init_from: str | None = Field(
+        None,
+        description="weights only, step 0: of a stage of this recipe, a checkpoint, a published .pt, a Hugging Face or "
+        "a consolidated folder. Action and probe need one, and take its target encoder; probe: or `untrained`",
+    )
+    init_without: tuple[Literal["predictor", "action_predictor"], ...] = Field(
+        (), description="networks that init_from leaves fresh; without their names here, everything must be there"
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StageConfig":
+        if self.continue_from and self.init_from:
+            raise ValueError("continue_from (everything goes on) and init_from (weights only) exclude each other")
+        if "init_without" in self.model_fields_set and self.init_without and not self.init_from:
+            raise ValueError("init_without is about init_from, which is not given")
+        return self
+
+
+class ActionStageConfig(StageConfig):
+    """Action-conditioned post-training on robots' trajectories, with a frozen encoder (docs/method.md 8)."""
+
+    clip: ClipConfig = ClipConfig(frames=8)
+    global_batch: PositiveInt = Field(256, description="clips per optimiser step, over all ranks")
+    micro_batch: PositiveInt = Field(8, description="clips per forward pass")
+    init_without: tuple[Literal["predictor", "action_predictor"], ...] = Field(
+        ("action_predictor",),
+        description="networks that init_from leaves fresh; []: goes on from an action checkpoint's",
+    )
+    rollout_steps: PositiveInt = Field(
+        2, description="steps that the predictor imagines from its own predictions, in the second part of the loss"
+    )
+    crop_aspect: Positive = Field(
+        1.35, description="width over height of the centred crop of each picture, which is squashed to clip.size"
+    )
+    loss_exponent: Positive = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
+
+    @model_validator(mode="after")
+    def _something_to_freeze(self) -> "ActionStageConfig":
+        if not (self.init_from or self.continue_from):
+            raise ValueError("init_from: the stage or the weights whose encoder is frozen")
+        return self
+
+
+class ViewsConfig(Section):
+    """Evaluation looks at a video several times and averages what it sees."""
+
+    segments: PositiveInt = Field(1, description="clips of a video, evenly spread over it")
+    crops: Literal[1, 3] = Field(1, description="of a clip: the centre; 3: both ends of the longer side too")
+
+
+class ProbeStageConfig(StageConfig):
+    """Attentive probes on a frozen encoder, several settings trained at once (docs/method.md 10)."""
+
+    global_batch: PositiveInt = Field(256, description="clips per optimiser step, over all ranks")
+    micro_batch: PositiveInt = Field(8, description="clips per forward pass")
+    evaluate_on: str = Field(description="the data set, one of data.sets, on which the probes are evaluated at the end")
+    lr_scales: tuple[Positive, ...] = Field(
+        (1.0, 0.6, 0.2, 0.06, 0.02), min_length=1, description="a probe of each: the phase's learning rate times this"
+    )
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.01, 0.1, 0.4, 0.8), min_length=1, description="and for each of these"
+    )
+    depth: PositiveInt = Field(4, description="blocks of a probe: one of cross-attention after the others")
+    heads: PositiveInt = Field(16, description="attention heads of a probe; a divisor of the encoder's width")
+    labels_per_class: PositiveInt | None = Field(
+        None, description="train on this many records of each class, drawn by data.seed; default: on all"
+    )
+    choose_per_class: PositiveInt | None = Field(
+        None,
+        description="choose the best setting on this many further records of each class of the training set; default: "
+        "on evaluate_on itself, as published",
+    )
+    views: ViewsConfig = ViewsConfig()
+    neighbours: PositiveInt = Field(5, description="k of the k-NN that is reported beside the probes")
+
+    @model_validator(mode="after")
+    def _something_to_freeze(self) -> "ProbeStageConfig":
+        if not (self.init_from or self.continue_from):
+            raise ValueError("init_from: the stage or the weights whose encoder is frozen; or untrained")
+        return self
