@@ -28,6 +28,7 @@ setup(
         "scikit-learn>=1.5",
         "tqdm>=4.66",
         "h5py>=3.12",
+        "matplotlib>=3.9",
     ],
     extras_require={
         # data.decoder: torchcodec; needs FFmpeg's shared libraries on the machine, too

@@ -60,6 +60,29 @@ SINCOS_CASES = [(table, clip) for table in SINCOS_TABLES for clip in SINCOS_CLIP
 PROBE_WIDTH, PROBE_HEADS, PROBE_CLASSES = 32, 4, 7
 PROBE_DEPTHS = (1, 4)
 
+# -- planning: the published planner in a world whose next frame is a formula ---------------------------------
+
+PLAN_FRAME = (3, 4)  # tokens of a frame, numbers of a token
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """As the published planner's arguments: rollout, samples, topk, cem_steps, maxnorm and both momenta."""
+
+    horizon: int
+    samples: int = 60
+    elites: int = 6
+    iterations: int = 8
+    max_translation: float = 0.05
+    momentum: float = 0.15
+
+
+PLAN_CASES = {
+    "published": PlanCase(horizon=2),
+    "one_step": PlanCase(horizon=1, max_translation=0.075),
+    "long": PlanCase(horizon=4, samples=40, elites=10, iterations=5, momentum=0.4),
+}
+
 
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float64 in [−1, 1)."""
@@ -100,3 +123,31 @@ def action_inputs(name: str) -> list[np.ndarray]:
 def probe_tokens() -> np.ndarray:
     """Small ones, of variance 1e-4, so that LayerNorm's eps of 1e-5 shows."""
     return np.float32(0.01) * values("probe tokens", (3, 11, PROBE_WIDTH))
+
+
+def poses(name: str, steps: int) -> np.ndarray:
+    """States of a robot, float64 [steps, 7], that turn by large angles: pitch within ±1.5, the others within ±π."""
+    scale = np.array([0.5, 0.5, 0.5, np.pi, 1.5, np.pi, 0.5])
+    return uniform(name, (steps, STATE)) * scale + np.array([0, 0, 0, 0, 0, 0, 0.5])
+
+
+def plan_start(name: str) -> np.ndarray:
+    """The pose [7] from which a case of planning starts."""
+    return poses(f"{name} start", 1)[0].astype(np.float32)
+
+
+def plan_noise(name: str, iteration: int, step: int) -> np.ndarray:
+    """What a case of planning has for normal draws: float32 [samples, 4], of position and gripper."""
+    return values(f"{name} noise {iteration} {step}", (PLAN_CASES[name].samples, 4))
+
+
+def plan_world(frame: np.ndarray, action: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The next frame [n, 3, 4] of frame [n, 3, 4], action [n, 7] and pose [n, 7]; float64, smooth, with one goal."""
+    moved = action @ uniform("world action", (STATE, 12)) * np.array(10.0)
+    placed = np.tanh(pose @ uniform("world pose", (STATE, 12)))
+    return frame + (moved * (1.0 + 0.2 * placed)).reshape(-1, *PLAN_FRAME)
+
+
+def plan_goal(name: str) -> np.ndarray:
+    """The frame [3, 4] that is to be reached."""
+    return uniform(f"{name} goal", PLAN_FRAME) * 0.6

@@ -12,6 +12,7 @@ by inputs.py.
                            parameter's gradient; the third step's gradients
     checkpoint.pt          what the published training saved after them: weights, EMA weights, optimiser
     strides.json           frame numbers that the published loader asks its decoder for, of videos of some lengths
+    poses.json, plans.json actions between poses, poses after actions, and what the published planner plans
 
 The published ``app.vjepa.train.main`` runs as it is: a loader with given clips, weights by name and small sizes are put
 in its place for data sets, random weights and ViT-L. Third-party imports that are not installed are empty stand-ins.
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.published import inputs
+from tests.published.make_plans import plans, poses
 
 HERE = Path(__file__).parent
 COMMIT = "c2963a47433ecca0ad4f06ec28bcfa8cb5b5cefb"
@@ -348,6 +350,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = ",\n".join(json.dumps(row) for row in strides())
     (HERE / "strides.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    for name, results in (("poses", poses()), ("plans", plans())):
+        (HERE / f"{name}.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     save_file(networks(), HERE / "networks.safetensors", metadata=METADATA)
     for variable in ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_NTASKS"):
         os.environ.pop(variable, None)

@@ -64,7 +64,7 @@ def advance(states: Tensor, actions: Tensor) -> Tensor:
 
 
 def states_along(states: Tensor, actions: Tensor) -> Tensor:
-    """The states that a sequence of actions leads through, the first included: [..., 7], [..., H, 7] → [..., H+1, 7]."""
+    """The states [..., H+1, 7] that actions [..., H, 7] lead through from states [..., 7], these included."""
     along = [states]
     for action in actions.unbind(-2):
         along.append(advance(along[-1], action))
