@@ -100,6 +100,58 @@ def write_recipe(path: Path, run_dir: Path, sets: dict[str, Path], **sections: A
     return path
 
 
+# The two stages behind the cooldown, on its frozen encoder.
+ACTION: dict[str, Any] = {
+    "init_from": "cooldown",
+    "mixture": {"robot": 1},
+    "steps": 8,
+    "clip": {"frames": 4, "size": [32, 40]},
+    "crop_aspect": 1.25,
+    "global_batch": 8,
+    "micro_batch": 2,
+    "phases": [
+        {"name": "warmup", "steps": 2, "start_lr": 1e-4, "final_lr": 1e-3},
+        {"name": "constant", "clip": {"frames": 5, "size": [40, 32]}},
+        {"name": "decay", "steps": 3, "final_lr": 0},
+    ],
+}
+PROBE: dict[str, Any] = {
+    "init_from": "cooldown",
+    "mixture": {"left": 1},
+    "evaluate_on": "held_out",
+    "steps": 6,
+    "clip": {"frames": 4, "size": [40, 32]},
+    "global_batch": 8,
+    "micro_batch": 2,
+    "labels_per_class": 1,
+    "depth": 2,
+    "heads": 2,
+    "lr_scales": [1, 0.3],
+    "weight_decays": [0.01, 0.4],
+    "phases": [{"name": "decay", "start_lr": 1e-3, "final_lr": 0}],
+}
+
+
+def make_four_stage_data(folder: Path, sets: dict[str, Path]) -> dict[str, Path]:
+    """Beside two data sets: held-out labelled clips, and a robot's trajectories."""
+    held_out, robot = folder / "held-out-shards", folder / "robot-shards"
+    tool("make_shards", sets["left"].parent / "left" / "val", held_out)
+    tool("make_synthetic", folder / "robot", "--robot", "--trajectories", 6, "--val-trajectories", 0, "--size", 48)
+    tool("make_shards", folder / "robot" / "train", robot, "--trajectories", "droid", "--shard-records", 4)
+    return {"held_out": held_out, "robot": robot}
+
+
+def write_four_stages(path: Path, run_dir: Path, sets: dict[str, Path], more: dict[str, Path], **sections: Any) -> Path:
+    """RECIPE with ACTION and PROBE behind it. more: what make_four_stage_data gave"""
+    model = {**RECIPE["model"], "action_predictor": {"width": 48, "depth": 2, "heads": 2, "grid": 4}}
+    both = {"model": model, "action": ACTION, "probe": PROBE}
+    write_recipe(path, run_dir, sets, **{**both, **sections})
+    tree = yaml.safe_load(path.read_text())
+    tree["data"]["sets"] |= {name: {"path": str(shards), "weight": 0} for name, shards in more.items()}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
     """The rows of a stage, without the one column that tells the time."""
     rows = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]

@@ -5,6 +5,7 @@ python tools/consolidate.py runs/demo --to safetensors --out exported/demo
 python tools/consolidate.py runs/demo --to huggingface --out exported/demo_hf
 python tools/consolidate.py runs/demo/cooldown/checkpoints/step_00000120 --to published --out exported/demo_pt
 python tools/consolidate.py vitg.pt --model vit_giant --size 256 --frames 64 --to huggingface --out exported/vitg
+python tools/consolidate.py runs/demo/action --to published --out exported/demo_ac
 python tools/consolidate.py --describe runs/demo
 
 docs/formats.md has the formats, what each can hold, and their limits.

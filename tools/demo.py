@@ -3,6 +3,7 @@
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.files import write_json
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import Recipe, load_recipe
 
 TOOLS = Path(__file__).parent
 
@@ -21,46 +22,41 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--clips", type=int, default=2048, help="training clips to render")
     parser.add_argument("--val-clips", type=int, default=640, help="held-out clips to render")
+    parser.add_argument("--trajectories", type=int, default=128, help="robot trajectories to render")
+    parser.add_argument("--episodes", type=int, default=60, help="episodes of planning")
+    parser.add_argument("--data-seed", type=int, default=0, help="of both worlds and of the episodes")
     arguments = parser.parse_intermixed_args()
     began = time.monotonic()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    train, val = train_and_val(Path(next(iter(recipe.data.sets.values())).path))
-    videos, run = train.parent.parent / "videos", Path(recipe.run.dir)
+    train, val, robot = shards_of(recipe)
+    data, run = train.parent.parent, Path(recipe.run.dir)
+    untrained = run.with_name(f"{run.name}-untrained")
+    seed = ["--seed", arguments.data_seed]
+    launch = ["launch", arguments.recipe, *arguments.overrides, "--cluster", "local", "--wait"]
 
-    step(
-        "1. Render a synthetic world as h264 files",
-        "make_synthetic",
-        videos,
-        "--clips",
-        arguments.clips,
-        "--val-clips",
-        arguments.val_clips,
+    step("1. Render moving shapes, and a robot that explores, as h264 files", "make_synthetic", data / "videos",
+         "--clips", arguments.clips, "--val-clips", arguments.val_clips, *seed)  # fmt: skip
+    step("", "make_synthetic", data / "trajectories", "--robot",
+         "--trajectories", arguments.trajectories, "--val-trajectories", 0, "--size", 64, *seed)  # fmt: skip
+    step("2. Pack them into shards", "make_shards", data / "videos" / "train", train)
+    step("", "make_shards", data / "videos" / "val", val)
+    step("", "make_shards", data / "trajectories" / "train", robot, "--trajectories", "droid")
+    step("3. Pretrain, cool down at a higher resolution with longer clips; on the frozen encoder: learn what a robot's "
+         "actions do, and probe", *launch)  # fmt: skip
+    step("   The same probe on an encoder that was never trained", *launch,
+         "--stages", "probe", "probe.init_from=untrained", f"run.dir={untrained}")  # fmt: skip
+    for stage, out in (("cooldown", run / "consolidated"), ("action", run / "world_model")):
+        shutil.rmtree(out, ignore_errors=True)  # an earlier demo's, perhaps of another checkpoint
+        step("4. Consolidate the sharded checkpoints" if stage == "cooldown" else "", "consolidate", run / stage,
+             "--to", "safetensors", "--out", out)  # fmt: skip
+
+    print("\n5. Load them back and measure them on held-out clips and in episodes with the robot", flush=True)
+    from vjepa_scale.report.demo import measure_demo
+    from vjepa_scale.report.summary import table
+
+    summary = measure_demo(
+        recipe, train, val, untrained=untrained, episodes=arguments.episodes, seed=arguments.data_seed
     )
-    step("2. Pack them into shards", "make_shards", videos / "train", train)
-    step("", "make_shards", videos / "val", val)
-    step(
-        "3. Pretrain, then cool down at a higher resolution and with longer clips",
-        "launch", arguments.recipe, *arguments.overrides, "--cluster", "local", "--wait",
-    )  # fmt: skip
-    from vjepa_scale.checkpoint.consolidated import CONFIG_FILE, WEIGHTS_FILE
-
-    for name in (WEIGHTS_FILE, CONFIG_FILE):  # an earlier demo's, perhaps of another checkpoint
-        (run / "consolidated" / name).unlink(missing_ok=True)
-    step(
-        "4. Consolidate the sharded checkpoint into one file",
-        "consolidate",
-        run,
-        "--to",
-        "safetensors",
-        "--out",
-        run / "consolidated",
-    )
-
-    print("\n5. Load it back with vjepa_scale.load_encoder and measure it on held-out clips", flush=True)
-    from vjepa_scale.data.manifest import Manifest
-    from vjepa_scale.report.summary import summarise, table
-
-    summary = summarise(recipe, run / "consolidated", Manifest.open(train), Manifest.open(val))
     summary["seconds"] = round(time.monotonic() - began, 1)
     write_json(run / "summary.json", summary)
     print()
@@ -69,19 +65,23 @@ def main() -> int:
     print(f"""
 {summary["seconds"]:.0f} seconds. docs/learning.md says what to expect of these figures.
   {run / "consolidated"}   weights and config.json, for vjepa_scale.load_encoder
-  {run}/pretrain/metrics.jsonl, {run}/cooldown/metrics.jsonl
-  {run / "summary.json"}
+  {run / "world_model"}    the same for vjepa_scale.load_world_model
+  {run / "pictures"}       an energy landscape, and a planned episode
+  {run}/STAGE/metrics.jsonl, {run / "probe" / "evaluation.json"}, {run / "summary.json"}
 Next: make showcase; your own videos with tools/make_shards.py; recipes/vitg_384.yaml --dry-run""")
     return 0
 
 
-def train_and_val(train: Path) -> tuple[Path, Path]:
-    """The demo's shards lie in DATA/shards/train and DATA/shards/val."""
-    if train.name != "train" or train.parent.name != "shards":
+def shards_of(recipe: Recipe) -> tuple[Path, Path, Path]:
+    """The demo's shards lie in DATA/shards/{train,val,robot}."""
+    paths = {name: Path(recipe.data.sets[name].path) for name in ("synthetic", "held_out", "robot")}
+    train, val, robot = paths.values()
+    if train.parent.name != "shards" or {path.parent for path in paths.values()} != {train.parent}:
+        named = ", ".join(map(str, paths.values()))
         raise UserError(
-            f"{train} is not of the form DATA/shards/train", where="data.sets", fix="use recipes/demo.yaml as it is"
+            f"{named} do not lie in one DATA/shards", where="data.sets", fix="use recipes/demo.yaml as it is"
         )
-    return train, train.parent / "val"
+    return train, val, robot
 
 
 def step(title: str, tool: str, *arguments: object) -> None:

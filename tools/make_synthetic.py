@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Render the synthetic world to MP4 files: OUT/{train,val}/<shape>-<motion>/NNNNN.mp4."""
+"""Render a synthetic world to MP4 files.
+
+python tools/make_synthetic.py OUT             moving shapes: OUT/{train,val}/<shape>-<motion>/NNNNN.mp4
+python tools/make_synthetic.py OUT --robot     a robot that explores, in DROID's layout: OUT/{train,val}/NNNNN/…
+"""
 
 import argparse
 import os
@@ -8,28 +12,44 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.data.robot_files import write_trajectories
+from vjepa_scale.data.robot_world import RobotWorld
 from vjepa_scale.data.synthetic import World, write_videos
+
+SHAPES_CLIPS, ROBOT_CLIPS = (2048, 640), (256, 32)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--clips", type=int, default=2048, help="training clips")
-    parser.add_argument("--val-clips", type=int, default=640, help="held-out clips")
+    parser.add_argument("--robot", action="store_true", help="trajectories of the synthetic robot")
+    names = parser.add_argument
+    names("--clips", "--trajectories", type=int, help=f"for training (default: {SHAPES_CLIPS[0]}, {ROBOT_CLIPS[0]})")
+    names("--val-clips", "--val-trajectories", type=int, help=f"held out ({SHAPES_CLIPS[1]}, {ROBOT_CLIPS[1]})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=World.size, help="pixels, width and height")
-    parser.add_argument("--fps", type=int, default=World.fps)
-    parser.add_argument("--seconds", type=float, default=World.seconds)
+    parser.add_argument("--fps", type=int, help=f"(default: {World.fps}, {RobotWorld.fps})")
+    parser.add_argument("--seconds", type=float, help=f"of a clip (default: {World.seconds}, {RobotWorld.seconds})")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    if min(args.clips, args.size, args.fps, args.workers) < 1 or args.val_clips < 0 or args.seconds * args.fps < 1:
+    kind = RobotWorld if args.robot else World
+    train, val = (
+        default if given is None else given
+        for given, default in zip(
+            (args.clips, args.val_clips), ROBOT_CLIPS if args.robot else SHAPES_CLIPS, strict=True
+        )
+    )
+    fps = kind.fps if args.fps is None else args.fps
+    seconds = kind.seconds if args.seconds is None else args.seconds
+    if min(train, args.size, fps, args.workers) < 1 or val < 0 or seconds * fps < 1:
         raise UserError("counts and sizes must be positive", where="make_synthetic.py")
-    world = World(size=args.size, fps=args.fps, seconds=args.seconds)
-    total = args.clips + args.val_clips
-    with tqdm(total=total, unit="clip", desc=f"rendering {args.out}") as bar:
-        for done in write_videos(
-            args.out, world, seed=args.seed, train=args.clips, val=args.val_clips, workers=args.workers
-        ):
+    counts = {"seed": args.seed, "train": train, "val": val, "workers": args.workers}
+    if args.robot:
+        progress = write_trajectories(args.out, RobotWorld(size=args.size, fps=fps, seconds=seconds), **counts)
+    else:
+        progress = write_videos(args.out, World(size=args.size, fps=fps, seconds=seconds), **counts)
+    with tqdm(total=train + val, unit="clip", desc=f"rendering {args.out}") as bar:
+        for done in progress:
             bar.update(done - bar.n)
 
 

@@ -92,13 +92,6 @@ def test_files_with_less_in_them_load_where_that_is_enough(tmp_path: Path, tenso
     torch.save(content, old, _use_new_zipfile_serialization=False)
     assert same(load_encoder(old, model=HEADS).state_dict(), network_of(tensors, "target_encoder"))
 
-    # An action-conditioned file: its encoder can be used.
-    predictor = {"module.predictor_embed.weight": torch.zeros(8, 48), "module.action_encoder.weight": torch.zeros(8, 7)}
-    action = saved(tmp_path / "ac.pt", {"encoder": content["encoder"], "predictor": predictor})
-    assert same(load_encoder(action, model=HEADS).state_dict(), network_of(tensors, "encoder"))
-    with pytest.raises(UserError, match=r"action-conditioned.*--encoder-only"):
-        open_weights(action, model=HEADS)
-
 
 def test_a_file_of_vit_g_loads(tmp_path: Path) -> None:
     """ViT-g, 12 predictor blocks and 10 mask tokens, as released; every tensor is one number, expanded."""

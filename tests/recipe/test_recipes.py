@@ -62,7 +62,26 @@ def test_real_recipes_are_the_papers(name: str) -> None:
     assert decay.size == ((384, 384) if name == "vitg_384" else (256, 256))
 
 
-@pytest.mark.parametrize("name", [*SIZES, "demo", "showcase"])
+def test_action_conditioned_recipe_is_the_published_one() -> None:
+    """315 epochs of 300 steps, of which 15 warm up and 15 decay; 32 GPUs with 8 clips each."""
+    recipe = load_recipe(RECIPES / "vitg_droid.yaml")
+    assert list(recipe.stages()) == ["action"]
+    predictor = recipe.model.action_predictor
+    assert (predictor.width, predictor.depth, predictor.heads, predictor.mlp_hidden) == (1024, 24, 16, 4096)
+    assert (predictor.grid, predictor.extrinsics) == ((16, 16), False)
+    assert recipe.action is not None
+    assert (recipe.action.rollout_steps, recipe.action.crop_aspect, recipe.action.loss_exponent) == (2, 1.35, 1.0)
+    warmup, constant, decay = resolve_phases(recipe, "action")
+    assert (warmup.end, constant.end, decay.end) == (15 * 300, 300 * 300, 315 * 300)
+    assert (warmup.lr(4_499), constant.lr(50_000), decay.lr(94_499)) == (4.25e-4, 4.25e-4, 0)
+    assert warmup.lr(0) == pytest.approx(7.5e-5 + 3.5e-4 / 4_500, rel=1e-12)
+    assert {(p.frames, p.size, p.global_batch, p.micro_batch) for p in (warmup, constant, decay)} == {
+        (8, (256, 256), 8 * 32, 8)
+    }
+    assert (recipe.data.fps, recipe.optimizer.weight_decay) == (4, 0.04)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "vitg_droid", "demo", "showcase"])
 def test_resolved_recipe_loads_back_equal(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
@@ -196,8 +215,10 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
             load_recipe(RECIPES / "vitg_384.yaml", [override])
     with pytest.raises(UserError, match=r"dotted\.key=value"):
         load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.steps"])
-    mine = load_recipe(RECIPES / "demo.yaml", ["data.sets.synthetic=null", "data.sets.mine.path=shards"])
+    others = ["data.sets.held_out=null", "data.sets.robot=null", "action=null", "probe=null"]
+    mine = load_recipe(RECIPES / "demo.yaml", ["data.sets.synthetic=null", "data.sets.mine.path=shards", *others])
     assert list(mine.data.sets) == ["mine"]
+    assert list(mine.stages()) == ["pretrain", "cooldown"]
     with pytest.raises(UserError, match="0 to 1"):
         load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.phases.7.steps=100"])
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")

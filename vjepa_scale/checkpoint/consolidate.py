@@ -95,7 +95,14 @@ def _with_clip(source: WeightSource, frames: int | None, size: int | None) -> We
         if key not in config.assumed and known != value:
             raise UserError(f"these weights are for {key} {known}", where=f"--{key}", fix="leave it out")
     assumed = tuple(key for key in config.assumed if key not in given)
-    return replace(source, config=config.model_copy(update={**given, "assumed": assumed}))
+    model = config.model
+    if "size" in config.assumed and size is not None and "action_predictor" in config.networks:
+        # The published network takes the grid of its own pictures for the pretraining's: that was assumed, too.
+        action_predictor = model.action_predictor.model_copy(
+            update={"grid": (size // model.patch, size // model.patch)}
+        )
+        model = model.model_copy(update={"action_predictor": action_predictor})
+    return replace(source, config=config.model_copy(update={**given, "model": model, "assumed": assumed}))
 
 
 def _check(folder: Path, source: WeightSource, wanted: bool, say: Callable[[str], None]) -> None:

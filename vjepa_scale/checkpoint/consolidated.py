@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
 from vjepa_scale.checkpoint.formats.opening import open_weights
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource, build_action_predictor
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.model.action_predictor import ActionPredictor
 from vjepa_scale.recipe.schema import ModelConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "METADATA_KEY",
     "WEIGHTS_FILE",
     "ConsolidatedConfig",
+    "load_action_predictor",
     "load_encoder",
     "load_predictor",
     "network_of",
@@ -65,6 +67,14 @@ def load_predictor(
     """The trained predictor, float32, in eval mode. As load_encoder."""
     source = open_weights(path, model=model, networks=("predictor",))
     return network_of(source, "predictor", Predictor, torch.device(device))
+
+
+def load_action_predictor(
+    path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
+) -> ActionPredictor:
+    """The trained action-conditioned predictor, float32, in eval mode; of a run its action stage's. As load_encoder."""
+    source = open_weights(path, model=model, networks=("action_predictor",))
+    return network_of(source, "action_predictor", build_action_predictor, torch.device(device))
 
 
 def network_of(

@@ -87,7 +87,7 @@ def signed_distance(shape: str, x: F32, y: F32) -> F32:
 
 
 @dataclass(frozen=True)
-class _Paint:
+class Paint:
     """Two colours mixed by a sum of plane waves: smooth, and endless in every direction."""
 
     low: F32  # [3]
@@ -96,7 +96,7 @@ class _Paint:
     phases: F32  # [W]
 
     @staticmethod
-    def draw(draws: Draws, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]) -> "_Paint":
+    def draw(draws: Draws, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]) -> "Paint":
         """brightness: the layer's range, about which the two colours lie; wavelength: of the waves."""
         middle, span = sum(brightness) / 2, brightness[1] - brightness[0]
         tones = world.texture / 2 * (draws.uniforms(2)[:, None] - 0.5) + world.tint * (draws.uniforms(3) - 0.5)
@@ -105,7 +105,7 @@ class _Paint:
         waves = 2 * np.pi / lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         phases = 2 * np.pi * draws.uniforms(2)
         low, high = (middle + span * tones).astype(np.float32)
-        return _Paint(low, high, waves.astype(np.float32), phases.astype(np.float32))
+        return Paint(low, high, waves.astype(np.float32), phases.astype(np.float32))
 
     def at(self, x: F32, y: F32) -> F32:
         """Colours in [0, 1] at scene points: [..., 3]."""
@@ -126,8 +126,8 @@ def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, st
     lattice_cos, lattice_sin = _cos_sin(draws.uniform())
     shape_cos, shape_sin = _cos_sin(draws.uniform())
     phase_x, phase_y = (np.float32(phase) for phase in draws.uniforms(2))
-    ground_paint = _Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
-    sheet_paint = _Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
+    ground_paint = Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
+    sheet_paint = Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
 
     side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size)
     screen_y, screen_x = np.meshgrid(side, side, indexing="ij")

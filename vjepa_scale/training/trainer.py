@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
@@ -18,6 +19,7 @@ from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
+from vjepa_scale.data.statistics import merged, trajectory_statistics
 from vjepa_scale.objective.build import build_objective
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.engine import build_engine
@@ -101,6 +103,7 @@ class _Trainer:
         self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
         self.kept = kept_records(recipe, self.phases, self.manifests)
+        self.statistics = self._statistics()
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base, self.kept)
         self.objective = build_objective(recipe, stage_name, self.engine, self.manifests)
         self.engine.start_optimizer(recipe.optimizer, self.objective.trained, self.objective.settings)
@@ -218,6 +221,24 @@ class _Trainer:
         counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.ledger.counts().items())
         self._say(f"{self.stage_name}: clips replaced so far: {counts}")
 
+    def _statistics(self) -> dict[str, Any]:
+        """Of states and actions, by data set, where the stage has such: each rank reads its share, once."""
+        if self.phases[0].kind != "action":
+            return {}
+        if self.start.kind == "resume" and self.start.checkpoint is not None:
+            known: dict[str, Any] = store.read_manifest(self.start.checkpoint)["trajectories"]
+            return known
+        mine = {
+            name: trajectory_statistics(
+                self.manifests[name],
+                records[self.ranks.rank :: self.ranks.world_size],
+                self.recipe.data.fps_of(name),
+            )
+            for name, records in self.kept.items()
+        }
+        everyone = process_group.from_all(mine)
+        return {name: merged([part[name] for part in everyone]) for name in mine}
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     def _save(self, phase: Phase, step: int) -> None:
@@ -238,6 +259,7 @@ class _Trainer:
             "attention": self.engine.attention,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
             "data": {name: manifest.identity for name, manifest in self.manifests.items()},
+            **({"trajectories": self.statistics} if self.statistics else {}),
         }
         self.saver.save(step, tensors, manifest)
         if step == self.end:

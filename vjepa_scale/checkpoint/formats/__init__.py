@@ -2,8 +2,8 @@
 
     open_weights(path)  →  WeightSource  →  safetensors | huggingface | published
 
-``source`` is the neutral thing; ``opening`` tells formats apart; ``native``, ``published`` and ``huggingface``
-know one format each. docs/formats.md is for users.
+``source`` is the neutral thing; ``opening`` tells formats apart; ``native``, ``published`` (with
+``published_model``) and ``huggingface`` know one format each. docs/formats.md is for users.
 """
 
 from vjepa_scale.checkpoint.formats.opening import open_weights

@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from vjepa_scale.checkpoint.formats import published
+from vjepa_scale.checkpoint.formats import published_model
 from vjepa_scale.checkpoint.formats.model_card import model_card
 from vjepa_scale.checkpoint.formats.native import read_safetensors, safetensors_entries
 from vjepa_scale.checkpoint.formats.source import (
@@ -227,11 +227,11 @@ def _foreign_config(folder: Path, theirs: dict[str, Any], model: ModelConfig) ->
     return ConsolidatedConfig(
         model=model,
         origin=str(folder.resolve()),
-        mean=processor.get("image_mean", published.MEAN),
-        std=processor.get("image_std", published.STD),
+        mean=processor.get("image_mean", published_model.MEAN),
+        std=processor.get("image_std", published_model.STD),
         frames=get("frames_per_clip"),
         size=(get("crop_size"), get("crop_size")),
-        fps=published.FPS,
+        fps=published_model.FPS,
     )
 
 
@@ -272,7 +272,9 @@ def refuse_inexpressible(config: ConsolidatedConfig, where: object) -> None:
         reasons.append("model.rope.grid rescales positions, theirs are never rescaled")
     if config.size[0] != config.size[1]:
         reasons.append(f"clips of {config.size[0]}×{config.size[1]} pixels, theirs are square")
-    if "predictor" not in config.networks:
+    if "action_predictor" in config.networks:
+        reasons.append("its predictor is an action-conditioned one, which theirs is not")
+    elif "predictor" not in config.networks:
         reasons.append("there is no predictor, theirs has one")
     if reasons:
         raise UserError(

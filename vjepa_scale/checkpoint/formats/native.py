@@ -1,7 +1,8 @@
 """Our own two: a checkpoint of a run, in shards, and the consolidated file.
 
     OUT/
-      model.safetensors   encoder.*, predictor.*: canonical names; by default the target encoder's weights
+      model.safetensors   encoder.*, predictor.* or action_predictor.*: canonical names; by default the target
+                          encoder's weights
       config.json         what they are: ConsolidatedConfig, the same JSON as in the file's metadata
 
 The configuration travels inside model.safetensors too, so the bare file is enough.
@@ -9,7 +10,7 @@ The configuration travels inside model.safetensors too, so the bare file is enou
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Weights, WeightSource, parse_config
+from vjepa_scale.checkpoint.formats.source import (
+    NETWORKS,
+    ConsolidatedConfig,
+    Network,
+    Weights,
+    WeightSource,
+    parse_config,
+)
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
@@ -30,24 +38,36 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 METADATA_KEY = "vjepa_scale"
 
-# Where a run's result is: the last stage that has checkpoints.
-LAST_STAGE_FIRST = ("cooldown", "pretrain")
+# Where a run's result is: the last stage that has checkpoints, of those that train an encoder. The stages after them
+# train beside a frozen one; where a run has nothing else, that one is its encoder.
+LAST_STAGE_FIRST = ("cooldown", "pretrain", "action")
+# Only there is an action-conditioned predictor.
+ACTION_STAGE = "action"
 
 # Canonical prefix → the checkpoint's.
-_STORED: dict[Weights, dict[str, str]] = {
+_TRAINED: dict[Weights, dict[str, str]] = {
     "target": {"encoder.": "target_encoder.", "predictor.": "predictor."},
     "context": {"encoder.": "encoder.", "predictor.": "predictor."},
     "both": {"encoder.": "encoder.", "target_encoder.": "target_encoder.", "predictor.": "predictor."},
+}
+# Of stages with a frozen encoder, which was a target encoder once: there is no other one in them.
+_FROZEN: dict[str, dict[str, str]] = {
+    ACTION_STAGE: {"encoder.": "encoder.", "action_predictor.": "action_predictor."},
+    "probe": {"encoder.": "encoder."},
 }
 
 
 # -- a checkpoint in shards --------------------------------------------------------------------------
 
 
-def find_checkpoint(source: Path, *, check: bool = True) -> Path:
+def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Network] | None = None) -> Path:
     """The checkpoint that a path means: itself, or the newest good one of a stage or a run.
 
-    check: verify the bytes of its files; False looks at manifests and sizes only. Raises UserError.
+    check:    verify the bytes of its files; False looks at manifests and sizes only
+    networks: what is wanted of it. Of a run, the stage follows from that: an action predictor is in the action stage,
+              everything else in the last of the stages before it; a probe stage is never meant
+
+    Raises UserError.
     """
     if not source.exists():
         raise UserError("no such folder", where=source, fix="give a run, a stage or a checkpoint folder")
@@ -56,11 +76,15 @@ def find_checkpoint(source: Path, *, check: bool = True) -> Path:
         if check:
             store.verify(source)
         return source
-    stages = (source / stage / "checkpoints" for stage in LAST_STAGE_FIRST)
-    for folder in (source, source / "checkpoints", *stages):
+    stages = (ACTION_STAGE,) if networks is not None and "action_predictor" in networks else LAST_STAGE_FIRST
+    for folder in (source, source / "checkpoints", *(source / stage / "checkpoints" for stage in stages)):
         found = store.find_latest(folder) if check else store.newest_name(folder)
         if found is not None:
             return found
+    if stages != LAST_STAGE_FIRST and any((source / stage / "checkpoints").is_dir() for stage in LAST_STAGE_FIRST):
+        raise UserError(
+            "no checkpoint of the action stage in it", where=source, fix="give a run with one, or run that stage"
+        )
     raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
 
 
@@ -77,12 +101,22 @@ def _refuse_shards(folder: Path) -> None:
 
 
 def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
-    """A checkpoint of ours, which is not verified again here. Needs no process group."""
+    """A checkpoint of ours, which is not verified again here. Needs no process group.
+
+    Of the action and probe stages encoder.* is the frozen encoder, a target encoder; a probe itself is left out.
+    """
     manifest = store.read_manifest(checkpoint)
     recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
+    frozen = _FROZEN.get(manifest["stage"])
+    if frozen is not None:
+        if weights == "context":
+            raise UserError("it holds the target encoder only, frozen", where=checkpoint, fix="ask for target")
+        weights = "target"
+    prefixes = _TRAINED[weights] if frozen is None else frozen
     config = ConsolidatedConfig(
         model=recipe.model,
         weights=weights,
+        networks=tuple(network for network in NETWORKS if f"{network}." in prefixes),
         stage=manifest["stage"],
         step=manifest["step"],
         mean=recipe.data.augment.mean,
@@ -96,13 +130,14 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
     stored = reader.tensors()
     names = {
         ours + name.removeprefix(theirs): name
-        for ours, theirs in _STORED[weights].items()
+        for ours, theirs in prefixes.items()
         for name in stored
         if name.startswith(theirs)
     }
-    for theirs in _STORED[weights].values():
+    for theirs in prefixes.values():
         if not any(name.startswith(theirs) for name in names.values()):
-            raise UserError(f"it holds no tensor {theirs}*", where=checkpoint, fix="give a pretraining checkpoint")
+            fix = "give the checkpoint of another stage" if frozen else "give a pretraining checkpoint"
+            raise UserError(f"it holds no tensor {theirs}*", where=checkpoint, fix=fix)
     return WeightSource(
         where=checkpoint,
         config=config,
@@ -130,7 +165,7 @@ def write_consolidated(
 ) -> None:
     """Write both files of a consolidated checkpoint, one tensor in memory at a time.
 
-    entries, read: as write_safetensors takes them; names start with ``encoder.`` or ``predictor.``
+    entries, read: as write_safetensors takes them; names start with a network's, such as ``encoder.``
     """
     content = config.model_dump(mode="json")
     # transformers and other readers of safetensors look for format: pt.

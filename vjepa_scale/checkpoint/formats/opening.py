@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vjepa_scale.checkpoint.formats import huggingface, native, published
+from vjepa_scale.checkpoint.formats.published_model import named_model, refuse_other_heads
 from vjepa_scale.checkpoint.formats.source import Network, Weights, WeightSource, refuse_other_model
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.schema import ModelConfig
@@ -21,8 +22,9 @@ def open_weights(
 ) -> WeightSource:
     """Open weights of any format; tensors are read when they are asked for.
 
-    path:     a run, a stage or a checkpoint of ours (of which the newest good one is taken, verified), a
-              consolidated folder or file, a published ``.pt``, a Hugging Face folder
+    path:     a run, a stage or a checkpoint of ours (of which the newest good one is taken, verified; of a run, of
+              the stage that ``networks`` ask for, see ``find_checkpoint``), a consolidated folder or file, a
+              published ``.pt``, a Hugging Face folder
     model:    the model that it must be; a published file of others needs it, see ``open_published``
     weights:  which encoder encoder.* is; ``both``: the context encoder, and target_encoder.* beside it where there
               are two; None: the target encoder where there are two, else the one that is there
@@ -50,7 +52,7 @@ def _open(
     if path.is_file() and path.suffix != ".safetensors":
         return published.open_published(path, model=model, weights=weights, networks=networks)
 
-    named = published.named_model(model) if isinstance(model, str) and "=" not in model else None
+    named = named_model(model) if isinstance(model, str) and "=" not in model else None
     wanted = model if isinstance(model, ModelConfig) else None
     if path.is_file():
         source = native.open_consolidated(path)
@@ -59,12 +61,12 @@ def _open(
     elif (path / native.WEIGHTS_FILE).is_file():
         source = native.open_consolidated(path / native.WEIGHTS_FILE)
     else:
-        source = native.open_checkpoint(native.find_checkpoint(path), weights=weights or "target")
+        source = native.open_checkpoint(native.find_checkpoint(path, networks=networks), weights=weights or "target")
     there: tuple[Network, ...] = networks or source.config.networks
     if wanted is not None:
         refuse_other_model(source.config.model, wanted, where=path, networks=there)
     if isinstance(model, str) and "=" in model:
-        published.refuse_other_heads(source.config.model, model, where=path)
+        refuse_other_heads(source.config, model, where=path)
     if named is not None:
         sizes = {key: getattr(source.config.model, key) for key in ("patch", "tubelet", "positions", "rope", "sincos")}
         refuse_other_model(

@@ -1,12 +1,14 @@
 """The published code's checkpoint: one ``.pt`` file with a dict (docs/method.md 11).
 
-    encoder, predictor, target_encoder   state dicts; names are canonical behind ``module.backbone.`` or ``module.``
+    encoder, predictor, target_encoder   state dicts; names are canonical behind ``module.backbone.`` or ``module.``;
+                                         ``predictor`` may be an action-conditioned one
     opt, scaler                          the optimiser's state, and the loss scaler's
     epoch, loss, batch_size, world_size, lr
 
 Such a file says neither how many attention heads there are (width 1408 exists with 16 and with 22) nor how
 positions enter. Beside ours lies FILE.json, a ConsolidatedConfig, which does; of a foreign one the caller must
-know. That the tables of V-JEPA 2's released weights are tiled is a fact of that format (docs/method.md 3).
+know (``published_model``). That the tables of V-JEPA 2's released weights are tiled is a fact of that format
+(docs/method.md 3).
 """
 
 import pickle
@@ -16,41 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from vjepa_scale.checkpoint.formats.published_model import is_action_predictor, published_config
 from vjepa_scale.checkpoint.formats.source import (
+    NETWORKS,
     ConsolidatedConfig,
     Network,
     Weights,
     WeightSource,
-    depths,
     network_shapes,
     read_config_file,
-    refuse_other_model,
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_json
 from vjepa_scale.model.positions import Positions
-from vjepa_scale.recipe.schema import ENCODERS, ModelConfig
+from vjepa_scale.recipe.schema import ModelConfig
 
 WEIGHTS_FILE = "model.pt"
 CONFIG_FILE = WEIGHTS_FILE + ".json"
 PREFIX = "module.backbone."
-
-# Of every V-JEPA 2 weight that was released: ImageNet's mean and std, 4 frames per second; predictors of width
-# 384 have 12 heads (docs/method.md 5 and 7).
-MEAN, STD, FPS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 4.0
-# Of most of them; a file does not say it, and one is for 384 pixels.
-FRAMES, SIZE = 64, (256, 256)
-PREDICTOR_HEADS = {384: 12}
+# Of files with an action-conditioned predictor: that training wraps its networks once, not twice.
+ACTION_PREFIX = "module."
 
 # Fixed tables that released files carry although their models rotate.
 _TABLES = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
 _NETWORKS = tuple(_TABLES)
 _BESIDE = ("opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
 _V21 = re.compile(r"norms_block\.|mod_embed|patch_embed_img|patch_embed_image")
-_HEADS = "--model vit_giant (or another name), or --model heads=22 with the number of heads"
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -82,12 +77,10 @@ def open_published(
         taken = {ours: name for ours, name in taken.items() if ours.removeprefix("target_") in set(networks)}
         for network in networks:
             if network not in taken:
-                raise UserError(f"it holds no {network}", where=path, fix="give a file with one")
+                raise UserError(f"it holds no {network}", where=path, fix=_instead(network, states))
 
-    config = _config(told, {ours: states[theirs] for ours, theirs in taken.items()}, states, model, path)
-    config = config.model_copy(
-        update={"weights": encoder_is, "networks": tuple(n for n in ("encoder", "predictor") if n in taken)}
-    )
+    config = published_config(told, {ours: states[theirs] for ours, theirs in taken.items()}, states, model, path)
+    config = config.model_copy(update={"weights": encoder_is, "networks": tuple(n for n in NETWORKS if n in taken)})
     tensors, ignored = {}, []
     for ours, theirs in taken.items():
         for name, tensor in states[theirs].items():
@@ -106,6 +99,13 @@ def open_published(
     )
     source.match()
     return source
+
+
+def _instead(network: Network, states: dict[str, dict[str, Tensor]]) -> str:
+    """What to do where a network is not in a file."""
+    if network == "predictor" and is_action_predictor(states.get("predictor", {})):
+        return "its predictor is an action-conditioned one: vjepa_scale.load_world_model loads it, docs/planning.md"
+    return "give a file with one"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -173,6 +173,8 @@ def _choose(
 ) -> tuple[dict[str, str], Weights | None]:
     """Which of the file's networks becomes which of ours, and what encoder.* is."""
     single = told is not None and told.weights in ("target", "context")
+    action = is_action_predictor(states.get("predictor", {}))
+    named: Weights | None
     if single:
         assert told is not None
         if weights in ("target", "context") and weights != told.weights:
@@ -186,155 +188,17 @@ def _choose(
         named = "both" if len(choice) == 2 else "target" if "target_encoder" in choice.values() else None
     elif weights == "context":
         choice, named = {"encoder": "encoder"}, "context"
-    elif "target_encoder" in states or weights == "target":
+    elif "target_encoder" in states or (weights == "target" and not action):
         choice, named = {"encoder": "target_encoder"}, "target"
     else:
-        choice, named = {"encoder": "encoder"}, None  # one encoder, and which one is not said
+        # One encoder, and which one is not said. Beside an action predictor it is frozen: it takes a target's place.
+        choice, named = {"encoder": "encoder"}, weights
     if absent := [theirs for theirs in choice.values() if theirs not in states]:
         other = "context" if absent == ["target_encoder"] else "target"
         raise UserError(f"it holds no {absent[0]}", where=path, fix=f"ask for the {other} encoder")
     if "predictor" in states:
-        choice["predictor"] = "predictor"
+        choice["action_predictor" if action else "predictor"] = "predictor"
     return choice, named
-
-
-def _config(
-    told: ConsolidatedConfig | None,
-    taken: dict[str, dict[str, Tensor]],
-    states: dict[str, dict[str, Tensor]],
-    model: str | ModelConfig | None,
-    path: Path,
-) -> ConsolidatedConfig:
-    if "action_encoder.weight" in taken.get("predictor", {}):
-        raise UserError(
-            "its predictor is an action-conditioned one", where=path, fix="take the encoder only (--encoder-only)"
-        )
-    every: tuple[Network, ...] = ("encoder", "predictor")
-    networks = [network for network in every if network in taken]
-    if told is not None:
-        if isinstance(model, ModelConfig):
-            refuse_other_model(told.model, model, where=path, networks=networks)
-        elif isinstance(model, str) and "=" not in model:
-            refuse_other_model(told.model, named_model(model), where=path, by=model, networks=["encoder"])
-        elif isinstance(model, str):
-            refuse_other_heads(told.model, model, where=path)
-        return told
-    sizes: dict[str, Any] = _encoder_sizes(taken.get("encoder") or next(iter(states.values())), path)
-    if "predictor" in taken:
-        sizes["predictor"] = _predictor_sizes(taken["predictor"], path)
-    if model is None:
-        width, depth = sizes["encoder"]["width"], sizes["encoder"]["depth"]
-        raise UserError(
-            f"its encoder is {depth} deep and {width} wide; the number of heads is not in such a file",
-            where=path,
-            fix=f"give {_HEADS}",
-        )
-    return ConsolidatedConfig(
-        model=_with_heads(sizes, model, networks, path),
-        origin=str(path.resolve()),
-        mean=MEAN,
-        std=STD,
-        frames=FRAMES,
-        size=SIZE,
-        fps=FPS,
-        assumed=("frames", "size"),
-    )
-
-
-def _encoder_sizes(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    kernel = state.get("patch_embed.proj.weight")
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    if kernel is None or hidden is None:
-        raise UserError("no encoder of this family: no patch_embed.proj.weight, blocks.0.mlp.fc1.weight", where=path)
-    if kernel.ndim != 5 or kernel.shape[-1] != kernel.shape[-2]:
-        raise UserError(
-            f"its patch embedding is {list(kernel.shape)}, of pictures", where=path, fix="give an encoder of videos"
-        )
-    return {
-        "encoder": {"width": kernel.shape[0], "depth": depths(state)[""], "mlp_hidden": hidden.shape[0]},
-        "patch": kernel.shape[-1],
-        "tubelet": kernel.shape[2],
-    }
-
-
-def _predictor_sizes(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    embed, hidden = state.get("predictor_embed.weight"), state.get("predictor_blocks.0.mlp.fc1.weight")
-    if embed is None or hidden is None:
-        raise UserError("its predictor is of another family", where=path, fix="take the encoder only (--encoder-only)")
-    return {
-        "width": embed.shape[0],
-        "depth": depths(state)[""],
-        "mlp_hidden": hidden.shape[0],
-        "mask_tokens": sum(name.startswith("mask_tokens.") for name in state),
-    }
-
-
-def _with_heads(sizes: dict[str, Any], model: str | ModelConfig, networks: list[Network], path: Path) -> ModelConfig:
-    """The model, from sizes in the file and what the caller knows."""
-    if isinstance(model, ModelConfig):
-        heads, by = {"encoder": model.encoder.heads, "predictor": model.predictor.heads}, "the recipe"
-    elif "=" in model:
-        heads, by = _parse_heads(model), model
-    else:
-        heads, by = {"encoder": named_model(model).encoder.heads}, model
-    if "encoder" not in heads:
-        raise UserError(f"no heads in {model!r}", where="--model", fix=f"give {_HEADS}")
-    wanted = model if isinstance(model, ModelConfig) else None if "=" in model else named_model(model)
-    if wanted is not None and wanted.encoder.depth != sizes["encoder"]["depth"]:
-        here, there = sizes["encoder"]["depth"], wanted.encoder.depth
-        raise UserError(
-            f"{here} blocks in the file, {there} in {by}", where=path, fix="give the model that these weights are of"
-        )
-    sizes["encoder"]["heads"] = heads["encoder"]
-    if "predictor" in sizes:
-        width = sizes["predictor"]["width"]
-        if "predictor" not in heads and width not in PREDICTOR_HEADS:
-            raise UserError(
-                f"its predictor is {width} wide, and its number of heads is not in such a file",
-                where=path,
-                fix=f"give --model heads={heads['encoder']},predictor_heads=…",
-            )
-        sizes["predictor"]["heads"] = heads.get("predictor") or PREDICTOR_HEADS[width]
-    if isinstance(model, ModelConfig):  # positions, and a layout that was not the released weights' is refused below
-        sizes |= {key: getattr(model, key).model_dump() for key in ("rope", "sincos")}
-        sizes |= {"positions": model.positions, "rope": sizes["rope"] | {"layout": "tiled"}}
-    try:
-        found = ModelConfig.model_validate(sizes)
-    except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"], where=path, fix=f"give {_HEADS}") from None
-    if isinstance(model, ModelConfig):
-        refuse_other_model(found, model, where=path, networks=networks)
-    elif wanted is not None:
-        named = wanted.model_copy(update={"patch": found.patch, "tubelet": found.tubelet})
-        refuse_other_model(found, named, where=path, by=by, networks=["encoder"])
-    return found
-
-
-def named_model(name: str) -> ModelConfig:
-    if name not in ENCODERS:
-        raise UserError(
-            f"no model named {name!r}",
-            where="--model",
-            fix=f"{', '.join(ENCODERS)}, or heads=22 with the number of heads",
-        )
-    return ModelConfig.model_validate({"encoder": name})
-
-
-def refuse_other_heads(found: ModelConfig, text: str, *, where: object) -> None:
-    """Raise UserError unless a model that says its heads has those of ``heads=…``."""
-    for network, heads in _parse_heads(text).items():
-        if (here := getattr(found, network).heads) != heads:
-            raise UserError(f"{network}: {here} heads in the file", where=where, fix=f"leave --model {text} out")
-
-
-def _parse_heads(text: str) -> dict[str, int]:
-    out = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        if key not in ("heads", "predictor_heads") or not value.isdigit() or int(value) == 0:
-            raise UserError(f"{part!r} in {text!r}", where="--model", fix="heads=22 or heads=22,predictor_heads=12")
-        out["encoder" if key == "heads" else "predictor"] = int(value)
-    return out
 
 
 def _check_table(model: ModelConfig, network: str, stored: Tensor, path: Path) -> None:
@@ -446,12 +310,13 @@ def write_published(folder: Path, source: WeightSource) -> None:
     """
     source.match()
     there = source.networks()
+    prefix = ACTION_PREFIX if "action_predictor" in there else PREFIX
     states: dict[str, dict[str, Tensor]] = {}
-    for network in ("encoder", "predictor", "target_encoder"):
+    for network in ("encoder", "predictor", "action_predictor", "target_encoder"):
         if network in there:
             names = network_shapes(source.config.model, network)
-            states[network] = {
-                PREFIX + name.removeprefix(f"{network}."): source.read(name).contiguous() for name in names
+            states[network.removeprefix("action_")] = {
+                prefix + name.removeprefix(f"{network}."): source.read(name).contiguous() for name in names
             }
     states.setdefault("target_encoder", states["encoder"])
     beside = {

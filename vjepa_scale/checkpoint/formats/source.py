@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.model.action_predictor import ActionPredictor
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.sections import Section
 
@@ -24,16 +25,19 @@ VERSION: Final = 1
 # of them, the context encoder as encoder.* and the target encoder as target_encoder.* where there are two.
 Weights = Literal["target", "context", "both"]
 Network = Literal["encoder", "predictor", "action_predictor"]
+NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
 
 # Of our names and Hugging Face's, behind their network's or alone.
-_BLOCK = re.compile(r"^(?:(encoder|target_encoder|predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d+)\.")
+_BLOCK = re.compile(
+    r"^(?:(encoder|target_encoder|predictor|action_predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d+)\."
+)
 
 
 class ConsolidatedConfig(Section):
     """What the tensors are. What a foreign source does not say is None, or named in ``assumed``.
 
     weights:       encoder.* is the EMA target encoder or the context encoder; both: there are two
-    networks:      which are there; without a predictor, ``model.predictor`` means nothing
+    networks:      which are there; of one that is not, its section of ``model`` means nothing
     stage, step:   where in our training they come from: completed steps on the global step
     origin:        where they come from if not from our training: the path of a foreign file or folder
     mean, std:     per channel, of pixels in 0 … 1; the encoder expects (pixel − mean) / std
@@ -176,9 +180,21 @@ def depths(names: Iterable[str]) -> dict[str, int]:
     return out
 
 
+def build_action_predictor(config: ModelConfig) -> ActionPredictor:
+    """The action-conditioned predictor of a model, for its encoder's tokens."""
+    return ActionPredictor(config.action_predictor, encoder_width=config.encoder.width)
+
+
+BUILDERS: Final[dict[str, Callable[[ModelConfig], nn.Module]]] = {
+    "encoder": Encoder,
+    "predictor": Predictor,
+    "action_predictor": build_action_predictor,
+}
+
+
 def network_shapes(config: ModelConfig, network: str) -> dict[str, torch.Size]:
     """Canonical names, with their network's, and shapes of all weights, in the order of ``named_parameters``."""
-    build: Callable[[ModelConfig], nn.Module] = Predictor if network == "predictor" else Encoder
+    build = BUILDERS.get(network, Encoder)
     with torch.device("meta"):
         module = build(config)
     return {f"{network}.{name}": parameter.shape for name, parameter in module.named_parameters()}
@@ -190,8 +206,8 @@ class WeightSource:
 
     where:    the file or folder, for messages
     config:   what they are
-    entries:  (canonical name, shape, dtype): encoder.*, predictor.* and, if both encoders were asked for and
-              are there, target_encoder.*
+    entries:  (canonical name, shape, dtype): encoder.*, predictor.* or action_predictor.* and, if both encoders were
+              asked for and are there, target_encoder.*
     read:     one tensor by its name; may share memory with a mapped file: do not write to it
     ignored:  what is stored beside them and left out by name
     kind:     the format, in words
@@ -227,10 +243,9 @@ class WeightSource:
     def only(self, networks: Iterable[str]) -> "WeightSource":
         """Some of the networks."""
         prefixes = tuple(f"{network}." for network in networks)
-        there: tuple[Network, ...] = ("encoder", "predictor")
         return replace(
             self,
-            config=self.config.model_copy(update={"networks": tuple(n for n in there if f"{n}." in prefixes)}),
+            config=self.config.model_copy(update={"networks": tuple(n for n in NETWORKS if f"{n}." in prefixes)}),
             entries=[entry for entry in self.entries if entry[0].startswith(prefixes)],
         )
 
@@ -263,6 +278,9 @@ def refuse_other_model(
         "heads": "{} heads in the file, {} in {by}",
         "mlp_hidden": "{} hidden channels in the file, {} in {by}",
         "mask_tokens": "{} mask tokens in the file, {} in {by}",
+        "extrinsics": "extrinsics {} in the file, {} in {by}",
+        "grid": "grid {} in the file, {} in {by}",
+        "layout": "layout {} in the file, {} in {by}",
     }
     differences = [
         f"{network}: " + words[key].format(here, there, by=by)

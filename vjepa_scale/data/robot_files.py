@@ -1,0 +1,75 @@
+"""The synthetic robot's exploration, written in DROID's layout (see data/ingest/droid.py), videos and all."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import publish_dir, read_json, remove_dir, write_json
+from vjepa_scale.data.robot import explore
+from vjepa_scale.data.robot_world import RobotWorld, draw_scene, render
+from vjepa_scale.data.synthetic import encode_mp4
+
+SERIAL = "10000001"
+_START_MS = 1_700_000_000_000  # logs count from 1970
+_SPLITS = ("train", "val")
+
+
+def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, index: int) -> Path:
+    """Explore, film and log trajectory ``index`` of a split in folder/<split>/NNNNN."""
+    import h5py  # not every data set is of robots
+
+    states, scene = explore(world, seed, split, index), draw_scene(world, seed, split, index)
+    path = folder / split / f"{index:05d}"
+    videos = path / "recordings" / "MP4"
+    videos.mkdir(parents=True)
+    (videos / f"{SERIAL}.mp4").write_bytes(encode_mp4(render(scene, states), world.fps))
+    name = f"synthetic+{seed}+{split}+{index:05d}"
+    video = f"{split}/{index:05d}/recordings/MP4/{SERIAL}.mp4"
+    known = {"uuid": name, "lab": "synthetic", "success": True, "current_task": "explore"}
+    # Both names: `left` is what DROID's later exports call the first exterior camera.
+    write_json(path / f"metadata_{name}.json", known | {"ext1_mp4_path": video, "left_mp4_path": video})
+    arrays = {
+        "robot_state/cartesian_position": states[:, :6],
+        "robot_state/gripper_position": states[:, 6],
+        f"camera_extrinsics/{SERIAL}_left": np.tile(scene.extrinsics, (len(states), 1)),
+        "timestamp/robot_state/read_start": _START_MS + np.round(np.arange(len(states)) * 1000 / world.fps).astype(int),
+    }
+    with h5py.File(path / "trajectory.h5", "w") as file:
+        for key, array in arrays.items():
+            file.create_dataset(f"observation/{key}", data=array, track_times=False)  # no times: equal bytes
+    return path
+
+
+def write_trajectories(out: Path, world: RobotWorld, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
+    """Write a data set of trajectories into out/{train,val}/NNNNN; yields the number done.
+
+    The folder is whole or absent, as synthetic.write_videos'. Raises UserError where it holds something else.
+    """
+    if world.size % 2:
+        raise UserError(f"{world.size} pixels: h264 wants an even size", where="--size")
+    about = {"robot": asdict(world), "seed": seed, "train": train, "val": val}
+    total = train + val
+    if out.exists():
+        known = read_json(out / "world.json") if (out / "world.json").is_file() else None
+        if known != json.loads(json.dumps(about)):
+            raise UserError("holds something else", where=out, fix="remove it or choose another folder")
+        yield total
+        return
+    temporary = out.with_name(f".{out.name}.tmp")
+    if temporary.exists():
+        remove_dir(temporary)
+    temporary.mkdir(parents=True)
+    jobs = [
+        (temporary, world, seed, split, i) for split, n in zip(_SPLITS, (train, val), strict=True) for i in range(n)
+    ]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(write_trajectory, *zip(*jobs, strict=True), chunksize=8), start=1):
+            yield done
+    write_json(temporary / "world.json", about)
+    publish_dir(temporary, out)
