@@ -106,7 +106,7 @@ ACTION: dict[str, Any] = {
     "mixture": {"robot": 1},
     "steps": 8,
     "clip": {"frames": 4, "size": [32, 40]},
-    "crop_aspect": 1.25,
+    "crop_aspect": 0.9,
     "global_batch": 8,
     "micro_batch": 2,
     "phases": [

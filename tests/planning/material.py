@@ -32,7 +32,7 @@ def write_world(folder: Path, *, extrinsics: bool = False, action: dict[str, Any
         frames=8,
         size=SIZE,
         fps=4.0,
-        recipe={"action": {"crop_aspect": 1.25} if action is None else action},
+        recipe={"action": {"crop_aspect": [1.25, 1.25]} if action is None else action},
     )
     write_consolidated(folder, told, [(k, tuple(v.shape), v.dtype) for k, v in weights.items()], weights.__getitem__)
     return folder

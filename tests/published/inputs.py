@@ -46,6 +46,25 @@ ACTION_CASES = {
     "another_grid": ActionCase(steps=3, grid=(4, 3), pretrained=6, extrinsics=True),
 }
 
+# -- three steps of action-conditioned training: STEPS, CLIPS, PATCH, encoder and predictor as above ----------------
+
+ACTION_FRAMES, ACTION_SIZE = 5, 16
+
+
+@dataclass(frozen=True)
+class ActionRun:
+    """As the published config's auto_steps, use_extrinsics and loss_exp."""
+
+    rollout_steps: int
+    extrinsics: bool
+    exponent: float
+
+
+ACTION_RUNS = {
+    "published": ActionRun(rollout_steps=2, extrinsics=False, exponent=1.0),
+    "extrinsics": ActionRun(rollout_steps=3, extrinsics=True, exponent=2.0),
+}
+
 # -- sine-cosine positions: a table of 6 frames (or of images) of 32×32 pixels in patches of 8 -----------------
 
 SINCOS_WIDTH, SINCOS_FRAMES, SINCOS_SIZE, SINCOS_PATCH = 40, 6, 32, 8
@@ -110,6 +129,22 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def clips(step: int) -> np.ndarray:
     """uint8 [4, 3, 8, 32, 32]."""
     return np.floor((uniform(f"clips {step}", (CLIPS, 3, FRAMES, SIZE, SIZE)) + 1) * 128).astype(np.uint8)
+
+
+def action_clips(step: int) -> np.ndarray:
+    """uint8 [4, 3, 5, 16, 16]."""
+    shape = (CLIPS, 3, ACTION_FRAMES, ACTION_SIZE, ACTION_SIZE)
+    return np.floor((uniform(f"action clips {step}", shape) + 1) * 128).astype(np.uint8)
+
+
+def action_states(step: int) -> np.ndarray:
+    """float64 [4, 5, 7], that turn by large angles."""
+    return np.stack([poses(f"action states {step} {clip}", ACTION_FRAMES) for clip in range(CLIPS)])
+
+
+def action_cameras(step: int) -> np.ndarray:
+    """float64 [4, 5, 6], another one in each frame."""
+    return np.stack([poses(f"action cameras {step} {clip}", ACTION_FRAMES)[:, :CAMERA] for clip in range(CLIPS)])
 
 
 def action_inputs(name: str) -> list[np.ndarray]:

@@ -10,12 +10,16 @@ by inputs.py.
                            on clips that are not square; tables of sine-cosine positions
     steps.safetensors      three pretraining steps: per step mask indices, loss, learning rate and the norm of every
                            parameter's gradient; the third step's gradients
+    action_steps.safetensors
+                           three steps of action-conditioned training in two settings: per step loss, its two parts,
+                           learning rate and gradients' norms; the third step's gradients; the predictor after it
     checkpoint.pt          what the published training saved after them: weights, EMA weights, optimiser
     strides.json           frame numbers that the published loader asks its decoder for, of videos of some lengths
     poses.json, plans.json actions between poses, poses after actions, and what the published planner plans
 
-The published ``app.vjepa.train.main`` runs as it is: a loader with given clips, weights by name and small sizes are put
-in its place for data sets, random weights and ViT-L. Third-party imports that are not installed are empty stand-ins.
+The published ``app.vjepa.train.main`` and ``app.vjepa_droid.train.main`` run as they are: a loader with given clips,
+weights by name and small sizes are put in place of data sets, random weights and ViT-L. Third-party imports that are
+not installed are empty stand-ins.
 """
 
 import argparse
@@ -41,6 +45,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.published import inputs
+from tests.published.make_action_steps import action_steps
 from tests.published.make_plans import plans, poses
 
 HERE = Path(__file__).parent
@@ -197,13 +202,18 @@ def small_encoder(transformer: type[nn.Module], **arguments: Any) -> nn.Module:
     )
 
 
+def add_small_sizes() -> None:
+    """A name for the encoder's sizes, which published configs choose by name."""
+    from src.models import vision_transformer
+
+    vision_transformer.vit_small_sizes = partial(small_encoder, vision_transformer.VisionTransformer)
+
+
 def steps(folder: Path) -> dict[str, Tensor]:
     """Three epochs of one iteration each, so that the published training saves its state after every step."""
     from app.vjepa import train
     from app.vjepa.transforms import _tensor_normalize_inplace
-    from src.models import vision_transformer
 
-    vision_transformer.vit_small_sizes = partial(small_encoder, vision_transformer.VisionTransformer)
     results: dict[str, Tensor] = {}
     made = {}
     build = train.init_video_model
@@ -357,10 +367,12 @@ def main() -> None:
         os.environ.pop(variable, None)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        three_steps = steps(Path(folder))
+        add_small_sizes()
+        three_steps, of_actions = steps(Path(folder)), action_steps(Path(folder))
         dist.destroy_process_group()
         shutil.copyfile(Path(folder) / "latest.pt", HERE / "checkpoint.pt")
-    save_file({name: value.contiguous() for name, value in three_steps.items()}, HERE / "steps.safetensors", METADATA)
+    for name, results in (("steps", three_steps), ("action_steps", of_actions)):
+        save_file({key: value.contiguous() for key, value in results.items()}, HERE / f"{name}.safetensors", METADATA)
 
 
 if __name__ == "__main__":

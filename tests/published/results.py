@@ -37,6 +37,12 @@ def steps() -> dict[str, Tensor]:
 
 
 @cache
+def action_steps(run: str) -> dict[str, Tensor]:
+    found = load_file(HERE / "action_steps.safetensors")
+    return {name.removeprefix(f"{run}."): value for name, value in found.items() if name.startswith(f"{run}.")}
+
+
+@cache
 def checkpoint() -> dict[str, dict[str, Tensor]]:
     """The published file's networks, by our names."""
     saved = torch.load(HERE / "checkpoint.pt", weights_only=True)

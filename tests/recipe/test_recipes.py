@@ -70,7 +70,11 @@ def test_action_conditioned_recipe_is_the_published_one() -> None:
     assert (predictor.width, predictor.depth, predictor.heads, predictor.mlp_hidden) == (1024, 24, 16, 4096)
     assert (predictor.grid, predictor.extrinsics) == ((16, 16), False)
     assert recipe.action is not None
-    assert (recipe.action.rollout_steps, recipe.action.crop_aspect, recipe.action.loss_exponent) == (2, 1.35, 1.0)
+    assert (recipe.action.rollout_steps, recipe.action.crop_aspect, recipe.action.loss_exponent) == (
+        2,
+        (0.75, 1.35),
+        1.0,
+    )
     warmup, constant, decay = resolve_phases(recipe, "action")
     assert (warmup.end, constant.end, decay.end) == (15 * 300, 300 * 300, 315 * 300)
     assert (warmup.lr(4_499), constant.lr(50_000), decay.lr(94_499)) == (4.25e-4, 4.25e-4, 0)

@@ -86,10 +86,16 @@ def center_crop(
 
 
 def squashed_crop(
-    pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, aspect: float, out: Tensor | None = None
+    pictures: Sequence[npt.NDArray[np.uint8]],
+    size: tuple[int, int],
+    *,
+    aspect: tuple[float, float],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The largest centred crop of an aspect (width/height), squashed to a size: uint8 [3, T, *size]."""
-    return _resized(pictures, center_box(aspect, *pictures[0].shape[:2]), size, out)
+    """The largest centred crop whose aspect (width/height) is in a range, squashed to a size: uint8 [3, T, *size]."""
+    height, width = pictures[0].shape[:2]
+    nearest = min(max(width / height, aspect[0]), aspect[1])
+    return _resized(pictures, center_box(nearest, height, width), size, out)
 
 
 def empty_clips(number: int, frames: int, size: tuple[int, int]) -> Tensor:

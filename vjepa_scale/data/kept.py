@@ -51,14 +51,19 @@ def _trajectories(recipe: Recipe, phases: list[Phase], name: str, manifests: Map
     where = f"data.sets.{name}.path: {Path(manifest.folder)}"
     if "states.size" not in manifest.described:
         raise UserError("these shards have no trajectories", where=where, fix=fix)
-    frames = max(phase.frames_of(name) for phase in phases)
-    kept = long_enough(manifest, frames=frames, fps=recipe.data.fps_of(name))
+    kept = long_enough(manifest, frames=longest_clip(phases, name), fps=recipe.data.fps_of(name))
+    fixes = {"states": fix}
     if recipe.model.action_predictor.extrinsics:
-        sizes = manifest.column("extrinsics.size")[kept] if "extrinsics.size" in manifest.described else np.zeros(1)
+        fixes["extrinsics"] = "model.action_predictor.extrinsics=false, or a data set in which all have them"
+    for member, fix in fixes.items():
+        column = f"{member}.size"
+        sizes = manifest.column(column)[kept] if column in manifest.described else np.zeros(len(kept))
         if lacking := int((sizes == 0).sum()):
-            raise UserError(
-                f"{lacking} of its {len(kept)} usable trajectories have no extrinsics",
-                where=where,
-                fix="model.action_predictor.extrinsics=false, or a data set in which all have them",
-            )
+            what = f"{lacking} of its {len(kept)} trajectories that are long enough have no {member}"
+            raise UserError(what, where=where, fix=fix)
     return kept
+
+
+def longest_clip(phases: list[Phase], name: str) -> int:
+    """Frames of the longest clips that the phases draw from a data set."""
+    return max(phase.frames_of(name) for phase in phases if name in phase.mixture)

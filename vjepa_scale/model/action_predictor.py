@@ -34,6 +34,8 @@ class ActionPredictor(nn.Module):
         self.state_encoder = nn.Linear(POSE, config.width)
         # There even where it is not used, as in the published weights: they load and are written name by name.
         self.extrinsics_encoder = nn.Linear(CAMERA, config.width)
+        # Without a gradient it must not be decayed away either.
+        self.extrinsics_encoder.requires_grad_(config.extrinsics)
         self.predictor_blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
         )

@@ -49,7 +49,8 @@ class Engine(ABC):
         """What comes before any sharding: refuse what could not be initialised, and choose the attention kernel."""
         assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
         assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
-        network.requires_grad_(trainable)
+        if not trainable:  # else as it was built: some networks have layers that no loss reaches
+            network.requires_grad_(False)
         self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
 
     @abstractmethod

@@ -84,7 +84,7 @@ class FsdpEngine(Engine):
         self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
     ) -> None:
         self._trained = list(trained.values())
-        self._named = named_parameters(trained)
+        self._named = [(name, parameter) for name, parameter in named_parameters(trained) if parameter.requires_grad]
         self._optimizer = build_optimizer(cfg, self._named, settings)
 
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:

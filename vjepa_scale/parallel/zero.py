@@ -88,7 +88,7 @@ class ZeroEngine(Engine):
     def start_optimizer(
         self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
     ) -> None:
-        self._named = dict(named_parameters(trained))
+        self._named = {name: p for name, p in named_parameters(trained) if p.requires_grad}
         self._engine, self._zero, *_ = self._deepspeed.initialize(
             model=_Composite(trained, self._compute_type, self.device),
             optimizer=make_optimizer(cfg, self._named.items(), _whole_shape, settings),

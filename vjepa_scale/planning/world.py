@@ -26,8 +26,8 @@ from vjepa_scale.planning.landscape import AXES, Landscape, energy_landscape
 from vjepa_scale.planning.pictures import pictures_of
 from vjepa_scale.recipe.schema import ModelConfig
 
-# Width over height of the crop that the published training takes (docs/method.md 8).
-PUBLISHED_CROP_ASPECT = 1.35
+# Width over height of what the published training sees of a picture (docs/action.md).
+PUBLISHED_CROP_ASPECT = (0.75, 1.35)
 # Pictures that go through the encoder together.
 _AT_ONCE = 16
 # Tokens that go through the predictor together: its hidden channels are a gigabyte at the published sizes.
@@ -54,7 +54,7 @@ class WorldModel:
     config:      of the checkpoint
     size:        (height, width) in pixels that pictures are resized to
     grid:        (h, w) of a picture in tokens
-    crop_aspect: width over height of the part of a picture that is seen: the largest centred one
+    crop_aspect: range of width over height: of a picture outside it, the largest centred part inside is seen
 
     Methods run without gradients, on the model's device. Raises UserError for input that does not fit.
     """
@@ -70,7 +70,8 @@ class WorldModel:
         patch = self.config.model.patch
         self.grid = (self.size[0] // patch, self.size[1] // patch)
         stage = (self.config.recipe or {}).get("action") or {}
-        self.crop_aspect: float = stage.get("crop_aspect", PUBLISHED_CROP_ASPECT)
+        low, high = stage.get("crop_aspect", PUBLISHED_CROP_ASPECT)
+        self.crop_aspect: tuple[float, float] = (low, high)
         self._mean, self._std = (
             torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.config.mean, self.config.std)
         )

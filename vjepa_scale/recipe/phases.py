@@ -145,13 +145,6 @@ def check_stages(recipe: Recipe, source: object) -> None:
     """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
     if not recipe.stages():
         raise UserError("no stage to run", where=source, fix="add a section pretrain:, cooldown:, action: or probe:")
-    for name, data_set in recipe.data.sets.items():
-        if data_set.frames is not None and data_set.frames % recipe.model.tubelet:
-            raise UserError(
-                f"{data_set.frames} frames do not divide into tubelets of {recipe.model.tubelet}",
-                where=f"{source}:data.sets.{name}.frames",
-                fix=f"a multiple of model.tubelet ({recipe.model.tubelet})",
-            )
     names = list(recipe.stages())
     for name, stage in recipe.stages().items():
         key = f"{source}:{name}"
@@ -201,9 +194,9 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
     if phase.kind == "action":  # each frame is a step, repeated to one tubelet
         wanted = recipe.stages()["action"]
         assert isinstance(wanted, ActionStageConfig)
-        if phase.frames <= wanted.rollout_steps:
+        if (frames := min(phase.geometries)) <= wanted.rollout_steps:
             raise UserError(
-                f"a rollout of {wanted.rollout_steps} steps needs more than {phase.frames} frames",
+                f"a rollout of {wanted.rollout_steps} steps needs more than {frames} frames",
                 where=f"{key}.clip.frames",
                 fix="longer clips, or fewer rollout_steps",
             )
@@ -211,6 +204,8 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
         raise UserError(
             f"{phase.frames} frames do not divide into tubelets of {model.tubelet}", where=f"{key}.clip.frames"
         )
+    else:
+        _check_own_frames(recipe, phase, key)
     if phase.size[0] % model.patch or phase.size[1] % model.patch:
         raise UserError(
             f"{phase.size[0]}×{phase.size[1]} pixels do not divide into patches of {model.patch}",
@@ -241,6 +236,16 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
             )
     if not phase.mixture:
         raise UserError("every weight is 0: nothing to draw from", where=f"{key}.mixture")
+
+
+def _check_own_frames(recipe: Recipe, phase: Phase, key: str) -> None:
+    for name, frames in phase.own_frames.items():
+        if frames % recipe.model.tubelet:
+            raise UserError(
+                f"{frames} frames do not divide into tubelets of {recipe.model.tubelet}",
+                where=f"{key.rpartition(':')[0]}:data.sets.{name}.frames",
+                fix=f"a multiple of model.tubelet ({recipe.model.tubelet})",
+            )
 
 
 def accumulation(phase: Phase, *, dp_world_size: int) -> int:

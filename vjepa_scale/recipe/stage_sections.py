@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vjepa_scale.recipe.sections import Fraction, Positive, PositiveInt, Section, Size
+from vjepa_scale.recipe.sections import Fraction, Positive, PositiveInt, PositiveRange, Section, Size
 
 
 class ClipConfig(Section):
@@ -86,8 +86,10 @@ class ActionStageConfig(StageConfig):
     rollout_steps: PositiveInt = Field(
         2, description="steps that the predictor imagines from its own predictions, in the second part of the loss"
     )
-    crop_aspect: Positive = Field(
-        1.35, description="width over height of the centred crop of each picture, which is squashed to clip.size"
+    crop_aspect: PositiveRange = Field(
+        (0.75, 1.35),
+        description="width over height of what is seen of a picture, squashed to clip.size: all of it within this "
+        "range, else the largest centred part",
     )
     loss_exponent: Positive = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
 

@@ -37,6 +37,12 @@ def check_foreign(recipe: Recipe, stage_name: str) -> int:
     stage = recipe.stages()[stage_name]
     word = "continue_from" if stage.continue_from is not None else "init_from"
     path = str(stage.continue_from or stage.init_from)
+    if word == "continue_from" and stage_name not in MASKED:
+        raise UserError(
+            "it holds no optimiser's state of this stage",
+            where=f"{stage_name}.continue_from: {path}",
+            fix="init_from, which takes its weights",
+        )
     try:
         _open(recipe, stage_name, path).match(recipe.model)
         return 0 if word == "init_from" else _steps(_optimizer(recipe, path))

@@ -15,7 +15,8 @@ from vjepa_scale.recipe.phases import MASKED
 def networks_from(recipe: Recipe, stage_name: str) -> list[Network]:
     """The networks that a stage takes from where it starts: those that it has, without those to be left fresh."""
     of_kind: dict[str, tuple[Network, ...]] = {"action": ("encoder", "action_predictor"), "probe": ("encoder",)}
-    without = recipe.stages()[stage_name].init_without
+    stage = recipe.stages()[stage_name]
+    without = stage.init_without if stage.init_from else ()
     return [network for network in of_kind.get(stage_name, ("encoder", "predictor")) if network not in without]
 
 

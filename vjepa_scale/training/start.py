@@ -14,7 +14,7 @@ from typing import Any, Literal
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.formats.source import refuse_other_model
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.kept import Ints, kept_records
+from vjepa_scale.data.kept import Ints, kept_records, longest_clip
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import check_masks
@@ -91,6 +91,7 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
         if (path / store.MANIFEST).exists():
             if verify:
                 store.verify(path)
+            _refuse_other_kind(stage_name, word, path)
             _refuse_other_model(recipe, stage_name, word, path)
             return path
         folder, must_end_at = (path if path.name == "checkpoints" else path / "checkpoints"), None
@@ -107,8 +108,20 @@ def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: b
             where=key,
             fix=f"finish {value!r} first, or give {latest} itself to start from there",
         )
+    _refuse_other_kind(stage_name, word, latest)
     _refuse_other_model(recipe, stage_name, word, latest)
     return latest
+
+
+def _refuse_other_kind(stage_name: str, word: str, source: Path) -> None:
+    """Only a stage of the same objective can go on with an optimiser's state."""
+    then = store.read_manifest(source)["stage"]
+    if word == "continue_from" and then != stage_name and not {then, stage_name} <= set(MASKED):
+        raise UserError(
+            f"{source} is of {then}: nothing of {stage_name} can go on from it",
+            where=f"{stage_name}.continue_from",
+            fix="init_from, which takes its weights",
+        )
 
 
 def _refuse_other_model(recipe: Recipe, stage_name: str, word: str, source: Path) -> None:
@@ -313,7 +326,14 @@ def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "model": {key: value for key, value in whole["model"].items() if key not in elsewhere[kind]},
         "optimizer": whole["optimizer"],
         **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
+        **({"the longest clip of a data set, in frames": _longest_clips(recipe)} if kind == "action" else {}),
     }
+
+
+def _longest_clips(recipe: Recipe) -> dict[str, int]:
+    """By which the action stage chooses its records, from its first step on."""
+    phases = resolve_phases(recipe, "action")
+    return {name: longest_clip(phases, name) for name in stage_sets(recipe, "action")}
 
 
 def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
