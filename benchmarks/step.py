@@ -1,44 +1,55 @@
 """Where the time of a training step goes: target, context, predictor, backward, optimiser, EMA.
 
-One process, random clips, real masks, the recipe's engine. Prints milliseconds per part, clips per second, the peak of
-memory, and the model FLOPs per second as a share of what one large matrix product reaches in the same run, and on a GPU
-also of the number its maker gives.
+One process, random clips, real masks, the recipe's engine. Prints, for each attention kernel and with or without
+compilation, milliseconds per part, clips per second, the peak of memory, and the model FLOPs per second as a share of
+what one large matrix product reaches in the same run, and on a GPU also of the number its maker gives.
 
     OMP_NUM_THREADS=2 python benchmarks/step.py --device cpu --model vit_tiny --frames 16 --size 64 --batch 4
-    python benchmarks/step.py --device cuda --model vit_giant --frames 16 --size 256 --batch 24 engine.compile=true
+    python benchmarks/step.py --device cuda --model vit_giant --frames 16 --size 256 --batch 24 \\
+        --compile both --attention sdpa flash
+
+With ``--peer FOLDER``, a checkout of https://github.com/facebookresearch/vjepa2, the published code's step is timed
+beside ours, in turn: ours, theirs, ours, theirs, with the same sizes, clips and masks. First both compute the loss in
+float32 from the same weights; the run stops where they differ.
+
     python benchmarks/step.py --device cuda --model vit_giant --frames 64 --size 384 --batch 2 \\
-        engine.activation_checkpointing=full engine.attention=flash
+        --compile both --attention sdpa flash --peer ../vjepa2
 """
 
 import argparse
-import resource
+import gc
+import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from clock import Clock, device_name, peak_memory, product_rate
+from published import Published
+from torch.distributed.tensor import DTensor
 
+from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.masking import draw_masks
 from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.engine import build_engine
+from vjepa_scale.parallel.engine import Engine, build_engine
 from vjepa_scale.recipe import Phase, Recipe, load_recipe, resolve_phases
 from vjepa_scale.training.step import training_step
 
 ROOT = Path(__file__).parents[1]
+RANKS = Ranks(0, 1, 0, 1, "benchmark", "submitit-local", "benchmark")
 PARTS = ("target", "context", "predictor", "backward", "optimiser", "EMA", "rest")
 # Dense bf16 FLOPs per second by the makers' data sheets.
 NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+RATE = 1e-5
+SAME_LOSS = 1e-4  # relative; float32 in another order of operations differs by some 1e-7
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="vit_tiny", help="a name of an encoder")
@@ -47,25 +58,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips per micro-batch, of which a step has one")
     parser.add_argument("--steps", type=int, default=10, help="timed, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as engine.compile=true")
+    parser.add_argument("--compile", choices=("on", "off", "both"), help="default: the recipe's engine.compile")
+    parser.add_argument("--attention", nargs="+", help="values of engine.attention; default: the recipe's")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of the published code")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     arguments = parser.parse_intermixed_args()
-    recipe = _recipe(arguments)
-    phase = resolve_phases(recipe, "pretrain")[0]
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2")
+    attention = [word for word in arguments.attention or [None] if word is None or "=" not in word]
+    arguments.overrides += [word for word in arguments.attention or () if "=" in word]
+    compiled = {"on": [True], "off": [False], "both": [False, True], None: [None]}[arguments.compile]
+    variants = [
+        _recipe(arguments, {"engine.attention": kernel, "engine.compile": on})
+        for kernel in attention
+        for on in compiled
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(0, 1, 0, 1, "benchmark", "submitit-local", "benchmark")
-        process_group.start(ranks, recipe.engine, rendezvous=Path(folder))
-        _report(recipe, phase, arguments)
+        process_group.start(RANKS, variants[0].engine, rendezvous=Path(folder))
+        _report(variants, arguments)
         process_group.stop()
+    return 0
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def _recipe(arguments: argparse.Namespace, variant: dict[str, Any]) -> Recipe:
     total = arguments.steps + arguments.warmup
-    stage = {
-        "clip": {"frames": arguments.frames, "size": arguments.size},
-        "global_batch": arguments.batch,
-        "micro_batch": arguments.batch,
-        "steps": total,
-    }
     overrides = [
         f"engine.device={arguments.device}",
         f"engine.threads={torch.get_num_threads()}",
@@ -73,120 +89,184 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         f"masks.group={arguments.batch}",
         f"pretrain.steps={total}",
         f"pretrain.clip={{frames: {arguments.frames}, size: {arguments.size}}}",
-        f"pretrain.global_batch={stage['global_batch']}",
-        f"pretrain.micro_batch={stage['micro_batch']}",
-        "pretrain.phases=[{name: all, start_lr: 1.0e-5}]",
+        f"pretrain.global_batch={arguments.batch}",
+        f"pretrain.micro_batch={arguments.batch}",
+        f"pretrain.phases=[{{name: all, start_lr: {RATE}}}]",
         "cooldown=null",
-        *arguments.overrides,
     ]
-    if arguments.device == "cpu" and not any(word.startswith("engine.precision=") for word in arguments.overrides):
+    if arguments.device == "cpu":
         overrides.append("engine.precision=float32")
-    return load_recipe(ROOT / "recipes" / "vitg_256.yaml", overrides)
+    if arguments.peer is not None:
+        overrides.append("jepa.mask_token=first")
+    chosen = [f"{key}={str(value).lower()}" for key, value in variant.items() if value is not None]
+    return load_recipe(ROOT / "recipes" / "vitg_256.yaml", [*overrides, *arguments.overrides, *chosen])
 
 
-class Clock:
-    """Milliseconds by part, of one step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.ms: dict[str, float] = defaultdict(float)
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * time.perf_counter()
-
-    def watch(self, part: str, module: nn.Module) -> None:
-        began: list[float] = []
-        module.register_forward_pre_hook(lambda *_: began.append(self.now()))
-
-        def end(*_: Any) -> None:
-            self.ms[part] += self.now() - began.pop()
-
-        module.register_forward_hook(end)
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            inside, began = sum(self.ms.values()), self.now()
-            result = function(*args, **kwargs)
-            self.ms[part] += self.now() - began - (sum(self.ms.values()) - inside)  # what is inside has its own part
-            return result
-
-        return run
+# -- the two steps -----------------------------------------------------------------------------------
 
 
-def _report(recipe: Recipe, phase: Phase, arguments: argparse.Namespace) -> None:
-    engine = build_engine(recipe.engine, Ranks(0, 1, 0, 1, "benchmark", "submitit-local", "benchmark"))
-    objective: Any = Jepa(recipe, engine)
-    engine.start_optimizer(recipe.optimizer, objective.trained)
-    clock = Clock(engine.device)
-    clock.watch("target", objective.target_encoder)
-    clock.watch("context", objective.encoder)
-    clock.watch("predictor", objective.predictor)
-    timed: Any = engine
-    timed.backward = clock.timed("backward", engine.backward)
-    timed.step = clock.timed("optimiser", engine.step)
-    objective.after_step = clock.timed("EMA", objective.after_step)
-    rows = []
-    for number in range(arguments.warmup + arguments.steps):
-        batch = _batch(recipe, phase, number)
-        clock.ms.clear()
-        began = clock.now()
-        training_step(objective, engine, batch, lr=1e-5)
-        whole = clock.now() - began
-        if number >= arguments.warmup:
-            rows.append({**clock.ms, "rest": whole - sum(clock.ms.values()), "whole": whole})
-    median = sorted(rows, key=lambda row: row["whole"])[len(rows) // 2]
+class Ours:
+    """This package's training step."""
 
-    cfg = recipe.engine
+    name = "ours"
+
+    def __init__(self, recipe: Recipe, clock: Clock) -> None:
+        self.engine: Any = build_engine(recipe.engine, RANKS)
+        self._objective: Any = Jepa(recipe, self.engine)
+        self.engine.start_optimizer(recipe.optimizer, self._objective.trained)
+        clock.watch("target", self._objective.target_encoder)
+        clock.watch("context", self._objective.encoder)
+        clock.watch("predictor", self._objective.predictor)
+        self.engine.backward = clock.timed("backward", self.engine.backward)
+        self.engine.step = clock.timed("optimiser", self.engine.step)
+        self._objective.after_step = clock.timed("EMA", self._objective.after_step)
+
+    def prepared(self, batch: MicroBatch) -> Callable[[], float]:
+        on_device = batch.to(self.engine.device)
+        return lambda: training_step(self._objective, self.engine, [on_device], lr=RATE).loss
+
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.engine.tensors(self._objective.networks, optimizer=True).values())
+
+
+class Theirs:
+    """The published code's, from our first weights."""
+
+    name = "published"
+
+    def __init__(self, checkout: Path, recipe: Recipe, phase: Phase, device: torch.device, clock: Clock) -> None:
+        self._published, self._clock = Published(checkout, recipe, phase, device), clock
+        self.losses = _same_loss(recipe, self._published, random_batch(recipe, phase, 0))
+        gc.collect()  # the networks that computed it
+        if recipe.engine.compile:
+            self._published.compile()
+        self._published.watched(clock)
+        self.held_bytes = self._published.held_bytes
+
+    def prepared(self, batch: MicroBatch) -> Callable[[], float]:
+        given = self._published.given(batch)
+        return lambda: self._published.step(given, lr=RATE, clock=self._clock)
+
+
+def _same_loss(recipe: Recipe, published: Published, batch: MicroBatch) -> tuple[float, float]:
+    """Give the published networks our first weights; both losses in float32. Raises UserError where they differ."""
+    plain = {"kind": "fsdp", "precision": "float32", "compile": False, "attention": "sdpa"}
+    engine: Engine = build_engine(recipe.engine.model_copy(update=plain), RANKS)
+    objective = Jepa(recipe, engine)
+    weights = engine.tensors(objective.networks, optimizer=False)
+    published.load({name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()})
+    with torch.no_grad():
+        ours = float(objective.loss(batch))
+        theirs = float(published.loss(*published.given(batch), autocast=False))
+    if abs(ours - theirs) > SAME_LOSS * abs(theirs):
+        raise UserError(
+            f"the loss is {ours:.8g} here and {theirs:.8g} there, from the same weights",
+            where="--peer",
+            fix="a checkout and a recipe that compute the same; else the times would compare different things",
+        )
+    return ours, theirs
+
+
+# -- what is printed ---------------------------------------------------------------------------------
+
+
+def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
+    cfg = variants[0].engine
+    phase = resolve_phases(variants[0], "pretrain")[0]
+    device = process_group.pick_device(cfg, RANKS)
+    size = "×".join(map(str, phase.size))
+    print(f"{arguments.model}, {phase.frames} frames of {size}, {arguments.batch} clips a step; ", end="")
     print(
-        f"{arguments.model}, {phase.frames} frames of {phase.size[0]}×{phase.size[1]}, {arguments.batch} clips a step"
+        f"{cfg.kind}, {cfg.precision}, activation checkpointing {cfg.activation_checkpointing}; {device_name(device)}"
     )
-    print(f"{cfg.kind}, {cfg.precision}, attention by {engine.attention}, compile {cfg.compile}, ", end="")
-    print(f"activation checkpointing {cfg.activation_checkpointing}, {_device(engine.device)}\n")
-    for part in PARTS:
-        print(f"{part:10} {median[part]:10.1f} ms {median[part] / median['whole']:7.1%}")
-    seconds = median["whole"] / 1000
-    print(f"{'step':10} {median['whole']:10.1f} ms     {phase.global_batch / seconds:.2f} clips/s, ", end="")
-    print(f"peak {_peak_memory(engine.device):.2f} GiB")
-    rate = step_flops(recipe, phase) / seconds
-    product = _product_rate(engine.device, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32)
-    print(f"\n{rate / 1e12:.3f} model TFLOP/s: {rate / product:.1%} of a matrix product's {product / 1e12:.2f}", end="")
-    name = torch.cuda.get_device_name() if engine.device.type == "cuda" else ""
+    product = product_rate(device, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32)
+    print(f"a large matrix product: {product / 1e12:.2f} TFLOP/s; {arguments.steps} steps, medians, ms\n", flush=True)
+    heads = ["attention", "compile", "code", *PARTS, "step", "clips/s", "peak GiB", "TFLOP/s", "of a product"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     nominal = next((value for key, value in NOMINAL.items() if key in name), None)
-    print(f", {rate / nominal:.1%} of the {nominal / 1e12:.0f} on the data sheet" if nominal else "")
+    if nominal:
+        heads.append("of the data sheet")
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    notes = []
+    for recipe in variants:
+        flops = step_flops(recipe, phase)
+        clock = Clock(device)
+        sides: list[Any] = [Ours(recipe, clock)]
+        if arguments.peer is not None:
+            sides.append(Theirs(arguments.peer, recipe, phase, device, clock))
+        rows, losses = _timed(sides, recipe, phase, arguments, clock)
+        for side, row in zip(sides, rows, strict=True):
+            kernel = sides[0].engine.attention if side.name == "ours" else "its SDPA"
+            rate = flops / (row["step"] / 1000)
+            cells = [kernel, "on" if recipe.engine.compile else "off", side.name]
+            cells += [f"{row[part]:.1f}" for part in (*PARTS, "step")]
+            cells += [f"{arguments.batch / row['step'] * 1000:.2f}", f"{row['peak']:.2f}"]
+            cells += [f"{rate / 1e12:.3f}", f"{rate / product:.1%}", *([f"{rate / nominal:.1%}"] if nominal else [])]
+            print("| " + " | ".join(cells) + " |", flush=True)
+        if arguments.peer is not None:
+            notes.append(_compared(recipe, sides, rows, losses))
+        del sides
+        gc.collect()
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if notes:
+        print("\n" + "\n".join(notes))
 
 
-def _batch(recipe: Recipe, phase: Phase, step: int) -> list[MicroBatch]:
+def _compared(recipe: Recipe, sides: Sequence[Any], rows: list[dict[str, float]], losses: list[float]) -> str:
+    ours, theirs = sides[1].losses
+    return (
+        f"{sides[0].engine.attention}, compile {'on' if recipe.engine.compile else 'off'}: the published step takes "
+        f"{rows[1]['step'] / rows[0]['step']:.2f} × ours. From the same weights, float32: loss {ours:.8f} and "
+        f"{theirs:.8f}, {abs(ours - theirs) / theirs:.1e} apart; in the last step {losses[0]:.6f}, {losses[1]:.6f}."
+    )
+
+
+def _timed(
+    sides: Sequence[Any], recipe: Recipe, phase: Phase, arguments: argparse.Namespace, clock: Clock
+) -> tuple[list[dict[str, float]], list[float]]:
+    """Each side's row of medians, and its last loss. The sides take turns, with the same batches."""
+    device = sides[0].engine.device
+    wholes: list[list[dict[str, float]]] = [[] for _ in sides]
+    pieces: list[list[dict[str, float]]] = [[] for _ in sides]
+    peaks, losses = [0.0] * len(sides), [0.0] * len(sides)
+    for number in range(arguments.warmup + arguments.steps):
+        for index, side in enumerate(sides):
+            step = side.prepared(random_batch(recipe, phase, number))
+            if device.type == "cuda":
+                torch.cuda.resetpeak_memory_stats()
+            # A GPU that is waited for between parts is slower than it need be: the whole is timed without that,
+            # in turn with the parts.
+            parts = device.type == "cpu" or number % 2 == 1
+
+            def keep(step: Callable[[], float] = step, index: int = index) -> None:
+                losses[index] = step()
+
+            row = clock.whole(keep, parts=parts)
+            if number < arguments.warmup:
+                continue
+            others = sum(other.held_bytes() for other in sides if other is not side)
+            peaks[index] = max(peaks[index], peak_memory(device, others))
+            if parts:
+                pieces[index].append(row)
+            if device.type == "cpu" or not parts:
+                wholes[index].append(row)
+    rows = []
+    for side_wholes, side_pieces, peak in zip(wholes, pieces, peaks, strict=True):
+        typical = sorted(side_pieces, key=lambda row: row["step"])[len(side_pieces) // 2]  # one step: its parts add up
+        rows.append({**typical, "step": statistics.median(row["step"] for row in side_wholes), "peak": peak})
+    return rows, losses
+
+
+def random_batch(recipe: Recipe, phase: Phase, step: int) -> MicroBatch:
     slots = range(phase.micro_batch)
     generator = torch.Generator().manual_seed(step)
     clips = torch.randint(0, 256, (len(slots), 3, phase.frames, *phase.size), dtype=torch.uint8, generator=generator)
     grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet)
     masks = draw_masks(recipe.masks, seed=0, step=step, slots=slots, grid=grid)
-    return [MicroBatch(clips, masks, step, slots, ("random",) * len(slots))]
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square matrix product: the best of five."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    clock, best = Clock(device), float("inf")
-    for _ in range(6):
-        began = clock.now()
-        a @ b
-        best = min(best, clock.now() - began)
-    return 2 * n**3 / (best / 1000)
-
-
-def _peak_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return MicroBatch(clips, masks, step, slots, ("random",) * len(slots))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -49,6 +49,16 @@ def test_what_changes_after_a_save_began_is_not_in_it(tmp_path: Path) -> None:
     assert torch.equal(held, torch.arange(70.0).view(7, 10) + 100)
 
 
+def test_what_is_a_copy_already_is_not_copied_again(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, background=True)
+    saver.save(1, {"w": torch.full((64, 32), 3.0)}, {}, are_copies=True)
+    assert saver._copies == {}
+    _, folder = saver.take(wait=True)
+    read = {"w": torch.zeros(64, 32)}
+    store.load(folder, read)
+    assert torch.equal(read["w"], torch.full((64, 32), 3.0))
+
+
 def test_training_does_not_wait_for_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write = threading.Event()
     right = store.save

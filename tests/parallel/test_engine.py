@@ -1,5 +1,6 @@
 """What the engine promises beside the arithmetic of a step: starts, averages, precision, communication, EMA."""
 
+import sys
 import warnings
 
 import pytest
@@ -12,12 +13,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.parallel.jepa_shape import MODEL, batch, loss_of, start, train_sharded
 from tests.processes import ENGINE, run_processes
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model import attention
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import RopeTables
+from vjepa_scale.parallel.engine import build_engine, check_installed
 from vjepa_scale.parallel.fsdp import FsdpEngine
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
 
@@ -250,3 +253,33 @@ def _bits(ranks: Ranks, cfg: EngineConfig) -> list[float]:
 
 def test_two_runs_give_the_same_bits() -> None:
     assert run_processes(_bits, 2, ENGINE) == run_processes(_bits, 2, ENGINE)
+
+
+def test_an_engine_that_is_not_installed_is_told_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = EngineConfig(kind="deepspeed")
+    check_installed(zero)
+    assert "deepspeed" not in sys.modules
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if no such package were there
+    check_installed(EngineConfig())
+    with pytest.raises(UserError, match=r"^engine\.kind: DeepSpeed is not installed .*pip install"):
+        check_installed(zero)
+
+
+def _zero_gives_copies(ranks: Ranks, stage: int) -> None:
+    engine = build_engine(ENGINE.model_copy(update={"kind": "deepspeed", "zero_stage": stage}), ranks)
+    assert engine.gives_copies
+    with torch.device("meta"):
+        networks = {"encoder": Encoder(MODEL)}
+    engine.shard(networks["encoder"], name="encoder", seed=3, trainable=True)
+    engine.start_optimizer(OptimizerConfig(), networks)
+    given = engine.tensors(networks, optimizer=True)
+    values = {name: tensor.to_local().clone() for name, tensor in given.items()}
+    engine.restore(networks, {name: tensor + 1 for name, tensor in given.items()})
+    for name, tensor in engine.tensors(networks, optimizer=True).items():
+        torch.testing.assert_close(tensor.to_local(), values[name] + 1)
+        assert torch.equal(given[name].to_local(), values[name]), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_zero_gives_to_a_checkpoint_does_not_change_with_training(stage: int) -> None:
+    run_processes(_zero_gives_copies, 2, stage)

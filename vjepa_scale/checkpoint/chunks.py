@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -18,27 +18,43 @@ from vjepa_scale.core.files import write_atomic
 _BLOCK = 2**20  # bytes: a chunk is never held whole here
 
 
-def write_chunk_checksums(folder: Path, rank: int, files: Sequence[Path], index: Metadata) -> Path:
-    """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files; returns its path."""
+def write_chunk_checksums(
+    folder: Path, rank: int, files: Sequence[Path], index: Metadata
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files.
+
+    Returns its path, and what ``manifest.describe_file`` would say of each of ``files``: both from one reading.
+    """
     assert index.storage_data is not None
     places: dict[str, set[tuple[int, int]]] = {path.name: set() for path in files}
     for stored in index.storage_data.values():
         if stored.relative_path in places:
             places[stored.relative_path].add((stored.offset, stored.length))
     found: dict[str, list[tuple[int, int, str]]] = {}
+    described: dict[str, dict[str, Any]] = {}
     for path in files:
+        whole, found[path.name], end = hashlib.sha256(), [], 0
         with open(path, "rb") as file:
-            found[path.name] = [(*place, _digest(file, *place)) for place in sorted(places[path.name])]
+            for offset, length in sorted(places[path.name]):
+                _digest(file, end, offset - end, whole)  # what is between chunks
+                found[path.name].append((offset, length, _digest(file, offset, length, whole)))
+                end = offset + length
+            size = path.stat().st_size
+            _digest(file, end, size - end, whole)
+        described[path.name] = {"bytes": size, "sha256": whole.hexdigest()}
     out = folder / f"__{rank}.sha256"
     write_atomic(out, json.dumps(found) + "\n")
-    return out
+    return out, described
 
 
-def _digest(file: IO[bytes], offset: int, length: int) -> str:
+def _digest(file: IO[bytes], offset: int, length: int, *others: Any) -> str:
+    """SHA-256 of a stretch of a file. others: hashes that take the same bytes."""
+    assert length >= 0, "chunks overlap"
     digest = hashlib.sha256()
     file.seek(offset)
     while length > 0 and (block := file.read(min(length, _BLOCK))):
-        digest.update(block)
+        for one in (digest, *others):
+            one.update(block)
         length -= len(block)
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ Light: who only reads one does not import torch.
 import hashlib
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vjepa_scale.core.files import sha256_file, write_atomic
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
 VERSION = 1
+# Written down where this process uses them.
+_OPTIONAL_LIBRARIES = ("deepspeed", "flash_attn")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -24,8 +27,20 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def write_manifest(folder: Path, *, step: int, world_size: int, files: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Write manifest.json into a checkpoint folder. ``extra``: JSON values under keys of their own."""
+def write_manifest(
+    folder: Path,
+    *,
+    step: int,
+    world_size: int,
+    files: dict[str, Any],
+    extra: dict[str, Any],
+    mesh: dict[str, int] | None = None,
+) -> None:
+    """Write manifest.json into a checkpoint folder.
+
+    mesh:  processes along each dimension of the mesh that holds the tensors; None where they are not sharded
+    extra: JSON values under keys of their own
+    """
     import torch
 
     content: dict[str, Any] = {
@@ -33,10 +48,12 @@ def write_manifest(folder: Path, *, step: int, world_size: int, files: dict[str,
         "version": VERSION,
         "step": step,
         "world_size": world_size,
+        "mesh": mesh or {},
         "libraries": {
             "vjepa_scale": vjepa_scale.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **{name: sys.modules[name].__version__ for name in _OPTIONAL_LIBRARIES if name in sys.modules},
         },
     }
     assert not extra.keys() & {*content, "files", "checksum"}, "a key of the manifest's own"

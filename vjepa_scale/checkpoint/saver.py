@@ -34,10 +34,15 @@ class Saver:
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
         self._in_flight: tuple[int, Future[Path]] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of ``step`` completed steps. What is in flight must have been taken."""
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], *, are_copies: bool = False
+    ) -> None:
+        """Begin to write the checkpoint of ``step`` completed steps. What is in flight must have been taken.
+
+        are_copies: the tensors are in CPU memory and nobody will change them, so they need not be copied
+        """
         assert self._in_flight is None, "one save in flight at most: take() the one before"
-        content = self._copied(tensors) if self._background else tensors
+        content = self._copied(tensors) if self._background and not are_copies else tensors
         future = self._thread.submit(store.save, self._folder, step, content, manifest, group=self._group)
         self._in_flight = step, future
         if not self._background:

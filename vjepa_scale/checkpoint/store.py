@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from vjepa_scale.checkpoint.chunks import write_chunk_checksums
 from vjepa_scale.checkpoint.finding import NAME, newest_first, newest_name
@@ -87,18 +88,27 @@ def save(
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
     with _causes():
         index = dcp.save(detached, storage_writer=writer, process_group=group)
-    written = sorted(temporary.glob(f"__{rank}_*.distcp"))
-    written.append(write_chunk_checksums(temporary, rank, written, index))
-    if rank == 0:
-        written.append(temporary / ".metadata")
-    parts = _gathered({path.name: describe_file(path) for path in written}, group)
+    shards = sorted(temporary.glob(f"__{rank}_*.distcp"))
+    checksums, described = write_chunk_checksums(temporary, rank, shards, index)
+    for path in [checksums, temporary / ".metadata"] if rank == 0 else [checksums]:
+        described[path.name] = describe_file(path)
+    parts = _gathered(described, group)
 
     if rank == 0:
         files = {name: description for part in parts for name, description in part.items()}
-        write_manifest(temporary, step=step, world_size=world_size, files=files, extra=manifest)
+        mesh = _mesh_of(tensors)
+        write_manifest(temporary, step=step, world_size=world_size, mesh=mesh, files=files, extra=manifest)
         _publish(temporary, final)
     _gathered(None, group)
     return final
+
+
+def _mesh_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Processes along each dimension of the mesh that the tensors are sharded over."""
+    for tensor in tensors.values():
+        if isinstance(tensor, DTensor) and (names := tensor.device_mesh.mesh_dim_names):
+            return dict(zip(names, tensor.device_mesh.shape, strict=True))
+    return {}
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -5,6 +5,7 @@ averaging of gradients and of the EMA, and the tensors that a checkpoint holds, 
 objectives, the trainer and checkpoints are written once.
 """
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.attention import set_kernel
@@ -134,6 +136,9 @@ class Engine(ABC):
 
     # -- what a checkpoint holds ----------------------------------------------------------------------
 
+    # Does ``tensors`` give copies in CPU memory, or the state itself?
+    gives_copies = False
+
     @abstractmethod
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, as it is now: DTensors of the canonical names and whole shapes.
@@ -162,6 +167,14 @@ def checked_start(value: InitialValue, name: str, shape: torch.Size, *, seed: in
     full = value(name, shape, seed=seed)
     assert full.dtype == torch.float32, f"{name}: master weights are float32"
     return full
+
+
+def check_installed(cfg: EngineConfig) -> None:
+    """Raise UserError where the engine's library is not installed. Nothing is imported: for before a job starts."""
+    if cfg.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "DeepSpeed is not installed", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]', or kind: fsdp"
+        )
 
 
 def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
@@ -168,6 +168,8 @@ class ZeroEngine(Engine):
 
     # -- what a checkpoint holds ----------------------------------------------------------------------
 
+    gives_copies = True
+
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
         """Copies, in CPU memory: each rank has its share of every tensor."""
         state = {name: self._sharded(self._whole(p, self._local(p))) for name, p in named_parameters(networks)}
@@ -187,8 +189,13 @@ class ZeroEngine(Engine):
                 if (key := f"optimizer.{moment}.{name}") in tensors:
                     self._put(parameter, _gathered(tensors[key], self.device), moment)
 
+    @torch.no_grad()
     def _sharded(self, whole: Tensor) -> Tensor:
-        return distribute_tensor(whole.cpu(), self._mesh, [Shard(0)], src_data_rank=None)
+        """This rank's rows of a tensor that it has whole; only these are copied to the CPU."""
+        pieces = whole.chunk(self.dp_world_size)
+        own = pieces[self.dp_rank] if self.dp_rank < len(pieces) else whole[:0]
+        copy = own.to("cpu", copy=True)
+        return DTensor.from_local(copy, self._mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
 
     def _whole(self, parameter: Any, local: Tensor) -> Tensor:
         """A parameter, or a moment of it, from its pieces on all ranks."""
@@ -251,7 +258,7 @@ def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f"DeepSpeed is not installed ({error})", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]'"
+            f"DeepSpeed cannot be imported ({error})", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # An all-reduce for inference on CPUs, which would be compiled now; without it gloo does the same.

@@ -18,6 +18,7 @@ from vjepa_scale.data.kept import Ints, kept_records, longest_clip
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import check_masks
+from vjepa_scale.parallel.engine import check_installed
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
@@ -242,6 +243,7 @@ def preflight(recipe: Recipe, stage_name: str, *, world_size: int, will_have_run
         for frames in phase.geometries if phase.kind == "jepa" else ():
             grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
             check_masks(recipe.masks, grid=grid)
+    check_installed(recipe.engine)
     if world_size % recipe.engine.replicate:
         raise UserError(
             f"{world_size} processes do not divide into {recipe.engine.replicate} replicas",

@@ -261,7 +261,7 @@ class _Trainer:
             "data": {name: manifest.identity for name, manifest in self.manifests.items()},
             **({"trajectories": self.statistics} if self.statistics else {}),
         }
-        self.saver.save(step, tensors, manifest)
+        self.saver.save(step, tensors, manifest, are_copies=self.engine.gives_copies)
         if step == self.end:
             self._take_saved(wait=True)
 
