@@ -6,6 +6,7 @@ python tools/consolidate.py runs/demo --to huggingface --out exported/demo_hf
 python tools/consolidate.py runs/demo/cooldown/checkpoints/step_00000120 --to published --out exported/demo_pt
 python tools/consolidate.py vitg.pt --model vit_giant --size 256 --frames 64 --to huggingface --out exported/vitg
 python tools/consolidate.py runs/demo/action --to published --out exported/demo_ac
+python tools/consolidate.py runs/demo/probe --to huggingface --out exported/classifier
 python tools/consolidate.py --describe runs/demo
 
 docs/formats.md has the formats, what each can hold, and their limits.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, find_checkpoint, result_config
 from vjepa_scale.checkpoint.describe import describe
+from vjepa_scale.checkpoint.trained_probe import export_classifier, is_probe_stage
 from vjepa_scale.core.errors import run_command
 
 
@@ -25,7 +27,8 @@ def main() -> int:
         "source",
         nargs="?",
         type=Path,
-        help="a run, stage or checkpoint folder, a consolidated folder, a published .pt or a Hugging Face folder",
+        help="a run, stage or checkpoint folder, a consolidated folder, a published .pt or a Hugging Face folder; a "
+        "finished probe stage, with --to huggingface: its best probe as VJEPA2ForVideoClassification",
     )
     parser.add_argument(
         "--to",
@@ -58,6 +61,13 @@ def main() -> int:
         return 0
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH")
+    if arguments.to == "huggingface" and is_probe_stage(arguments.source):
+        given = (arguments.weights, arguments.dtype, arguments.model, arguments.size, arguments.frames)
+        if any(given) or arguments.encoder_only:
+            parser.error("of a probe stage, --to and --out only: the stage says the rest")
+        trained = export_classifier(arguments.source, arguments.out)
+        print(f"written: {arguments.out}: {trained.result['best']['probe']}, {len(trained.classes)} classes")
+        return 0
     done = "written again" if (arguments.out / FORMATS[arguments.to][0]).exists() else "written"
     consolidate(
         arguments.source,

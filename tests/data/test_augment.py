@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.augment import Box, center_box, center_crop, random_box, random_crop
+from vjepa_scale.data.augment import Box, center_box, center_crop, random_box, random_crop, view_boxes
 from vjepa_scale.recipe.schema import AugmentConfig
 
 PLAIN = AugmentConfig()
@@ -133,3 +133,24 @@ def test_half_of_the_clips_are_flipped_and_nothing_else_about_them() -> None:
         assert turned or torch.equal(clip, plain)
         flipped += turned
     assert 160 < flipped < 240
+
+
+def test_crops_of_a_view_are_the_published_ones() -> None:
+    """Published: the short side resized to ``side``, then squares at 0, step and 2·step along the longer side, with
+    step = (longer − side) // 2. Ours are boxes of the picture itself: the same to a pixel of either."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(30, 400, 2).tolist()
+        side = int(rng.integers(16, 256))
+        scale = min(height, width) / side
+        step = (max(height, width) / scale - side) // 2
+        boxes = view_boxes(1.0, height, width, crops=3)
+        assert boxes[1] == center_box(1.0, height, width) == view_boxes(1.0, height, width, crops=1)[0]
+        for k, box in enumerate(boxes):
+            assert (box.height, box.width) == (min(height, width),) * 2
+            along, across = (box.top, box.left) if height > width else (box.left, box.top)
+            assert across == 0
+            assert abs(along - k * step * scale) <= 1 + 2 * scale
+        assert boxes[2].top + boxes[2].height == height
+        assert boxes[2].left + boxes[2].width == width
+    assert view_boxes(0.5, 100, 80, crops=3) == [Box(0, 0, 100, 50), Box(0, 15, 100, 50), Box(0, 30, 100, 50)]

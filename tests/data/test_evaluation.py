@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import webdataset
 
 from tests.data.conftest import quiet
-from tests.data.videos import encoded, still_image
+from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.evaluation import evaluation_clips, segment_draws
 from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
@@ -86,3 +87,47 @@ def test_json_that_was_damaged_names_its_record(theirs: Path) -> None:
     list(evaluation_clips(manifest, **GEOMETRY, batch=9))  # nobody asked for it
     with pytest.raises(UserError, match=r"s-000\.tar: the JSON of record sample2 is no JSON object"):
         list(evaluation_clips(manifest, **GEOMETRY, batch=9, metadata=True))
+
+
+@pytest.mark.parametrize(
+    ("duration", "window", "segments", "starts"),
+    [
+        (10.0, 4.0, 1, [3.0]),
+        (10.0, 4.0, 2, [0.5, 5.5]),  # two halves of 5 s, a window in the middle of each
+        (12.0, 2.0, 3, [1.0, 5.0, 9.0]),
+        (6.0, 4.0, 3, [0.0, 1.0, 2.0]),  # parts too short: overlapping, from start to end
+        (3.0, 4.0, 2, [0.0, 0.0]),  # too short a video: its last picture is repeated
+    ],
+)
+def test_segments_are_evenly_spread(duration: float, window: float, segments: int, starts: list[float]) -> None:
+    draws = segment_draws(duration, window, segments)
+    assert [draw * max(0.0, duration - window) for draw in draws] == pytest.approx(starts, abs=1e-12)
+
+
+def test_views_of_a_video_are_its_segments_and_crops(tmp_path: Path) -> None:
+    """60 numbered pictures at 8 per second, the number in the columns of each; three windows of two, 1/4 s apart."""
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    (tmp_path / "videos" / "a" / "video.mp4").write_bytes(encoded(60, rate=8, gop=8))
+    (tmp_path / "videos" / "a" / "short.mp4").write_bytes(encoded(12, rate=8, gop=8))
+    make_shards(tmp_path / "videos", tmp_path / "shards", Settings(), workers=1, progress=quiet)
+    manifest = Manifest.open(tmp_path / "shards")
+    record = int(manifest.column("duration").argmax())
+    kind: dict[str, Any] = {"frames": 2, "fps": 4.0, "batch": 2, "records": [record]}
+    (part,) = evaluation_clips(manifest, size=(48, 64), **kind, segments=3)
+    assert part.clips.shape == (3, 3, 2, 48, 64)
+    assert (len(part.labels), part.records) == (1, (record,))
+    # Parts of 2.5 s; a window of 0.5 s in the middle of each begins after 1, 3.5 and 6 s: pictures 8, 28 and 48.
+    shown = [[number_of(view[:, t].permute(1, 2, 0).numpy()) for t in range(2)] for view in part.clips]
+    assert shown == [[8, 10], [28, 30], [48, 50]]
+
+    (middle,) = evaluation_clips(manifest, size=(48, 64), **kind)
+    assert torch.equal(middle.clips, part.clips[1:2])
+    (crops,) = evaluation_clips(manifest, size=(48, 48), **kind, crops=3)
+    (whole,) = evaluation_clips(manifest, size=(48, 64), **kind)
+    for view, left in zip(crops.clips, (0, 8, 16), strict=True):
+        assert torch.equal(view, whole.clips[0, ..., left : left + 48])
+    (both,) = evaluation_clips(manifest, size=(48, 48), **kind, segments=3, crops=3)
+    assert torch.equal(both.clips[3:6], crops.clips)
+    batched = list(evaluation_clips(manifest, size=(48, 48), frames=2, fps=4.0, batch=2, segments=3, crops=3))
+    assert torch.equal(batched[0].clips[9 * record : 9 * record + 9], both.clips)
+    assert len(batched[0].clips) == 18

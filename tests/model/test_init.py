@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vjepa_scale.model import Encoder, Predictor, initial_value, initialise
+from vjepa_scale.model.init import probe_initial_value
+from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
 
 CONFIG = ModelConfig(
@@ -77,3 +79,32 @@ def test_global_generator_is_left_alone() -> None:
 def test_unknown_kind_of_parameter_is_refused() -> None:
     with pytest.raises(AssertionError, match="encoder\\.gate"):
         initial_value("encoder.gate", (3,), seed=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_probe_starts_as_published(depth: int) -> None:
+    """Truncated normals of 0.02 in the pooler; self-attention block i, from 1, divided by sqrt(2·i); the MLP of the
+    cross-attention block by sqrt(2·(depth − 1)), and by sqrt(2) where there is no other block (the published code
+    counts it as the last self-attention block); the query drawn too; ``linear`` as PyTorch's Linear starts."""
+    width, classes = 128, 64
+    for name, parameter in AttentiveProbe(width=width, heads=4, classes=classes, depth=depth).named_parameters():
+        value = probe_initial_value(f"probe.{name}", parameter.shape, seed=0, depth=depth, width=width)
+        assert value.shape == parameter.shape
+        spread = 5 / math.sqrt(2 * value.numel())
+        if name.startswith("linear."):
+            torch_own = torch.nn.Linear(width, classes)
+            bound = 1 / math.sqrt(width)
+            assert float(value.abs().max()) <= bound
+            assert float(torch_own.get_parameter(name.removeprefix("linear.")).detach().abs().max()) <= bound
+            assert float(value.std()) == pytest.approx(bound / math.sqrt(3), rel=spread), name
+        elif name.endswith("bias"):
+            assert (value == 0).all(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            divisor = 1.0
+            if name == "pooler.cross_attention_block.mlp.fc2.weight":
+                divisor = {1: math.sqrt(2), 2: math.sqrt(2), 4: math.sqrt(6)}[depth]
+            elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                divisor = math.sqrt(2 * (int(name.split(".")[2]) + 1))
+            assert float(value.std()) == pytest.approx(0.02 / divisor, rel=spread), name

@@ -1,5 +1,6 @@
 """The real recipes say what the method says (numbers of the paper and the published configs, written out here)."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,27 @@ def test_action_conditioned_recipe_is_the_published_one() -> None:
     assert (recipe.data.fps, recipe.optimizer.weight_decay) == (4, 0.04)
 
 
-@pytest.mark.parametrize("name", [*SIZES, "vitg_droid", "demo", "showcase"])
+def test_probes_are_trained_and_read_as_published() -> None:
+    """configs/eval/vitl/ssv2.yaml of the published code: batch 4 on 64 GPUs, 20 epochs of SSv2's 168,913 videos."""
+    recipe = load_recipe(RECIPES / "probe_ssv2.yaml")
+    assert list(recipe.stages()) == ["probe"]
+    probe, phases = recipe.probe, resolve_phases(recipe, "probe")
+    assert probe is not None
+    assert (recipe.model.encoder.width, probe.heads, probe.depth, probe.eps) == (1024, 16, 4, 1e-5)
+    assert (probe.clip.frames, probe.clip.size, recipe.data.fps) == (16, (256, 256), 12 / 4)
+    assert (probe.views.segments, probe.views.crops) == (2, 3)
+    assert [5e-3 * scale for scale in probe.lr_scales] == pytest.approx([5e-3, 3e-3, 1e-3, 3e-4, 1e-4])
+    assert probe.weight_decays == (0.01, 0.1, 0.4, 0.8)
+    assert probe.global_batch == 4 * 64 == recipe.launch.nodes * recipe.launch.tasks_per_node * probe.micro_batch
+    assert probe.steps == phases[-1].end == 20 * math.ceil(168_913 / 256)
+    assert [phase.mixture for phase in phases] == [{"ssv2_train": 1.0}] * 4
+    rates = [phase.lr(step) for phase in phases for step in range(phase.first, phase.end)]
+    cosine = [2.5e-3 * (1 + math.cos(math.pi * (step + 1) / 13_200)) for step in range(13_200)]
+    assert max(abs(rate - wanted) for rate, wanted in zip(rates, cosine, strict=True)) < 0.04 * 5e-3
+    assert rates[-1] == 0
+
+
+@pytest.mark.parametrize("name", [*SIZES, "vitg_droid", "demo", "showcase", "probe_ssv2"])
 def test_resolved_recipe_loads_back_equal(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))

@@ -51,6 +51,18 @@ def center_box(aspect: float, height: int, width: int) -> Box:
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
+def view_boxes(aspect: float, height: int, width: int, *, crops: int) -> list[Box]:
+    """The largest boxes of an aspect (width/height): 1 in the centre; 3: at both ends of the longer side too.
+
+    A picture of that very aspect has no room to move: its 3 are equal.
+    """
+    centre = center_box(aspect, height, width)
+    if crops == 1:
+        return [centre]
+    first = centre._replace(top=0, left=0)
+    return [first, centre, first._replace(top=height - centre.height, left=width - centre.width)]
+
+
 def random_crop(
     pictures: Sequence[npt.NDArray[np.uint8]],
     size: tuple[int, int],
@@ -83,6 +95,13 @@ def center_crop(
     Same pixels as resizing the short side and then cropping the centre, but only what is kept is resized.
     """
     return _resized(pictures, center_box(size[1] / size[0], *pictures[0].shape[:2]), size, out)
+
+
+def view_crops(pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, out: Tensor) -> None:
+    """Crops of a clip for evaluation (view_boxes), resized, one for each row of ``out``: uint8 [crops, 3, T, *size]."""
+    boxes = view_boxes(size[1] / size[0], *pictures[0].shape[:2], crops=len(out))
+    for box, row in zip(boxes, out, strict=True):
+        _resized(pictures, box, size, row)
 
 
 def squashed_crop(

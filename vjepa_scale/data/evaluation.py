@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vjepa_scale.data.augment import center_crop, empty_clips
+from vjepa_scale.data.augment import empty_clips, view_crops
 from vjepa_scale.data.clips import ClipRef, decode_ref, window
 from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import Prefetched
@@ -18,7 +18,7 @@ from vjepa_scale.data.manifest import Manifest
 class LabelledClips:
     """Some records of a data set, as probes want them.
 
-    clips:    uint8 [n, 3, T, H, W]
+    clips:    uint8 [n·views, 3, T, H, W]: the views of a record one after the other, segment by segment
     labels:   int64 [n], indices into the classes of the task
     classes:  the name of each clip's class
     records:  their indices in the manifest
@@ -43,18 +43,22 @@ def evaluation_clips(
     records: Sequence[int] | None = None,
     metadata: bool = False,
     workers: int = 0,
+    segments: int = 1,
+    crops: int = 1,
 ) -> Iterator[LabelledClips]:
     """All records in order, ``batch`` at a time (the last fewer).
 
     records:  only these, in this order
     metadata: read each record's JSON too
-    The window is the middle of the video, the crop the centre. Labels as in ``labels_of``. Nothing is ever shown
-    in another clip's place: raises UserError where one does not decode.
+    segments: windows of a record, evenly spread over its video (``segment_draws``); 1: its middle
+    crops:    of each: 1, the centre; 3: both ends of the longer side too
+    Labels as in ``labels_of``. Nothing is ever shown in another clip's place: raises UserError where one does not
+    decode.
     """
     labels, names = labels_of(manifest, classes), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
     spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
-    load = partial(_load_span, manifest, frames, size, fps, metadata)
+    load = partial(_load_span, manifest, frames, size, fps, metadata, segments, crops)
     loader = Prefetched(load, spans, workers=workers, prefetch=2)
     try:
         for span, (clips, known) in zip(spans, loader, strict=True):
@@ -64,12 +68,36 @@ def evaluation_clips(
         loader.close()
 
 
+def segment_draws(duration_s: float, window_s: float, segments: int) -> list[float]:
+    """Where windows lie that are evenly spread over a video: 0 at its start … 1 at its end.
+
+    The video is cut into equal parts, with a window in the middle of each; where a part is shorter than a window, the
+    windows overlap and reach from the video's start to its end. One window is in the middle.
+    """
+    room = duration_s - window_s
+    if segments == 1 or room <= 0:
+        return [0.5] * segments
+    part = duration_s / segments
+    if part < window_s:
+        return [k / (segments - 1) for k in range(segments)]
+    return [(k * part + (part - window_s) / 2) / room for k in range(segments)]
+
+
 def _load_span(
-    manifest: Manifest, frames: int, size: tuple[int, int], fps: float, metadata: bool, records: Sequence[int]
+    manifest: Manifest,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    metadata: bool,
+    segments: int,
+    crops: int,
+    records: Sequence[int],
 ) -> tuple[Tensor, tuple[dict[str, Any], ...] | None]:
-    clips = empty_clips(len(records), frames, size)
-    for row, record in zip(clips, records, strict=True):
-        times_s = window(manifest, record, 0.5, fps=fps, frames=frames)
-        ref = ClipRef(0, record, manifest.folder.name, record, times_s, fps)
-        center_crop(decode_ref(manifest, ref), size, out=row)
+    clips = empty_clips(len(records) * segments * crops, frames, size)
+    rows = iter(clips.split(crops))
+    for record in records:
+        for draw in segment_draws(float(manifest.column("duration")[record]), frames / fps, segments):
+            times_s = window(manifest, record, draw, fps=fps, frames=frames)
+            ref = ClipRef(0, record, manifest.folder.name, record, times_s, fps)
+            view_crops(decode_ref(manifest, ref), size, out=next(rows))
     return clips, tuple(metadata_of(manifest, record) for record in records) if metadata else None

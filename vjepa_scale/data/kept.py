@@ -40,10 +40,29 @@ def few_of(recipe: Recipe, manifest: Manifest, *, per_class: int | None, skip: i
         raise UserError(str(error), where=manifest.folder / MANIFEST, fix=fix) from None
 
 
+def choice_records(recipe: Recipe, manifest: Manifest) -> Ints:
+    """The records of a probe's training set that it is not trained on, but its setting chosen; none: not asked for."""
+    assert recipe.probe is not None, "a stage of this kind"
+    if recipe.probe.choose_per_class is None:
+        return np.arange(0)
+    skip = recipe.probe.labels_per_class or 0
+    return few_of(recipe, manifest, per_class=recipe.probe.choose_per_class, skip=skip)
+
+
 def _labelled(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:
     assert recipe.probe is not None, "a stage of this kind"
-    labels_of(manifests[name], manifests[next(iter(phases[0].mixture))].classes)  # all there, and of the task
-    return few_of(recipe, manifests[name], per_class=recipe.probe.labels_per_class)
+    task = manifests[next(iter(phases[0].mixture))]
+    if len(task.classes) < 2:
+        raise UserError(
+            f"{len(task.classes)} class{'es' * (len(task.classes) != 1)}: there is nothing to tell apart",
+            where=task.folder / MANIFEST,
+            fix="a data set with at least two classes",
+        )
+    for needed in (name, recipe.probe.evaluate_on):
+        labels_of(manifests[needed], task.classes)  # all there, and of the task
+    chosen_on = choice_records(recipe, manifests[name])
+    kept = few_of(recipe, manifests[name], per_class=recipe.probe.labels_per_class)
+    return kept if recipe.probe.labels_per_class else np.setdiff1d(kept, chosen_on)
 
 
 def _trajectories(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:

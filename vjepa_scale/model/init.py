@@ -42,6 +42,23 @@ def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int) 
     return value
 
 
+def probe_initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int, depth: int, width: int) -> Tensor:
+    """The start of one parameter of an attentive probe of so many blocks, as published.
+
+    As ``initial_value``, and: the cross-attention block's MLP is divided like that of the last self-attention block,
+    by sqrt(2·max(1, depth − 1)), not by one more; ``linear`` starts as PyTorch's Linear does, weight and bias uniform
+    within ±1/sqrt(width).
+    """
+    if re.search(r"(^|\.)linear\.(weight|bias)$", name):
+        bound = 1 / math.sqrt(width)
+        generator = torch.Generator().manual_seed(key64(seed, "init." + name))
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    value = initial_value(name, shape, seed=seed)
+    if name.endswith("cross_attention_block.mlp.fc2.weight"):
+        value /= math.sqrt(2 * max(1, depth - 1))
+    return value
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, *, seed: int, prefix: str) -> None:
     """Give every parameter of a plain (not sharded) module its start. ``prefix``: the network's name."""

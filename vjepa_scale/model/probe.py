@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vjepa_scale.model.blocks import Block, Mlp
+from vjepa_scale.recipe.schema import ModelConfig
+from vjepa_scale.recipe.stage_sections import ProbeStageConfig
 
 # PyTorch's default, with which the published probes were trained; Hugging Face computes them with 1e-6.
 PROBE_EPS = 1e-5
@@ -87,3 +89,10 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Logits [B, classes] of encoder tokens in any number and order: no positions are added here."""
         return self.linear(self.pooler(tokens_BND))
+
+
+def probe_of(model: ModelConfig, config: ProbeStageConfig, *, classes: int) -> AttentiveProbe:
+    """The network that a probe stage trains on this model's encoder."""
+    return AttentiveProbe(
+        width=model.encoder.width, heads=config.heads, classes=classes, depth=config.depth, eps=config.eps
+    )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.objective import effective_rank as spectrum
+from vjepa_scale.objective.objective import pooled
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -69,9 +70,7 @@ def encoder_features(
     with torch.no_grad():
         for part in clips.split(batch):
             tokens_BND = encoder((part.float() / 255 - shift) / scale)
-            times = clips.shape[2] // tubelet
-            B, _, D = tokens_BND.shape
-            rows.append(tokens_BND.view(B, times, -1, D).mean(2).flatten(1))
+            rows.append(pooled(tokens_BND, clips.shape[2] // tubelet))
     return torch.cat(rows).numpy()
 
 

@@ -69,3 +69,9 @@ def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:
     """Mean |difference|^p / p: L1 for p = 1."""
     difference = (predicted - wanted).abs()
     return difference.mean() if exponent == 1.0 else difference.pow(exponent).mean() / exponent
+
+
+def pooled(tokens_BND: Tensor, times: int) -> Tensor:
+    """Tokens of so many time steps, averaged over space: [B, times · D]."""
+    B, _, D = tokens_BND.shape
+    return tokens_BND.view(B, times, -1, D).mean(2).flatten(1)

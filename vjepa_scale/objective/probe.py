@@ -1,6 +1,7 @@
 """Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 
 import torch
@@ -9,9 +10,10 @@ from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.model.probe import AttentiveProbe
+from vjepa_scale.model.init import probe_initial_value
+from vjepa_scale.model.probe import probe_of
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.objective.objective import Objective
+from vjepa_scale.objective.objective import Objective, pooled
 from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.parallel.optim import GroupSetting
 from vjepa_scale.recipe import Recipe, resolve_phases
@@ -35,11 +37,12 @@ class Probes(Objective):
         self.probes: dict[str, nn.Module] = {}
         for name in self._settings:
             with torch.device("meta"):
-                probe = AttentiveProbe(
-                    width=recipe.model.encoder.width, heads=config.heads, classes=len(classes), depth=config.depth
-                )
+                probe = probe_of(recipe.model, config, classes=len(classes))
+            start = partial(probe_initial_value, depth=config.depth, width=recipe.model.encoder.width)
             # One name for all: they start equal, and differ by their settings alone.
-            self.probes[name] = engine.shard(probe, name="probe", seed=recipe.run.seed, trainable=True)
+            self.probes[name] = engine.shard(
+                probe, name="probe", seed=recipe.run.seed, trainable=True, initial_value=start
+            )
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -67,6 +70,21 @@ class Probes(Objective):
         with torch.no_grad():
             tokens_BND = self.encoder(self._normalised(clips))
         return {name: probe(tokens_BND).float() for name, probe in self.probes.items()}
+
+    def look(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """Without gradients, of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights.
+
+        Returns logits of the P probes, float32 [B, P, classes], and features: tokens averaged over space
+        (frozen.encoder_features), float32 [B, T/tubelet · D].
+        """
+
+        def forward() -> tuple[Tensor, Tensor]:
+            tokens_BND = self.encoder(self._normalised(clips))
+            logits = [probe(tokens_BND).float() for probe in self.probes.values()]
+            times = clips.shape[2] // self._recipe.model.tubelet
+            return torch.stack(logits, 1), pooled(tokens_BND.float(), times)
+
+        return self._engine.look(forward)
 
 
 def task_classes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str]:

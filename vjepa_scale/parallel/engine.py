@@ -8,7 +8,7 @@ objectives, the trainer and checkpoints are written once.
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from vjepa_scale.parallel.attention import set_kernel
 from vjepa_scale.parallel.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
 from vjepa_scale.parallel.process_group import pick_device
 from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+
+T = TypeVar("T")
 
 
 class InitialValue(Protocol):
@@ -94,6 +96,11 @@ class Engine(ABC):
 
         Gradients are averaged over ranks in the last micro-batch of a step only; until then each rank sums its own.
         """
+
+    @torch.no_grad()
+    def look(self, forward: Callable[[], T]) -> T:
+        """What networks give, computed as in training, without gradients. Collective: all ranks, equally often."""
+        return forward()
 
     def grad_norm(self) -> float:
         """L2 norm of all gradients of the step together, of the whole networks, equal on every rank."""

@@ -90,6 +90,20 @@ def from_all(value: T) -> list[T]:
     return values
 
 
+def to_rank_0(value: T) -> list[T] | None:
+    """Every rank's value, in the order of ranks, on rank 0; None on the others. For what is too large for all."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def is_main() -> bool:
+    """Is this rank 0? (Also without a group.)"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -25,7 +25,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.blocks import prepare_blocks
-from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
+from vjepa_scale.parallel.engine import Engine, InitialValue, T, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
 from vjepa_scale.parallel.optim import (
     MOMENTS,
@@ -134,6 +134,10 @@ class ZeroEngine(Engine):
         self._engine.backward(shared, scale_wrt_gas=False)
         return shared.detach()
 
+    @torch.no_grad()
+    def look(self, forward: Callable[[], T]) -> T:
+        return self._engine(forward)
+
     def _gradients(self) -> list[Tensor]:
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
 
@@ -236,7 +240,7 @@ class _Composite(nn.Module):
         self.networks = nn.ModuleDict(networks)
         self._device_type, self._compute_type = device.type, compute_type
 
-    def forward(self, loss: Callable[[], Tensor]) -> Tensor:
+    def forward(self, loss: Callable[[], T]) -> T:
         with torch.autocast(self._device_type, self._compute_type, enabled=self._compute_type != torch.float32):
             return loss()
 

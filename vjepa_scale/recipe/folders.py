@@ -6,6 +6,7 @@
 <run>/code/<hash>/vjepa_scale/  the code that the jobs run
 <run>/<stage>/history.jsonl     submitted, started, saved, interrupted, failed, done
 <run>/<stage>/metrics.jsonl     a row per step
+<run>/probe/evaluation.json     what the probes are worth; the stage is finished when it is there
 <run>/<stage>/checkpoints/, logs/JOB_RANK_log.{out,err}, failures/JOB.RANK.json, rendezvous/
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from vjepa_scale.recipe.schema import Recipe
 
-CHECKPOINTS, LOGS, FAILURES = "checkpoints", "logs", "failures"
+CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
 
 
 def stage_folder(recipe: Recipe, stage: str) -> Path:
@@ -30,3 +31,7 @@ def logs_folder(recipe: Recipe, stage: str) -> Path:
 
 def failures_folder(recipe: Recipe, stage: str) -> Path:
     return stage_folder(recipe, stage) / FAILURES
+
+
+def evaluation_file(recipe: Recipe, stage: str) -> Path:
+    return stage_folder(recipe, stage) / EVALUATION

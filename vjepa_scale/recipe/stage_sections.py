@@ -121,13 +121,16 @@ class ProbeStageConfig(StageConfig):
     )
     depth: PositiveInt = Field(4, description="blocks of a probe: one of cross-attention after the others")
     heads: PositiveInt = Field(16, description="attention heads of a probe; a divisor of the encoder's width")
+    eps: Positive = Field(
+        1e-5, description="of a probe's LayerNorms, as published; 1e-6, with the encoder's heads: as Hugging Face's"
+    )
     labels_per_class: PositiveInt | None = Field(
         None, description="train on this many records of each class, drawn by data.seed; default: on all"
     )
     choose_per_class: PositiveInt | None = Field(
         None,
-        description="choose the best setting on this many further records of each class of the training set; default: "
-        "on evaluate_on itself, as published",
+        description="choose the best setting on this many further records of each class of the training set, on "
+        "which it is then not trained; default: on evaluate_on itself, as published",
     )
     views: ViewsConfig = ViewsConfig()
     neighbours: PositiveInt = Field(5, description="k of the k-NN that is reported beside the probes")

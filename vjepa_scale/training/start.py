@@ -24,6 +24,7 @@ from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
 from vjepa_scale.recipe.stage_sections import StageConfig
+from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.foreign import check_foreign, is_foreign
 from vjepa_scale.training.initial import networks_from
 
@@ -77,6 +78,18 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
     if stage.init_from is not None:
         return Start("init", _source(recipe, stage_name, "init_from", stage.init_from))
     return Start("fresh")
+
+
+def origin_of(start: Start) -> dict[str, Any]:
+    """Where a stage's first weights came from, in words for its checkpoints: a resume has its own's. Empty: fresh."""
+    if start.checkpoint is None:
+        return {}
+    if start.foreign:
+        return {"path": str(start.checkpoint)}
+    manifest = store.read_manifest(start.checkpoint)
+    if start.kind == "resume":
+        return manifest.get("origin", {})
+    return {"path": str(start.checkpoint), "stage": manifest["stage"], "step": manifest["step"]}
 
 
 def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: bool = True) -> Path:
@@ -187,12 +200,13 @@ def planned_order(recipe: Recipe, stage_name: str) -> tuple[list[Phase], DataOrd
 
 
 def is_finished(recipe: Recipe, stage_name: str) -> bool:
-    """Does the stage have its last checkpoint? (Looks at names and manifests only.)"""
+    """Does the stage have its last checkpoint, and a probe stage its result? (Looks at names and manifests only.)"""
     newest = store.newest_name(checkpoints_folder(recipe, stage_name))
     if newest is None:
         return False
     manifest = store.read_manifest(newest)
-    return manifest["step"] == resolve_phases(recipe, stage_name, first=manifest["first"])[-1].end
+    end = resolve_phases(recipe, stage_name, first=manifest["first"])[-1].end
+    return manifest["step"] == end and is_evaluated(recipe, stage_name, step=end)
 
 
 def check_finished(recipe: Recipe, stage_name: str) -> None:

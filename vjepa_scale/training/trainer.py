@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import append_jsonl, write_atomic
+from vjepa_scale.core.files import append_jsonl, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
 from vjepa_scale.data.decode import TORCHCODEC
@@ -21,10 +23,12 @@ from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.statistics import merged, trajectory_statistics
 from vjepa_scale.objective.build import build_objective
+from vjepa_scale.objective.probe import Probes
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
-from vjepa_scale.recipe.folders import checkpoints_folder, stage_folder
+from vjepa_scale.recipe.folders import checkpoints_folder, evaluation_file, stage_folder
+from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.history import History
 from vjepa_scale.training.initial import load_initial
@@ -32,11 +36,13 @@ from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.ledger import NAME, Ledger
 from vjepa_scale.training.lock import only_trainer_of
 from vjepa_scale.training.metrics import MetricsLog, touch
+from vjepa_scale.training.probe_evaluation import ProbeEvaluation, table
 from vjepa_scale.training.start import (
     Start,
     data_order,
     find_start,
     open_data,
+    origin_of,
 )
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
@@ -99,6 +105,7 @@ class _Trainer:
         process_group.barrier()
         self.manifests = open_data(recipe, stage_name)
         self.start = find_start(recipe, stage_name, self.manifests)
+        self.origin = origin_of(self.start)  # now: that checkpoint may be removed while this stage trains
         self.ledger = Ledger(Path(recipe.run.dir), stage_name)
         self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
@@ -110,16 +117,19 @@ class _Trainer:
         self._restore(self.start)
 
     def run(self) -> None:
-        if self.start.step >= self.end:
+        if self.start.step >= self.end and is_evaluated(self.recipe, self.stage_name, step=self.end):
             self._say(f"{self.stage_name} is complete at step {self.end}")
             return
         log = self._begin() if self.ranks.is_main else None
         for phase in self.phases:
             if phase.end > self.start.step:
                 self._run_phase(phase, log)
+        if isinstance(self.objective, Probes):
+            self._evaluate(self.objective)
 
     def _begin(self) -> MetricsLog:
         """Rank 0's books of this attempt."""
+        evaluation_file(self.recipe, self.stage_name).unlink(missing_ok=True)  # of probes that this one replaces
         of_run = Path(self.recipe.run.dir) / "recipe.yaml"
         for path in (self.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
             write_atomic(path, recipe_yaml(self.recipe))
@@ -239,6 +249,25 @@ class _Trainer:
         everyone = process_group.from_all(mine)
         return {name: merged([part[name] for part in everyone]) for name in mine}
 
+    def _evaluate(self, probes: Probes) -> None:
+        """What the probes are worth, into evaluation.json: with it the stage is done."""
+        evaluation = ProbeEvaluation(
+            self.recipe, probes, self.engine, self.manifests, self.kept, self.phases[-1], self._stop_if_asked
+        )
+        peak_lr = max(max(phase.start_lr, phase.final_lr) for phase in self.phases)
+        result = evaluation.result(step=self.end, peak_lr=peak_lr)
+        self._refuse_if_superseded()
+        if result is not None:
+            origin = {"init_from": self.recipe.stages()[self.stage_name].init_from, **self.origin}
+            write_json(evaluation_file(self.recipe, self.stage_name), {"origin": origin, **result})
+            self._say("\n".join(table(result)))
+        self._note("done", step=self.end)
+
+    def _stop_if_asked(self) -> None:
+        asked = torch.tensor(float(self.interrupt.signal is not None), device=self.engine.device)
+        if self.engine.mean(asked).item() > 0:
+            self._stop(self.end)
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     def _save(self, phase: Phase, step: int) -> None:
@@ -250,6 +279,7 @@ class _Trainer:
             "phase": phase.name,
             "first": self.start.first,
             "base": self.start.base,
+            "origin": self.origin,
             "drawn": self.order.drawn(step),
             "optimizer_steps": self.engine.optimizer_steps,
             "ends_phase": step == phase.end,
@@ -272,7 +302,7 @@ class _Trainer:
         step, path = saved
         store.retain(self.checkpoints, keep=self.recipe.checkpoint.keep)
         self._note("saved", step=step)
-        if step == self.end:
+        if step == self.end and not isinstance(self.objective, Probes):
             self._note("done", step=step)
         self._say(f"saved {path}")
 

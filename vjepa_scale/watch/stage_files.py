@@ -10,6 +10,7 @@ from vjepa_scale.checkpoint.manifest import MANIFEST
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
+from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.failures import worst_failure
 from vjepa_scale.training.history import Attempt, History, Row, attempts
 from vjepa_scale.watch.states import LastError, StageStatus
@@ -52,8 +53,11 @@ class StageFiles:
 
     @property
     def finished(self) -> bool:
-        """Is its last checkpoint there?"""
-        return self.status.last_step is not None and self.status.checkpoint_step == self.status.last_step
+        """Is its last checkpoint there, and of a probe stage its result?"""
+        last = self.status.last_step
+        if last is None or self.status.checkpoint_step != last:
+            return False
+        return is_evaluated(self.recipe, self.name, step=last)
 
     @property
     def ended_by_error(self) -> bool:

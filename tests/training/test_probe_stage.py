@@ -1,0 +1,348 @@
+"""A probe stage from its start to evaluation.json, against plain code, chance and itself."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from scipy.stats import binom
+from sklearn.metrics import accuracy_score
+
+from tests.chain import checkpoint_tensors, metrics
+from tests.processes import run_processes
+from tests.training.probe_material import (
+    CLASSES,
+    FIRST_LR,
+    checkpoint,
+    killed_before_the_result,
+    labels_in,
+    make_colours,
+    probe_recipe,
+    probe_stage,
+    probe_stage_of_few_features,
+    result,
+    stopped_after_a_step,
+)
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.evaluation import evaluation_clips
+from vjepa_scale.data.kept import choice_records, few_of
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.init import initialise
+from vjepa_scale.model.probe import AttentiveProbe
+from vjepa_scale.recipe import Recipe
+from vjepa_scale.training.probe_evaluation import table
+from vjepa_scale.training.start import is_finished, preflight
+from vjepa_scale.watch.stage_files import StageFiles
+
+pytestmark = pytest.mark.distributed
+Sets = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    return make_colours(tmp_path_factory.mktemp("colours"))
+
+
+LIMITS = {"labels_per_class": 3, "choose_per_class": 2}
+LEARNT: dict[str, Any] = {"steps": 30, "phases": [{"name": "decay", "start_lr": 1e-2, "final_lr": 0}]}
+
+
+@pytest.fixture(scope="module")
+def runs(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
+    """Finished stages of one rank, all by one process: to start one takes longer than a stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    probes: dict[str, dict[str, Any]] = {
+        "plain": {},  # all labels, two settings
+        "first alone": {"lr_scales": [1]},
+        "second alone": {"lr_scales": [0.1]},
+        "few": LIMITS,
+        "few, others damaged": LIMITS,
+        "choice": {"choose_per_class": 4},
+        "choice, other clips": {"choose_per_class": 4, "evaluate_on": "shuffled_held_out"},
+        "views": {
+            **LEARNT,
+            "labels_per_class": 4,
+            "choose_per_class": 5,
+            "views": {"segments": 2, "crops": 3},
+        },
+        "shuffled": {**LEARNT, "train": "shuffled_train", "evaluate_on": "shuffled_held_out"},
+    }
+    shutil.copytree(sets["train"], folder / "damaged")
+    recipes = {
+        name: probe_recipe(
+            folder / name, {**sets, "train": folder / "damaged"} if name.endswith("damaged") else sets, **probe
+        )
+        for name, probe in probes.items()
+    }
+    _damage(folder / "damaged", _others(recipes["few"]))
+    run_processes(probe_stage, 1, list(recipes.values()))
+    return recipes
+
+
+@pytest.fixture(scope="module")
+def probed(runs: dict[str, Recipe]) -> Recipe:
+    return runs["plain"]
+
+
+def _others(recipe: Recipe) -> list[int]:
+    """The records of the training set that are neither trained nor chosen on."""
+    manifest = Manifest.open(recipe.data.sets["train"].path)
+    trained, chosen = few_of(recipe, manifest, per_class=3), choice_records(recipe, manifest)
+    assert (len(trained), len(chosen)) == (9, 6)
+    assert not set(trained) & set(chosen)
+    return sorted(set(range(manifest.records)) - {*trained.tolist(), *chosen.tolist()})
+
+
+def test_the_result_says_what_was_done(probed: Recipe) -> None:
+    found = result(probed)
+    assert found["origin"] == {"init_from": "untrained"}
+    assert (found["step"], found["evaluated_on"], found["labels_per_class"]) == (6, "held_out", None)
+    assert sorted(found["class_names"]) == sorted(CLASSES)
+    assert (found["clips"], found["classes"], found["chance"], found["majority"]) == (21, 3, 1 / 3, 1 / 3)
+    assert found["trained_on"] == {"train": 60}
+    assert found["views"] == {"segments": 1, "crops": 1}
+    assert [(s["lr"], s["weight_decay"]) for s in found["settings"]] == [(FIRST_LR, 0.05), (FIRST_LR / 10, 0.05)]
+    assert found["chosen_on"] == "evaluate_on"
+    assert found["best"]["accuracy"] == max(s["accuracy"] for s in found["settings"])
+    assert is_finished(probed, "probe")
+    assert StageFiles(probed, "probe").finished
+
+
+@pytest.mark.parametrize(("name", "lefts"), [("plain", [4]), ("views", [0, 4, 8] * 2)])
+def test_accuracy_is_that_of_plain_code_on_the_checkpoint(
+    name: str, lefts: list[int], runs: dict[str, Recipe], tmp_path: Path
+) -> None:
+    """Tensors by PyTorch's converter, pixels by FFmpeg and torch, labels from the records' JSON. Of pictures of 24 × 32
+    pixels the crops begin at these columns; the segments of a picture are all the same."""
+    recipe = runs[name]
+    tensors = checkpoint_tensors(checkpoint(recipe), tmp_path)
+    encoder = Encoder(recipe.model).eval()
+    encoder.load_state_dict(_of(tensors, "encoder"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.augment.mean, recipe.data.augment.std))
+    manifest = Manifest.open(recipe.data.sets["held_out"].path)
+    clips = []
+    for record in range(manifest.records):
+        with av.open(_file(manifest.read(record), tmp_path)) as file:
+            (frame,) = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
+        for left in lefts:
+            square = torch.from_numpy(frame[:, left : left + 24]).permute(2, 0, 1)[None]
+            small = torch.nn.functional.interpolate(square, size=(16, 16), mode="bilinear", antialias=True)[0]
+            clips.append(((small / 255 - mean) / std)[:, None].expand(3, 2, 16, 16))
+    labels = labels_in(manifest.folder, result(recipe)["class_names"])
+    with torch.no_grad():
+        tokens = encoder(torch.stack(clips))
+        for setting in result(recipe)["settings"]:
+            probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2)
+            probe.load_state_dict(_of(tensors, setting["probe"]))
+            probabilities = probe(tokens).softmax(1).reshape(len(labels), len(lefts), 3).mean(1)
+            expected = accuracy_score(labels, probabilities.argmax(1))
+            assert setting["accuracy"] == pytest.approx(expected, abs=1e-12)
+            assert expected > 0  # not the accuracy of a broken pipe
+
+
+def test_the_encoder_is_bit_identical_before_and_after(probed: Recipe, tmp_path: Path) -> None:
+    after = _of(checkpoint_tensors(checkpoint(probed), tmp_path), "encoder")
+    before = Encoder(probed.model)
+    initialise(before, seed=probed.run.seed, prefix="encoder")
+    assert before.state_dict().keys() == after.keys()
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after[name]), name
+    assert not any("exp_avg.encoder" in name for name in checkpoint_tensors(checkpoint(probed), tmp_path))
+
+
+@pytest.mark.slow
+def test_ranks_and_batches_do_not_change_the_result(probed: Recipe, tmp_path: Path) -> None:
+    """The same weights, evaluated by two ranks in batches of 4 and by one in batches of 1: 21 clips each."""
+    expected = result(probed)
+    for ranks, micro_batch in ((2, 4), (1, 1)):
+        shutil.copytree(probed.run.dir, tmp_path / f"{ranks}")
+        again = _with(probed, run={"dir": str(tmp_path / f"{ranks}")}, probe={"micro_batch": micro_batch})
+        (tmp_path / f"{ranks}" / "probe" / "evaluation.json").unlink()
+        assert not is_finished(again, "probe")
+        assert not StageFiles(again, "probe").finished
+        run_processes(probe_stage, ranks, [again])
+        found = result(again)
+        assert found == expected
+        assert len(metrics(Path(again.run.dir), "probe")) == 6  # nothing was trained again
+
+
+def test_few_labels_learn_colours(runs: dict[str, Recipe]) -> None:
+    """Four labels of each class, six views: pictures of a colour are told apart by all readings."""
+    found = result(runs["views"])
+    assert found["views"] == {"segments": 2, "crops": 3}
+    assert found["trained_on"] == {"train": 12}
+    assert (found["chosen_on"], found["choice_clips"]) == ("choose_per_class", 15)
+    assert max(s["choice_accuracy"] for s in found["settings"]) == found["best"]["choice_accuracy"]
+    floor = binom.isf(1e-5, found["clips"], 1 / 3) / found["clips"]  # at chance, more than these are right once in 1e5
+    for reading in (found["best"]["accuracy"], found["knn"], found["linear"]):
+        assert reading > floor
+
+
+def test_shuffled_labels_are_at_chance(runs: dict[str, Recipe]) -> None:
+    """Held-out labels are uniform draws: each reading is right on Binomial(21, 1/3) clips. Bound: 1e-4 on each side."""
+    found = result(runs["shuffled"])
+    low, high = binom.ppf(1e-4, 21, 1 / 3), binom.isf(1e-4, 21, 1 / 3)
+    for reading in (*(s["accuracy"] for s in found["settings"]), found["knn"], found["linear"]):
+        assert low <= round(21 * reading) <= high
+
+
+def test_settings_trained_together_are_each_as_alone(runs: dict[str, Recipe], tmp_path: Path) -> None:
+    tensors = checkpoint_tensors(checkpoint(runs["plain"]), tmp_path)
+    for name, single in (("probe_00", runs["first alone"]), ("probe_01", runs["second alone"])):
+        (tmp_path / name).mkdir()
+        expected = _of(checkpoint_tensors(checkpoint(single), tmp_path / name), "probe_00")
+        found = _of(tensors, name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert float((found[key] - value).norm()) <= 1e-6 * float(value.norm()), key
+    first, second = _of(tensors, "probe_00"), _of(tensors, "probe_01")
+    assert not torch.equal(first["linear.weight"], second["linear.weight"])
+
+
+def test_other_records_are_never_looked_at(runs: dict[str, Recipe]) -> None:
+    """The pictures of all records but those that are trained or chosen on cannot be decoded: nothing changes."""
+    whole, damaged = runs["few"], runs["few, others damaged"]
+    assert len(_others(damaged)) == 60 - 9 - 6
+    manifest = Manifest.open(damaged.data.sets["train"].path)
+    clips = evaluation_clips(manifest, frames=2, size=(16, 16), fps=4, batch=1, records=_others(damaged)[:1])
+    with pytest.raises(UserError, match="cannot be decoded"):
+        next(clips)
+    assert result(damaged) == result(whole)
+    assert metrics(Path(damaged.run.dir), "probe") == metrics(Path(whole.run.dir), "probe")
+    assert (Path(damaged.run.dir) / "ledger.jsonl").read_text() == ""
+
+
+def test_the_choice_never_touches_the_evaluated_clips(runs: dict[str, Recipe]) -> None:
+    """With other pictures and labels to evaluate on, the same setting is best, by the same figures."""
+    found, again = result(runs["choice"]), result(runs["choice, other clips"])
+    assert found["trained_on"] == {"train": 60 - 12}  # without labels_per_class, on all but these
+    assert [s["choice_accuracy"] for s in found["settings"]] == [s["choice_accuracy"] for s in again["settings"]]
+    assert found["best"]["probe"] == again["best"]["probe"]
+    assert [s["accuracy"] for s in found["settings"]] != [s["accuracy"] for s in again["settings"]]
+
+
+def test_an_undecodable_clip_is_named_and_nothing_is_written(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
+    shutil.copytree(sets["held_out"], tmp_path / "damaged")
+    shutil.copytree(probed.run.dir, tmp_path / "run")
+    (tmp_path / "run" / "probe" / "evaluation.json").unlink()
+    _damage(tmp_path / "damaged", [17])
+    tree = {"sets": {"train": {"path": str(sets["train"])}, "held_out": {"path": str(tmp_path / "damaged")}}}
+    recipe = _with(probed, run={"dir": str(tmp_path / "run")}, data=tree)
+    key = Manifest.open(tmp_path / "damaged").key(17)
+    with pytest.raises(AssertionError, match=rf"UserError: .*damaged.*record {key} cannot be decoded"):
+        run_processes(probe_stage, 1, [recipe])
+    assert not list((tmp_path / "run" / "probe").glob("*evaluation*"))
+    assert not is_finished(recipe, "probe")
+
+
+@pytest.mark.slow
+def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(probed.run.dir, tmp_path / "run")
+    (tmp_path / "run" / "probe" / "evaluation.json").unlink()
+    recipe = _with(probed, run={"dir": str(tmp_path / "run")})
+    run_processes(probe_stage_of_few_features, 1, recipe)
+    expected = {**result(probed), "knn": None, "linear": None, "neighbours": None}
+    assert result(recipe) == expected
+    assert list(table(result(recipe)))[-1].startswith("chance 33.3% (no k-NN")
+
+
+@pytest.mark.slow
+def test_killed_before_the_result_the_next_start_evaluates(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
+    recipe = probe_recipe(tmp_path, sets)
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_processes(killed_before_the_result, 1, recipe)
+    assert checkpoint(recipe).name == "step_00000006"
+    assert not is_finished(recipe, "probe")
+    run_processes(probe_stage, 1, [recipe])
+    assert result(recipe) == result(probed)
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
+    recipe = probe_recipe(tmp_path, sets)
+    run_processes(stopped_after_a_step, 2, recipe)
+    assert checkpoint(recipe).name == "step_00000001"
+    run_processes(probe_stage, 1, [recipe])
+    ours, theirs = metrics(tmp_path, "probe"), metrics(Path(probed.run.dir), "probe")
+    for key in ("loss", "best_loss", "grad_norm"):  # the first step was of two ranks
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-5)
+    assert result(recipe) == result(probed)
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(probed: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(probed.run.dir, tmp_path / "run")
+    (tmp_path / "run" / "probe" / "evaluation.json").unlink()
+    recipe = _with(probed, run={"dir": str(tmp_path / "run")})
+    run_processes(stopped_after_a_step, 2, recipe)
+    assert not (tmp_path / "run" / "probe" / "evaluation.json").exists()
+    run_processes(probe_stage, 1, [recipe])
+    assert result(recipe) == result(probed)
+
+    more = [{"name": "decay", "start_lr": FIRST_LR, "final_lr": 0, "steps": 6}, {"name": "more", "start_lr": 1e-4}]
+    longer = _with(recipe, probe={"steps": 8, "phases": more})
+    assert not is_finished(longer, "probe")
+    run_processes(probe_stage, 1, [longer])
+    assert result(longer)["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("probe", "sentence"),
+    [
+        ({"labels_per_class": 15, "choose_per_class": 6}, "20 examples, fewer than 21"),
+        ({"choose_per_class": 21}, "20 examples, fewer than 21"),
+        ({"evaluate_on": "others"}, "class 'yellow' is not among the 3 classes"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_training(
+    probe: dict[str, object], sentence: str, sets: Sets, tmp_path: Path
+) -> None:
+    others = _yellow(tmp_path)
+    recipe = probe_recipe(tmp_path / "run", {**sets, "others": others}, **probe)
+    with pytest.raises(UserError, match=sentence):
+        preflight(recipe, "probe", world_size=1, will_have_run=set())
+
+
+def _yellow(folder: Path) -> Path:
+    from tests.data.conftest import quiet
+    from tests.data.videos import still_image
+    from vjepa_scale.data.ingest.shards import Settings, make_shards
+
+    (folder / "others" / "yellow").mkdir(parents=True)
+    (folder / "others" / "yellow" / "0.png").write_bytes(still_image(0, codec="png"))
+    make_shards(folder / "others", folder / "others-shards", Settings(images=True), workers=1, progress=quiet)
+    return folder / "others-shards"
+
+
+def _with(recipe: Recipe, **sections: dict[str, object]) -> Recipe:
+    """The recipe with some keys changed."""
+    from vjepa_scale.recipe.load import validate_recipe
+
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    for section, values in sections.items():
+        tree[section] = {**tree[section], **values}
+    return validate_recipe(tree, source="test")
+
+
+def _of(tensors: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:
+    """One network's tensors, by its own names."""
+    return {name.removeprefix(f"{network}."): v for name, v in tensors.items() if name.startswith(f"{network}.")}
+
+
+def _damage(shards: Path, records: list[int]) -> None:
+    """Zeros in place of the pictures' bytes."""
+    manifest = Manifest.open(shards)
+    for record in records:
+        data = manifest.read(record)
+        path = shards / manifest.shard_of(record).name
+        content = path.read_bytes()
+        assert content.count(data) == 1
+        path.write_bytes(content.replace(data, bytes(len(data))))
+
+
+def _file(data: bytes, folder: Path) -> str:
+    (folder / "picture.png").write_bytes(data)
+    return str(folder / "picture.png")

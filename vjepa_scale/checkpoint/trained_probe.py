@@ -1,0 +1,74 @@
+"""The best probe of a finished probe stage, and that probe as Hugging Face's classifier."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
+from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json
+from vjepa_scale.model.probe import AttentiveProbe, probe_of
+from vjepa_scale.recipe.folders import CHECKPOINTS, EVALUATION
+from vjepa_scale.recipe.load import validate_recipe
+
+
+@dataclass(frozen=True)
+class TrainedProbe:
+    """probe: of the setting that evaluation.json calls best, in eval mode; classes: of its logits, in order.
+
+    checkpoint: where it and its encoder lie;  result: evaluation.json's content
+    """
+
+    probe: AttentiveProbe
+    classes: tuple[str, ...]
+    checkpoint: Path
+    result: dict[str, Any]
+
+
+def is_probe_stage(folder: Path) -> bool:
+    """Is this the folder of a probe stage that is finished?"""
+    return (folder / EVALUATION).is_file()
+
+
+def load_probe(folder: Path) -> TrainedProbe:
+    """The best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
+    result = read_json(folder / EVALUATION)
+    checkpoint = folder / CHECKPOINTS / f"step_{result['step']:08d}"
+    store.verify(checkpoint)
+    recipe = validate_recipe(store.read_manifest(checkpoint)["recipe"], source=checkpoint / store.MANIFEST)
+    assert recipe.probe is not None, "the stage that wrote this"
+    classes = tuple(result["class_names"])
+    probe = probe_of(recipe.model, recipe.probe, classes=len(classes))
+    best = result["best"]["probe"]
+    tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
+    dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=True)  # into the probe's own
+    return TrainedProbe(probe.eval(), classes, checkpoint, result)
+
+
+def export_classifier(folder: Path, out: Path) -> TrainedProbe:
+    """Write the best probe of a stage's folder, and the model that it was trained on, as VJEPA2ForVideoClassification.
+
+    The model, with the predictor that theirs holds too, is read from where the stage started. Raises UserError where
+    its encoder is not the one beside the probe, to the bit, or where theirs cannot compute the probe.
+    """
+    trained = load_probe(folder)
+    origin = trained.result["origin"].get("path")
+    if origin is None:
+        raise UserError("its encoder was never trained", where=folder / EVALUATION, fix="a probe of a trained one")
+    manifest = store.read_manifest(trained.checkpoint)
+    source = open_weights(origin)
+    config = source.config.model_copy(update={"frames": manifest["frames"], "size": tuple(manifest["size"])})
+    for name, shape, dtype in source.only(("encoder",)).entries:
+        beside: dict[str, Tensor] = {name: torch.empty(shape)}
+        dcp.load(beside, storage_reader=CheckpointReader(trained.checkpoint), no_dist=True)
+        if not torch.equal(beside[name].to(dtype), source.read(name)):
+            raise UserError(f"{name} is not the one that the probe was trained on", where=origin, fix="restore it")
+    write_video_classifier(out, replace(source, config=config), trained.probe, trained.classes)
+    return trained
