@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--clips", type=int, default=2048, help="training clips to render")
     parser.add_argument("--val-clips", type=int, default=640, help="held-out clips to render")
-    parser.add_argument("--trajectories", type=int, default=128, help="robot trajectories to render")
+    parser.add_argument("--trajectories", type=int, default=192, help="robot trajectories to render")
     parser.add_argument("--episodes", type=int, default=60, help="episodes of planning")
     parser.add_argument("--data-seed", type=int, default=0, help="of both worlds and of the episodes")
     arguments = parser.parse_intermixed_args()

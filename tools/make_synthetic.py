@@ -23,31 +23,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--robot", action="store_true", help="trajectories of the synthetic robot")
-    names = parser.add_argument
-    names("--clips", "--trajectories", type=int, help=f"for training (default: {SHAPES_CLIPS[0]}, {ROBOT_CLIPS[0]})")
-    names("--val-clips", "--val-trajectories", type=int, help=f"held out ({SHAPES_CLIPS[1]}, {ROBOT_CLIPS[1]})")
+    train_help, val_help = (
+        f"(default: {shapes}, {robot})" for shapes, robot in zip(SHAPES_CLIPS, ROBOT_CLIPS, strict=True)
+    )
+    parser.add_argument("--clips", "--trajectories", type=int, help=f"for training {train_help}")
+    parser.add_argument("--val-clips", "--val-trajectories", type=int, help=f"held out {val_help}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=World.size, help="pixels, width and height")
+    parser.add_argument("--size", type=int, help=f"pixels, width and height (default: {World.size}, {RobotWorld.size})")
     parser.add_argument("--fps", type=int, help=f"(default: {World.fps}, {RobotWorld.fps})")
     parser.add_argument("--seconds", type=float, help=f"of a clip (default: {World.seconds}, {RobotWorld.seconds})")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     kind = RobotWorld if args.robot else World
-    train, val = (
-        default if given is None else given
-        for given, default in zip(
-            (args.clips, args.val_clips), ROBOT_CLIPS if args.robot else SHAPES_CLIPS, strict=True
-        )
-    )
+    usual = ROBOT_CLIPS if args.robot else SHAPES_CLIPS
+    train = usual[0] if args.clips is None else args.clips
+    val = usual[1] if args.val_clips is None else args.val_clips
+    size = kind.size if args.size is None else args.size
     fps = kind.fps if args.fps is None else args.fps
     seconds = kind.seconds if args.seconds is None else args.seconds
-    if min(train, args.size, fps, args.workers) < 1 or val < 0 or seconds * fps < 1:
+    if min(train, size, fps, args.workers) < 1 or val < 0 or seconds * fps < 1:
         raise UserError("counts and sizes must be positive", where="make_synthetic.py")
     counts = {"seed": args.seed, "train": train, "val": val, "workers": args.workers}
     if args.robot:
-        progress = write_trajectories(args.out, RobotWorld(size=args.size, fps=fps, seconds=seconds), **counts)
+        progress = write_trajectories(args.out, RobotWorld(size=size, fps=fps, seconds=seconds), **counts)
     else:
-        progress = write_videos(args.out, World(size=args.size, fps=fps, seconds=seconds), **counts)
+        progress = write_videos(args.out, World(size=size, fps=fps, seconds=seconds), **counts)
     with tqdm(total=train + val, unit="clip", desc=f"rendering {args.out}") as bar:
         for done in progress:
             bar.update(done - bar.n)

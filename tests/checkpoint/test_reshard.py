@@ -14,7 +14,8 @@ from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.parallel.engine import build_engine
-from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 pytestmark = pytest.mark.distributed
 

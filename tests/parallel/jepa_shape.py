@@ -19,7 +19,8 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.parallel.engine import Engine, build_engine
-from vjepa_scale.recipe.schema import EncoderConfig, EngineConfig, ModelConfig, OptimizerConfig, PredictorConfig
+from vjepa_scale.recipe.schema import EncoderConfig, EngineConfig, ModelConfig, PredictorConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 # Width 36 and 3 mask tokens do not divide by 2 or 4 ranks evenly everywhere: uneven and empty shards occur.
 MODEL = ModelConfig(

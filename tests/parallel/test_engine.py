@@ -22,7 +22,8 @@ from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import RopeTables
 from vjepa_scale.parallel.engine import build_engine, check_installed
 from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 pytestmark = pytest.mark.distributed
 

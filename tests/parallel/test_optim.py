@@ -14,7 +14,7 @@ from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.parallel.fsdp import FsdpEngine
 from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
-from vjepa_scale.recipe.schema import OptimizerConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 
 def named_parameters() -> list[tuple[str, nn.Parameter]]:

@@ -12,36 +12,52 @@ from tests.chain import tool
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
+    shards = tmp_path / "data" / "shards"
     arguments = [
         "recipes/demo.yaml",
         f"run.dir={tmp_path / 'run'}",
-        f"data.sets.synthetic.path={tmp_path / 'data' / 'shards' / 'train'}",
+        *(f"data.sets.{name}.path={shards / folder}" for name, folder in (("synthetic", "train"), ("held_out", "val"))),
+        f"data.sets.robot.path={shards / 'robot'}",
         "pretrain.steps=10",
         "cooldown.steps=4",
-        "--clips=192",
+        "action.steps=10",
+        "probe.steps=10",
+        "--clips=320",
         "--val-clips=64",
+        "--trajectories=8",
+        "--episodes=3",
     ]
-    done = tool("demo", *arguments)
+    done = tool("demo", *arguments, timeout=900)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stages"]["pretrain"]["steps"] == 10
-    assert summary["stages"]["cooldown"]["steps"] == 4
-    for stage in summary["stages"].values():
+    steps = {"pretrain": 10, "cooldown": 4, "action": 10, "probe": 10}
+    assert {name: stage["steps"] for name, stage in summary["stages"].items()} == steps
+    for name, stage in summary["stages"].items():
         assert stage["loss_start"] > 0
         assert stage["clips_per_s"] > 0
-        assert 1 < stage["effective_rank_end"] < 128
+        assert (stage["effective_rank_end"] is None) == (name in ("action", "probe"))
     assert summary["evaluation"] == {"classes": 16, "labels_per_class": 10, "held_out_clips": 64}
     assert summary["chance"] == 1 / 16
     for probe in (summary, summary["parts"]["shape"], summary["parts"]["motion"]):
         for measure in ("linear_probe", "knn"):
             assert probe[measure].keys() == {"trained", "untrained", "pixels"}
             assert all(0 <= accuracy <= 1 for accuracy in probe[measure].values())
+    assert summary["probe"] == summary["linear_probe"]
+    assert summary["attentive_probe"].keys() == {"trained", "untrained"}
+    assert all(0 <= share <= 1 for share in summary["controls"].values())
+    planning = summary["planning"]
+    assert planning["episodes"] == 3
+    assert all(planning[policy] in (0, 1 / 3, 2 / 3, 1) for policy in ("success", "random", "still"))
+    assert planning["still"] == 0  # every goal is farther away than its radius
     for line in ("$ python tools/make_shards.py", "$ python tools/launch.py", "trained  ", "untrained  ", "pixels  "):
         assert line in done.stdout
+    for picture in ("landscape.png", "episode.png"):
+        assert (tmp_path / "run" / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
     # A second run finds everything there and measures the same, also where the consolidated result is of another
     # checkpoint.
     shutil.rmtree(tmp_path / "run" / "consolidated")
     tool("consolidate", tmp_path / "run" / "pretrain", "--out", tmp_path / "run" / "consolidated")
-    again = tool("demo", *arguments)
+    again = tool("demo", *arguments, timeout=900)
     assert "already complete" in again.stdout
     repeated = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert repeated["linear_probe"] == summary["linear_probe"]
+    for name in ("linear_probe", "attentive_probe", "controls", "planning"):
+        assert repeated[name] == summary[name]

@@ -140,7 +140,15 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
         (["masks.generators.1.max_keep=5"], ["masks.generators.1.max_keep: null then, 5 now"]),
         (["jepa.ema_momentum=0.5"], ["jepa.ema_momentum: 0.9 then, 0.5 now"]),
         (["optimizer.eps=1e-6"], ["optimizer.eps: 1e-08 then, 1e-06 now"]),
-        (["data.sets.more={path: x, weight: 0}"], ['data.sets: ["left", "right"] then, ["left", "right", "more"] now']),
+        (["data.sets.more={path: x, weight: 0}"], []),  # for stages that name it
+        (
+            ["data.sets.more={path: x, weight: 1}"],
+            [
+                'data.sets: ["left", "right"] then, ["left", "right", "more"] now',
+                'pretrain (steps 0 to 4).mixture: {"left": 2.0, "right": 2.0} then, '
+                '{"left": 2.0, "right": 2.0, "more": 1.0} now',
+            ],
+        ),
         (["pretrain.phases.1.clip.frames=8"], ["pretrain (steps 5 to 7).clip.frames: 4 then, 8 now"]),
         (["pretrain.phases.0.clip.size=48"], ["pretrain (steps 0 to 4).clip.size: [32, 40] then, [48, 48] now"]),
         (["pretrain.phases.1.mixture.right=2"], ["pretrain (steps 5 to 7).mixture.right: 3 then, 2 now"]),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.poses import advance
 from vjepa_scale.data.robot_world import Range, RobotWorld, draw_scene, render
@@ -18,7 +19,7 @@ from vjepa_scale.data.synthetic import SPLITS, U8
 from vjepa_scale.data.trajectories import STATE, Floats
 
 _SETTLING_S = 0.05  # a new rate is taken up within about this time
-_LOOKAHEAD_S = 0.3  # what would leave its range so soon turns round
+_LOOKAHEAD_S = 0.1  # what would leave its range so soon turns round
 _TRIES = 1000
 
 
@@ -103,4 +104,5 @@ def _start_and_goal(world: RobotWorld, reach: Reach, draws: Draws) -> tuple[Floa
         goal[3:] = start[3:]
         if reach.distance_m[0] <= np.linalg.norm(goal - start) <= reach.distance_m[1]:
             return start, goal
-    raise ValueError(f"no two places {reach.distance_m} m apart in {world}")
+    fix = f"the hand's range is {(high - low)[:3].tolist()} m"
+    raise UserError(f"no start and goal are {reach.distance_m} m apart", where="Reach.distance_m", fix=fix)

@@ -25,8 +25,10 @@ Range = tuple[float, float]
 _SHOULDER = np.array([0.0, 0.0, 0.30])
 _LINK = 0.38  # of each of the two
 _HAND, _FINGER = 0.15, 0.07  # from the wrist to the fingers' tips, and of that the fingers
+_CLOSED, _OPENING = 0.015, 0.075  # how far a finger is from the hand's middle: closed, and by how much more open
+_UP, _FLOOR = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
 _TABLE = ((-0.30, 0.90), (-0.65, 0.65))  # x, y
-_ARM, _HAND_RED = (0.85, 0.85, 0.85), (0.80, 0.35, 0.20)  # colours, before they are tinted
+_ARM, _RED = (0.85, 0.85, 0.85), (0.80, 0.35, 0.20)  # colours, before they are tinted
 _SHADE = np.float32(0.45)
 
 
@@ -43,7 +45,7 @@ class RobotWorld:
     tint, texture: of the colours, and of table and wall, as in the shapes' world
     """
 
-    size: int = 72
+    size: int = 64
     fps: int = 15
     seconds: float = 5.0
     x: Range = (0.30, 0.65)
@@ -102,7 +104,7 @@ def draw_scene(world: RobotWorld, seed: int, split: str, index: int) -> Scene:
     paints = World(tint=world.tint, texture=world.texture)
     wall = Paint.draw(draws, paints, (0.0, 0.25), (0.4, 1.0))
     table = Paint.draw(draws, paints, (0.25, 0.65), (0.2, 0.6))
-    colours = np.array([_ARM, _HAND_RED]) + world.tint * (draws.uniforms(6).reshape(2, 3) - 0.5)
+    colours = np.array([_ARM, _RED]) + world.tint * (draws.uniforms(6).reshape(2, 3) - 0.5)
 
     screen_y, screen_x = _screen(world.size)
     place, axes = _camera(world)
@@ -120,7 +122,7 @@ def render(scene: Scene, states: Floats) -> U8:
     """Pictures [..., size, size, 3] of states [..., 7]."""
     flat = states.reshape(-1, STATE)
     ends, radii, painted = _bars(scene.world, flat)
-    fallen = ends * np.array([1.0, 1.0, 0.0])
+    fallen = ends * _FLOOR
     shadow = np.max([_cover(scene.world, fallen[:, i], radii[i]) for i in range(len(radii))], axis=0)
     pictures = scene.ground * (1 - _SHADE * shadow[..., None])
     for i, radius in enumerate(radii):
@@ -130,26 +132,34 @@ def render(scene: Scene, states: Floats) -> U8:
     return frames.reshape(*states.shape[:-1], *frames.shape[1:])
 
 
-def _bars(world: RobotWorld, states: Floats) -> tuple[Floats, Floats, list[int]]:
-    """Both ends of the robot's bars, back to front: [K, bars, 2, 3]; their radii; which of the colours each has."""
-    turns = matrices_of(torch.from_numpy(states[:, 3:6].copy())).numpy()
-    tip = states[:, :3]
-    side, up = turns[..., 1], turns[..., 2]
-    wrist, knuckle = tip + _HAND * up, tip + _FINGER * up
-    shoulder = np.broadcast_to(_SHOULDER, tip.shape)
+def arm_joints(states: Floats) -> tuple[Floats, Floats, Floats]:
+    """Where shoulder, elbow and wrist are in states [K, 7]: each [K, 3]."""
+    wrist = states[:, :3] + _HAND * _turns(states)[..., 2]
+    shoulder = np.broadcast_to(_SHOULDER, wrist.shape)
     reach = wrist - shoulder
     length = np.linalg.norm(reach, axis=1, keepdims=True)
     ahead = reach / length
-    over = np.array([0.0, 0.0, 1.0]) - ahead * ahead[:, 2:]  # at right angles to the reach, upwards
+    over = _UP - ahead * ahead[:, 2:]  # at right angles to the reach, upwards
     over /= np.linalg.norm(over, axis=1, keepdims=True)
     elbow = shoulder + reach / 2 + over * np.sqrt(np.maximum(_LINK**2 - (length / 2) ** 2, 0))
-    thick = world.thickness
-    spread = side * (0.015 + 0.075 * (1 - states[:, 6:]))
+    return shoulder, elbow, wrist
+
+
+def _turns(states: Floats) -> Floats:
+    return cast(Floats, matrices_of(torch.from_numpy(states[:, 3:6].copy())).numpy())
+
+
+def _bars(world: RobotWorld, states: Floats) -> tuple[Floats, Floats, list[int]]:
+    """Both ends of the robot's bars, back to front: [K, bars, 2, 3]; their radii; which of the colours each has."""
+    shoulder, elbow, wrist = arm_joints(states)
+    turns, tip, thick = _turns(states), states[:, :3], world.thickness
+    knuckle = tip + _FINGER * turns[..., 2]
+    spread = turns[..., 1] * (_CLOSED + _OPENING * (1 - states[:, 6:]))  # the fingers, from the middle
     bars = [
-        (shoulder * np.array([1.0, 1.0, 0.0]), shoulder, 1.3 * thick, 1),
+        (shoulder * _FLOOR, shoulder, 1.3 * thick, 1),
         (shoulder, elbow, thick, 0),
         (elbow, wrist, 0.8 * thick, 0),
-        (wrist, knuckle + 0.3 * (wrist - knuckle), 0.8 * thick, 1),
+        (wrist, 0.7 * knuckle + 0.3 * wrist, 0.8 * thick, 1),
         (knuckle - spread, knuckle + spread, 0.4 * thick, 1),
         (knuckle - spread, tip - spread, 0.4 * thick, 1),
         (knuckle + spread, tip + spread, 0.4 * thick, 1),
@@ -181,7 +191,7 @@ def _cover(world: RobotWorld, ends: Floats, radius: float) -> F32:
 def _camera(world: RobotWorld) -> tuple[Floats, Floats]:
     """Where it is, [3]; and its axes right, down and ahead as rows, [3, 3]."""
     level = np.array([np.cos(world.azimuth), np.sin(world.azimuth), 0.0])
-    back = np.cos(world.elevation) * level + np.sin(world.elevation) * np.array([0.0, 0.0, 1.0])
+    back = np.cos(world.elevation) * level + np.sin(world.elevation) * _UP
     right = np.array([-level[1], level[0], 0.0])
     down = -np.cross(back, right)
     return np.array(world.centre) + world.distance * back, np.stack([right, down, -back])

@@ -20,7 +20,8 @@ from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.attention import set_kernel
 from vjepa_scale.parallel.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
 from vjepa_scale.parallel.process_group import pick_device
-from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 T = TypeVar("T")
 

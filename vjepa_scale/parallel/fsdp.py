@@ -16,7 +16,8 @@ from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
 from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
 from vjepa_scale.parallel.optim import GroupSetting, build_optimizer, named_parameters, optimizer_tensors, set_rate
-from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 
 class FsdpEngine(Engine):

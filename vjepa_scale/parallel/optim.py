@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vjepa_scale.recipe.schema import OptimizerConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 

@@ -35,7 +35,8 @@ from vjepa_scale.parallel.optim import (
     set_rate,
     start_moments,
 )
-from vjepa_scale.recipe.schema import EngineConfig, OptimizerConfig
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 
 class ZeroEngine(Engine):

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vjepa_scale.recipe.phases import MASKED, STAGES
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -17,33 +18,42 @@ def reference() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Made from the schema by `python -m vjepa_scale.recipe.reference`. `<stage>` is `pretrain` or `cooldown`.",
+        "Made from the schema by `python -m vjepa_scale.recipe.reference`. `<stage>` is `pretrain`, `cooldown`, "
+        "`action` or `probe`; `action` and `probe` are there with what they have beside that, or with another default.",
         "",
         "| key | default | meaning |",
         "|---|---|---|",
     ]
-    seen: set[str] = set()
+    seen: dict[str, tuple[str, str]] = {}
     for key, default, meaning in _rows(Recipe, ""):
-        key = key.replace("pretrain", "<stage>", 1).replace("cooldown", "<stage>", 1)
-        if key not in seen:
-            seen.add(key)
+        stage, dot, rest = key.partition(".")
+        general = f"<stage>{dot}{rest}" if stage in STAGES else key
+        if stage in STAGES and stage not in MASKED:
+            known = seen.get(general) == (default, meaning)
+        else:
+            known, key = general in seen, general
+        seen.setdefault(general, (default, meaning))
+        if not known:
             lines.append(f"| `{key}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _rows(section: type[BaseModel], prefix: str, default: Any = None) -> Iterator[tuple[str, str, str]]:
+    """default: an instance of the section, whose values are the defaults here"""
     for name, field in section.model_fields.items():
-        inner = _sections(field.annotation)
+        own = field.default if default is None else getattr(default, name)
+        # A section with words of its own is another one's double.
+        inner = [] if field.description else _sections(field.annotation)
         for one, suffix in inner:
-            yield from _rows(one, f"{prefix}{name}{suffix}.")
+            yield from _rows(one, f"{prefix}{name}{suffix}.", own if isinstance(own, one) else None)
         if not inner:
-            yield f"{prefix}{name}", _default(field), field.description or ""
+            yield f"{prefix}{name}", _default(field, own), field.description or ""
 
 
-def _default(field: FieldInfo) -> str:
+def _default(field: FieldInfo, value: Any) -> str:
     if field.is_required():
         return "(required)"
-    return "" if field.default is None else f"`{field.default}`"
+    return "" if value is None else f"`{value}`"
 
 
 def _sections(annotation: Any) -> list[tuple[type[BaseModel], str]]:

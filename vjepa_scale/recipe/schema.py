@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vjepa_scale.recipe.mask_sections import MasksConfig
 from vjepa_scale.recipe.sections import Positive, PositiveInt, PositiveRange, Section, ShareRange, Size
-from vjepa_scale.recipe.stage_sections import ActionStageConfig, ProbeStageConfig, StageConfig
+from vjepa_scale.recipe.stage_sections import ActionStageConfig, OptimizerConfig, ProbeStageConfig, StageConfig
 
 # -- run, launch, engine ---------------------------------------------------------------------------
 
@@ -308,17 +308,6 @@ class JepaConfig(Section):
     loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
 
 
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(Section):
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain: for tests and comparisons")
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of AdamW")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
-
-
 class CheckpointConfig(Section):
     every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase is always one")
     keep: PositiveInt = Field(3, description="how many recent ones stay; ends of phases always stay")
@@ -364,3 +353,7 @@ class Recipe(Section):
         """The stages this recipe has, in the order they run."""
         every = {"pretrain": self.pretrain, "cooldown": self.cooldown, "action": self.action, "probe": self.probe}
         return {name: stage for name, stage in every.items() if stage is not None}
+
+    def optimizer_of(self, stage: str) -> OptimizerConfig:
+        """A stage's own, or the recipe's."""
+        return self.stages()[stage].optimizer or self.optimizer

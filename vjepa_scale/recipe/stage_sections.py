@@ -6,6 +6,16 @@ from pydantic import Field, model_validator
 
 from vjepa_scale.recipe.sections import Fraction, Positive, PositiveInt, PositiveRange, Section, Size
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain: for tests and comparisons")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of AdamW")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
+
 
 class ClipConfig(Section):
     frames: PositiveInt = Field(16, description="frames of a clip, at data.fps")
@@ -50,6 +60,7 @@ class StageConfig(Section):
         None, description="weights of data.sets for this stage, 0 for those left out; default: the weights given there"
     )
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    optimizer: OptimizerConfig | None = Field(None, description="in place of the whole section of that name")
     continue_from: str | None = Field(
         None,
         description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "

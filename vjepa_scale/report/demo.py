@@ -16,8 +16,8 @@ from vjepa_scale.report.held_out import measure
 from vjepa_scale.report.summary import summarise
 
 # How they were found: docs/learning.md.
-PLAN = PlanConfig(samples=32, elites=6, iterations=3, horizon=1, max_translation_m=0.06)
-REACH = Reach(steps=8)
+PLAN = PlanConfig(samples=32, elites=4, iterations=4, horizon=1, max_translation_m=0.06, max_gripper=0.0)
+REACH = Reach()
 
 
 def measure_demo(

@@ -45,7 +45,7 @@ def check_foreign(recipe: Recipe, stage_name: str) -> int:
         )
     try:
         _open(recipe, stage_name, path).match(recipe.model)
-        return 0 if word == "init_from" else _steps(_optimizer(recipe, path))
+        return 0 if word == "init_from" else _steps(_optimizer(recipe, stage_name, path))
     except UserError as error:
         raise UserError(error.what, where=f"{stage_name}.{word}: {error.where}", fix=error.fix) from None
 
@@ -58,7 +58,7 @@ def load_foreign(recipe: Recipe, stage_name: str, path: Path, tensors: Mapping[s
     stage = recipe.stages()[stage_name]
     source = _open(recipe, stage_name, str(path))
     report = source.match(recipe.model).sentence()
-    moments = _optimizer(recipe, str(path)) if stage.continue_from is not None else {}
+    moments = _optimizer(recipe, stage_name, str(path)) if stage.continue_from is not None else {}
     stored = {name for name, _, _ in source.entries}
     fresh = []
     for name, tensor in tensors.items():
@@ -81,11 +81,11 @@ def _open(recipe: Recipe, stage_name: str, path: str) -> WeightSource:
     return open_weights(path, model=recipe.model, weights=weights, networks=networks_from(recipe, stage_name))
 
 
-def _optimizer(recipe: Recipe, path: str) -> dict[str, dict[str, Tensor]]:
+def _optimizer(recipe: Recipe, stage_name: str, path: str) -> dict[str, dict[str, Tensor]]:
     file = Path(path) / published.WEIGHTS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file() or file.suffix == ".safetensors":
         raise UserError("it holds no optimiser state", where=path, fix="start from its weights only, with init_from")
-    if recipe.optimizer.kind != "adamw":
+    if recipe.optimizer_of(stage_name).kind != "adamw":
         raise UserError("its optimiser is AdamW", where=path, fix="optimizer.kind: adamw, or init_from")
     return published.published_optimizer(file, model=recipe.model)
 

@@ -340,7 +340,7 @@ def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "engine": {"precision": recipe.engine.precision},
         "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
         "model": {key: value for key, value in whole["model"].items() if key not in elsewhere[kind]},
-        "optimizer": whole["optimizer"],
+        "optimizer": recipe.optimizer_of(stage_name).model_dump(mode="json"),
         **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
         **({"the longest clip of a data set, in frames": _longest_clips(recipe)} if kind == "action" else {}),
     }

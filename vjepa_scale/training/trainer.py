@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,6 @@ from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.limits import check_limits
 from vjepa_scale.data.loader import PhaseLoader
-from vjepa_scale.data.statistics import merged, trajectory_statistics
 from vjepa_scale.objective.build import build_objective
 from vjepa_scale.objective.probe import Probes
 from vjepa_scale.parallel import process_group
@@ -44,6 +42,7 @@ from vjepa_scale.training.start import (
     open_data,
     origin_of,
 )
+from vjepa_scale.training.statistics import action_statistics
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
 
@@ -110,10 +109,10 @@ class _Trainer:
         self.phases = resolve_phases(recipe, stage_name, first=self.start.first)
         self.end = self.phases[-1].end
         self.kept = kept_records(recipe, self.phases, self.manifests)
-        self.statistics = self._statistics()
+        self.statistics = action_statistics(recipe, self.start, self.phases, self.manifests, self.kept, ranks)
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base, self.kept)
         self.objective = build_objective(recipe, stage_name, self.engine, self.manifests)
-        self.engine.start_optimizer(recipe.optimizer, self.objective.trained, self.objective.settings)
+        self.engine.start_optimizer(recipe.optimizer_of(stage_name), self.objective.trained, self.objective.settings)
         self._restore(self.start)
 
     def run(self) -> None:
@@ -179,7 +178,7 @@ class _Trainer:
                         self.engine,
                         batch,
                         lr=lr,
-                        clip_grad_norm=self.recipe.optimizer.clip_grad_norm,
+                        clip_grad_norm=self.recipe.optimizer_of(self.stage_name).clip_grad_norm,
                         measure_rank=step % self.recipe.log.effective_rank_every == 0 or step + 1 == self.end,
                         stop_asked=self.interrupt.signal is not None,
                         accidents=len(accidents),
@@ -230,24 +229,6 @@ class _Trainer:
             self._say(f"replaced: {accident}")
         counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.ledger.counts().items())
         self._say(f"{self.stage_name}: clips replaced so far: {counts}")
-
-    def _statistics(self) -> dict[str, Any]:
-        """Of states and actions, by data set, where the stage has such: each rank reads its share, once."""
-        if self.phases[0].kind != "action":
-            return {}
-        if self.start.kind == "resume" and self.start.checkpoint is not None:
-            known: dict[str, Any] = store.read_manifest(self.start.checkpoint)["trajectories"]
-            return known
-        mine = {
-            name: trajectory_statistics(
-                self.manifests[name],
-                records[self.ranks.rank :: self.ranks.world_size],
-                self.recipe.data.fps_of(name),
-            )
-            for name, records in self.kept.items()
-        }
-        everyone = process_group.from_all(mine)
-        return {name: merged([part[name] for part in everyone]) for name in mine}
 
     def _evaluate(self, probes: Probes) -> None:
         """What the probes are worth, into evaluation.json: with it the stage is done."""
