@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vjepa_scale.checkpoint.consolidated import load_encoder
     from vjepa_scale.inference.model import load_model
+    from vjepa_scale.inference.surprise import surprise
     from vjepa_scale.planning.world import load_world_model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder", "load_model", "load_world_model"]
+__all__ = ["__version__", "load_encoder", "load_model", "load_world_model", "surprise"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from vjepa_scale.planning.world import load_world_model
 
         return load_world_model
+    if name == "surprise":
+        from vjepa_scale.inference.surprise import surprise
+
+        return surprise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("document", "lines"), [("README.md", 5), ("docs/inference.md", 30)])
+@pytest.mark.parametrize(("document", "lines"), [("README.md", 5), ("docs/inference.md", 30), ("docs/surprise.md", 14)])
 def test_the_lines_run(document: str, lines: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / document).read_text()
     if document == "README.md":
@@ -36,6 +36,13 @@ def test_the_lines_run(document: str, lines: int, folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     names = {"pictures": np.stack([picture(k) for k in range(6)])}
     exec(compile(code, document, "exec"), names)
+    if document == "docs/surprise.md":
+        # 24 pictures in windows of 8, one tubelet further each, and of those with a stride of 4 every second one.
+        assert torch.equal(names["one_ahead"], names["several"].errors[:, 1, :, 2])
+        assert names["one_ahead"].isfinite().all()
+        assert (names["found"].windows.shape, names["one_ahead"].shape) == ((1, 9), (1, 5))
+        assert names["figures"]["pairs"] == 5
+        return
     future = names["future"]
     assert future.tokens.shape == (1, 2 * 16, 48)
     if document == "docs/inference.md":

@@ -115,34 +115,71 @@ class Paint:
         return self.low + (self.high - self.low) * mix[..., None]
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What one clip shows, whatever moves in it: two painted layers and the lattice that the shapes stand on.
+
+    speed: frame sides per second; lattice, shape: cosine and sine of their turns; phases: of the lattice, in cells
+    """
+
+    radius: float
+    period: float
+    speed: float
+    lattice: tuple[np.float32, np.float32]
+    shape: tuple[np.float32, np.float32]
+    phases: tuple[np.float32, np.float32]
+    ground_paint: Paint
+    sheet_paint: Paint
+
+    @staticmethod
+    def draw(draws: Draws, world: World) -> "Scene":
+        radius = draws.uniform(*world.radius)
+        period = radius * draws.uniform(*world.period)
+        speed = draws.uniform(*world.speed)
+        lattice, shape = _cos_sin(draws.uniform()), _cos_sin(draws.uniform())
+        phase_x, phase_y = (np.float32(phase) for phase in draws.uniforms(2))
+        ground_paint = Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
+        sheet_paint = Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
+        return Scene(radius, period, speed, lattice, shape, (phase_x, phase_y), ground_paint, sheet_paint)
+
+    def picture(
+        self,
+        world: World,
+        shape: str | None,
+        moved: tuple[np.float32, np.float32],
+        ground_moved: tuple[np.float32, np.float32] | None = None,
+    ) -> U8:
+        """One frame [size, size, 3].
+
+        shape: of the sheet, None for the bare background
+        moved: how far the sheet has come (x, y), in frame sides; the background half as far, or ``ground_moved``
+        """
+        side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size)
+        screen_y, screen_x = np.meshgrid(side, side, indexing="ij")
+        moved_x, moved_y = moved
+        ground_x, ground_y = (moved_x / 2, moved_y / 2) if ground_moved is None else ground_moved
+        picture = self.ground_paint.at(screen_x - ground_x, screen_y - ground_y)
+        if shape is not None:
+            radius, period = self.radius, self.period
+            # the place within a cell of the lattice, from the centre of its shape, which turns with the lattice
+            x, y = _turned(screen_x - moved_x, screen_y - moved_y, *self.lattice)
+            x, y = (_within_cell(v, period, phase) for v, phase in zip((x, y), self.phases, strict=True))
+            u, v = _turned(x, y, *self.shape)
+            distance = np.float32(radius) * signed_distance(shape, u / np.float32(radius), v / np.float32(radius))
+            cover = np.clip(np.float32(0.5) - distance * np.float32(world.size), 0, 1)  # an edge one pixel soft
+            picture += cover[..., None] * (self.sheet_paint.at(x, y) - picture)
+        return np.clip(picture * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
+
+
 def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, str]:
     """Clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels take turns."""
     label = LABELS[index % len(LABELS)]
     shape, motion = label.split("-")
-    draws = Draws(seed, "world", SPLITS.index(split), index)
-    radius = draws.uniform(*world.radius)
-    period = radius * draws.uniform(*world.period)
-    speed = draws.uniform(*world.speed)
-    lattice_cos, lattice_sin = _cos_sin(draws.uniform())
-    shape_cos, shape_sin = _cos_sin(draws.uniform())
-    phase_x, phase_y = (np.float32(phase) for phase in draws.uniforms(2))
-    ground_paint = Paint.draw(draws, world, (0.0, 0.45), (0.5, 1.0))
-    sheet_paint = Paint.draw(draws, world, (0.55, 1.0), (2 * radius, 5 * radius))
-
-    side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size)
-    screen_y, screen_x = np.meshgrid(side, side, indexing="ij")
+    scene = Scene.draw(Draws(seed, "world", SPLITS.index(split), index), world)
     frames = np.empty((world.frames, world.size, world.size, 3), np.uint8)
     for k in range(world.frames):
-        moved_x, moved_y = (np.float32(speed * k / world.fps * direction) for direction in MOTIONS[motion])
-        picture = ground_paint.at(screen_x - moved_x / 2, screen_y - moved_y / 2)
-        # the place within a cell of the lattice, from the centre of its shape, which turns with the lattice
-        x, y = _turned(screen_x - moved_x, screen_y - moved_y, lattice_cos, lattice_sin)
-        x, y = _within_cell(x, period, phase_x), _within_cell(y, period, phase_y)
-        u, v = _turned(x, y, shape_cos, shape_sin)
-        distance = np.float32(radius) * signed_distance(shape, u / np.float32(radius), v / np.float32(radius))
-        cover = np.clip(np.float32(0.5) - distance * np.float32(world.size), 0, 1)  # an edge one pixel soft
-        picture += cover[..., None] * (sheet_paint.at(x, y) - picture)
-        frames[k] = np.clip(picture * 255 + np.float32(0.5), 0, 255)
+        x, y = (np.float32(scene.speed * k / world.fps * direction) for direction in MOTIONS[motion])
+        frames[k] = scene.picture(world, shape, (x, y))
     return frames, label
 
 

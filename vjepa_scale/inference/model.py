@@ -15,6 +15,8 @@ from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures
+from vjepa_scale.inference.mask_tokens import future_mask_token, trained_mask_token
+from vjepa_scale.inference.surprise import Surprise, surprise
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
@@ -106,7 +108,7 @@ class Model:
         clip = clip_of(
             video,
             frames=None if frames == "all" else frames,
-            fps=self._fps(fps),
+            fps=self.frames_per_second(fps),
             size=self._size(size),
             start_s=_not_negative(start),
             still=self.config.frames,
@@ -160,22 +162,37 @@ class Model:
         A video shorter than a chunk is encoded in its own length. An odd last picture is repeated to complete its
         tubelet, and ``end_s`` says so. An image is a static clip of the checkpoint's length.
         """
-        chunk, fps, start = chunk or self.config.frames, self._fps(fps), _not_negative(start)
+        chunk, fps, start = chunk or self.config.frames, self.frames_per_second(fps), _not_negative(start)
         tubelet = self.config.model.tubelet
         if chunk < 1 or chunk % tubelet:
             raise UserError(f"chunks of {chunk} frames", where="encode", fix=f"a multiple of {tubelet} (the tubelet)")
-        frames: Iterable[Tensor]
-        if isinstance(video, Tensor):
-            frames = _normalised(video).split(1, dim=2)
-        else:
-            pictures, is_image = cropped_pictures(video, fps=fps, size=self._size(size), start_s=start)
-            frames = (picture[None] for picture in pictures)
-            if is_image:
-                frames = list(frames) * self.config.frames
-        for part in cut(frames, chunk=chunk, tubelet=tubelet):
-            clip = torch.cat(part.frames, dim=2)
-            clip = clip.to(self.device) if isinstance(video, Tensor) else self.normalise(clip)
+        for part in cut(self.pictures(video, fps=fps, size=size, start=start), chunk=chunk, tubelet=tubelet):
+            clip = self.joined(part.frames)
             yield self._features(clip, part, layers=layers, fps=fps, start_s=start)
+
+    def pictures(
+        self,
+        video: str | Path | Tensor,
+        *,
+        fps: float | None = None,
+        size: int | Size | None = None,
+        start: float = 0.0,
+    ) -> Iterable[Tensor]:
+        """One by one, for ``joined``: of a file uint8 [1, 3, 1, H, W] from ``start`` to its end, of a clip its frames.
+
+        video, fps, size, start: as in ``encode_chunks``. An image is there as often as the checkpoint's clips are long.
+        """
+        fps, start = self.frames_per_second(fps), _not_negative(start)
+        if isinstance(video, Tensor):
+            return _normalised(video).split(1, dim=2)
+        pictures, is_image = cropped_pictures(video, fps=fps, size=self._size(size), start_s=start)
+        frames = (picture[None] for picture in pictures)
+        return list(frames) * self.config.frames if is_image else frames
+
+    def joined(self, pictures: Sequence[Tensor]) -> Tensor:
+        """A normalised clip [B, 3, T, H, W] of some of ``pictures``, on the model's device."""
+        clip = torch.cat(list(pictures), dim=2)
+        return clip.to(self.device) if clip.is_floating_point() else self.normalise(clip)
 
     def _features(
         self, clip: Tensor, part: Chunk[Tensor], *, layers: Sequence[int] | None, fps: float, start_s: float
@@ -232,7 +249,8 @@ class Model:
         It is ``predict`` with nothing known of the future; so the features are normalised, and neither pixels nor
         samples: where several futures are possible, the prediction lies between them. Nothing predicted is fed back.
         It is as good as training made it: clip and future together should not be longer than training's clips, and
-        masks that hide all of a late stretch (recipe key ``max_context_frames``) train just this.
+        masks that hide all of a late stretch (``kind: future``, or ``max_context_frames`` below 1) train just this, and
+        where a recipe has them, their mask token is the default.
         """
         tubelet = self.config.model.tubelet
         if frames < 1 or frames % tubelet:
@@ -252,9 +270,35 @@ class Model:
         # The encoder cuts the context's tubelets out before it computes anything: what stands here is not looked at.
         unknown = clip.new_zeros(*clip.shape[:2], frames, *clip.shape[3:])
         places = torch.arange(every)
-        tokens = self.predict(torch.cat([clip, unknown], dim=2), places[:known], places[known:], mask_token)
-        starts = torch.arange(steps, steps + later, dtype=torch.float64) * tubelet / self._fps(fps)
-        return Features(tokens, (later, height, width), starts, starts + tubelet / self._fps(fps))
+        token = future_mask_token(self.config) if mask_token is None else mask_token
+        tokens = self.predict(torch.cat([clip, unknown], dim=2), places[:known], places[known:], token)
+        starts = torch.arange(steps, steps + later, dtype=torch.float64) * tubelet / self.frames_per_second(fps)
+        return Features(tokens, (later, height, width), starts, starts + tubelet / self.frames_per_second(fps))
+
+    def surprise(
+        self,
+        video: str | Path | Tensor,
+        *,
+        context_frames: int | Sequence[int] | None = None,
+        stride: int | None = None,
+        window: int | None = None,
+        mask_token: int | None = None,
+        fps: float | None = None,
+        size: int | Size | None = None,
+        start: float = 0.0,
+    ) -> Surprise:
+        """How far a video is from what its past made the model expect, over time. Arguments: ``surprise.surprise``."""
+        return surprise(
+            self,
+            video,
+            context_frames=context_frames,
+            stride=stride,
+            window=window,
+            mask_token=mask_token,
+            fps=fps,
+            size=size,
+            start=start,
+        )
 
     def _places(self, name: str, places: Tensor, batch: int, grid: Grid) -> Tensor:
         count = grid[0] * grid[1] * grid[2]
@@ -268,7 +312,8 @@ class Model:
             raise UserError("no such token", where=f"predict {name}", fix=f"numbers in 0 … {count - 1}, at least one")
         return places.to(self.device).expand(batch, places.shape[-1])
 
-    def _fps(self, fps: float | None) -> float:
+    def frames_per_second(self, fps: float | None = None) -> float:
+        """A rate that a caller gives, or the checkpoint's."""
         if fps is not None and not fps > 0:
             raise UserError(f"{fps} pictures per second", where="fps", fix="a number above 0")
         return fps or self.config.fps
@@ -279,15 +324,6 @@ class Model:
         if min(height, width) < 1 or height % patch or width % patch:
             raise UserError(f"{height}×{width} pixels", where="size", fix=f"multiples of {patch} (the patch)")
         return height, width
-
-
-def trained_mask_token(config: ConsolidatedConfig) -> int:
-    """The mask token that predictions of large areas were trained with, as far as weights tell."""
-    if config.recipe is None:
-        # Released weights trained the first; transformers, whose folders may come from anywhere, predicts with 1.
-        return 0 if config.origin is not None and Path(config.origin).is_file() else 1
-    several = len(config.recipe.get("masks", {}).get("generators", (0, 0))) > 1
-    return int(several and config.recipe.get("jepa", {}).get("mask_token") != "first")
 
 
 def _not_negative(start: float) -> float:

@@ -1,4 +1,4 @@
-"""What the demo measures of its run: held-out clips, episodes with the robot; and the pictures of its planning."""
+"""What the demo measures of its run: held-out clips, surprise, episodes with the robot; and pictures of planning."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,19 @@ import numpy as np
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.robot import Reach, Robot
 from vjepa_scale.data.robot_world import RobotWorld
+from vjepa_scale.inference.model import load_model
 from vjepa_scale.planning import PlanConfig, WorldModel, draw_landscape, load_world_model
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.report.closed_loop import evaluate_planning, planner, play
 from vjepa_scale.report.episode import draw_episode
 from vjepa_scale.report.held_out import measure
 from vjepa_scale.report.summary import summarise
+from vjepa_scale.report.surprise import surprise_of_pairs
 
 # How they were found: docs/learning.md.
 PLAN = PlanConfig(samples=32, elites=4, iterations=4, horizon=1, max_translation_m=0.06, max_gripper=0.0)
 REACH = Reach()
+SURPRISE_PAIRS = 60
 
 
 def measure_demo(
@@ -32,12 +35,15 @@ def measure_demo(
     world = RobotWorld(size=model.size[0])
     held_out = measure(recipe, run / "consolidated", Manifest.open(train), Manifest.open(val))
     planning = evaluate_planning(model, world, REACH, PLAN, seed=seed, episodes=episodes)
+    # Of pretraining, whose predictor has learned at its clips for longest.
+    surprise = surprise_of_pairs(load_model(run / "pretrain"), seed=seed, pairs=SURPRISE_PAIRS)
     draw_planning(run / "pictures", model, world, seed=seed)
     return summarise(
         recipe,
         held_out,
         untrained=untrained,
         planning=planning,
+        surprise=surprise,
         files={"run": recipe.run.dir, "consolidated": str(run / "consolidated")},
     )
 

@@ -88,4 +88,7 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
     if "surprise" in summary:
         surprise = summary["surprise"]
         right, pairs = surprise["pairs_right"], surprise["pairs"]
-        yield f"Impossible motion surprises more than possible motion in {right:.0%} of {pairs} pairs"
+        yield (
+            f"Impossible motion surprises more than possible motion in {right:.0%} of {pairs} pairs "
+            f"(untrained: {surprise['untrained']:.0%})"
+        )
