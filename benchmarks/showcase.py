@@ -47,14 +47,16 @@ def main() -> int:
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One whole chain, by the demo's command; the same again finds it done."""
+    """One whole chain, by the demo's command, unless it is there."""
     run, data = arguments.out / f"seed{seed}", arguments.out / f"data{seed}" / "shards"
     shards = {"synthetic": "train", "held_out": "val", "robot": "robot"}
     words = [f"run.dir={run}", f"run.seed={seed}", f"data.seed={seed}", *arguments.overrides]
     words += [f"data.sets.{name}.path={data / folder}" for name, folder in shards.items()]
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), arguments.recipe, *words, "--data-seed", str(seed)]
-    subprocess.run(command, check=True)
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    summary = run / "summary.json"
+    if not summary.exists():
+        subprocess.run(command, check=True)
+    found: dict[str, Any] = json.loads(summary.read_text())
     return found
 
 
