@@ -1,6 +1,6 @@
 """Is what was trained worth something? The demo's chain for longer, over several seeds of data, weights and episodes.
 
-python benchmarks/showcase.py [--seeds 0 1 2] [--out runs/showcase] [--record]
+python benchmarks/showcase.py [key=value …] [--seeds 0 1 2] [--out runs/showcase] [--record]
 
 Prints means and spreads over the seeds, and whether each margin is there: trained features over untrained ones and over
 pixels, planning over both baselines, and both controls. ``--record`` writes benchmarks/results/showcase.json: the keys

@@ -1,23 +1,18 @@
 """The synthetic robot's exploration, written in DROID's layout (see data/ingest/droid.py), videos and all."""
 
-import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import publish_dir, read_json, remove_dir, write_json
+from vjepa_scale.core.files import write_json
 from vjepa_scale.data.robot import explore
 from vjepa_scale.data.robot_world import RobotWorld, draw_scene, render
-from vjepa_scale.data.synthetic import encode_mp4
+from vjepa_scale.data.synthetic import encode_mp4, write_whole
 
 SERIAL = "10000001"
 _START_MS = 1_700_000_000_000  # logs count from 1970
-_SPLITS = ("train", "val")
 
 
 def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, index: int) -> Path:
@@ -47,29 +42,6 @@ def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, ind
 
 
 def write_trajectories(out: Path, world: RobotWorld, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
-    """Write a data set of trajectories into out/{train,val}/NNNNN; yields the number done.
-
-    The folder is whole or absent, as synthetic.write_videos'. Raises UserError where it holds something else.
-    """
-    if world.size % 2:
-        raise UserError(f"{world.size} pixels: h264 wants an even size", where="--size")
+    """Write a data set of trajectories into out/{train,val}/NNNNN (see ``synthetic.write_whole``)."""
     about = {"robot": asdict(world), "seed": seed, "train": train, "val": val}
-    total = train + val
-    if out.exists():
-        known = read_json(out / "world.json") if (out / "world.json").is_file() else None
-        if known != json.loads(json.dumps(about)):
-            raise UserError("holds something else", where=out, fix="remove it or choose another folder")
-        yield total
-        return
-    temporary = out.with_name(f".{out.name}.tmp")
-    if temporary.exists():
-        remove_dir(temporary)
-    temporary.mkdir(parents=True)
-    jobs = [
-        (temporary, world, seed, split, i) for split, n in zip(_SPLITS, (train, val), strict=True) for i in range(n)
-    ]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(write_trajectory, *zip(*jobs, strict=True), chunksize=8), start=1):
-            yield done
-    write_json(temporary / "world.json", about)
-    publish_dir(temporary, out)
+    return write_whole(out, write_trajectory, world, about, workers=workers)

@@ -14,11 +14,12 @@ A mirrored clip has another label (left is right), so train on this world with `
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -226,28 +227,53 @@ def write_clip(folder: Path, world: World, seed: int, split: str, index: int) ->
     return path
 
 
-def write_videos(out: Path, world: World, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
-    """Render a data set into out/{train,val}/<label>/NNNNN.mp4; yields the number of clips done.
+class Sized(Protocol):
+    """A world whose pictures have a size in pixels."""
 
-    The folder is whole or absent: it gets its name after the last clip. A folder that already holds
-    exactly this data set (world.json says so) is left as it is; another one is a UserError.
+    @property
+    def size(self) -> int: ...
+
+
+Rendered = TypeVar("Rendered", bound=Sized)
+
+
+def write_videos(out: Path, world: World, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
+    """Render a data set into out/{train,val}/<label>/NNNNN.mp4 (see ``write_whole``)."""
+    about = {"world": asdict(world), "seed": seed, "train": train, "val": val}
+    return write_whole(out, write_clip, world, about, workers=workers)
+
+
+def write_whole(
+    out: Path,
+    write_one: Callable[[Path, Rendered, int, str, int], Path],
+    world: Rendered,
+    about: dict[str, Any],
+    *,
+    workers: int,
+) -> Iterator[int]:
+    """Write all members of a rendered data set; yields how many are done.
+
+    write_one: (folder, world, seed, split, index), of a module's top level
+    about:     what world.json says: ``seed``, ``train`` and ``val`` (numbers of members), and the world
+    The folder is whole or absent: it gets its name after the last member. A folder that already holds exactly this
+    data set is left as it is; another one is a UserError.
     """
     if world.size % 2:
         raise UserError(f"{world.size} pixels: h264 wants an even size", where="--size")
-    about = {"world": asdict(world), "seed": seed, "train": train, "val": val}
-    total = train + val
+    counts = {split: int(about[split]) for split in SPLITS}
     if out.exists():
-        if read_json(out / "world.json") != json.loads(json.dumps(about)):
-            raise UserError("holds another data set", where=out, fix="remove it or choose another folder")
-        yield total
+        known = read_json(out / "world.json") if (out / "world.json").is_file() else None
+        if known != json.loads(json.dumps(about)):
+            raise UserError("holds something else", where=out, fix="remove it or choose another folder")
+        yield sum(counts.values())
         return
     temporary = out.with_name(f".{out.name}.tmp")
     if temporary.exists():
         remove_dir(temporary)
     temporary.mkdir(parents=True)
-    jobs = [(temporary, world, seed, split, i) for split, n in (("train", train), ("val", val)) for i in range(n)]
+    jobs = [(temporary, world, about["seed"], split, i) for split, n in counts.items() for i in range(n)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(write_clip, *zip(*jobs, strict=True), chunksize=8), start=1):
+        for done, _ in enumerate(pool.map(write_one, *zip(*jobs, strict=True), chunksize=8), start=1):
             yield done
     write_json(temporary / "world.json", about)
     publish_dir(temporary, out)
