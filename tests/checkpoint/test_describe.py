@@ -18,12 +18,13 @@ FSDP: dict[str, Any] = {"replicate": 2, "activation_checkpointing": "full"}
 ZERO: dict[str, Any] = {"kind": "deepspeed", "zero_stage": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "mesh", "words"),
     [
         pytest.param(FSDP, {"replicate": 2, "shard": 1}, "fsdp, float32, activation checkpointing full", id="fsdp"),
-        pytest.param(ZERO, {"shard": 2}, "deepspeed, ZeRO 2, float32", id="zero", marks=pytest.mark.slow),
+        pytest.param(ZERO, {"shard": 2}, "deepspeed, ZeRO 2, float32", id="zero"),
     ],
 )
 def test_a_checkpoint_of_a_run_tells_where_it_comes_from(

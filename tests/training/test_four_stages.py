@@ -22,6 +22,7 @@ from tests.training.test_kill import Run
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 Sets = dict[str, Path]
+ONE_PHASE = {"steps": 2, "phases": ACTION["phases"][:1]}
 LAST = {"pretrain": 12, "cooldown": 18, "action": 8, "probe": 6}
 
 
@@ -103,7 +104,7 @@ def test_killed_in_the_action_stage_and_resumed(two_data_sets: Sets, more: Sets,
     ("sections", "said"),
     [
         ({"action": {**ACTION, "mixture": {"left": 1}}}, ("data.sets.left.path", "no trajectories")),
-        ({"action": {**ACTION, "clip": {"frames": 100, "size": 32}, "phases": ACTION["phases"][:1]}}, ("100 frames",)),
+        ({"action": {**ACTION, "clip": {"frames": 100, "size": 32}, **ONE_PHASE}}, ("no record lasts", "100 frames")),
         ({"action": {**ACTION, "init_from": "probe"}}, ("action.init_from", "no earlier stage")),
         ({"action": {**ACTION, "init_from": None}}, ("action", "init_from")),
         ({"action": {**ACTION, "rollout_steps": 5}}, ("action.clip.frames", "rollout")),
