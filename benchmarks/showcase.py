@@ -4,8 +4,8 @@ python benchmarks/showcase.py [key=value …] [--seeds 0 1 2] [--out runs/showca
 
 Prints means and spreads over the seeds, and whether each margin is there: trained features over untrained ones and over
 pixels, planning over both baselines, and both controls. ``--record`` writes benchmarks/results/showcase.json: the keys
-of a run's summary.json, means over seeds, and the standard deviations under ``std``. Settings were found with other
-seeds (docs/learning.md). Exit code 1 where a margin is missing.
+of a run's summary.json, means over seeds, and the standard deviations under ``std``. docs/learning.md tells with which
+seeds settings were found. Exit code 1 where a margin is missing.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from vjepa_scale.recipe import load_recipe, recipe_yaml
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "showcase.json"
@@ -47,7 +49,7 @@ def main() -> int:
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One whole chain, by the demo's command, unless it is there."""
+    """One whole chain, by the demo's command, unless it is there, of the same recipe."""
     run, data = arguments.out / f"seed{seed}", arguments.out / f"data{seed}" / "shards"
     shards = {"synthetic": "train", "held_out": "val", "robot": "robot"}
     words = [f"run.dir={run}", f"run.seed={seed}", f"data.seed={seed}", *arguments.overrides]
@@ -56,6 +58,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     summary = run / "summary.json"
     if not summary.exists():
         subprocess.run(command, check=True)
+    elif recipe_yaml(load_recipe(run / "recipe.yaml")) != recipe_yaml(load_recipe(arguments.recipe, words)):
+        sys.exit(f"error: {summary} is of another recipe (remove {run} and {run}-untrained, or choose another --out)")
     found: dict[str, Any] = json.loads(summary.read_text())
     return found
 

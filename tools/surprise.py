@@ -72,7 +72,7 @@ def _files(given: Path) -> list[Path]:
     from vjepa_scale.data.ingest.sources import list_sources
 
     if given.is_dir():
-        return [given / path for path in list_sources(given, given.parent)]
+        return [given / path for path in list_sources(given, given.resolve().parent)]
     if not given.is_file():
         raise UserError("no such file or folder", where=given, fix="a video, or a folder of them")
     return [given]

@@ -175,6 +175,7 @@ def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path
                 "and 3 more",
             ],
         ),
+        (["pretrain.init_from=other.pt"], ["pretrain.init_from: null then, other.pt now"]),
         (["pretrain.steps=20", "data.workers=0", "checkpoint.every=3", "pretrain.phases.1.final_lr=1e-3"], []),
     ],
 )
@@ -192,6 +193,19 @@ def test_what_differs_from_the_recipe_that_trained_is_named(
     with pytest.raises(UserError) as refusal:
         refuse_other_recipe(recipe, "pretrain", checkpoint)
     assert refusal.value.what == f"the recipe differs from the one that trained {checkpoint}: {'; '.join(differences)}"
+
+
+def test_a_frozen_encoder_is_that_of_one_step_of_one_source(tmp_path: Path) -> None:
+    """A checkpoint of a stage that began with the twelfth step of pretraining."""
+    cooldown = {"continue_from": None, "init_from": "pretrain", "phases": [{"name": "decay", "start_lr": 1e-3}]}
+    path = write_recipe(tmp_path / "recipe.yaml", tmp_path, {"left": tmp_path, "right": tmp_path}, cooldown=cooldown)
+    trained = load_recipe(path).model_dump(mode="json", exclude_none=True)
+    manifest = {"recipe": trained, "first": 0, "origin": {"stage": "pretrain", "step": 12}}
+    checkpoint = store.save(tmp_path, 2, {"a": torch.ones(1)}, manifest)
+    refuse_other_recipe(load_recipe(path), "cooldown", checkpoint)
+    for override, said in (("pretrain.steps=14", "now ends at 14"), ("cooldown.init_from=a/b", "cooldown.init_from")):
+        with pytest.raises(UserError, match=said):
+            refuse_other_recipe(load_recipe(path, [override]), "cooldown", checkpoint)
 
 
 def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:

@@ -295,13 +295,14 @@ def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(p
         ({"labels_per_class": 15, "choose_per_class": 6}, "20 examples, fewer than 21"),
         ({"choose_per_class": 21}, "20 examples, fewer than 21"),
         ({"evaluate_on": "others"}, "class 'yellow' is not among the 3 classes"),
+        ({"evaluate_on": "train_again"}, "the same shards as data.sets.train_again"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_training(
     probe: dict[str, object], sentence: str, sets: Sets, tmp_path: Path
 ) -> None:
     others = _yellow(tmp_path)
-    recipe = probe_recipe(tmp_path / "run", {**sets, "others": others}, **probe)
+    recipe = probe_recipe(tmp_path / "run", {**sets, "others": others, "train_again": sets["train"]}, **probe)
     with pytest.raises(UserError, match=sentence):
         preflight(recipe, "probe", world_size=1, will_have_run=set())
 

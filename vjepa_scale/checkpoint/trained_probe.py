@@ -17,18 +17,20 @@ from vjepa_scale.core.files import read_json
 from vjepa_scale.model.probe import AttentiveProbe, probe_of
 from vjepa_scale.recipe.folders import CHECKPOINTS, EVALUATION
 from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.recipe.schema import ModelConfig
 
 
 @dataclass(frozen=True)
 class TrainedProbe:
     """probe: of the setting that evaluation.json calls best, in eval mode; classes: of its logits, in order.
 
-    checkpoint: where it and its encoder lie;  result: evaluation.json's content
+    checkpoint: where it and its encoder lie;  model: of that encoder;  result: evaluation.json's content
     """
 
     probe: AttentiveProbe
     classes: tuple[str, ...]
     checkpoint: Path
+    model: ModelConfig
     result: dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def load_probe(folder: Path) -> TrainedProbe:
     best = result["best"]["probe"]
     tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
     dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=True)  # into the probe's own
-    return TrainedProbe(probe.eval(), classes, checkpoint, result)
+    return TrainedProbe(probe.eval(), classes, checkpoint, recipe.model, result)
 
 
 def export_classifier(folder: Path, out: Path) -> TrainedProbe:
@@ -63,8 +65,16 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
     if origin is None:
         raise UserError("its encoder was never trained", where=folder / EVALUATION, fix="a probe of a trained one")
     manifest = store.read_manifest(trained.checkpoint)
-    source = open_weights(origin)
-    config = source.config.model_copy(update={"frames": manifest["frames"], "size": tuple(manifest["size"])})
+    # Of a published file of others the stage's recipe knows what the file does not say.
+    foreign = Path(origin).suffix == ".pt" and not Path(f"{origin}.json").exists()
+    model = trained.model
+    heads = f"heads={model.encoder.heads},predictor_heads={model.predictor.heads}"
+    source = open_weights(origin, model=heads if foreign else None)
+    config = source.config
+    if foreign:
+        positions = {key: getattr(model, key) for key in ("positions", "rope", "sincos")}
+        config = config.model_copy(update={"model": config.model.model_copy(update=positions)})
+    config = config.model_copy(update={"frames": manifest["frames"], "size": tuple(manifest["size"])})
     for name, shape, dtype in source.only(("encoder",)).entries:
         beside: dict[str, Tensor] = {name: torch.empty(shape)}
         dcp.load(beside, storage_reader=CheckpointReader(trained.checkpoint), no_dist=True)

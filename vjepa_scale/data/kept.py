@@ -58,6 +58,12 @@ def _labelled(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping
             where=task.folder / MANIFEST,
             fix="a data set with at least two classes",
         )
+    if manifests[name].identity == manifests[recipe.probe.evaluate_on].identity:
+        raise UserError(
+            f"the same shards as data.sets.{recipe.probe.evaluate_on}, on which the probes are evaluated",
+            where=f"data.sets.{name}.path: {manifests[name].folder}",
+            fix="held-out videos of their own",
+        )
     for needed in (name, recipe.probe.evaluate_on):
         labels_of(manifests[needed], task.classes)  # all there, and of the task
     chosen_on = choice_records(recipe, manifests[name])

@@ -63,7 +63,7 @@ class Robot:
     """
 
     def __init__(self, world: RobotWorld, reach: Reach, *, seed: int, episodes: Sequence[int]) -> None:
-        self.world, self.reach = world, reach
+        self.world, self.reach, self.episodes = world, reach, list(episodes)
         self._scenes = [draw_scene(world, seed, "val", episode) for episode in episodes]
         drawn = [_start_and_goal(world, reach, Draws(seed, "robot episode", episode)) for episode in episodes]
         self.states, self.goals = np.stack([start for start, _ in drawn]), np.stack([goal for _, goal in drawn])

@@ -124,7 +124,7 @@ def surprise(
     tubelet = model.config.model.tubelet
     window = _frames(window, model.config.frames, tubelet, least=2 * tubelet, most=None, name="window")
     if context_frames is None or isinstance(context_frames, int):
-        context_frames = (context_frames or max(1, window // tubelet // 2) * tubelet,)
+        context_frames = (window // tubelet // 2 * tubelet if context_frames is None else context_frames,)
     contexts = tuple(
         _frames(length, 0, tubelet, least=tubelet, most=window - tubelet, name="context_frames")
         for length in context_frames

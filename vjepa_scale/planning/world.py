@@ -18,7 +18,7 @@ from vjepa_scale.checkpoint.formats.opening import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, build_action_predictor
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import squashed_crop
-from vjepa_scale.data.poses import advance
+from vjepa_scale.data.poses import states_along
 from vjepa_scale.model import Encoder
 from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor
 from vjepa_scale.planning.cem import Imagine, Imagined, Plan, PlanConfig, cross_entropy_plan
@@ -154,14 +154,11 @@ class WorldModel:
     def _rollout(
         self, tokens_BND: Tensor, state_B7: Tensor, actions_BH7: Tensor, camera_B6: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        frames, states = [tokens_BND], [state_B7]
+        frames, states_BS7 = [tokens_BND], states_along(state_B7, actions_BH7)
         for step in range(1, actions_BH7.shape[1] + 1):
             camera_BK6 = None if camera_B6 is None else camera_B6[:, None].expand(-1, step, -1)
-            frames.append(
-                self._next(torch.cat(frames, dim=1), actions_BH7[:, :step], torch.stack(states, dim=1), camera_BK6)
-            )
-            states.append(advance(states[-1], actions_BH7[:, step - 1]))
-        return torch.stack(frames[1:], dim=1), torch.stack(states, dim=1)
+            frames.append(self._next(torch.cat(frames, dim=1), actions_BH7[:, :step], states_BS7[:, :step], camera_BK6))
+        return torch.stack(frames[1:], dim=1), states_BS7
 
     def _next(self, tokens_BND: Tensor, actions_BK7: Tensor, states_BK7: Tensor, camera_BK6: Tensor | None) -> Tensor:
         predicted = self.predictor(tokens_BND, actions_BK7, states_BK7, camera_BK6, grid=self.grid)

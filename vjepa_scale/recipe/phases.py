@@ -156,6 +156,12 @@ def check_stages(recipe: Recipe, source: object) -> None:
                     where=f"{key}.{word}",
                     fix="name an earlier stage or a checkpoint folder",
                 )
+        if stage.continue_from in STAGES and name not in MASKED:
+            raise UserError(
+                f"{stage.continue_from!r} has another objective: nothing of {name} can go on from it",
+                where=f"{key}.continue_from",
+                fix="init_from, which takes its weights",
+            )
         try:
             phases = resolve_phases(recipe, name)
         except ValueError as error:
@@ -180,6 +186,19 @@ def _check_probe(recipe: Recipe, probe: ProbeStageConfig, key: str) -> None:
             f"{probe.evaluate_on!r} is not in data.sets",
             where=f"{key}.evaluate_on",
             fix=f"known: {', '.join(recipe.data.sets)}",
+        )
+    for phase in resolve_phases(recipe, "probe"):
+        if probe.evaluate_on in phase.mixture:
+            raise UserError(
+                f"{probe.evaluate_on!r} is trained on in phase {phase.name!r}: no clip of it would be held out",
+                where=f"{key}.evaluate_on",
+                fix=f"data.sets.{probe.evaluate_on}.weight: 0, or a probe.mixture without it",
+            )
+    if (frames := recipe.data.sets[probe.evaluate_on].frames or 0) % recipe.model.tubelet:
+        raise UserError(
+            f"{frames} frames do not divide into tubelets of {recipe.model.tubelet}",
+            where=f"{key.rpartition(':')[0]}:data.sets.{probe.evaluate_on}.frames",
+            fix=f"a multiple of model.tubelet ({recipe.model.tubelet})",
         )
     if recipe.model.encoder.width % probe.heads:
         raise UserError(

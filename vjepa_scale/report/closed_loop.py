@@ -32,9 +32,8 @@ def planner(model: WorldModel, config: PlanConfig, robot: Robot, seed: int) -> P
     goals = model.encode(robot.pictures(robot.goals))
 
     def first_actions(robot: Robot, step: int) -> Floats:
-        episodes = range(len(robot.states))
         # A seed for each episode and step: what one does must not depend on which others are played beside it.
-        seeds = [Draws(seed, "closed loop", step, episode).integer(2**31) for episode in episodes]
+        seeds = [Draws(seed, "closed loop", step, episode).integer(2**31) for episode in robot.episodes]
         plan = model.plan(robot.pictures(), robot.states, goals, config, seed=seeds)
         actions: Floats = plan.actions[:, 0].double().cpu().numpy()
         return actions
@@ -46,7 +45,7 @@ def at_random(config: PlanConfig, seed: int) -> Policy:
     """Uniform within the planner's limits."""
 
     def actions(robot: Robot, step: int) -> Floats:
-        draws = [Draws(seed, "random policy", step, episode).uniforms(7) for episode in range(len(robot.states))]
+        draws = [Draws(seed, "random policy", step, episode).uniforms(7) for episode in robot.episodes]
         return (2 * np.stack(draws) - 1) * np.array(config.limits)
 
     return actions

@@ -7,10 +7,8 @@ from typing import Any
 
 from vjepa_scale.core.files import read_json, read_jsonl
 from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.folders import stage_folder
+from vjepa_scale.recipe.folders import EVALUATION, evaluation_file, stage_folder
 from vjepa_scale.report.held_out import NAMES
-
-EVALUATION = "evaluation.json"
 
 
 def summarise(
@@ -22,7 +20,7 @@ def summarise(
     untrained: the run folder of a probe stage on an untrained encoder, to set beside this run's
     parts:     other measures, by name
     """
-    own = read_json(stage_folder(recipe, "probe") / EVALUATION) if recipe.probe is not None else None
+    own = read_json(evaluation_file(recipe, "probe")) if recipe.probe is not None else None
     other = read_json(untrained / "probe" / EVALUATION) if untrained is not None else None
     attentive = {name: found["best"]["accuracy"] for name, found in (("trained", own), ("untrained", other)) if found}
     return {

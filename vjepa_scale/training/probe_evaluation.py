@@ -230,12 +230,20 @@ def _training_free(known: Seen | None, seen: Seen, *, neighbours: int) -> dict[s
 
 
 def _while_all_wait(work: Callable[[], T], *, here: bool) -> T | None:
-    """What one rank (0) works out, which may take longer than a collective may: the others keep asking for its end."""
+    """What one rank (0) works out, which may take longer than a collective may: the others keep asking for its end.
+
+    Raises on every rank where it fails: none goes on to a collective in which the others would be missing.
+    """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if here else None
         while not process_group.from_rank_0(future is not None and future.done()):
             time.sleep(_POLL_S)
-        return None if future is None else future.result()
+        failed = process_group.from_rank_0(future is not None and future.exception() is not None)
+        if future is not None:
+            return future.result()
+    if failed:
+        raise RuntimeError("rank 0 could not sum up the evaluation")
+    return None
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:

@@ -288,10 +288,13 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
     number depends on. Raises UserError with what differs.
     """
     manifest = store.read_manifest(path)
-    before = recipe.stages()[stage_name].continue_from
-    if before is not None and before in recipe.stages() and (end := _end_of(recipe, before)) != manifest["first"]:
+    stage = recipe.stages()[stage_name]
+    before, began = stage.continue_from, manifest["first"]
+    if before is None:  # a frozen encoder, too, is that of one step
+        before, began = stage.init_from, manifest.get("origin", {}).get("step")
+    if before in recipe.stages() and began is not None and (end := _end_of(recipe, before)) != began:
         raise UserError(
-            f"{path} goes back to step {manifest['first']} of {before!r}, which now ends at {end}",
+            f"{path} goes back to step {began} of {before!r}, which now ends at {end}",
             where=stage_name,
             fix=f"put {before}.steps back, or move {path.parent.parent} away to run {stage_name!r} again",
         )
@@ -334,8 +337,10 @@ def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
     kind = "jepa" if stage_name in MASKED else stage_name
     elsewhere = {"jepa": ["action_predictor"], "action": ["predictor"], "probe": ["predictor", "action_predictor"]}
-    own = {key: value for key, value in (whole[stage_name] or {}).items() if key not in StageConfig.model_fields}
+    stage: dict[str, Any] = whole[stage_name]
+    own = {key: value for key, value in stage.items() if key not in StageConfig.model_fields}
     return {
+        **{f"{stage_name}.{word}": stage[word] for word in ("continue_from", "init_from", "init_without")},
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
         "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
