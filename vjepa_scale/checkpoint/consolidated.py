@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
 from vjepa_scale.checkpoint.formats.opening import open_weights
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource, build_action_predictor
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.model.action_predictor import ActionPredictor, build_action_predictor
 from vjepa_scale.recipe.schema import ModelConfig
 
 __all__ = [

@@ -19,12 +19,11 @@ from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.clips import ClipRef, pictures_of, undecodable, with_window
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
 from vjepa_scale.recipe.schema import DataConfig
 
 # A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
 ATTEMPTS = 8
-
-Ints = npt.NDArray[np.int64]
 
 TIME_LIMIT = "time limit"
 CRASH = "crashes the decoder"

@@ -41,7 +41,7 @@ def random_box(cfg: AugmentConfig, draws: Draws, height: int, width: int) -> Box
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Box(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w)
-    return center_box(min(max(width / height, cfg.aspect[0]), cfg.aspect[1]), height, width)
+    return nearest_box(cfg.aspect, height, width)
 
 
 def center_box(aspect: float, height: int, width: int) -> Box:
@@ -49,6 +49,11 @@ def center_box(aspect: float, height: int, width: int) -> Box:
     h = min(height, max(1, round(width / aspect)))
     w = min(width, max(1, round(height * aspect)))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def nearest_box(aspects: tuple[float, float], height: int, width: int) -> Box:
+    """The largest centred box of the allowed aspect (width/height) that is nearest to the picture's."""
+    return center_box(min(max(width / height, aspects[0]), aspects[1]), height, width)
 
 
 def view_boxes(aspect: float, height: int, width: int, *, crops: int) -> list[Box]:
@@ -112,9 +117,7 @@ def squashed_crop(
     out: Tensor | None = None,
 ) -> Tensor:
     """The largest centred crop whose aspect (width/height) is in a range, squashed to a size: uint8 [3, T, *size]."""
-    height, width = pictures[0].shape[:2]
-    nearest = min(max(width / height, aspect[0]), aspect[1])
-    return _resized(pictures, center_box(nearest, height, width), size, out)
+    return _resized(pictures, nearest_box(aspect, *pictures[0].shape[:2]), size, out)
 
 
 def empty_clips(number: int, frames: int, size: tuple[int, int]) -> Tensor:

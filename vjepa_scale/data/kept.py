@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.labels import few_labels, labels_of
 from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.data.order import Ints
 from vjepa_scale.data.trajectory_clips import long_enough
 from vjepa_scale.recipe import Phase, Recipe
-
-Ints = npt.NDArray[np.int64]
 
 
 def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
@@ -26,6 +24,11 @@ def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Ma
     drawn = {name for phase in phases for name in phase.mixture}
     of_kind = _trajectories if phases[0].kind == "action" else _labelled
     return {name: of_kind(recipe, phases, name, manifests) for name in manifests if name in drawn}
+
+
+def task_of(phases: list[Phase], manifests: Mapping[str, Manifest]) -> Manifest:
+    """Whose classes a probe stage tells apart: its first data set's."""
+    return manifests[next(iter(phases[0].mixture))]
 
 
 def few_of(recipe: Recipe, manifest: Manifest, *, per_class: int | None, skip: int = 0) -> Ints:
@@ -51,7 +54,7 @@ def choice_records(recipe: Recipe, manifest: Manifest) -> Ints:
 
 def _labelled(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:
     assert recipe.probe is not None, "a stage of this kind"
-    task = manifests[next(iter(phases[0].mixture))]
+    task = task_of(phases, manifests)
     if len(task.classes) < 2:
         raise UserError(
             f"{len(task.classes)} class{'es' * (len(task.classes) != 1)}: there is nothing to tell apart",

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.manifest import MANIFEST, Manifest
-
-Ints = npt.NDArray[np.int64]
+from vjepa_scale.data.order import Ints
 
 
 def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Tensor:

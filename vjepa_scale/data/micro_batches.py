@@ -8,16 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.accidents import Accident, Ints, Known, Timed, clip_or_substitute
+from vjepa_scale.data.accidents import Accident, Known, Timed, clip_or_substitute
 from vjepa_scale.data.augment import empty_clips, random_crop, squashed_crop
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs, data_of
+from vjepa_scale.data.kept import task_of
 from vjepa_scale.data.labels import label_of
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.order import DataOrder, Ints
 from vjepa_scale.data.trajectory_clips import trajectory_clip
 from vjepa_scale.masking import draw_masks
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 
 
 def load_micro_batch(
@@ -54,7 +55,7 @@ def load_micro_batch(
         states, extrinsics = states_of(shown, manifests, extrinsics=recipe.model.action_predictor.extrinsics)
         return replace(batch, states=states, extrinsics=extrinsics)
     if phase.kind == "probe":
-        classes = manifests[next(iter(phase.mixture))].classes  # of the task
+        classes = task_of(resolve_phases(recipe, phase.stage), manifests).classes
         numbers = [label_of(manifests[ref.dataset], ref.record, classes) for ref in shown]
         return replace(batch, labels=torch.tensor(numbers))
     grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)

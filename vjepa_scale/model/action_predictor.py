@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
 from vjepa_scale.model.rope import RopeTables, rope_tables, time_tables
-from vjepa_scale.recipe.schema import ActionPredictorConfig
+from vjepa_scale.recipe.schema import ActionPredictorConfig, ModelConfig
 
 POSE = 7  # end-effector position (3), Euler angles (3), gripper (1); an action is a difference of these
 CAMERA = 6  # camera position (3), Euler angles (3)
@@ -107,6 +107,11 @@ class ActionPredictor(nn.Module):
             _per_step(steps, of_conditions.cos, of_patches.cos),
             _per_step(steps, of_conditions.signed_sin, of_patches.signed_sin),
         )
+
+
+def build_action_predictor(config: ModelConfig) -> ActionPredictor:
+    """The action-conditioned predictor of a model, for its encoder's tokens."""
+    return ActionPredictor(config.action_predictor, encoder_width=config.encoder.width)
 
 
 def _per_step(steps: int, first: Tensor, then: Tensor) -> Tensor:

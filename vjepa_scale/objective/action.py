@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.poses import actions_between
-from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.model.action_predictor import build_action_predictor
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.objective.objective import Objective, lp_distance
+from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe.schema import Recipe
 
@@ -28,7 +27,7 @@ class ActionConditioned(Objective):
         super().__init__(recipe, engine)
         assert recipe.action is not None, "the stage of this objective"
         with torch.device("meta"):
-            predictor = ActionPredictor(recipe.model.action_predictor, encoder_width=recipe.model.encoder.width)
+            predictor = build_action_predictor(recipe.model)
         self.encoder = self._frozen_encoder()
         self.predictor = engine.shard(predictor, name="action_predictor", seed=recipe.run.seed, trainable=True)
         self._rollout_steps, self._exponent = recipe.action.rollout_steps, recipe.action.loss_exponent
@@ -58,7 +57,7 @@ class ActionConditioned(Objective):
             cameras = None if extrinsics_BK6 is None else extrinsics_BK6[:, :steps]
             seen = seen_BkND.flatten(1, 2)
             out = self.predictor(seen, actions_BL7[:, :steps], states_BK7[:, :steps], cameras, grid=grid).float()
-            return F.layer_norm(out, out.shape[-1:]).unflatten(1, (steps, -1))
+            return normalised(out).unflatten(1, (steps, -1))
 
         forced_BLND = predicted(tokens_BKND[:, :-1])
         imagined = [forced_BLND[:, 0]]  # it has seen the first frame alone
@@ -77,6 +76,12 @@ class ActionConditioned(Objective):
     def _frame_tokens(self, clips: Tensor) -> Tensor:
         """uint8 [B, 3, K, H, W] → normalised tokens of each frame alone, float32 [B, K, h·w, D]."""
         B, _, K = clips.shape[:3]
-        frames = self._normalised(clips).transpose(1, 2).flatten(0, 1)[:, :, None]
-        tokens = self.encoder(frames.expand(-1, -1, self._tubelet, -1, -1)).float()
-        return F.layer_norm(tokens, tokens.shape[-1:]).unflatten(0, (B, K))
+        frames = self._normalised(clips).transpose(1, 2).flatten(0, 1)
+        return frame_tokens(self.encoder, frames, self._tubelet).unflatten(0, (B, K))
+
+
+def frame_tokens(encoder: nn.Module, pictures_BCHW: Tensor, tubelet: int) -> Tensor:
+    """What single pictures, normalised [B, 3, H, W], are to the predictor: each repeated to one tubelet, encoded,
+    layer-normalised, float32 [B, h·w, D]."""
+    tokens = encoder(pictures_BCHW[:, :, None].expand(-1, -1, tubelet, -1, -1)).float()
+    return normalised(tokens)

@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.objective.objective import Objective, lp_distance
+from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe.schema import Recipe
 
@@ -60,7 +59,7 @@ class Jepa(Objective):
 
         with torch.no_grad():
             features_BND = self.target_encoder(clips_BCTHW).float()
-            targets_BND = F.layer_norm(features_BND, features_BND.shape[-1:])
+            targets_BND = normalised(features_BND)
             if observe is not None:
                 stride = -(-features_BND.shape[1] // OBSERVED_TOKENS)
                 observe.add(features_BND[:, ::stride].flatten(0, 1))

@@ -4,11 +4,13 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.parallel.engine import Engine, GroupSetting
+from vjepa_scale.parallel.engine import Engine
+from vjepa_scale.parallel.optim import GroupSetting
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -67,8 +69,14 @@ class Objective(ABC):
 
 def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:
     """Mean |difference|^p / p: L1 for p = 1."""
-    difference = (predicted - wanted).abs()
-    return difference.mean() if exponent == 1.0 else difference.pow(exponent).mean() / exponent
+    if exponent == 1.0:  # in one operation: no difference is kept for the backward pass
+        return F.l1_loss(predicted, wanted)
+    return (predicted - wanted).abs().pow(exponent).mean() / exponent
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, without parameters: what predictions and their targets are compared in."""
+    return F.layer_norm(tokens, tokens.shape[-1:])
 
 
 def pooled(tokens_BND: Tensor, times: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.kept import task_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of
@@ -88,5 +89,5 @@ class Probes(Objective):
 
 
 def task_classes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str]:
-    """The classes of the probe stage: its first data set's."""
-    return manifests[next(iter(resolve_phases(recipe, "probe")[0].mixture))].classes
+    """The classes of the probe stage."""
+    return task_of(resolve_phases(recipe, "probe"), manifests).classes

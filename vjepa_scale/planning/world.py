@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vjepa_scale.checkpoint.consolidated import network_of
 from vjepa_scale.checkpoint.formats.opening import open_weights
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, build_action_predictor
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import squashed_crop
 from vjepa_scale.data.poses import states_along
 from vjepa_scale.model import Encoder
-from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor
+from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor, build_action_predictor
+from vjepa_scale.objective.action import frame_tokens
+from vjepa_scale.objective.objective import normalised
 from vjepa_scale.planning.cem import Imagine, Imagined, Plan, PlanConfig, cross_entropy_plan
 from vjepa_scale.planning.landscape import AXES, Landscape, energy_landscape
 from vjepa_scale.planning.pictures import pictures_of
@@ -95,8 +96,7 @@ class WorldModel:
         """
         tokens = []
         for part_BCHW in self.preprocess(pictures).split(_AT_ONCE):
-            clips_BCTHW = part_BCHW[:, :, None].expand(-1, -1, self.config.model.tubelet, -1, -1)
-            tokens.append(_normalised(self.encoder(clips_BCTHW)))
+            tokens.append(frame_tokens(self.encoder, part_BCHW, self.config.model.tubelet))
         return torch.cat(tokens)
 
     # -- futures -----------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class WorldModel:
 
     def _next(self, tokens_BND: Tensor, actions_BK7: Tensor, states_BK7: Tensor, camera_BK6: Tensor | None) -> Tensor:
         predicted = self.predictor(tokens_BND, actions_BK7, states_BK7, camera_BK6, grid=self.grid)
-        return _normalised(predicted[:, -self._per_frame :])
+        return normalised(predicted[:, -self._per_frame :])
 
     # -- goals and plans ---------------------------------------------------------------------------
 
@@ -309,10 +309,6 @@ class WorldModel:
         if not found.isfinite().all():
             raise UserError("not all of it are finite numbers", where=where, fix="metres, radians, gripper 0 … 1")
         return found
-
-
-def _normalised(tokens: Tensor) -> Tensor:
-    return F.layer_norm(tokens, tokens.shape[-1:])
 
 
 def _distance(tokens_BND: Tensor, goals_BND: Tensor) -> Tensor:

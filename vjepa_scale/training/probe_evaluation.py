@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips
 from vjepa_scale.data.evaluation import LabelledClips, evaluation_clips
-from vjepa_scale.data.kept import Ints, choice_records
+from vjepa_scale.data.kept import choice_records
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
 from vjepa_scale.objective.probe import Probes, task_classes
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.engine import Engine

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.formats.source import refuse_other_model
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.kept import Ints, kept_records, longest_clip
+from vjepa_scale.data.kept import kept_records, longest_clip
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.order import DataOrder, Ints
 from vjepa_scale.masking import check_masks
 from vjepa_scale.parallel.engine import check_installed
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases

@@ -125,6 +125,7 @@ class _Trainer:
                 self._run_phase(phase, log)
         if isinstance(self.objective, Probes):
             self._evaluate(self.objective)
+        self._note("done", step=self.end)
 
     def _begin(self) -> MetricsLog:
         """Rank 0's books of this attempt."""
@@ -231,7 +232,7 @@ class _Trainer:
         self._say(f"{self.stage_name}: clips replaced so far: {counts}")
 
     def _evaluate(self, probes: Probes) -> None:
-        """What the probes are worth, into evaluation.json: with it the stage is done."""
+        """What the probes are worth, into evaluation.json."""
         evaluation = ProbeEvaluation(
             self.recipe, probes, self.engine, self.manifests, self.kept, self.phases[-1], self._stop_if_asked
         )
@@ -242,7 +243,6 @@ class _Trainer:
             origin = {"init_from": self.recipe.stages()[self.stage_name].init_from, **self.origin}
             write_json(evaluation_file(self.recipe, self.stage_name), {"origin": origin, **result})
             self._say("\n".join(table(result)))
-        self._note("done", step=self.end)
 
     def _stop_if_asked(self) -> None:
         asked = torch.tensor(float(self.interrupt.signal is not None), device=self.engine.device)
@@ -283,8 +283,6 @@ class _Trainer:
         step, path = saved
         store.retain(self.checkpoints, keep=self.recipe.checkpoint.keep)
         self._note("saved", step=step)
-        if step == self.end and not isinstance(self.objective, Probes):
-            self._note("done", step=step)
         self._say(f"saved {path}")
 
     def _refuse_if_superseded(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.model.action_predictor import build_action_predictor
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.sections import Section
 
@@ -178,11 +178,6 @@ def depths(names: Iterable[str]) -> dict[str, int]:
             network = found[1] or ""
             out[network] = max(out.get(network, 0), int(found[2]) + 1)
     return out
-
-
-def build_action_predictor(config: ModelConfig) -> ActionPredictor:
-    """The action-conditioned predictor of a model, for its encoder's tokens."""
-    return ActionPredictor(config.action_predictor, encoder_width=config.encoder.width)
 
 
 BUILDERS: Final[dict[str, Callable[[ModelConfig], nn.Module]]] = {
