@@ -240,9 +240,7 @@ def test_an_undecodable_clip_is_named_and_nothing_is_written(probed: Recipe, set
 
 @pytest.mark.slow
 def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(probed.run.dir, tmp_path / "run")
-    (tmp_path / "run" / "probe" / "evaluation.json").unlink()
-    recipe = _with(probed, run={"dir": str(tmp_path / "run")})
+    recipe = trained_only(probed, tmp_path / "run")
     run_processes(probe_stage_of_few_features, 1, recipe)
     expected = {**result(probed), "knn": None, "linear": None, "neighbours": None}
     assert result(recipe) == expected
@@ -274,9 +272,7 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(probed: Recipe, sets:
 
 @pytest.mark.slow
 def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(probed: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(probed.run.dir, tmp_path / "run")
-    (tmp_path / "run" / "probe" / "evaluation.json").unlink()
-    recipe = _with(probed, run={"dir": str(tmp_path / "run")})
+    recipe = trained_only(probed, tmp_path / "run")
     run_processes(stopped_after_a_step, 2, recipe)
     assert not (tmp_path / "run" / "probe" / "evaluation.json").exists()
     run_processes(probe_stage, 1, [recipe])
@@ -316,6 +312,13 @@ def _yellow(folder: Path) -> Path:
     (folder / "others" / "yellow" / "0.png").write_bytes(still_image(0, codec="png"))
     make_shards(folder / "others", folder / "others-shards", Settings(images=True), workers=1, progress=quiet)
     return folder / "others-shards"
+
+
+def trained_only(probed: Recipe, run_dir: Path) -> Recipe:
+    """A copy of the run whose probes are not evaluated yet."""
+    shutil.copytree(probed.run.dir, run_dir)
+    (run_dir / "probe" / "evaluation.json").unlink()
+    return _with(probed, run={"dir": str(run_dir)})
 
 
 def _with(recipe: Recipe, **sections: dict[str, object]) -> Recipe:

@@ -68,15 +68,17 @@ def clip_of_file(path: str | Path, *, frames: int | None, fps: float, size: Size
     return torch.cat(found + found[-1:] * (wanted - len(found)), dim=1)
 
 
+def rgb_array(given: Any, *, where: str, fix: str) -> npt.NDArray[np.uint8]:
+    """Pictures in memory, uint8 RGB [N, H, W, 3] or one [H, W, 3], as they are. Raises UserError for anything else."""
+    array = given.numpy(force=True) if isinstance(given, Tensor) else np.asarray(given)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
+        raise UserError(f"pictures of shape {list(array.shape)} and type {array.dtype}", where=where, fix=fix)
+    return array
+
+
 def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
     """The same of pictures in memory, uint8 RGB [T, H, W, 3], 1/fps seconds apart, or of one, [H, W, 3]."""
-    pictures = array.numpy(force=True) if isinstance(array, Tensor) else np.asarray(array)
-    if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[-1] != 3 or 0 in pictures.shape:
-        raise UserError(
-            f"pictures of shape {list(pictures.shape)} and type {pictures.dtype}",
-            where="preprocess",
-            fix="uint8 RGB [T, H, W, 3], or [H, W, 3] for an image",
-        )
+    pictures = rgb_array(array, where="preprocess", fix="uint8 RGB [T, H, W, 3], or [H, W, 3] for an image")
     is_image = pictures.ndim == 3
     pictures = pictures[None] if is_image else pictures[round(start_s * fps) :][:frames]
     if not len(pictures):

@@ -5,24 +5,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.pictures import decode_image
+from vjepa_scale.inference.clips import rgb_array
 
 
 def pictures_of(given: Any) -> npt.NDArray[np.uint8]:
     """uint8 RGB [B, H, W, 3] of the same, of one [H, W, 3], or of an image file. Raises UserError for anything else."""
     if isinstance(given, str | Path):
         return _file(Path(given))
-    array = given.numpy(force=True) if isinstance(given, Tensor) else np.asarray(given)
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
-        raise UserError(
-            f"pictures of shape {list(array.shape)} and type {array.dtype}",
-            where="encode",
-            fix="uint8 RGB [B, H, W, 3], or [H, W, 3] for one",
-        )
+    array = rgb_array(given, where="encode", fix="uint8 RGB [B, H, W, 3], or [H, W, 3] for one")
     return np.ascontiguousarray(array if array.ndim == 4 else array[None])
 
 

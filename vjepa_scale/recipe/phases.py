@@ -15,6 +15,14 @@ STAGES = ("pretrain", "cooldown", "action", "probe")
 MASKED = ("pretrain", "cooldown")  # those that learn from masks
 
 
+Kind = Literal["jepa", "action", "probe"]
+
+
+def kind_of(stage_name: str) -> Kind:
+    """What a stage's steps learn from: masked clips, trajectories, or labelled clips."""
+    return "action" if stage_name == "action" else "probe" if stage_name == "probe" else "jepa"
+
+
 @dataclass(frozen=True)
 class Phase:
     """One stretch of steps.
@@ -45,9 +53,9 @@ class Phase:
         return self.first + self.steps
 
     @property
-    def kind(self) -> "Literal['jepa', 'action', 'probe']":
-        """What its steps learn from: masked clips, trajectories, or labelled clips."""
-        return "action" if self.stage == "action" else "probe" if self.stage == "probe" else "jepa"
+    def kind(self) -> Kind:
+        """Its stage's."""
+        return kind_of(self.stage)
 
     def lr(self, step: int) -> float:
         """The learning rate of a global step: a linear ramp whose last step has exactly final_lr.
@@ -230,12 +238,6 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
             f"{phase.size[0]}×{phase.size[1]} pixels do not divide into patches of {model.patch}",
             where=f"{key}.clip.size",
         )
-    if phase.stage not in MASKED and phase.global_batch % group:
-        raise UserError(
-            f"a global batch of {phase.global_batch} clips does not divide into micro-batches of {group}",
-            where=f"{key}.global_batch",
-            fix=f"a multiple of micro_batch ({group})",
-        )
     if group % phase.micro_batch:
         raise UserError(
             f"a micro-batch of {phase.micro_batch} does not divide the mask group of {group} slots",
@@ -243,10 +245,11 @@ def _check_phase(recipe: Recipe, phase: Phase, key: str) -> None:
             fix=f"a divisor of masks.group ({group})",
         )
     if phase.global_batch % group:
+        parts, size = ("mask groups", "masks.group") if phase.stage in MASKED else ("micro-batches", "micro_batch")
         raise UserError(
-            f"a global batch of {phase.global_batch} clips does not divide into mask groups of {group}",
+            f"a global batch of {phase.global_batch} clips does not divide into {parts} of {group}",
             where=f"{key}.global_batch",
-            fix=f"a multiple of masks.group ({group})",
+            fix=f"a multiple of {size} ({group})",
         )
     for name in phase.mixture:
         if name not in recipe.data.sets:

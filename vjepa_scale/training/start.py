@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.formats.source import refuse_other_model
+from vjepa_scale.checkpoint.formats.source import NETWORKS, refuse_other_model
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.kept import kept_records, longest_clip
 from vjepa_scale.data.manifest import Manifest
@@ -22,11 +22,11 @@ from vjepa_scale.parallel.engine import check_installed
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
-from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
+from vjepa_scale.recipe.phases import MASKED, accumulation, kind_of, stage_sets
 from vjepa_scale.recipe.stage_sections import StageConfig
 from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.foreign import check_foreign, is_foreign
-from vjepa_scale.training.initial import networks_from
+from vjepa_scale.training.initial import NETWORKS_OF, networks_from
 
 UNTRAINED = "untrained"  # of a probe: its encoder is a fresh one, to compare with
 
@@ -157,7 +157,7 @@ def _carried(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest],
     data = manifest["recipe"]["data"]
     if (data["seed"], data["lanes"]) != (recipe.data.seed, recipe.data.lanes):
         return {}
-    if resolve_phases(recipe, stage_name)[0].kind != "jepa":  # what it draws from may be other records now
+    if kind_of(stage_name) != "jepa":  # what it draws from may be other records now
         return {}
     return {
         name: manifest["drawn"][name]
@@ -335,8 +335,8 @@ def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
     whole = recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
-    kind = "jepa" if stage_name in MASKED else stage_name
-    elsewhere = {"jepa": ["action_predictor"], "action": ["predictor"], "probe": ["predictor", "action_predictor"]}
+    kind = kind_of(stage_name)
+    elsewhere = set(NETWORKS) - set(NETWORKS_OF[kind])
     stage: dict[str, Any] = whole[stage_name]
     own = {key: value for key, value in stage.items() if key not in StageConfig.model_fields}
     return {
@@ -344,7 +344,7 @@ def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
         "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
-        "model": {key: value for key, value in whole["model"].items() if key not in elsewhere[kind]},
+        "model": {key: value for key, value in whole["model"].items() if key not in elsewhere},
         "optimizer": recipe.optimizer_of(stage_name).model_dump(mode="json"),
         **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
         **({"the longest clip of a data set, in frames": _longest_clips(recipe)} if kind == "action" else {}),
