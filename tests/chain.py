@@ -49,7 +49,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def tool(name: str, *arguments: object, check: bool = True, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def tool(name: str, *arguments: object, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run tools/NAME.py as a user would, from the repository's root."""
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)],

@@ -111,10 +111,13 @@ class Cluster:
         *,
         cwd: Path | None = None,
         check: bool = True,
-        timeout: float = 120,
+        timeout: float = 600,
         **kwargs: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """A command to its end, output captured as text; AssertionError with that output where ``check`` fails."""
+        """A command to its end, output captured as text; AssertionError with that output where ``check`` fails.
+
+        ``timeout`` ends what hangs. It is no measure of speed: two cores may be shared by another chain of four ranks.
+        """
         arguments = {**self.command(argv, cwd), "text": True, "capture_output": True, "timeout": timeout, **kwargs}
         done = subprocess.run(**arguments, check=False)
         if check and done.returncode != 0:
