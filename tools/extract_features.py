@@ -48,13 +48,10 @@ def main() -> None:
     share = _share(args.shard)
     layers = _layers(args.layers)
 
-    import torch
-
     from vjepa_scale.inference.extraction import DTYPES, Settings, extract
     from vjepa_scale.inference.model import load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.checkpoint, device, model=args.model, dtype=DTYPES[args.precision])
+    model = load_model(args.checkpoint, args.device, model=args.model, dtype=DTYPES[args.precision])
     tubelet = model.config.model.tubelet
     chunk = model.config.frames if args.chunk is None else args.chunk
     if chunk < 1 or chunk % tubelet:

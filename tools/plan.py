@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.planning import PlanConfig, draw_landscape, load_world_model
+from vjepa_scale.planning import PlanConfig, check_landscape, draw_landscape, load_world_model
 
 
 def main() -> int:
@@ -29,10 +29,12 @@ def main() -> int:
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="the same plan for the same seed")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--landscape", type=Path, metavar="FILE", help="draw energies over two numbers of the action")
     parser.add_argument("--axes", type=int, nargs=2, choices=range(7), default=(0, 1), help="0 1 2 are x y z")
     arguments = parser.parse_args()
+    if arguments.landscape is not None:
+        check_landscape(arguments.landscape, arguments.axes)
     config = PlanConfig(**{field.name: getattr(arguments, field.name) for field in fields(PlanConfig)})
     world = load_world_model(arguments.source, arguments.device, model=arguments.model)
     now, goal = world.encode(arguments.now), world.encode(arguments.goal)

@@ -34,13 +34,9 @@ def main() -> None:
     contexts = _lengths(args.context)
     paths = [path for given in args.videos for path in _files(given)]
 
-    import torch
-
     from vjepa_scale.inference.model import load_model
 
-    model = load_model(
-        args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"), model=args.model
-    )
+    model = load_model(args.checkpoint, args.device, model=args.model)
     settings = {"context_frames": contexts, "stride": args.stride, "window": args.window, "fps": args.fps}
     rows, curve = csv.writer(sys.stdout), []
     rows.writerow(COLUMNS)

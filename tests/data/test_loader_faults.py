@@ -147,14 +147,18 @@ def test_known_accidents_are_replayed_without_trying(
     assert names == [(a.place, a.cause, a.detail, a.replacement) for a in told(replaced) if a.step >= 3]
 
 
+def labelled_copy(shards: Manifest, folder: Path) -> Path:
+    """The shards, all records of one class."""
+    shutil.copytree(shards.folder, folder)
+    column = json.loads((folder / "manifest.json").read_text())["columns"]
+    np.save(folder / next(c["file"] for c in column if c["name"] == "label"), np.zeros(shards.records, np.int64))
+    return folder
+
+
 def test_evaluation_never_replaces(broken: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no label"):
         list(evaluation_clips(broken, frames=2, size=SIZE, fps=4, batch=2))
-    labelled = tmp_path / "shards"
-    shutil.copytree(broken.folder, labelled)
-    column = json.loads((labelled / "manifest.json").read_text())["columns"]
-    path = labelled / next(c["file"] for c in column if c["name"] == "label")
-    np.save(path, np.zeros(broken.records, np.int64))
+    labelled = labelled_copy(broken, tmp_path / "shards")
     with pytest.raises(UserError, match=f"record {broken.key(2)} cannot be decoded"):
         list(evaluation_clips(Manifest.open(labelled), frames=2, size=SIZE, fps=4, batch=2))
 
@@ -176,6 +180,8 @@ import ctypes, json, os, sys, time
 import av
 from pathlib import Path
 from tests.data import test_loader_faults as here
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.manifest import Manifest
 
 honest = av.open
@@ -192,6 +198,17 @@ def faulty(file, *args, **kwargs):
 av.open = faulty
 
 def main():
+    if sys.argv[3:] == ["evaluate"]:
+        shown = evaluation_clips(
+            Manifest.open(sys.argv[1]), frames=2, size=here.SIZE, fps=4, batch=2, workers=2, segments=2,
+            limit_s=float(sys.argv[2]),
+        )
+        try:
+            for part in shown:
+                print(*part.records)
+        except UserError as error:
+            print(error)
+        return
     began = time.monotonic()
     loaded = here.load(Manifest.open(sys.argv[1]), workers=2, faults={"decode_timeout_s": float(sys.argv[2])})
     rows = [[*a.place, a.cause, a.replacement] for a in here.told(loaded)]
@@ -203,6 +220,21 @@ if __name__ == "__main__":
 """
 
 
+def faulty(folder: Path, *arguments: str) -> str:
+    """What the script prints about the folder's shards."""
+    script = folder / "load_it.py"
+    script.write_text(FAULTY)
+    done = subprocess.run(
+        [sys.executable, script, folder / "shards", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("word", "cause"), [(b"HANG", "time limit"), (b"DIES", "crashes the decoder")])
 def test_a_clip_that_takes_its_worker_with_it(shards: Manifest, tmp_path: Path, word: bytes, cause: str) -> None:
@@ -211,21 +243,22 @@ def test_a_clip_that_takes_its_worker_with_it(shards: Manifest, tmp_path: Path, 
     overwrite(tmp_path / "shards", shards, 5, b"not a video")
     expected = load(Manifest.open(tmp_path / "shards"))
     overwrite(tmp_path / "shards", shards, 5, word)
-    script = tmp_path / "load_it.py"
-    script.write_text(FAULTY)
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "shards", "3"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(faulty(tmp_path, "3"))
     rows = [[*a.place, cause, a.replacement] for a in told(expected)]
     assert rows
     assert found["rows"] == rows
     assert found["sums"] == [clips(batch).long().sum(dim=(1, 2, 3, 4)).tolist() for batch in expected.values()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("word", "cause"), [(b"HANG", "time limit"), (b"DIES", "crashes the decoder")])
+def test_an_evaluation_names_the_clip_that_takes_its_worker_with_it(
+    shards: Manifest, tmp_path: Path, word: bytes, cause: str
+) -> None:
+    overwrite(labelled_copy(shards, tmp_path / "shards"), shards, 5, word)
+    *shown, error = faulty(tmp_path, "3", "evaluate").splitlines()
+    assert shown == ["0 1", "2 3"][: len(shown)]  # what was shown before it is right
+    assert re.search(rf"record {shards.key(5)} cannot be decoded at [\d.]+ s: {cause}", error)
 
 
 def _threads(data: bytes) -> tuple[int, int]:

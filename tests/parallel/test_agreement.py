@@ -15,6 +15,7 @@ from torch import nn
 from tests.parallel.jepa_shape import Outcome, train_plain, train_sharded
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.parallel.engine import Engine
+from vjepa_scale.parallel.optim import TOGETHER
 
 WAYS: dict[str, tuple[int, dict[str, object]]] = {
     "1 process": (1, {}),
@@ -100,10 +101,20 @@ def _summed(engine: Engine) -> None:
     def backward(loss: Any, *, share: float, last: bool) -> torch.Tensor:
         value = right(loss, share=share, last=last)
         if last:
-            engine.scale_gradients(float(engine.dp_world_size))
+            engine.scale_gradients({TOGETHER: float(engine.dp_world_size)})
         return value
 
     engine.backward = backward  # type: ignore[method-assign]
+
+
+def _zeros_are_gradients(engine: Engine) -> None:
+    """A parameter that no loss reaches has a gradient of zeros, and decays (what ZeRO does if nobody tells it)."""
+    start = engine.start_optimizer
+
+    def start_optimizer(cfg: Any, trained: Any, settings: Any = None, unreached: Any = ()) -> None:
+        start(cfg, trained, settings)
+
+    engine.start_optimizer = start_optimizer  # type: ignore[method-assign]
 
 
 def _no_ema(engine: Engine) -> None:
@@ -144,4 +155,12 @@ def _misaligned(engine: Engine) -> None:
 @pytest.mark.parametrize("plant", [_summed, _no_ema, _stale_ema, _misaligned])
 def test_a_planted_bug_is_seen(plant: Callable[[Engine], None], way: str, plain: Plain) -> None:
     found = differences(sharded(way, "sgd", plant)[0], plain["sgd"])
+    assert not agree(found, "sgd"), found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_must_be_told_what_no_loss_reaches(stage: int, plain: Plain) -> None:
+    found = differences(sharded(f"ZeRO {stage}", "sgd", _zeros_are_gradients)[0], plain["sgd"])
     assert not agree(found, "sgd"), found

@@ -22,6 +22,7 @@ from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import RopeTables
 from vjepa_scale.parallel.engine import build_engine, check_installed
 from vjepa_scale.parallel.fsdp import FsdpEngine
+from vjepa_scale.parallel.optim import TOGETHER
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
@@ -68,8 +69,8 @@ def _one_weight(ranks: Ranks) -> tuple[float, float, float]:
     engine.backward(lambda: network(clip).sum(), share=1.0, last=True)  # the gradient is the input
     assert isinstance(parameter.grad, DTensor)
     gradient = float(parameter.grad.full_tensor())
-    engine.scale_gradients(0.5)
-    return gradient, engine.grad_norm(), float(engine.mean(torch.tensor(float(ranks.rank))))
+    engine.scale_gradients({TOGETHER: 0.5})
+    return gradient, engine.grad_norms()[TOGETHER], float(engine.mean(torch.tensor(float(ranks.rank))))
 
 
 @pytest.mark.parametrize("replicate", [1, 2])
@@ -117,7 +118,7 @@ def _gradient_after_in_place_change(ranks: Ranks) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # FSDP2 warns of outputs that are views; a Linear's of three axes is one
         engine.backward(changed, share=1.0, last=True)
-    return engine.grad_norm()
+    return engine.grad_norms()[TOGETHER]
 
 
 def test_outputs_may_be_changed_in_place() -> None:

@@ -1,11 +1,15 @@
 """Energies over two numbers of an action, and the picture of them."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from tests.chain import ROOT
 from tests.planning.worlds import Bowl, some_states
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.decode import still_picture
@@ -69,3 +73,22 @@ def test_an_svg_has_its_labels_and_is_the_same_every_time(landscape: Landscape, 
 def test_another_name_is_refused(landscape: Landscape, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.gif.*end the name in \.png or \.svg"):
         draw_landscape(tmp_path / "a.gif", landscape)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--landscape", "e.jpg"], r"e\.jpg.*end the name in \.png or \.svg"),
+        (["--landscape", "nowhere/e.png"], "nowhere: no such folder"),
+        (["--landscape", "e.png", "--axes", "2", "2"], "2 and 2 are one axis"),
+    ],
+)
+def test_the_tool_refuses_a_picture_before_it_loads_anything(words: list[str], said: str, tmp_path: Path) -> None:
+    """The model is not even there: that would be the error after it."""
+    given = ["absent", "--now", "now.png", "--goal", "goal.png", "--state", *("0" * 7)]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "plan.py", *given, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.search(said, done.stderr)
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """Whole runs through tools/launch.py: the same numbers for any ranks, the cooldown's start, the schedule."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,22 @@ def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) 
         assert done.returncode == 2
         assert named in done.stderr
         assert "recipe.yaml:" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stage_does_not_go_with_a_predecessor_that_was_trained_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pretrain")
+    words = (finished / "recipe.yaml", f"run.dir={tmp_path / 'run'}")
+    slower = [*words, "pretrain.phases=[{name: constant, start_lr: 1e-5}]"]
+    done = tool("launch", *words, "--wait", check=False)  # no step is known to be another's yet
+    assert done.returncode == 0
+    assert "trained again" not in done.stdout  # the same steps again are the same weights
+    shutil.rmtree(tmp_path / "run" / "pretrain")
+    tool("launch", *slower, "--stages", "pretrain", "--wait")
+    done = tool("launch", *slower, "--wait", check=False)
+    assert done.returncode == 2
+    assert "'pretrain' has been trained again since" in done.stderr
 
 
 def test_dumped_order_of_a_stage_is_that_of_the_whole_run(

@@ -47,6 +47,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
 
 
 LIMITS = {"labels_per_class": 3, "choose_per_class": 2}
+CLIPPED: dict[str, Any] = {"optimizer": {"clip_grad_norm": 0.5}}
 LEARNT: dict[str, Any] = {"steps": 30, "phases": [{"name": "decay", "start_lr": 1e-2, "final_lr": 0}]}
 
 
@@ -58,6 +59,8 @@ def runs(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reci
         "plain": {},  # all labels, two settings
         "first alone": {"lr_scales": [1]},
         "second alone": {"lr_scales": [0.1]},
+        "clipped": {**CLIPPED, "lr_scales": [1, 1e30]},  # the second diverges at its first step
+        "clipped, first alone": {**CLIPPED, "lr_scales": [1]},
         "few": LIMITS,
         "few, others damaged": LIMITS,
         "choice": {"choose_per_class": 4},
@@ -200,6 +203,29 @@ def test_settings_trained_together_are_each_as_alone(runs: dict[str, Recipe], tm
             assert float((found[key] - value).norm()) <= 1e-6 * float(value.norm()), key
     first, second = _of(tensors, "probe_00"), _of(tensors, "probe_01")
     assert not torch.equal(first["linear.weight"], second["linear.weight"])
+
+
+def test_a_setting_that_diverges_is_lost_alone(runs: dict[str, Recipe], tmp_path: Path) -> None:
+    together, alone = (checkpoint_tensors(checkpoint(runs[name]), _made(tmp_path / name[-1])) for name in _CLIPPED)
+    expected = _of(alone, "probe_00")
+    for key, value in expected.items():
+        assert float((_of(together, "probe_00")[key] - value).norm()) <= 1e-6 * float(value.norm()), key
+    rows, lonely = (metrics(Path(runs[name].run.dir), "probe") for name in _CLIPPED)
+    assert [row["best_loss"] for row in rows] == pytest.approx([row["best_loss"] for row in lonely], rel=1e-6)
+    assert all(row["grad_norm"] > 0.5 for row in lonely)  # it was clipped
+    first, second = result(runs["clipped"])["settings"]
+    assert (first["finite"], second["finite"]) == (True, False)
+    assert second["accuracy"] == 0
+    assert result(runs["clipped"])["best"] == first == result(runs["clipped, first alone"])["best"]
+    assert "outputs not finite" in "\n".join(table(result(runs["clipped"])))
+
+
+_CLIPPED = ("clipped", "clipped, first alone")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_other_records_are_never_looked_at(runs: dict[str, Recipe]) -> None:

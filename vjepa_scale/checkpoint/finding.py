@@ -10,6 +10,11 @@ from vjepa_scale.core.errors import UserError
 NAME = re.compile(r"step_(\d{8,})")
 
 
+def name_of(step: int) -> str:
+    """Of the checkpoint after so many completed steps."""
+    return f"step_{step:08d}"
+
+
 def newest_first(folder: Path) -> list[Path]:
     """Finished checkpoints, good or not, by falling step."""
     if not folder.is_dir():

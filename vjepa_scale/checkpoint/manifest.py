@@ -83,6 +83,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
+def identity(manifest: dict[str, Any]) -> str:
+    """What tells a checkpoint from another one of the same step: a SHA-256 of all checksums of files with tensors."""
+    sums = [files["sha256"] for name, files in sorted(manifest["files"].items()) if name.endswith(".distcp")]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
 def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read: bool = True) -> str | None:
     """What is wrong with one file of a checkpoint, in words; None if nothing. ``read``: check the bytes too."""
     path = checkpoint / name

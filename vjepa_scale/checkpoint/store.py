@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from vjepa_scale.checkpoint.chunks import write_chunk_checksums
-from vjepa_scale.checkpoint.finding import NAME, newest_first, newest_name
+from vjepa_scale.checkpoint.finding import NAME, name_of, newest_first, newest_name
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
@@ -75,7 +75,7 @@ def save(
     One of the same step (from before a restart, or damaged) is replaced.
     """
     rank, world_size = _rank_and_world_size()
-    final = folder / f"step_{step:08d}"
+    final = folder / name_of(step)
     temporary = folder / f".{final.name}.tmp"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.finding import name_of
 from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
 from vjepa_scale.checkpoint.formats.opening import open_weights
 from vjepa_scale.checkpoint.reader import CheckpointReader
@@ -42,7 +43,7 @@ def is_probe_stage(folder: Path) -> bool:
 def load_probe(folder: Path) -> TrainedProbe:
     """The best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
     result = read_json(folder / EVALUATION)
-    checkpoint = folder / CHECKPOINTS / f"step_{result['step']:08d}"
+    checkpoint = folder / CHECKPOINTS / name_of(result["step"])
     store.verify(checkpoint)
     recipe = validate_recipe(store.read_manifest(checkpoint)["recipe"], source=checkpoint / store.MANIFEST)
     assert recipe.probe is not None, "the stage that wrote this"

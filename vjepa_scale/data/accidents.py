@@ -7,16 +7,16 @@ is gone, cut short or unreadable is no clip's fault and stays an error.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.clips import ClipRef, pictures_of, undecodable, with_window
+from vjepa_scale.data.clips import ClipRef, Timed, pictures_of, undecodable, with_window
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
@@ -68,12 +68,6 @@ class Accident:
 
 # Accidents that are known before anything is decoded: place -> (cause, detail).
 Known = Mapping[Place, tuple[str, str]]
-
-
-class Timed(Protocol):
-    """Whoever wants to know which clip is being decoded."""
-
-    def decoding(self, ref: ClipRef) -> AbstractContextManager[Any]: ...
 
 
 def clip_or_substitute(

@@ -1,7 +1,9 @@
 """Which seconds of which video each slot of a step shows; from the manifests alone, nothing is decoded."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -103,11 +105,18 @@ def window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: 
     return tuple(start_s + k / fps for k in range(frames))
 
 
-def decode_ref(manifest: Manifest, ref: ClipRef) -> list[npt.NDArray[np.uint8]]:
+class Timed(Protocol):
+    """Whoever wants to know which clip is being decoded."""
+
+    def decoding(self, ref: ClipRef) -> AbstractContextManager[Any]: ...
+
+
+def decode_ref(manifest: Manifest, ref: ClipRef, timed: Timed | None = None) -> list[npt.NDArray[np.uint8]]:
     """The pictures of a clip, T of uint8 [H, W, 3]. A UserError names data set, shard and record if it fails."""
     data = manifest.read(ref.record)
     try:
-        return pictures_of(ref, data)
+        with timed.decoding(ref) if timed is not None else nullcontext():
+            return pictures_of(ref, data)
     except DecodeError as error:
         raise undecodable(manifest, ref, error) from None
 

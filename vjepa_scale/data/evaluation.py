@@ -8,10 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips, view_crops
-from vjepa_scale.data.clips import ClipRef, decode_ref, window
+from vjepa_scale.data.clips import ClipRef, decode_ref, undecodable, window
+from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.labels import labels_of, metadata_of
-from vjepa_scale.data.loader import Prefetched
+from vjepa_scale.data.loader import ClipsLost, Prefetched
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.silence import Board
+
+# Batches that a worker prepares ahead.
+PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def evaluation_clips(
     workers: int = 0,
     segments: int = 1,
     crops: int = 1,
+    limit_s: float = 60.0,
 ) -> Iterator[LabelledClips]:
     """All records in order, ``batch`` at a time (the last fewer).
 
@@ -52,18 +58,24 @@ def evaluation_clips(
     metadata: read each record's JSON too
     segments: windows of a record, evenly spread over its video (``segment_draws``); 1: its middle
     crops:    of each: 1, the centre; 3: both ends of the longer side too
-    Labels as in ``labels_of``. Nothing is ever shown in another clip's place: raises UserError where one does not
-    decode.
+    limit_s:  for the decoding of one window, where there are workers
+    Labels as in ``labels_of``. Nothing is ever shown in another clip's place: raises UserError, naming the record,
+    where one does not decode, not within ``limit_s``, or crashes its worker.
     """
     labels, names = labels_of(manifest, classes), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
     spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
-    load = partial(_load_span, manifest, frames, size, fps, metadata, segments, crops)
-    loader = Prefetched(load, spans, workers=workers, prefetch=2)
+    board = Board([manifest.folder.name], workers) if workers else None
+    load = partial(_load_span, manifest, frames, size, fps, metadata, segments, crops, board)
+    loader = Prefetched(load, spans, workers=workers, prefetch=PREFETCH, board=board, limit_s=limit_s)
     try:
         for span, (clips, known) in zip(spans, loader, strict=True):
             own = labels[list(span)]
             yield LabelledClips(clips, own, tuple(names[i] for i in own.tolist()), span, known)
+    except ClipsLost as lost:
+        place, why = next(iter(lost.clips.items()))
+        ref = _refs(manifest, place.record, segments, fps, frames)[place.slot]
+        raise undecodable(manifest, ref, DecodeError(*why)) from None
     finally:
         loader.close()
 
@@ -83,6 +95,15 @@ def segment_draws(duration_s: float, window_s: float, segments: int) -> list[flo
     return [(k * part + (part - window_s) / 2) / room for k in range(segments)]
 
 
+def _refs(manifest: Manifest, record: int, segments: int, fps: float, frames: int) -> list[ClipRef]:
+    """The windows of a record; their slots are their numbers."""
+    draws = segment_draws(float(manifest.column("duration")[record]), frames / fps, segments)
+    return [
+        ClipRef(0, slot, manifest.folder.name, record, window(manifest, record, draw, fps=fps, frames=frames), fps)
+        for slot, draw in enumerate(draws)
+    ]
+
+
 def _load_span(
     manifest: Manifest,
     frames: int,
@@ -91,13 +112,12 @@ def _load_span(
     metadata: bool,
     segments: int,
     crops: int,
+    board: Board | None,
     records: Sequence[int],
 ) -> tuple[Tensor, tuple[dict[str, Any], ...] | None]:
     clips = empty_clips(len(records) * segments * crops, frames, size)
     rows = iter(clips.split(crops))
     for record in records:
-        for draw in segment_draws(float(manifest.column("duration")[record]), frames / fps, segments):
-            times_s = window(manifest, record, draw, fps=fps, frames=frames)
-            ref = ClipRef(0, record, manifest.folder.name, record, times_s, fps)
-            view_crops(decode_ref(manifest, ref), size, out=next(rows))
+        for ref in _refs(manifest, record, segments, fps, frames):
+            view_crops(decode_ref(manifest, ref, timed=board), size, out=next(rows))
     return clips, tuple(metadata_of(manifest, record) for record in records) if metadata else None

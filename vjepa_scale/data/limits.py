@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.evaluation import PREFETCH
 from vjepa_scale.recipe import Recipe, resolve_phases
 
 SHM = Path("/dev/shm")
@@ -17,19 +18,27 @@ _OTHER_HANDLES, _HANDLES_PER_WORKER = 256, 16
 
 
 def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
-    """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage."""
-    held = _held(recipe)
-    return max(
-        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size)
-        for phase in resolve_phases(recipe, stage_name)
+    """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage.
+
+    Or in the evaluation that a probe stage ends with, whose batches hold all views of a record.
+    """
+    held, phases = _held(recipe, recipe.data.prefetch), resolve_phases(recipe, stage_name)
+    training = max(
+        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in phases
     )
+    if phases[-1].kind != "probe" or recipe.probe is None:
+        return training
+    views, last = recipe.probe.views.segments * recipe.probe.views.crops, phases[-1]
+    frames = recipe.data.sets[recipe.probe.evaluate_on].frames or last.frames
+    shown = _held(recipe, PREFETCH) * max(views, last.micro_batch) * _clip_bytes(recipe, frames, last.size)
+    return max(training, shown)
 
 
 def handles_needed(recipe: Recipe) -> int:
     """Open files that one rank has at most."""
     # Clips; context and target of each generator, or states and extrinsics, or labels.
     tensors = 1 + 2 * len(recipe.masks.generators)
-    return _OTHER_HANDLES + _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe) * tensors
+    return _OTHER_HANDLES + _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
 
 
 def check_limits(recipe: Recipe, stage_name: str, *, ranks_on_node: int) -> None:
@@ -58,9 +67,9 @@ def check_limits(recipe: Recipe, stage_name: str, *, ranks_on_node: int) -> None
         )
 
 
-def _held(recipe: Recipe) -> int:
+def _held(recipe: Recipe, prefetch: int) -> int:
     """Micro-batches that exist at once: those prepared ahead, one in each worker's hands, and a step's own two."""
-    return recipe.data.workers * (recipe.data.prefetch + 1) + 2
+    return recipe.data.workers * (prefetch + 1) + 2
 
 
 def _clip_bytes(recipe: Recipe, frames: int, size: tuple[int, int]) -> int:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.accidents import Accident, Known, Timed, clip_or_substitute
+from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
 from vjepa_scale.data.augment import empty_clips, random_crop, squashed_crop
 from vjepa_scale.data.batch import MicroBatch
-from vjepa_scale.data.clips import ClipRef, clip_refs, data_of
+from vjepa_scale.data.clips import ClipRef, Timed, clip_refs, data_of
 from vjepa_scale.data.kept import task_of
 from vjepa_scale.data.labels import label_of
 from vjepa_scale.data.manifest import Manifest

@@ -15,6 +15,7 @@ from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures
+from vjepa_scale.inference.device import usable_device
 from vjepa_scale.inference.mask_tokens import future_mask_token, trained_mask_token
 from vjepa_scale.inference.surprise import Surprise, surprise
 from vjepa_scale.model import Encoder, Predictor
@@ -40,19 +41,20 @@ class Features:
 
 def load_model(
     path: str | Path,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     *,
     model: str | ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> "Model":
     """A trained model, in eval mode.
 
+    device:      None: a GPU where there is one
     path, model: as for load_encoder: weights of any format, and which model they are where the path cannot say
     dtype:       that weights and activations have inside; features are float32 whatever it is
 
-    Raises UserError where the path is something else.
+    Raises UserError where the path is something else, and where there is no such device.
     """
-    return Model(Path(path), torch.device(device), model, dtype)
+    return Model(Path(path), usable_device(device), model, dtype)
 
 
 class Model:

@@ -37,7 +37,10 @@ class Jepa(Objective):
         engine.match_ema(self.target_encoder, self.encoder)
         self.ema_momentum: float = recipe.jepa.ema_momentum
         self._exponent = recipe.jepa.loss_exponent
-        self._token_per_generator = recipe.jepa.mask_token == "per_generator"
+        tokens = recipe.model.predictor.mask_tokens
+        per_generator = recipe.jepa.mask_token == "per_generator"
+        self._mask_token_of = [j % tokens if per_generator else 0 for j in range(len(recipe.masks.generators))]
+        self._unused_mask_tokens = set(range(tokens)) - set(self._mask_token_of)
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
 
     @property
@@ -47,6 +50,11 @@ class Jepa(Objective):
     @property
     def networks(self) -> dict[str, nn.Module]:
         return {**self.trained, "target_encoder": self.target_encoder}
+
+    @property
+    def unreached(self) -> frozenset[str]:
+        """Mask tokens of no generator: published models have ten, and two generators."""
+        return frozenset(f"predictor.mask_tokens.{token}" for token in self._unused_mask_tokens)
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
         """The mean over the micro-batch's mask pairs.
@@ -68,7 +76,7 @@ class Jepa(Objective):
         for generator, masks in enumerate(batch.masks):
             context_BK, target_BM = masks.context.to(clips_BCTHW.device), masks.target.to(clips_BCTHW.device)
             tokens_BKD = self.encoder(clips_BCTHW, context_BK)
-            mask_token = generator if self._token_per_generator else 0
+            mask_token = self._mask_token_of[generator]
             predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)
             wanted_BMD = targets_BND.gather(1, target_BM[..., None].expand(-1, -1, targets_BND.shape[-1]))
             losses.append(lp_distance(predicted_BMD.float(), wanted_BMD, self._exponent))

@@ -45,6 +45,11 @@ class Objective(ABC):
         """Trained networks that have a learning rate and a weight decay of their own."""
         return {}
 
+    @property
+    def unreached(self) -> frozenset[str]:
+        """Parameters of trained networks that no loss reaches, by canonical name."""
+        return frozenset()
+
     @abstractmethod
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
         """Of one micro-batch, float32 scalars: ``loss``, with a graph, and what is reported beside it.

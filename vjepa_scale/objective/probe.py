@@ -23,7 +23,8 @@ from vjepa_scale.recipe import Recipe, resolve_phases
 class Probes(Objective):
     """One frozen encoder, and a probe for each learning rate and weight decay: all see the same tokens.
 
-    The loss is the sum of the probes' cross-entropies, so that each gets the gradient of its own alone.
+    The loss is the sum of the probes' cross-entropies, so that each gets the gradient of its own alone. A probe whose
+    rate is too high for it is lost by itself: what is not finite counts nothing for the others.
     """
 
     def __init__(self, recipe: Recipe, engine: Engine, *, classes: list[str]) -> None:
@@ -58,13 +59,19 @@ class Probes(Objective):
         return self._settings
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """The sum over the probes; ``best_loss``, of the best of them; ``accuracy``, the mean over the probes."""
+        """The sum over the probes; ``best_loss``, of the best of them; ``accuracy``, the mean over the probes.
+
+        Without those whose loss is not finite, unless that is all of them.
+        """
         assert batch.labels is not None, "labelled clips"
         labels_B = batch.labels.to(self._engine.device, non_blocking=True)
         logits = self.logits(batch.clips)
         losses = torch.stack([F.cross_entropy(one, labels_B) for one in logits.values()])
         right = torch.stack([(one.argmax(1) == labels_B).float().mean() for one in logits.values()])
-        return {"loss": losses.sum(), "best_loss": losses.detach().min(), "accuracy": right.mean()}
+        lost = ~losses.detach().isfinite()
+        counted = losses.where(~lost | lost.all(), 0.0)  # the others' gradients are their own
+        best = losses.detach().where(~lost, torch.inf).min()
+        return {"loss": counted.sum(), "best_loss": best, "accuracy": right.where(~lost, 0.0).mean()}
 
     def logits(self, clips: Tensor) -> dict[str, Tensor]:
         """Of uint8 clips [B, 3, T, H, W]: float32 [B, classes] of each probe."""

@@ -7,7 +7,7 @@ objectives, the trainer and checkpoints are written once.
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,7 +36,7 @@ class Engine(ABC):
     """Shards networks over all processes of the started group. Every process is a data-parallel rank.
 
     The order of its use: ``shard`` each network, ``match_ema``, ``start_optimizer``; then ``restore`` where a
-    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``grad_norm``, ``step``, ``ema_update``.
+    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``grad_norms``, ``step``, ``ema_update``.
     Master weights, optimiser state, EMA and the reduction of gradients are float32, whatever computes.
     """
 
@@ -82,11 +82,16 @@ class Engine(ABC):
 
     @abstractmethod
     def start_optimizer(
-        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+        self,
+        cfg: OptimizerConfig,
+        trained: Mapping[str, nn.Module],
+        settings: Mapping[str, GroupSetting] | None = None,
+        unreached: Collection[str] = (),
     ) -> None:
         """Make the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``.
 
-        settings: networks with a rate and a weight decay of their own
+        settings:  networks with a rate and a weight decay of their own
+        unreached: parameters that no loss reaches, by canonical name: they stay as they are
         """
 
     # -- what a training step needs -------------------------------------------------------------------
@@ -103,22 +108,30 @@ class Engine(ABC):
         """What networks give, computed as in training, without gradients. Collective: all ranks, equally often."""
         return forward()
 
-    def grad_norm(self) -> float:
-        """L2 norm of all gradients of the step together, of the whole networks, equal on every rank."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients := self._gradients():
-            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    def grad_norms(self) -> dict[str, float]:
+        """L2 norm of the gradients of the step, of the whole networks, equal on every rank; for each part (part_of)."""
+        parts = list(dict.fromkeys(group["part"] for group in self._optimizer.param_groups))
+        squares = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
+        for part, gradients in self._gradients().items():
+            squares[parts.index(part)] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         dist.all_reduce(squares, group=self._gradient_group())
-        return float(squares.sqrt())
+        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients: clipping is scaling by ``limit / grad_norm`` where that is below 1."""
-        if gradients := self._gradients():
-            torch._foreach_mul_(gradients, factor)
+    def scale_gradients(self, factors: Mapping[str, float]) -> None:
+        """Multiply the gradients of some parts: clipping is scaling by ``limit / norm`` where that is below 1.
+
+        0 makes zeros of what is not finite, too.
+        """
+        for part, gradients in self._gradients().items():
+            factor = factors.get(part, 1.0)
+            if factor == 0:
+                torch._foreach_zero_(gradients)
+            elif factor != 1:
+                torch._foreach_mul_(gradients, factor)
 
     @abstractmethod
-    def _gradients(self) -> list[Tensor]:
-        """This rank's part of the averaged gradients."""
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        """This rank's share of the averaged gradients, by part; without parts of which it has none."""
 
     def _gradient_group(self) -> dist.ProcessGroup | None:
         """The ranks whose parts make up all gradients, each once; None for all ranks."""

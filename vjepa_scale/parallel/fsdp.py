@@ -1,6 +1,6 @@
 """FSDP2: plain networks become sharded ones. ``FsdpEngine.shard`` is the whole of it, in order."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,11 +82,15 @@ class FsdpEngine(Engine):
     # -- what a training step needs -------------------------------------------------------------------
 
     def start_optimizer(
-        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+        self,
+        cfg: OptimizerConfig,
+        trained: Mapping[str, nn.Module],
+        settings: Mapping[str, GroupSetting] | None = None,
+        unreached: Collection[str] = (),
     ) -> None:
         self._trained = list(trained.values())
         self._named = [(name, parameter) for name, parameter in named_parameters(trained) if parameter.requires_grad]
-        self._optimizer = build_optimizer(cfg, self._named, settings)
+        self._optimizer = build_optimizer(cfg, self._named, settings, unreached)
 
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
         _set_gradient_sync(self._trained, last)  # without it each rank keeps its own sum, unsharded, in float32
@@ -130,12 +134,13 @@ class FsdpEngine(Engine):
     def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
         """Nothing to do: the loader has written into the state itself."""
 
-    def _gradients(self) -> list[Tensor]:
-        gradients = []
-        for _, parameter in self._named:
-            if parameter.grad is not None:
-                assert isinstance(parameter.grad, DTensor)
-                gradients.append(parameter.grad.to_local())
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        gradients: dict[str, list[Tensor]] = {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    assert isinstance(parameter.grad, DTensor)
+                    gradients.setdefault(group["part"], []).append(parameter.grad.to_local())
         return gradients
 
 

@@ -1,6 +1,6 @@
 """Optimisers over sharded parameters, and their state as named tensors."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,19 @@ class GroupSetting(NamedTuple):
 
     lr_scale: float
     weight_decay: float
+
+
+# The part (see part_of) of all networks without a setting of their own.
+TOGETHER = ""
+
+
+def part_of(name: str, settings: Mapping[str, GroupSetting] | None) -> str:
+    """What a parameter learns in: its network, where that has a setting of its own, or all others together.
+
+    A part learns by itself: its gradient is clipped by its own norm, and lost alone where it is not finite.
+    """
+    network = name.partition(".")[0]
+    return network if network in (settings or {}) else TOGETHER
 
 
 def named_parameters(networks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
@@ -36,19 +49,25 @@ def make_optimizer(
     named_parameters: NamedParameters,
     shape: Callable[[nn.Parameter], Sequence[int]] = _own_shape,
     settings: Mapping[str, GroupSetting] | None = None,
+    unreached: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """AdamW or plain SGD, in groups with weight decay and without. The caller sets the rate of each step (set_rate).
 
-    shape:    of a whole parameter, where it does not tell itself
-    settings: of networks that have groups of their own, by the prefix of their parameters' names
+    shape:     of a whole parameter, where it does not tell itself
+    settings:  of networks that have groups of their own, by the prefix of their parameters' names
+    unreached: parameters that no loss reaches. PyTorch's optimisers skip what has no gradient; an engine that hands
+               them zeros for it would decay these
     """
-    split: dict[GroupSetting, list[nn.Parameter]] = {}
+    split: dict[tuple[str, GroupSetting], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        own = (settings or {}).get(name.partition(".")[0], GroupSetting(1.0, cfg.weight_decay))
-        if not is_decayed(name, shape(parameter)):
+        part = part_of(name, settings)
+        own = (settings or {}).get(part, GroupSetting(1.0, cfg.weight_decay))
+        if name in unreached or not is_decayed(name, shape(parameter)):
             own = own._replace(weight_decay=0.0)
-        split.setdefault(own, []).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": parameters, **own._asdict()} for own, parameters in split.items()]
+        split.setdefault((part, own), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "part": part, **own._asdict()} for (part, own), parameters in split.items()
+    ]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=True)
@@ -61,10 +80,13 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def build_optimizer(
-    cfg: OptimizerConfig, named_parameters: NamedParameters, settings: Mapping[str, GroupSetting] | None = None
+    cfg: OptimizerConfig,
+    named_parameters: NamedParameters,
+    settings: Mapping[str, GroupSetting] | None = None,
+    unreached: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
-    optimizer = make_optimizer(cfg, named_parameters, settings=settings)
+    optimizer = make_optimizer(cfg, named_parameters, settings=settings, unreached=unreached)
     if cfg.kind == "adamw":
         start_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
     return optimizer

@@ -13,7 +13,7 @@ any number of ranks, and under FSDP2.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -87,12 +87,16 @@ class ZeroEngine(Engine):
             self._deepspeed.zero.Init(module=piece, config_dict_or_path=self._config())
 
     def start_optimizer(
-        self, cfg: OptimizerConfig, trained: Mapping[str, nn.Module], settings: Mapping[str, GroupSetting] | None = None
+        self,
+        cfg: OptimizerConfig,
+        trained: Mapping[str, nn.Module],
+        settings: Mapping[str, GroupSetting] | None = None,
+        unreached: Collection[str] = (),
     ) -> None:
         self._named = {name: p for name, p in named_parameters(trained) if p.requires_grad}
         self._engine, self._zero, *_ = self._deepspeed.initialize(
             model=_Composite(trained, self._compute_type, self.device),
-            optimizer=make_optimizer(cfg, self._named.items(), _whole_shape, settings),
+            optimizer=make_optimizer(cfg, self._named.items(), _whole_shape, settings, unreached),
             config=self._config(),
             dist_init_required=False,
         )
@@ -139,8 +143,15 @@ class ZeroEngine(Engine):
     def look(self, forward: Callable[[], T]) -> T:
         return self._engine(forward)
 
-    def _gradients(self) -> list[Tensor]:
-        return [gradient for group in self._zero.averaged_gradients.values() for gradient in group or ()]
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        # Stage 3 splits the optimiser's groups further.
+        group_of = self._zero.sub_group_to_group_id if self._stage == 3 else {}
+        gradients: dict[str, list[Tensor]] = {}
+        for number, pieces in self._zero.averaged_gradients.items():
+            if pieces:
+                part = self._optimizer.param_groups[group_of.get(number, number)]["part"]
+                gradients.setdefault(part, []).extend(pieces)
+        return gradients
 
     def discard_gradients(self) -> None:
         self._zero.averaged_gradients = {}

@@ -7,7 +7,7 @@
 """
 
 from vjepa_scale.planning.cem import Plan, PlanConfig, cross_entropy_plan
-from vjepa_scale.planning.landscape import Landscape, draw_landscape
+from vjepa_scale.planning.landscape import Landscape, check_landscape, draw_landscape
 from vjepa_scale.planning.world import WorldModel, load_world_model
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "PlanConfig",
     "WorldModel",
+    "check_landscape",
     "cross_entropy_plan",
     "draw_landscape",
     "load_world_model",

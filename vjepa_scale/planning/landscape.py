@@ -3,6 +3,7 @@
 As the V-JEPA 2 paper and its code draw it. Near the true action there should be a hollow, and no other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,17 @@ class Landscape:
         """Where on the two axes the energy is least."""
         row, column = divmod(int(self.energies.argmin()), self.energies.shape[1])
         return float(self.values[0][row]), float(self.values[1][column])
+
+
+def check_landscape(path: str | Path, axes: Sequence[int]) -> None:
+    """Raise UserError for a picture that could not be written, or of one axis: before anything is planned."""
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"no picture can be called {path.name!r}", where=path, fix="end the name in .png or .svg")
+    if not path.parent.is_dir():
+        raise UserError("no such folder", where=path.parent, fix="make it, or write elsewhere")
+    if axes[0] == axes[1]:
+        raise UserError(f"{axes[0]} and {axes[1]} are one axis", where="axes", fix="two different ones of 0 … 6")
 
 
 @torch.no_grad()
@@ -81,11 +93,10 @@ def draw_landscape(
 ) -> None:
     """A picture of it, PNG or SVG by the name's end, with the true and the planned action where they are known.
 
-    Raises UserError for another name.
+    Raises UserError for another name, and where its folder is missing.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"no picture can be called {path.name!r}", where=path, fix="end the name in .png or .svg")
+    check_landscape(path, landscape.axes)
     # Here, since it takes half a second to import, and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -18,6 +18,7 @@ from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import squashed_crop
 from vjepa_scale.data.poses import states_along
+from vjepa_scale.inference.device import usable_device
 from vjepa_scale.model import Encoder
 from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor, build_action_predictor
 from vjepa_scale.objective.action import frame_tokens
@@ -36,7 +37,7 @@ _TOKENS_AT_ONCE = 2**16
 
 
 def load_world_model(
-    path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
+    path: str | Path, device: str | torch.device | None = "cpu", *, model: str | ModelConfig | None = None
 ) -> "WorldModel":
     """The encoder and the action-conditioned predictor of a checkpoint, float32, in eval mode.
 
@@ -44,9 +45,12 @@ def load_world_model(
            published action-conditioned ``.pt``
     model: for a published file of others: ``vit_giant``, or ``heads=22,predictor_heads=16``, or a ModelConfig
 
-    Raises UserError where the path is something else, or holds no action-conditioned predictor.
+    device: None: a GPU where there is one
+
+    Raises UserError where the path is something else, or holds no action-conditioned predictor, and where there is no
+    such device.
     """
-    return WorldModel(Path(path), torch.device(device), model)
+    return WorldModel(Path(path), usable_device(device), model)
 
 
 class WorldModel:

@@ -39,7 +39,8 @@ class Seen:
     """What the probes made of some records.
 
     labels:    [n], of the task
-    predicted: [n, P], by each probe: the class of the highest probability, averaged over a record's views
+    predicted: [n, P], by each probe: the class of the highest probability, averaged over a record's views; -1 where
+               its outputs are not finite
     features:  float32 [n, F], averaged over its views; None where they were not asked for
     """
 
@@ -80,7 +81,7 @@ class ProbeEvaluation:
         """evaluation.json's content (docs/probe.md), on rank 0; None on the others.
 
         step: of the checkpoint that is evaluated;  peak_lr: of the stage, which the probes' scales multiply
-        Raises UserError naming a clip that does not decode.
+        Raises UserError naming a clip that does not decode, or not within data.faults.decode_timeout_s.
         """
         labelled = sum(len(records) for records in self._kept.values())
         featured = self._config.labels_per_class is not None or labelled <= FEATURE_RECORDS
@@ -168,6 +169,7 @@ class ProbeEvaluation:
             workers=data.workers,
             segments=views.segments,
             crops=views.crops,
+            limit_s=data.faults.decode_timeout_s,
         )
 
 
@@ -182,7 +184,7 @@ class _Row:
 def _rows(shown: LabelledClips, logits: Tensor, features: Tensor, *, views: int, featured: bool) -> Iterator[_Row]:
     """logits [B·views, P, C] and features [B·views, F] of records, the last of which may be padding."""
     probabilities = logits.double().softmax(-1).unflatten(0, (-1, views)).mean(1)
-    predicted = probabilities.argmax(-1).cpu().numpy()
+    predicted = probabilities.argmax(-1).where(probabilities.isfinite().all(-1), -1).cpu().numpy()
     mean = features.unflatten(0, (-1, views)).mean(1).cpu().numpy() if featured else None
     for k, (record, label) in enumerate(zip(shown.records, shown.labels.tolist(), strict=True)):
         yield _Row(record, label, predicted[k], None if mean is None else mean[k])
@@ -199,8 +201,9 @@ def _choice(
     settings: list[dict[str, Any]], seen: Seen, chosen: Seen | None, config: ProbeStageConfig
 ) -> dict[str, Any]:
     """Each setting's accuracy, and the best: the first of equals, by the clips that it is to be chosen on."""
-    for setting, accuracy in zip(settings, seen.accuracies(), strict=True):
+    for setting, accuracy, predicted in zip(settings, seen.accuracies(), seen.predicted.T, strict=True):
         setting["accuracy"] = accuracy
+        setting["finite"] = bool((predicted >= 0).all())
     key = "accuracy"
     if chosen is not None:
         key = "choice_accuracy"
@@ -257,7 +260,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'learning rate':>15}{'weight decay':>15}{'accuracy':>11}"
     for setting in result["settings"]:
         best = f"   best, chosen on {result['chosen_on']}" * (setting["probe"] == result["best"]["probe"])
-        yield f"{setting['lr']:>15.3g}{setting['weight_decay']:>15g}{setting['accuracy']:>11.1%}{best}"
+        lost = "   outputs not finite" * (not setting["finite"])
+        yield f"{setting['lr']:>15.3g}{setting['weight_decay']:>15g}{setting['accuracy']:>11.1%}{best}{lost}"
     free = [(f"{result['neighbours']}-NN", result["knn"]), ("linear", result["linear"])] if result["neighbours"] else []
     yield ", ".join(f"{name} {value:.1%}" for name, value in [*free, ("chance", result["chance"])]) + (
         "" if free else f" (no k-NN or linear probe: more than {FEATURE_RECORDS} labelled clips)"

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.finding import name_of
 from vjepa_scale.checkpoint.formats.source import NETWORKS, refuse_other_model
+from vjepa_scale.checkpoint.manifest import identity
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.kept import kept_records, longest_clip
 from vjepa_scale.data.manifest import Manifest
@@ -89,7 +91,12 @@ def origin_of(start: Start) -> dict[str, Any]:
     manifest = store.read_manifest(start.checkpoint)
     if start.kind == "resume":
         return manifest.get("origin", {})
-    return {"path": str(start.checkpoint), "stage": manifest["stage"], "step": manifest["step"]}
+    return {
+        "path": str(start.checkpoint),
+        "stage": manifest["stage"],
+        "step": manifest["step"],
+        "identity": identity(manifest),
+    }
 
 
 def _source(recipe: Recipe, stage_name: str, word: str, value: str, *, verify: bool = True) -> Path:
@@ -288,16 +295,7 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
     number depends on. Raises UserError with what differs.
     """
     manifest = store.read_manifest(path)
-    stage = recipe.stages()[stage_name]
-    before, began = stage.continue_from, manifest["first"]
-    if before is None:  # a frozen encoder, too, is that of one step
-        before, began = stage.init_from, manifest.get("origin", {}).get("step")
-    if before in recipe.stages() and began is not None and (end := _end_of(recipe, before)) != began:
-        raise UserError(
-            f"{path} goes back to step {began} of {before!r}, which now ends at {end}",
-            where=stage_name,
-            fix=f"put {before}.steps back, or move {path.parent.parent} away to run {stage_name!r} again",
-        )
+    _refuse_other_origin(recipe, stage_name, path)
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
     step, first = manifest["step"], manifest["first"]
     then, now = (_trained(r, resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
@@ -313,6 +311,31 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
             f"the recipe differs from the one that trained {path}: {'; '.join(changed[:4] + more)}",
             where="resume",
             fix="put it back, choose another run.dir, or start another run with init_from or continue_from",
+        )
+
+
+def _refuse_other_origin(recipe: Recipe, stage_name: str, path: Path) -> None:
+    """What a stage began with must still be how the stage before it ends."""
+    manifest, stage = store.read_manifest(path), recipe.stages()[stage_name]
+    origin = manifest.get("origin", {})
+    before, began = stage.continue_from, manifest["first"]
+    if before is None:  # a frozen encoder, too, is that of one step
+        before, began = stage.init_from, origin.get("step")
+    if before not in recipe.stages() or began is None:
+        return
+    again = f"move {path.parent.parent} away to run {stage_name!r} again"
+    if (end := _end_of(recipe, before)) != began:
+        raise UserError(
+            f"{path} goes back to step {began} of {before!r}, which now ends at {end}",
+            where=stage_name,
+            fix=f"put {before}.steps back, or {again}",
+        )
+    then, now = origin.get("identity"), checkpoints_folder(recipe, before) / name_of(began)
+    if then is not None and (now / store.MANIFEST).exists() and identity(store.read_manifest(now)) != then:
+        raise UserError(
+            f"{path} goes back to another {now}: {before!r} has been trained again since",
+            where=stage_name,
+            fix=f"put the first one back, or {again}",
         )
 
 

@@ -15,21 +15,24 @@ from vjepa_scale.parallel.engine import Engine
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of a step is not a number; nothing has moved."""
+    """The loss or the gradients of a step are not numbers; nothing has moved."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step gave, equal on every rank.
 
-    parts: what the objective reports beside its loss
-    stop:  some rank has been asked to save and stop
+    grad_norm: of all gradients together that are finite
+    parts:     what the objective reports beside its loss
+    lost:      of several networks that learn each by itself, those whose gradient was not finite: they got zeros
+    stop:      some rank has been asked to save and stop
     """
 
     loss: float
     grad_norm: float
     effective_rank: float | None
     parts: dict[str, float] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
     stop: bool = False
 
 
@@ -51,7 +54,8 @@ def training_step(
     ranks, which have equal size. All ranks judge the reduced loss and gradient before anything moves.
     stop_asked: this rank has been asked to stop; all ranks learn it with the loss, so they stop together.
     accidents: of this rank, in loading this batch; where any rank has some, all call ``settle`` before anything moves.
-    Raises NonFiniteLossError where either is not finite.
+    clip_grad_norm: of each part of the networks that learns by itself (optim.part_of)
+    Raises NonFiniteLossError where the loss, or no part's gradient, is finite.
     """
     observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
@@ -71,16 +75,18 @@ def training_step(
     mean_loss, stop, unsettled, *parts = engine.mean(torch.stack([total, *flags, *sums.values()])).tolist()
     if unsettled > 0 and settle is not None:
         settle()
-    grad_norm = engine.grad_norm()
-    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+    norms = engine.grad_norms()
+    finite = {part: norm for part, norm in norms.items() if math.isfinite(norm)}
+    if not (math.isfinite(mean_loss) and finite):
         engine.discard_gradients()
-        raise NonFiniteLossError(
-            f"loss {mean_loss}, gradient norm {grad_norm}; weights, optimiser and EMA did not move"
-        )
-    if clip_grad_norm is not None and grad_norm > clip_grad_norm:
-        engine.scale_gradients(clip_grad_norm / grad_norm)
+        found = ", ".join(str(norm) for norm in norms.values())
+        raise NonFiniteLossError(f"loss {mean_loss}, gradient norm {found}; weights, optimiser and EMA did not move")
+    lost = tuple(part for part in norms if part not in finite)
+    clipped = {part: clip_grad_norm / norm for part, norm in finite.items() if clip_grad_norm and norm > clip_grad_norm}
+    engine.scale_gradients(clipped | dict.fromkeys(lost, 0.0))
 
     engine.step(lr)
     objective.after_step()
     rank = observed.effective_rank() if observed else None
-    return StepResult(mean_loss, grad_norm, rank, dict(zip(sums, parts, strict=True)), stop > 0)
+    reported = dict(zip(sums, parts, strict=True))
+    return StepResult(mean_loss, math.hypot(*finite.values()), rank, reported, lost, stop > 0)

@@ -112,7 +112,9 @@ class _Trainer:
         self.statistics = action_statistics(recipe, self.start, self.phases, self.manifests, self.kept, ranks)
         self.order = data_order(recipe, self.manifests, self.phases, self.start.base, self.kept)
         self.objective = build_objective(recipe, stage_name, self.engine, self.manifests)
-        self.engine.start_optimizer(recipe.optimizer_of(stage_name), self.objective.trained, self.objective.settings)
+        self.engine.start_optimizer(
+            recipe.optimizer_of(stage_name), self.objective.trained, self.objective.settings, self.objective.unreached
+        )
         self._restore(self.start)
 
     def run(self) -> None:
@@ -190,6 +192,8 @@ class _Trainer:
                     self._take_saved(wait=True)
                     raise
                 now = time.perf_counter()
+                if result.lost:
+                    self._say(f"step {step}: {', '.join(result.lost)}: gradient not finite, not learned from")
                 if log is not None:
                     log.write(
                         {
