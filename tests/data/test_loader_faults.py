@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.faulty import with_faulty_decoder
 from tests.data.test_loader import as_global, recipe_for
 from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
@@ -173,29 +174,12 @@ def test_a_shard_that_is_gone_or_cut_is_no_clips_fault(shards: Manifest, tmp_pat
         load(opened)
 
 
-# A rank whose decoder is PyAV, but for videos that begin with a word: on those it hangs in C, with the
-# interpreter's lock held, or crashes. The workers import this script too.
-FAULTY = """
-import ctypes, json, os, sys, time
-import av
-from pathlib import Path
+LOAD_OR_EVALUATE = """
+import json, sys, time
 from tests.data import test_loader_faults as here
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.manifest import Manifest
-
-honest = av.open
-
-def faulty(file, *args, **kwargs):
-    word = file.read(4)
-    file.seek(0)
-    if word == b"HANG":
-        ctypes.PyDLL(None).sleep(100)
-    if word == b"DIES":
-        os.abort()
-    return honest(file, *args, **kwargs)
-
-av.open = faulty
 
 def main():
     if sys.argv[3:] == ["evaluate"]:
@@ -221,12 +205,12 @@ if __name__ == "__main__":
 
 
 def faulty(folder: Path, *arguments: str) -> str:
-    """What the script prints about the folder's shards."""
+    """What the script prints about the folder's shards, with a faulty decoder."""
     script = folder / "load_it.py"
-    script.write_text(FAULTY)
+    script.write_text(LOAD_OR_EVALUATE)
     done = subprocess.run(
         [sys.executable, script, folder / "shards", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=with_faulty_decoder(folder),
         capture_output=True,
         text=True,
         timeout=150,

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from transformers import VJEPA2Model
 
 from tests.chain import ROOT, tool
+from tests.data.faulty import with_faulty_decoder
 from tests.data.videos import encoded, still_image
 from tests.inference.checkpoint import FPS, GRID
 from tests.inference.judge import close, sampled
 from tests.inference.test_model import chunks_by_hand
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.inference.model import Model
 
 RATE = 20
@@ -160,6 +162,39 @@ def test_shards_give_the_features_of_their_videos(
         )
         assert close(a, b)  # they share a forward pass with other clips: not to the bit
     assert (out / "rejected.jsonl").read_bytes() == b""
+
+
+def test_a_record_that_crashes_the_decoder_is_left_out_and_the_others_are_the_same(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for name, length in {"a": 30, "b": 64, "c": 32}.items():
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(encoded(length, rate=RATE, gop=10))
+    tool("make_shards", tmp_path / "videos", tmp_path / "shards", "--workers", 1)
+    shards = Manifest.open(tmp_path / "shards")
+    paths = [json.loads(shards.read(record, "json"))["path"] for record in range(3)]
+    flags = ("--part", "4", "--workers", "2", "--pool", "none", "--chunk", "2", "--batch", "2")  # many jobs of a video
+    extract(tmp_path / "shards", checkpoint, tmp_path / "whole", *flags)
+    at = int(shards.column("video.offset")[1])
+    with open(shards.folder / shards.shard_of(1).name, "r+b") as file:
+        file.seek(at)
+        file.write(b"DIES")
+    command = [ROOT / "tools" / "extract_features.py", tmp_path / "shards", checkpoint, tmp_path / "out", *flags]
+    environment = with_faulty_decoder(tmp_path)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (left_out,) = rows(tmp_path / "out" / "rejected.jsonl")
+    assert (left_out["path"], left_out["reason"]) == (paths[1], "crashes the decoder")
+    whole, found = (
+        {
+            (row["source"], row["start_s"]): load_file(folder / row["file"])["features"][row["row"]]
+            for row in rows(folder / "index.jsonl")
+        }
+        for folder in (tmp_path / "whole", tmp_path / "out")
+    )
+    assert {source for source, _ in found} == {paths[0], paths[2]}
+    assert found.keys() == {key for key in whole if key[0] != paths[1]}
+    assert all(close(found[key], whole[key]) for key in found)  # they shared forward passes with other clips
 
 
 def test_array_jobs_share_the_work(videos: Path, checkpoint: Path, extracted: tuple[Path, str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.chain import ROOT, checkpoint_tensors, metrics, tool, write_recipe
+from tests.data.faulty import with_faulty_decoder
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.accidents import Accident
 from vjepa_scale.recipe import load_recipe
@@ -196,32 +197,12 @@ def test_above_the_rate_the_run_stops_names_the_clips_and_goes_on_once_they_are_
     assert metrics(run, "pretrain") == metrics(tmp_path / "whole", "pretrain")
 
 
-# Every process of the launch reads this: the decoder hangs in C, holding the interpreter's lock.
-HANGING = """
-import ctypes
-import av
-
-honest = av.open
-
-def hanging(file, *args, **kwargs):
-    word = file.read(4) if hasattr(file, "read") else b""
-    if hasattr(file, "seek"):
-        file.seek(0)
-    if word == b"HANG":
-        ctypes.PyDLL(None).sleep(100)
-    return honest(file, *args, **kwargs)
-
-av.open = hanging
-"""
-
-
 @pytest.mark.slow
 def test_a_run_with_a_decoder_that_hangs(
     two_data_sets: Sets, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same run as with unreadable clips, but for the cause in the ledger."""
-    (tmp_path / "sitecustomize.py").write_text(HANGING)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', ROOT)}")
+    monkeypatch.setenv("PYTHONPATH", with_faulty_decoder(tmp_path)["PYTHONPATH"])
     sets = damaged(two_data_sets, tmp_path / "left", b"HANG")
     run = tmp_path / "run"
     faults = {"faults": {"max_rate": 0.5, "decode_timeout_s": 2}}

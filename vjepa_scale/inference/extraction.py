@@ -14,12 +14,13 @@ are never written again.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,14 +28,16 @@ from torch import Tensor
 from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
+from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.decode import DecodeError, Media
 from vjepa_scale.data.ingest.probing import probe_sources
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.sources import folder_source, list_sources
 from vjepa_scale.data.ingest.work import Settings as ShardSettings
-from vjepa_scale.data.loader import Prefetched
+from vjepa_scale.data.loader import ClipsLost, Prefetched
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.data.pictures import picture_count, stream_pictures
+from vjepa_scale.data.silence import Board
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import cropped
 from vjepa_scale.inference.model import Model
@@ -43,6 +46,7 @@ SETTINGS = "extract.json"
 INDEX = "index.jsonl"
 PARTS = "parts"
 
+T = TypeVar("T")
 Pool = Literal["mean", "time", "none"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -264,13 +268,8 @@ def _write_part(
         left.unlink(missing_ok=True)
     usable, rejected = videos.usable(numbers, workers)
     jobs = [job for video in usable for job in _jobs(video, model, settings)]
-    loaded = Prefetched(
-        partial(_decode, videos, model.config.fps, model.config.size), jobs, workers=workers, prefetch=2
-    )
-    try:
-        rows, failed = _encode(jobs, loaded, model, settings)
-    finally:
-        loaded.close()
+    limit_s = ShardSettings().decode_timeout_s  # as for videos of a folder, when they are looked at
+    rows, failed = _encode(jobs, _decoded(videos, jobs, model, workers, limit_s), model, settings)
     rejected = [*rejected, *failed.values()]
     lines, features, at = list[dict[str, Any]](), list[Tensor](), 0
     for video, chunk, value in rows:
@@ -300,15 +299,55 @@ def _jobs(video: _Video, model: Model, settings: Settings) -> Iterator[_Job]:
         yield _Job(video, chunks[i : i + settings.batch])
 
 
-def _decode(videos: _Folder | _Shards, fps: float, size: tuple[int, int], job: _Job) -> list[Tensor] | Rejected:
-    """The clip of each chunk, uint8 [3, T, H, W]; in a worker."""
+def _decoded(
+    videos: _Folder | _Shards, jobs: Sequence[_Job], model: Model, workers: int, limit_s: float
+) -> Iterator[list[Tensor] | Rejected]:
+    """``_decode`` of each job in order, by workers. A video that takes its worker with it is rejected like any other.
+
+    limit_s: for one picture
+    """
+    lost: dict[str, Rejected] = {}
+    given = 0
+    while given < len(jobs):
+        board = Board([""], workers) if workers else None
+        load = partial(_decode, videos, model.config.fps, model.config.size, board, dict(lost))
+        waiting = list(enumerate(jobs))[given:]
+        loaded = Prefetched(load, waiting, workers=workers, prefetch=2, board=board, limit_s=limit_s)
+        try:
+            for clips in loaded:
+                given += 1
+                yield clips
+        except ClipsLost as gone:
+            for place, (cause, detail) in gone.clips.items():
+                source = jobs[place.slot].video.source
+                lost[source] = Rejected(source, cause, detail)
+        finally:
+            loaded.close()
+
+
+def _decode(
+    videos: _Folder | _Shards,
+    fps: float,
+    size: tuple[int, int],
+    board: Board | None,
+    lost: Mapping[str, Rejected],
+    numbered: tuple[int, _Job],
+) -> list[Tensor] | Rejected:
+    """The clip of each chunk, uint8 [3, T, H, W]; in a worker.
+
+    board: told of every picture;  lost: videos not to be tried again
+    """
+    number, job = numbered
+    if job.video.source in lost:
+        return lost[job.video.source]
     last = job.chunks[-1]
     count = last.first + last.real - job.first
     rejected = partial(Rejected, job.video.source)
     try:
         pictures = stream_pictures(videos.media(job.video), fps=fps, start_s=job.first / fps)
         # Cropped one by one: whole pictures of several chunks would be gigabytes.
-        clips = [cropped(picture, size) for picture in islice(pictures, count)]
+        told = _told_of(board, ClipRef(0, number, "", 0, (), fps), pictures)
+        clips = [cropped(picture, size) for picture in islice(told, count)]
     except DecodeError as error:
         return rejected(error.reason, error.detail)
     except OSError as error:
@@ -318,8 +357,18 @@ def _decode(videos: _Folder | _Shards, fps: float, size: tuple[int, int], job: _
     return [torch.cat([clips[n - job.first] for n in chunk.frames], dim=1) for chunk in job.chunks]
 
 
+def _told_of(board: Board | None, ref: ClipRef, pictures: Iterator[T]) -> Iterator[T]:
+    """The pictures, and for each a line on the board while it is decoded."""
+    while True:
+        with board.decoding(ref) if board is not None else nullcontext():
+            picture = next(pictures, None)
+        if picture is None:
+            return
+        yield picture
+
+
 def _encode(
-    jobs: Sequence[_Job], loaded: Prefetched[_Job, list[Tensor] | Rejected], model: Model, settings: Settings
+    jobs: Sequence[_Job], loaded: Iterator[list[Tensor] | Rejected], model: Model, settings: Settings
 ) -> tuple[list[tuple[_Video, Chunk[int], Tensor]], dict[str, Rejected]]:
     """(video, chunk, its rows) of all chunks in order, and the videos that did not decode after all."""
     rows: list[tuple[_Video, Chunk[int], Tensor]] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import quiet
+from tests.data.faulty import with_faulty_decoder
 from tests.data.ingest.test_shards import contents
 from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
@@ -198,25 +199,11 @@ def test_a_list_that_is_wrong_further_down_leaves_nothing(tmp_path: Path, small_
 
 # make_shards whose decoder is PyAV, but for videos that begin with a word: on those it hangs in C, with the
 # interpreter's lock held, or crashes. The workers import this script too.
-FAULTY = """
-import ctypes, os, sys
+MAKE_OR_LOOK = """
+import sys
 from pathlib import Path
-import av
 from vjepa_scale.data.ingest import check, index
 from vjepa_scale.data.ingest.shards import Settings, make_shards
-
-honest = av.open
-
-def faulty(file, *args, **kwargs):
-    word = file.read(4)
-    file.seek(0)
-    if word == b"HANG":
-        ctypes.PyDLL(None).sleep(100)
-    if word == b"DIES":
-        os.abort()
-    return honest(file, *args, **kwargs)
-
-av.open = faulty
 
 def main():
     folder = Path(sys.argv[1])
@@ -242,9 +229,16 @@ def test_files_that_hang_or_crash_the_decoder_are_rejected_with_the_reason(tmp_p
     (tmp_path / "videos" / "0 hangs.mp4").write_bytes(b"HANG" + encoded(5))
     (tmp_path / "videos" / "1 dies.mp4").write_bytes(b"DIES" + encoded(5))
     script = tmp_path / "make.py"
-    script.write_text(FAULTY)
+    script.write_text(MAKE_OR_LOOK)
     began = time.monotonic()
-    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=90, check=False)
+    run = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=with_faulty_decoder(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert time.monotonic() - began < 60  # it would have slept for 100 s
     rows = [(row["path"], row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
@@ -268,11 +262,12 @@ def test_index_and_check_name_the_shard_whose_decoder_hangs_or_crashes(word: byt
     with open(folder / "a.tar", "r+b") as file:
         file.seek(place.offset)
         file.write(word)
-    script.write_text(FAULTY)
+    script.write_text(MAKE_OR_LOOK)
+    environment = with_faulty_decoder(tmp_path)
 
     def look(what: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, script, folder, what]
-        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
 
     assert f"a.tar: a clip {how} the decoder" in look("check").stdout
     (folder / "manifest.json").unlink()
