@@ -29,6 +29,7 @@ from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.ingest.summary import Summary
 from vjepa_scale.data.ingest.trajectories import LAYOUTS
 from vjepa_scale.data.ingest.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
+from vjepa_scale.data.statistics import NUMBERS
 
 _SECONDS_PER_LINE = 30
 _CPUS_PER_JOB = 8
@@ -289,6 +290,10 @@ def report(out: Path, summary: Summary) -> None:
     rates = {f"{rate:g}" if rate else "still": count for rate, count in summary.rates.items()}
     print(f"resolutions: {_most(sizes)}")
     print(f"frames a second: {_most(rates)}")
+    for kind, of in (("states", "from"), ("actions", "step by step, from")) if summary.trajectories else ():
+        told = (summary.trajectories or {})[kind]
+        spans = zip(NUMBERS, told["min"], told["max"], strict=True) if told["count"] else ()
+        print(f"{kind}, {of}: {', '.join(f'{name} {low:.3g} to {high:.3g}' for name, low, high in spans)}")
     print(
         f"rejected: {sum(summary.rejected.values())}" + (f" (see {out / 'rejected.jsonl'})" if summary.rejected else "")
     )

@@ -56,6 +56,7 @@ class Manifest:
         self.classes: list[str] = tree["classes"]
         self.identity: str = tree["identity"]
         self.source: dict[str, Any] = tree["source"]
+        self.trajectories: dict[str, Any] | None = tree.get("trajectories")  # statistics of states and actions
         self.shards = [Shard(**shard) for shard in tree["shards"]]
         self.described = {column["name"]: column for column in tree["columns"]}
         self._mapped: dict[str, npt.NDArray[Any]] = {}
@@ -178,10 +179,12 @@ def write_manifest(
     classes: Sequence[str],
     columns: dict[str, npt.NDArray[Any]],
     source: dict[str, Any],
+    trajectories: dict[str, Any] | None = None,
 ) -> None:
     """Columns, then manifest.json: the moment the data set exists.
 
-    source: what it was made from; a second run compares it.
+    source:       what it was made from; a second run compares it
+    trajectories: of robots: how their states and actions are spread (statistics.log_statistics)
     """
     described = [_write_column(folder, name, values) for name, values in columns.items()]
     fsync_path(folder / "columns")
@@ -192,6 +195,7 @@ def write_manifest(
         "source": source,
         "classes": list(classes),
         "columns": described,
+        **({"trajectories": trajectories} if trajectories else {}),
         "shards": [vars(shard) for shard in shards],
     }
     write_json(folder / MANIFEST, tree)

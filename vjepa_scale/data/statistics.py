@@ -21,6 +21,8 @@ from vjepa_scale.data.trajectory_clips import states_at
 
 F64 = npt.NDArray[np.float64]
 
+# The 7 numbers: metres, radians, and 0 open to 1 closed.
+NUMBERS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _KINDS = ("states", "actions")
 _FIELDS = ("mean", "std", "min", "max")
 
@@ -84,6 +86,12 @@ def trajectory_statistics(manifest: Manifest, records: Sequence[int] | npt.NDArr
         rows = _rows(manifest, int(record), fps)
         found = {kind: found[kind].joined(Moments.of(rows[kind])) for kind in _KINDS}
     return {"fps": fps, "records": len(records)} | {kind: found[kind].told() for kind in _KINDS}
+
+
+def log_statistics(states_K7: F64) -> dict:
+    """``trajectory_statistics`` of one control log, step by step as it was written down: ``fps`` is None."""
+    actions = actions_between(torch.from_numpy(states_K7)).numpy()
+    return {"fps": None, "records": 1, "states": Moments.of(states_K7).told(), "actions": Moments.of(actions).told()}
 
 
 def merged(parts: Iterable[dict]) -> dict:

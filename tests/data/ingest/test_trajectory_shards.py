@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import webdataset
+from scipy.spatial.transform import Rotation
 
 import vjepa_scale.data.ingest.shards as making
 from tests.data.conftest import quiet
@@ -144,7 +145,27 @@ def test_the_reader_gives_what_was_written(droid: Path, made: Manifest) -> None:
             assert np.array_equal(log.extrinsics, expected["extrinsics.npy"])
 
 
+def test_the_manifest_has_statistics_of_states_and_actions(droid: Path, made: Manifest) -> None:
+    """By numpy and scipy on the logs as they were written."""
+    states = [written(droid, folder)["states.npy"] for folder in GOOD]
+    actions = []
+    for log in states:
+        turned = Rotation.from_euler("xyz", log[:, 3:6])
+        angles = (turned[1:] * turned[:-1].inv()).as_euler("xyz")
+        actions.append(np.concatenate([np.diff(log[:, :3], axis=0), angles, np.diff(log[:, 6:], axis=0)], 1))
+    found = json.loads((made.folder / "manifest.json").read_text())["trajectories"]
+    assert found == made.trajectories
+    assert (found["records"], found["fps"]) == (len(GOOD), None)
+    for kind, logs in (("states", states), ("actions", actions)):
+        rows = np.concatenate(logs)
+        assert found[kind]["count"] == len(rows)
+        plain = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0)}
+        for name, expected in plain.items():  # float64 in another order
+            np.testing.assert_allclose(found[kind][name], expected, atol=1e-12, err_msg=f"{kind} {name}")
+
+
 def test_a_data_set_of_videos_has_no_such_columns(shards: Manifest) -> None:
+    assert shards.trajectories is None
     assert not [name for name in shards.described if name.partition(".")[0] in ("states", "times", "extrinsics")]
     with pytest.raises(UserError, match=r"no trajectories.*--trajectories droid"):
         read_trajectory(shards, 0)

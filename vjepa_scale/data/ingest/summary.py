@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Summary:
 
     resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
     reason. The most frequent come first.
+    trajectories: of robots: statistics of states and actions (data/statistics.py)
     """
 
     clips: int
@@ -28,6 +30,7 @@ class Summary:
     resolutions: dict[tuple[int, int], int]
     rates: dict[float, int]
     rejected: dict[str, int]
+    trajectories: dict[str, Any] | None = None
     existed: bool = False
 
 
@@ -46,6 +49,7 @@ def summarize(out: Path, existed: bool = False) -> Summary:
         resolutions={(size >> 32, size & 0xFFFFFFFF): n for size, n in _frequent(sizes).items()},
         rates=_frequent(np.round(rate[block], 2) for block in blocks),
         rejected=dict(Counter(row["reason"] for row in read_jsonl(out / REJECTED)).most_common()),
+        trajectories=manifest.trajectories,
         existed=existed,
     )
 

@@ -8,6 +8,7 @@ shard write the same bytes. Held meanwhile: a block of one file per worker (a pa
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from vjepa_scale.data.ingest.transcode import Transcode, digest_of_part
 from vjepa_scale.data.ingest.work import Part, Progress, Work, publish, tidy
 from vjepa_scale.data.manifest import REJECTED, Shard, write_manifest
 from vjepa_scale.data.processes import map_in_workers
+from vjepa_scale.data.statistics import log_statistics, merged
 
 _BLOCK = 2**22  # bytes of a file
 
@@ -67,12 +69,14 @@ def finish(work: Work) -> Summary:
     temporary = temporary_beside(work.out / REJECTED)
     shutil.copyfile(planned(work) / REJECTED, temporary)
     publish(temporary, work.out / REJECTED)
-    shards, places = _receipts(work, plan)
+    shards, places, trajectories = _receipts(work, plan)
     columns: dict[str, npt.NDArray[Any]] = {"key": keys(len(plan.column("label")))}
     for role, place in places.items():
         columns |= {f"{role}.offset": place[:, 0], f"{role}.size": place[:, 1]}
     columns |= {name: plan.column(name) for name in (*FACTS, "label")}
-    write_manifest(work.out, shards=shards, classes=plan.classes, columns=columns, source=work.source)
+    write_manifest(
+        work.out, shards=shards, classes=plan.classes, columns=columns, source=work.source, trajectories=trajectories
+    )
     tidy(work.out)
     return summarize(work.out)
 
@@ -104,23 +108,26 @@ def _is_written(work: Work, shard: int) -> bool:
     return _receipt(work, shard).exists() and _shard(work, shard).exists()
 
 
-def _receipts(work: Work, plan: Plan) -> tuple[list[Shard], dict[str, npt.NDArray[np.int64]]]:
-    """The shards, and where members lie in them: by role, offset and size [records, 2], zeros where there is none.
+def _receipts(work: Work, plan: Plan) -> tuple[list[Shard], dict[str, npt.NDArray[np.int64]], dict[str, Any] | None]:
+    """The shards, where members lie in them (by role, offset and size [records, 2], zeros where there is none), and
+    statistics of trajectories.
 
     16 bytes a record and role are held.
     """
     shards, places, first = list[Shard](), dict[str, npt.NDArray[np.int64]](), 0
+    moved = list[dict[str, Any]]()
     for number, end in enumerate(plan.ends.tolist()):
         receipt, path = read_json(_receipt(work, number)), _shard(work, number)
         if path.stat().st_size != receipt["bytes"]:
             raise UserError("other bytes than were written", where=path, fix="remove it and run the command again")
         shards.append(Shard(path.name, end - first, receipt["bytes"], receipt["sha256"]))
+        moved += [receipt["trajectories"]] if receipt["trajectories"] else []
         for role, place in receipt["members"].items():
             if role not in places:
                 places[role] = np.zeros((int(plan.ends[-1]), 2), np.int64)
             places[role][first:end] = place
         first = end
-    return shards, places
+    return shards, places, merged(moved) if moved else None
 
 
 # -- one shard -------------------------------------------------------------------------------------
@@ -131,11 +138,16 @@ def _write_shard(work: Work, shard: int) -> Path:
     path, plan = _shard(work, shard), Plan.open(work)
     temporary = temporary_beside(path)
     members: dict[str, list[tuple[int, int]]] = {}
+    moved: dict[str, Any] | None = None
     try:
         with open(temporary, "wb") as file:
             tar = TarWriter(file)
             for number, (index, record) in enumerate(plan.records(shard)):
-                for role, place in _add_sample(tar, work.root, index, record).items():
+                beside = _beside(work.root, record)
+                if "states" in beside:
+                    own = log_statistics(np.load(io.BytesIO(beside["states"]), allow_pickle=False))
+                    moved = own if moved is None else merged([moved, own])
+                for role, place in _add_sample(tar, work.root, index, record, beside).items():
                     places = members.setdefault(role, [])
                     places += [(0, 0)] * (number - len(places))
                     places.append((place.offset, place.size))
@@ -148,12 +160,16 @@ def _write_shard(work: Work, shard: int) -> Path:
     records = int(plan.ends[shard]) - (int(plan.ends[shard - 1]) if shard else 0)
     for places in members.values():
         places += [(0, 0)] * (records - len(places))
-    write_atomic(_receipt(work, shard), json.dumps({"bytes": tar.size, "sha256": tar.sha256, "members": members}))
+    receipt = {"bytes": tar.size, "sha256": tar.sha256, "members": members, "trajectories": moved}
+    write_atomic(_receipt(work, shard), json.dumps(receipt))
     return path
 
 
-def _add_sample(tar: TarWriter, root: Path, index: int, record: Record) -> dict[str, Member]:
-    """Write a record's members, in the order of their names. Returns where they lie, by role: video, json, states, …"""
+def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: dict[str, bytes]) -> dict[str, Member]:
+    """Write a record's members, in the order of their names. Returns where they lie, by role: video, json, states, …
+
+    beside: further members, by role
+    """
     known = {"path": record.path, "label": record.label, **asdict(record.facts)}
     if record.part is not None:
         known |= {"start": record.part[0], "end": record.part[1]}
@@ -169,7 +185,7 @@ def _add_sample(tar: TarWriter, root: Path, index: int, record: Record) -> dict[
     else:
         clip = _made(root, record)
         contents[made] = "video", len(clip), [clip]
-    contents |= {f"{role}.npy": (role, len(data), [data]) for role, data in _beside(root, record).items()}
+    contents |= {f"{role}.npy": (role, len(data), [data]) for role, data in beside.items()}
     return {
         role: tar.add(f"{_key(index)}.{name}", size, blocks) for name, (role, size, blocks) in sorted(contents.items())
     }
