@@ -37,7 +37,7 @@ lint: env
 	$(BIN)/lint-imports
 
 bench: env
-	for script in $(filter-out $(addprefix benchmarks/,showcase.py clock.py published.py),$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out $(addprefix benchmarks/,showcase.py surprise.py clock.py published.py),$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

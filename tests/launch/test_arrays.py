@@ -25,7 +25,8 @@ from vjepa_scale.data.ingest.probing import probe
 from vjepa_scale.data.ingest.shards import make_shards as make
 from vjepa_scale.data.ingest.work import Part, Settings, begin
 from vjepa_scale.launch.arrays_follow import Files, last_words
-from vjepa_scale.launch.profile import Profile, submitit_parameters, without_gpus
+from vjepa_scale.launch.profile import Profile
+from vjepa_scale.launch.profile_job import submitit_parameters, without_gpus
 from vjepa_scale.launch.shards_task import Attempt
 
 PROFILES = ["example_h100", "sandbox"]

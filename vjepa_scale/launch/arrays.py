@@ -29,7 +29,8 @@ from vjepa_scale.core.files import read_json, write_json
 from vjepa_scale.data.ingest.summary import Summary, summarize
 from vjepa_scale.data.ingest.work import JOBS, Part, Progress, Settings, Work, begin
 from vjepa_scale.launch.arrays_follow import Job, follow
-from vjepa_scale.launch.profile import load_profile, without_gpus
+from vjepa_scale.launch.profile import load_profile
+from vjepa_scale.launch.profile_job import without_gpus
 from vjepa_scale.launch.shards_task import STEPS, run_share
 from vjepa_scale.launch.snapshot import code_folder, snapshot_code
 from vjepa_scale.launch.submission import (

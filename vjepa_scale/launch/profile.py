@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,179 +19,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.launch import profile_values as values
 from vjepa_scale.recipe.load import explain_invalid
 from vjepa_scale.recipe.sections import Section
 
-# -- what values may hold --------------------------------------------------------------------------
-
-# What the launcher decides. A second value in the batch script would win over it, or break what relies on it.
-_LAUNCHERS = {
-    "job-name": "it is the run folder's name and the stage",
-    "nodes": "it is launch.nodes of the recipe",
-    "ntasks": "it follows from launch.nodes and launch.tasks_per_node of the recipe",
-    "ntasks-per-node": "it is launch.tasks_per_node of the recipe",
-    "cpus-per-task": "it is launch.cpus_per_task of the recipe",
-    "time": "it is launch.timeout_min of the recipe",
-    "dependency": "a stage waits for the one before",
-    "kill-on-invalid-dep": "a stage behind a failed one is cancelled",
-    "output": "logs are in the stage's folder",
-    "error": "logs are in the stage's folder",
-    "open-mode": "logs are appended to over restarts",
-    "signal": "it is signal_delay_s of this profile",
-    "requeue": "it is requeue of this profile",
-    "no-requeue": "it is requeue of this profile",
-    "array": "a stage is one job",
-    "chdir": "paths of the recipe are relative to the folder of the launch",
-    "no-kill": "a job that lost a node has to start again from its checkpoint",
-    "gpus-per-task": "every process must see all GPUs of its node; use gpus_per_node or gres",
-    "parsable": "the launcher reads what sbatch prints",
-    "quiet": "the launcher reads what sbatch prints",
-    "test-only": "nothing would be submitted; use --dry-run --print-sbatch",
-    "wait": "sbatch would not come back; use --wait of the launcher",
-    "wrap": "the launcher writes the script",
-    "clusters": "jobs are looked up in the cluster that the launch is made on",
-    "cluster": "jobs are looked up in the cluster that the launch is made on",
-}
-_SRUN_LAUNCHERS = re.compile(
-    r"--(output|error|input|nodes|ntasks|ntasks-per-node|gpus-per-task|jobid|multi-prog|no-kill|pty|test-only)|-[oeiNnk].*"
-)
-# One process's place in the job: a fixed value would be the same for all of them.
-_RANK_VARIABLES = re.compile(
-    r"(LOCAL_)?(RANK|WORLD_SIZE)|SUBMITIT_EXECUTOR|SLURM_(PROCID|NTASKS|LOCALID|JOB_ID|STEP_ID)"
-)
-_GPU_GRES = re.compile(r"(gres[:/])?gpu(:|$)")
-_GPU_OPTION = re.compile(r"(^|[-:/=])gpus?($|[-:=])")  # gpus, gpu-bind, mem-per-gpu, tres-per-task=gres/gpu:1
-_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
+Text = Annotated[str, AfterValidator(values.text)]
+Word = Annotated[str, AfterValidator(values.word)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(values.as_list)]
 
 
-def _line(value: str) -> str:
-    """One line that is not empty: a line break would end an #SBATCH line and begin a command."""
-    if not value.strip():
-        raise ValueError("is empty; take the line out")
-    if any(not character.isprintable() for character in value):
-        raise ValueError(f"{value!r} holds a line break or a control character")
-    return value
-
-
-def _text(value: str) -> str:
-    """Text for Slurm itself, which fills in no variables, knows no ~, and drops backslashes from #SBATCH lines."""
-    _line(value)
-    if "\\" in value:
-        raise ValueError(f"{value!r}: Slurm drops backslashes")
-    if _VARIABLE.search(value) or re.search(r"(^|=)~", value):
-        raise ValueError(f"{value!r}: Slurm fills in neither variables nor ~; write it out")
-    return value
-
-
-def _word(value: str) -> str:
-    if any(character.isspace() for character in _text(value)):
-        raise ValueError(f"{value!r} holds a space")
-    return value
-
-
-def _mem(value: str) -> str:
-    if not re.fullmatch(r"0|\d+[KMGTkmgt][Bb]?", value):
-        raise ValueError(f"{value!r} is not an amount with its unit; write for example 480G, or 0 for all of a node")
-    return value
-
-
-def _option(name: str) -> str:
-    """The long name of an sbatch option, as sbatch spells it."""
-    option = name.replace("_", "-")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) < 2:
-        raise ValueError(f"{name!r} is not an option's long name without dashes in front, such as licenses")
-    if option in _LAUNCHERS:
-        raise ValueError(f"{option} is the launcher's: {_LAUNCHERS[option]}")
+def _not_a_key(option: str) -> str:
     if option.replace("-", "_") in Profile.model_fields:
         raise ValueError(f"{option} is a key of the profile itself: write it at the left margin")
     return option
-
-
-def _option_value(value: Any) -> Any:
-    if value is None:
-        raise ValueError("no value; write true for an option that takes none")
-    if value == "false" or value is False:
-        raise ValueError("an option cannot be false; take the line out")
-    return "true" if value is True else value
-
-
-def _variable_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{name!r} is not a variable's name")
-    if _RANK_VARIABLES.fullmatch(name):
-        raise ValueError(f"{name} differs from process to process, and srun or submitit sets it")
-    return name
-
-
-def _variable_value(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a variable cannot hold a zero byte")
-    return value
-
-
-def _module(value: str) -> str:
-    if any(character.isspace() for character in _line(value)):
-        raise ValueError(f"{value!r} holds a space: one module an item")
-    return value
-
-
-def _setup(value: str) -> str:
-    if re.match(r"\s*#(SBATCH|PBS|BSUB)\b", value):
-        raise ValueError(f"{value!r} is an option of sbatch: write it under sbatch")
-    return _variable_value(value)
-
-
-def _command(value: str) -> str:
-    """Words of a command, quoted as in a shell; nothing of a shell in it but $NAME."""
-    try:
-        words = shlex.split(_line(value))
-    except ValueError as error:
-        raise ValueError(f"{value!r}: {str(error).lower()}") from None
-    for word in words:
-        _shell_text(word)
-        if word in (";", "&", "&&", "|", "||", ">", "<"):
-            raise ValueError(f"{value!r}: {word!r} would be an argument; commands before python belong in setup")
-    return value
-
-
-def _shell_text(value: str) -> str:
-    rest = _VARIABLE.sub("", _line(value))
-    if "$" in rest or "`" in rest:
-        raise ValueError(f"{value!r}: only $NAME and ${{NAME}} are filled in")
-    if value.startswith("~"):
-        raise ValueError(f"{value!r}: ~ is not filled in; write $HOME")
-    return value
-
-
-def _srun(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Options only: srun takes the first thing that is not one for the command to run."""
-    takes_value = False
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if not argument.startswith("-"):
-            if not takes_value:
-                raise ValueError(f"{argument!r} is not an option: srun would run it in place of Python")
-            takes_value = False
-            continue
-        if any(character.isspace() for character in name):
-            raise ValueError(f"{argument!r} is one argument to srun; write --option=value")
-        if _SRUN_LAUNCHERS.fullmatch(name):
-            raise ValueError(f"{name} is the launcher's")
-        takes_value = "=" not in argument
-    return arguments
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_exclusive(value: Any) -> Any:
-    return {"true": True, "yes": True, "false": False, "no": False}.get(value, value) if str(value) == value else value
-
-
-Text = Annotated[str, AfterValidator(_text)]
-Word = Annotated[str, AfterValidator(_word)]
-Words = Annotated[tuple[Word, ...], BeforeValidator(_as_list)]
 
 
 class Profile(Section):
@@ -211,10 +50,10 @@ class Profile(Section):
     constraint: Word | None = Field(None, description="features that nodes must have, for example `h100&ib`")
     nodelist: Words = Field((), description="nodes that must be among those used, for example `[gpu01]`")
     exclude: Words = Field((), description="nodes not to use, for example `['gpu[03-05]', gpu17]`")
-    exclusive: Annotated[Literal[True, False, "user", "mcs", "topo"], BeforeValidator(_as_exclusive)] = Field(
+    exclusive: Annotated[Literal[True, False, "user", "mcs", "topo"], BeforeValidator(values.as_exclusive)] = Field(
         False, description="true: no other job on these nodes"
     )
-    mem: Annotated[str, AfterValidator(_mem)] | None = Field(
+    mem: Annotated[str, AfterValidator(values.mem)] | None = Field(
         None, description="memory per node with its unit, for example `480G`; 0: all of it; default: the site's"
     )
     signal_delay_s: Annotated[int, Field(ge=1, le=65535)] = Field(
@@ -227,32 +66,32 @@ class Profile(Section):
         description="the job may be started again: by Slurm when a node fails or a job above preempts it, by the "
         "launcher after a time limit; false: neither",
     )
-    modules: tuple[Annotated[str, AfterValidator(_module)], ...] = Field(
+    modules: tuple[Annotated[str, AfterValidator(values.module)], ...] = Field(
         (), description="`module load` each of these first, in this order"
     )
     environment: dict[
-        Annotated[str, AfterValidator(_variable_name)], Annotated[str, AfterValidator(_variable_value)]
+        Annotated[str, AfterValidator(values.variable_name)], Annotated[str, AfterValidator(values.variable_value)]
     ] = Field({}, description="variables of the job, exactly as written: nothing in a value is filled in")
-    setup: tuple[Annotated[str, AfterValidator(_setup)], ...] = Field(
+    setup: tuple[Annotated[str, AfterValidator(values.setup)], ...] = Field(
         (),
         description="lines of bash after that, on the first node, one command an item; where the status of one is "
         "not 0 the job fails",
     )
-    container: Annotated[str, AfterValidator(_command)] | None = Field(
+    container: Annotated[str, AfterValidator(values.command)] | None = Field(
         None,
         description="command put before Python in every process, for example `apptainer exec --nv IMAGE.sif`; `$NAME` "
         "is filled in on the first node; `python` is then needed",
     )
-    python: Annotated[str, AfterValidator(_shell_text)] | None = Field(
+    python: Annotated[str, AfterValidator(values.shell_text)] | None = Field(
         None,
         description="the interpreter of the processes, in the container if there is one; default: the launching one",
     )
-    srun: Annotated[tuple[Text, ...], AfterValidator(_srun)] = Field(
+    srun: Annotated[tuple[Text, ...], AfterValidator(values.srun)] = Field(
         (), description="more arguments of srun, for example `[--container-image=/images/vjepa.sqsh]`"
     )
     sbatch: dict[
-        Annotated[str, AfterValidator(_option)],
-        Annotated[str, AfterValidator(_text), BeforeValidator(_option_value)],
+        Annotated[str, AfterValidator(values.option), AfterValidator(_not_a_key)],
+        Annotated[str, AfterValidator(values.text), BeforeValidator(values.option_value)],
     ] = Field(
         {},
         description="any other option of sbatch by its long name, for example `{licenses: lustre, mail-type: FAIL}`; "
@@ -336,7 +175,7 @@ def _check_bash(profile: Profile, path: Path) -> None:
         try:
             checked = subprocess.run(
                 ["bash", "--norc", "-n"],
-                input="\n".join(_guarded(item)) + "\n",
+                input="\n".join(guarded(item)) + "\n",
                 env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
                 capture_output=True,
                 text=True,
@@ -348,111 +187,11 @@ def _check_bash(profile: Profile, path: Path) -> None:
             raise UserError(f"{item!r} is not a whole command of bash: {said[0]}", where=f"{path}:setup.{number}")
 
 
-# -- for submitit ----------------------------------------------------------------------------------
-
-
-def submitit_parameters(profile: Profile, *, needs_gpus: bool, tasks_per_node: int) -> dict[str, Any]:
-    """Keyword arguments for ``SlurmExecutor.update_parameters``: everything that is the site's.
-
-    needs_gpus:     the recipe's processes each drive a GPU
-    tasks_per_node: processes per node
-    The caller adds the job's own: job_name, nodes, ntasks_per_node, cpus_per_task, time, dependency. Where it has
-    ``setup``, ``srun_args`` or ``additional_parameters`` too, it must join them with these.
-    """
-    sbatch: dict[str, Any] = {name: value == "true" or value for name, value in profile.sbatch.items()}
-    parameters: dict[str, Any] = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "gres": profile.gres,
-        "gpus_per_node": _gpus_per_node(profile, needs_gpus, tasks_per_node),
-        "constraint": profile.constraint,
-        "nodelist": ",".join(profile.nodelist) or None,
-        "exclude": ",".join(profile.exclude) or None,
-        "exclusive": profile.exclusive or None,
-        "mem": profile.mem,
-    }
-    additional: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True}
-    if profile.reservation is not None:
-        additional["reservation"] = profile.reservation
-    return {name: value for name, value in parameters.items() if value is not None} | {
-        "signal_delay_s": profile.signal_delay_s,
-        "wckey": sbatch.pop("wckey", None),  # submitit's own default is a key that sites with wckeys refuse
-        "setup": setup_lines(profile),
-        "srun_args": srun_arguments(profile),
-        "additional_parameters": {**additional, **sbatch},
-    }
-
-
-def srun_arguments(profile: Profile) -> list[str]:
-    """What the site's profile hands to srun."""
-    # Where sbatch was told --export=NONE (some sites do by default), srun would hand on nothing either.
-    exports = [] if any(argument.startswith("--export=") for argument in profile.srun) else ["--export=ALL"]
-    return [*exports, *profile.srun]
-
-
-def _gpus_per_node(profile: Profile, needs_gpus: bool, tasks_per_node: int) -> int | None:
-    if profile.gpus_per_node is not None:
-        return profile.gpus_per_node or None
-    named = [part.removeprefix("gres:").removeprefix("gres/") for part in (profile.gres or "").split(",")]
-    asked = any(part.split(":")[0] == "gpu" for part in named) or "gpus" in profile.sbatch
-    return tasks_per_node if needs_gpus and not asked else None
-
-
-def without_gpus(profile: Profile) -> Profile:
-    """The same site for jobs that use no GPU: none is asked for, in none of the ways there are."""
-    parts = [part for part in (profile.gres or "").split(",") if part and not _GPU_GRES.match(part)]
-    sbatch = {name: value for name, value in profile.sbatch.items() if not _GPU_OPTION.search(f"{name}={value}")}
-    return profile.model_copy(update={"gpus_per_node": 0, "gres": ",".join(parts) or None, "sbatch": sbatch})
-
-
-def setup_lines(profile: Profile) -> list[str]:
-    """Lines of bash for the batch script before srun: modules, variables, the site's own lines.
-
-    Any that fails says so on stderr and ends the job with status 1.
-    """
-    lines = [
-        'setup_failed() { local said="status $? in the setup of this job: $1"; echo "error: $said" >&2; '
-        # Another node may be whole: slurm.py's finish decides.
-        'if declare -F finish >/dev/null; then finish 1 "$said"; fi; exit 1; }',
-        # From Slurm 22.05 on, srun takes a job's --cpus-per-task from this variable only.
-        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
-    ]
-    if profile.modules:  # a batch script has `module` only if the shell it was submitted from exported it
-        lines.append("type module >/dev/null 2>&1 || . /etc/profile")
-    for name in profile.modules:
-        command = f"module load {shlex.quote(name)}"
-        lines.append(f"{command} || setup_failed {shlex.quote(command)}")
-    for name, value in profile.environment.items():
-        lines.append(f"export {name}={shlex.quote(value)} || setup_failed {shlex.quote(f'export {name}')}")
-    for item in profile.setup:
-        lines.extend(_guarded(item))
-    return lines
-
-
-def _guarded(item: str) -> list[str]:
+def guarded(item: str) -> list[str]:
     """A setup item that ends the job where it fails; lines of their own, since it may end in a comment."""
     if all(line.lstrip().startswith("#") or not line.strip() for line in item.split("\n")):
         return [item]
     return ["{", item, f"}} || setup_failed {shlex.quote(item.strip().partition(chr(10))[0])}"]
-
-
-def python_command(profile: Profile) -> str:
-    """Container prefix and interpreter of the processes, quoted for bash: ``SlurmExecutor(python=…)``."""
-    python = shlex.quote(sys.executable) if profile.python is None else _quoted(profile.python)
-    return " ".join([*map(_quoted, shlex.split(profile.container or "")), python])
-
-
-def _quoted(word: str) -> str:
-    """A word for bash in which only ``$NAME`` and ``${NAME}`` are filled in, and never split."""
-    if not _VARIABLE.search(word):
-        return shlex.quote(word)
-    parts: list[str] = []
-    end = 0
-    for found in _VARIABLE.finditer(word):
-        parts += [re.sub(r'([\\"$`])', r"\\\1", word[end : found.start()]), found.group()]
-        end = found.end()
-    return '"' + "".join(parts) + re.sub(r'([\\"$`])', r"\\\1", word[end:]) + '"'
 
 
 # -- docs/slurm_profiles.md ------------------------------------------------------------------------

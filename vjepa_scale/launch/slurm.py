@@ -13,7 +13,8 @@ from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic
-from vjepa_scale.launch.profile import Profile, load_profile, python_command, srun_arguments
+from vjepa_scale.launch.profile import Profile, load_profile
+from vjepa_scale.launch.profile_job import python_command, srun_arguments
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.submission import (
     SEE_SLURM,

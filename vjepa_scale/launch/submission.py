@@ -16,7 +16,8 @@ from pathlib import Path
 import submitit
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.profile import Profile, python_command, submitit_parameters
+from vjepa_scale.launch.profile import Profile
+from vjepa_scale.launch.profile_job import python_command, submitit_parameters
 from vjepa_scale.launch.snapshot import import_lines
 from vjepa_scale.watch.jobs import SlurmUnavailable, run_slurm
 
