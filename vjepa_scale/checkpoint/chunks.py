@@ -6,11 +6,13 @@ good before a run starts from it; those of chunks hold for who reads a part of i
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic
@@ -18,18 +20,35 @@ from vjepa_scale.core.files import write_atomic
 _BLOCK = 2**20  # bytes: a chunk is never held whole here
 
 
+class ChunkWriter(FileSystemWriter):
+    """DCP's writer, which remembers where this rank's chunks lie.
+
+    (The index that ``dcp.save`` returns knows it in some releases of PyTorch, and in others not.)
+
+    places: (offset, length) of every chunk by file name
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=True)
+        self.places: dict[str, set[tuple[int, int]]] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        for result in written.wait():
+            stored = result.storage_data
+            self.places.setdefault(stored.relative_path, set()).add((stored.offset, stored.length))
+        return written
+
+
 def write_chunk_checksums(
-    folder: Path, rank: int, files: Sequence[Path], index: Metadata
+    folder: Path, rank: int, files: Sequence[Path], places: Mapping[str, set[tuple[int, int]]]
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files.
 
+    places: of the chunks, as ChunkWriter knows them
     Returns its path, and what ``manifest.describe_file`` would say of each of ``files``: both from one reading.
     """
-    assert index.storage_data is not None
-    places: dict[str, set[tuple[int, int]]] = {path.name: set() for path in files}
-    for stored in index.storage_data.values():
-        if stored.relative_path in places:
-            places[stored.relative_path].add((stored.offset, stored.length))
+    assert places.keys() == {path.name for path in files}, f"chunks in {sorted(places)}, files {sorted(files)}"
     found: dict[str, list[tuple[int, int, str]]] = {}
     described: dict[str, dict[str, Any]] = {}
     for path in files:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from vjepa_scale.checkpoint.chunks import write_chunk_checksums
+from vjepa_scale.checkpoint.chunks import ChunkWriter, write_chunk_checksums
 from vjepa_scale.checkpoint.finding import NAME, name_of, newest_first, newest_name
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
@@ -85,11 +85,11 @@ def save(
     _gathered(None, group)
 
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    writer = dcp.FileSystemWriter(temporary, sync_files=True)
+    writer = ChunkWriter(temporary)
     with _causes():
-        index = dcp.save(detached, storage_writer=writer, process_group=group)
+        dcp.save(detached, storage_writer=writer, process_group=group)
     shards = sorted(temporary.glob(f"__{rank}_*.distcp"))
-    checksums, described = write_chunk_checksums(temporary, rank, shards, index)
+    checksums, described = write_chunk_checksums(temporary, rank, shards, writer.places)
     for path in [checksums, temporary / ".metadata"] if rank == 0 else [checksums]:
         described[path.name] = describe_file(path)
     parts = _gathered(described, group)
