@@ -5,18 +5,17 @@ first), ``continue_from`` (weights, EMA, optimiser and step go on from another s
 ``init_from`` (weights only, step 0).
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.finding import name_of
-from vjepa_scale.checkpoint.formats.source import NETWORKS, refuse_other_model
+from vjepa_scale.checkpoint.formats.source import refuse_other_model
 from vjepa_scale.checkpoint.manifest import identity
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.kept import kept_records, longest_clip
+from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
 from vjepa_scale.masking import check_masks
@@ -25,10 +24,10 @@ from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import MASKED, accumulation, kind_of, stage_sets
-from vjepa_scale.recipe.stage_sections import StageConfig
 from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.foreign import check_foreign, is_foreign
-from vjepa_scale.training.initial import NETWORKS_OF, networks_from
+from vjepa_scale.training.initial import networks_from
+from vjepa_scale.training.recipe_changes import recipe_changes
 
 UNTRAINED = "untrained"  # of a probe: its encoder is a fresh one, to compare with
 
@@ -297,15 +296,7 @@ def refuse_other_recipe(recipe: Recipe, stage_name: str, path: Path) -> None:
     manifest = store.read_manifest(path)
     _refuse_other_origin(recipe, stage_name, path)
     done = validate_recipe(manifest["recipe"], source=path / store.MANIFEST)
-    step, first = manifest["step"], manifest["first"]
-    then, now = (_trained(r, resolve_phases(r, stage_name, first=first), step) for r in (done, recipe))
-    changed = list(_differences(_decisive(done, stage_name), _decisive(recipe, stage_name)))
-    if list(then) == list(now):
-        for steps in then:
-            changed += _differences(then[steps], now[steps], f"{stage_name} ({steps})")
-    else:
-        changed.append(f"{stage_name}.phases: {', '.join(then)} then, {', '.join(now)} now")
-    if changed:
+    if changed := recipe_changes(done, recipe, stage_name, first=manifest["first"], step=manifest["step"]):
         more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
         raise UserError(
             f"the recipe differs from the one that trained {path}: {'; '.join(changed[:4] + more)}",
@@ -352,76 +343,3 @@ def _refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
                 where=f"data.sets.{name}.path",
                 fix="put them back, or start another run with continue_from or init_from",
             )
-
-
-def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
-    """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
-    whole = recipe.model_dump(mode="json")
-    data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
-    kind = kind_of(stage_name)
-    elsewhere = set(NETWORKS) - set(NETWORKS_OF[kind])
-    stage: dict[str, Any] = whole[stage_name]
-    own = {key: value for key, value in stage.items() if key not in StageConfig.model_fields}
-    return {
-        **{f"{stage_name}.{word}": stage[word] for word in ("continue_from", "init_from", "init_without")},
-        "run": {"seed": recipe.run.seed},
-        "engine": {"precision": recipe.engine.precision},
-        "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
-        "model": {key: value for key, value in whole["model"].items() if key not in elsewhere},
-        "optimizer": recipe.optimizer_of(stage_name).model_dump(mode="json"),
-        **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
-        **({"the longest clip of a data set, in frames": _longest_clips(recipe)} if kind == "action" else {}),
-    }
-
-
-def _longest_clips(recipe: Recipe) -> dict[str, int]:
-    """By which the action stage chooses its records, from its first step on."""
-    phases = resolve_phases(recipe, "action")
-    return {name: longest_clip(phases, name) for name in stage_sets(recipe, "action")}
-
-
-def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
-    """What the steps before ``step`` were trained with: a section for ``steps FIRST to LAST`` of each phase."""
-    out = {}
-    for phase in phases:
-        if phase.first >= step:
-            break
-        last = min(phase.end, step) - 1
-        out[f"steps {phase.first} to {last}"] = {
-            f"lr at step {phase.first}": phase.lr(phase.first),
-            f"lr at step {last}": phase.lr(last),
-            "clip.frames": phase.frames,
-            "clip.size": list(phase.size),
-            "global_batch": phase.global_batch,
-            "mixture": phase.mixture,
-            "frames of their own": phase.own_frames,
-            "fps of their own": {
-                name: fps for name in phase.mixture if (fps := recipe.data.fps_of(name)) != recipe.data.fps
-            },
-        }
-    return out
-
-
-def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
-    """``KEY: THEN then, NOW now`` for every value that differs, down to the deepest key."""
-    then_parts, now_parts = _parts(then), _parts(now)
-    if then_parts and list(then_parts) == list(now_parts):
-        for name in then_parts:
-            yield from _differences(then_parts[name], now_parts[name], f"{key}.{name}" if key else name)
-    elif then != now or then_parts:  # with parts: of other names, or in another order
-        yield f"{key}: {_said(then)} then, {_said(now)} now"
-
-
-def _parts(value: Any) -> dict[Any, Any]:
-    """What a value is made of: keys of a section, items of a list of sections."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return dict(enumerate(value))
-    return value if isinstance(value, dict) else {}
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return f"{len(value)} item{'s' * (len(value) != 1)}"
-    if isinstance(value, float):
-        return f"{value:.12g}"  # without the noise of the last digits
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
