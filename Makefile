@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers: most tests keep one core busy at a time.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --durations 30
 
 .PHONY: env demo showcase test test-full lint bench clean
 
@@ -22,13 +21,13 @@ demo: env
 showcase: env
 	$(BIN)/python benchmarks/showcase.py
 
-# Under 10 minutes on two cores.
+# Under 10 minutes on two cores. Three workers: a test waits for its processes a third of the time.
 test: env
-	$(PYTEST) -m "not slow and not slurm"
+	$(PYTEST) --numprocesses 3 -m "not slow and not slurm"
 
 # What make test leaves out: kills, Slurm, long runs.
 test-full: env
-	$(PYTEST) -m "slow or slurm" --timeout 1800
+	$(PYTEST) --numprocesses 2 -m "slow or slurm" --timeout 1800
 
 lint: env
 	$(BIN)/ruff check .

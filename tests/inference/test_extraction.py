@@ -164,6 +164,7 @@ def test_shards_give_the_features_of_their_videos(
     assert (out / "rejected.jsonl").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_record_that_crashes_the_decoder_is_left_out_and_the_others_are_the_same(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def named(rows: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["event"] == event]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_restarts", [0, 3])
 def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     """Without restarts the launcher says which rank failed, and the same command goes on; else it goes on itself."""
@@ -99,6 +100,7 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
     assert Path(failed[0]["log"]).exists()
 
 
+@pytest.mark.slow
 def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     two_data_sets: dict[str, Path], tmp_path: Path
 ) -> None:

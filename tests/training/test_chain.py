@@ -92,6 +92,7 @@ def test_cooldown_without_its_checkpoint_is_refused(two_data_sets: dict[str, Pat
     assert "stands at step 8" in done.stderr
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=None)
     tool("launch", recipe, "--wait", "pretrain.steps=8")

@@ -71,6 +71,7 @@ def test_init_from_hugging_face(theirs: tuple[Path, dict[str, Tensor]], two_data
             assert torch.equal(found[f"target_{name}"], value), name
 
 
+@pytest.mark.slow
 def test_continue_from_a_published_file(two_data_sets: Sets, tmp_path: Path) -> None:
     """Weights of three networks, and AdamW's moments under the names of their parameters: with a rate of 0 and no
     gradient through the loss's exponent they would stay; here they decay by β and take one gradient."""
@@ -116,6 +117,7 @@ def published_order(networks: dict[str, dict[str, Tensor]]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_an_encoder_alone_needs_permission(
     theirs: tuple[Path, dict[str, Tensor]], two_data_sets: Sets, tmp_path: Path
 ) -> None:
