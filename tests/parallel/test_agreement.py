@@ -26,7 +26,7 @@ WAYS: dict[str, tuple[int, dict[str, object]]] = {
     "weights kept gathered": (2, {"reshard_after_forward": False}),
     "activation checkpointing": (2, {"activation_checkpointing": "full"}),
     "selective checkpointing": (2, {"activation_checkpointing": "selective"}),
-    "compiled": (2, {"compile": True, "activation_checkpointing": "full"}),
+    "compiled": (2, {"compile": True, "activation_checkpointing": "full", "timeout_s": 400}),
     "ZeRO 1": (2, {"kind": "deepspeed", "zero_stage": 1}),
     "ZeRO 2": (2, {"kind": "deepspeed", "zero_stage": 2}),
     "ZeRO 3": (2, {"kind": "deepspeed", "zero_stage": 3}),
@@ -60,7 +60,9 @@ def plain() -> Plain:
 def sharded(way: str, kind: str, plant: Callable[[Engine], None] | None = None) -> list[Outcome]:
     world_size, changes = WAYS[way]
     cfg = ENGINE.model_copy(update=changes)
-    return run_processes(train_sharded, world_size, cfg, kind, RATES[kind], plant, cfg=cfg)
+    # Inductor's C++ compiles for minutes where nothing is cached and the machine is busy.
+    timeout_s = 400.0 if cfg.compile else 120.0
+    return run_processes(train_sharded, world_size, cfg, kind, RATES[kind], plant, cfg=cfg, timeout_s=timeout_s)
 
 
 def differences(outcome: Outcome, wanted: Outcome) -> dict[str, float]:

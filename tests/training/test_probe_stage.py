@@ -220,6 +220,19 @@ def test_a_setting_that_diverges_is_lost_alone(runs: dict[str, Recipe], tmp_path
     assert "outputs not finite" in "\n".join(table(result(runs["clipped"])))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_setting_that_diverges_is_lost_alone_under_zero(runs: dict[str, Recipe], stage: int, tmp_path: Path) -> None:
+    engine = {**runs["clipped"].engine.model_dump(mode="json"), "kind": "deepspeed", "zero_stage": stage}
+    recipe = _with(runs["clipped"], run={"dir": str(tmp_path / "run")}, engine=engine)
+    run_processes(probe_stage, 2, [recipe])
+    first, second = result(recipe)["settings"]
+    assert (first["finite"], second["finite"]) == (True, False)
+    rows, lonely = (metrics(Path(run), "probe") for run in (recipe.run.dir, runs["clipped, first alone"].run.dir))
+    # Two ranks' sums are in another order; a diverged neighbour's gradient would change the third digit.
+    assert [row["best_loss"] for row in rows] == pytest.approx([row["best_loss"] for row in lonely], rel=1e-5)
+
+
 _CLIPPED = ("clipped", "clipped, first alone")
 
 

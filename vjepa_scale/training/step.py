@@ -55,7 +55,7 @@ def training_step(
     stop_asked: this rank has been asked to stop; all ranks learn it with the loss, so they stop together.
     accidents: of this rank, in loading this batch; where any rank has some, all call ``settle`` before anything moves.
     clip_grad_norm: of each part of the networks that learns by itself (optim.part_of)
-    Raises NonFiniteLossError where the loss, or no part's gradient, is finite.
+    Raises NonFiniteLossError where the loss is not finite, and where no part's gradient is.
     """
     observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
