@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = ROOT / "slurm" / "sandbox"
+# Ends what hangs. It is no measure of speed: two cores may be shared with another chain of four ranks.
+PATIENCE_S = 600.0
 APT_LINE = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
 
 # A job in one of these stays there (a requeued one is PENDING again, with a higher Restarts).
@@ -111,13 +113,10 @@ class Cluster:
         *,
         cwd: Path | None = None,
         check: bool = True,
-        timeout: float = 600,
+        timeout: float = PATIENCE_S,
         **kwargs: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """A command to its end, output captured as text; AssertionError with that output where ``check`` fails.
-
-        ``timeout`` ends what hangs. It is no measure of speed: two cores may be shared by another chain of four ranks.
-        """
+        """A command to its end, output captured as text; AssertionError with that output where ``check`` fails."""
         arguments = {**self.command(argv, cwd), "text": True, "capture_output": True, "timeout": timeout, **kwargs}
         done = subprocess.run(**arguments, check=False)
         if check and done.returncode != 0:
@@ -261,7 +260,9 @@ class Cluster:
         ]
         return [job for job in found if name is None or job["JobName"] == name]
 
-    def wait_for(self, job_id: str, states: str | Collection[str] = ENDED, timeout: float = 60) -> dict[str, str]:
+    def wait_for(
+        self, job_id: str, states: str | Collection[str] = ENDED, timeout: float = PATIENCE_S
+    ) -> dict[str, str]:
         """The job once it is in one of ``states``. Fails at once where it has ended in another one."""
         wanted = {states} if isinstance(states, str) else set(states)
         seen: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 
 from tests.chain import ROOT, tool
 from tests.data.videos import encoded
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import PATIENCE_S, Cluster, wait_until
 
 JOBS = 3
 SETTINGS = ("--shard-records", "2", "--seed", "7")
@@ -86,7 +86,7 @@ def test_the_bytes_and_the_summary_of_a_local_run(
     cluster: Cluster, videos: Path, local: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "my shards" / "made_by_jobs"
-    done = cluster.run(command(videos, out), timeout=280)
+    done = cluster.run(command(videos, out))
     expected, summary = local
     assert contents(out) == contents(expected)
     assert done.stdout.replace(str(out), "OUT").endswith(summary)
@@ -115,7 +115,7 @@ def test_a_task_that_is_ended_and_the_same_command_again(
         cluster.scancel("--signal=KILL", f"{probe}_0.0")  # its step: as if it had run out of memory
     else:
         cluster.scancel(f"{probe}_0")
-    said, error = process.communicate(timeout=120)
+    said, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, said + error
     assert error.count("\n") == 1, error
     words = "failed" if how == "KILL" else "was cancelled"
@@ -124,7 +124,7 @@ def test_a_task_that_is_ended_and_the_same_command_again(
     cluster.wait_until(lambda: not cluster.queue(), 60, "those behind it are cancelled")
     assert 3 <= known(out) < 12
 
-    cluster.run(command(videos, out), timeout=280)
+    cluster.run(command(videos, out))
     assert contents(out) == contents(local[0])
 
 
@@ -136,11 +136,11 @@ def test_a_terminal_that_goes_away_and_one_that_attaches(
     second = cluster.popen(command(videos, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     cluster.wait_until(lambda: known(out) >= 1, 90, "it is probed")
     first.send_signal(signal.SIGINT)
-    said, error = first.communicate(timeout=30)
+    said, error = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130
     assert "the jobs run on; the same command follows them again" in said
     assert "Traceback" not in error
-    said, error = second.communicate(timeout=240)
+    said, error = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, said + error
     assert f"jobs of {out} are in the queue already: probe {probe}, " in said
     assert len(cluster.jobs("out-probe")) >= JOBS
@@ -164,7 +164,7 @@ def test_tasks_that_are_told_to_make_room_come_back(
         cluster.scancel("--signal=USR2", f"{probe}_0")
     else:
         cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 3")
-    said, error = process.communicate(timeout=280)
+    said, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said + error
     restarts = [int(cluster.job(f"{probe}_{index}")["Restarts"]) for index in range(JOBS)]
     assert restarts == [1, 0, 1] or (how == "preemption" and restarts[0] == 1 and restarts[2] >= 1)
@@ -189,7 +189,7 @@ def test_what_cannot_be_made_or_submitted_is_one_line(cluster: Cluster, videos: 
     useless.mkdir()
     (useless / "notes.txt").write_text("no video")
     for _ in range(2):
-        done = cluster.run(command(useless, out, "--jobs", 1), check=False, timeout=200)
+        done = cluster.run(command(useless, out, "--jobs", 1), check=False)
         assert done.returncode == 1, done.stdout + done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("error: plan: Slurm job ")

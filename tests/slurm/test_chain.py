@@ -94,7 +94,7 @@ def test_the_batch_script_for_sites_without_submitit(
     second = submit("cooldown", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     cluster.wait_until(lambda: run.steps() >= 2, 90, "two steps", job_id=first)
     cluster.scancel("--signal=USR2", first)
-    cluster.wait_for(second, ("COMPLETED",), timeout=180)
+    cluster.wait_for(second, ("COMPLETED",))
     assert cluster.job(first)["Restarts"] == "1"
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
     for stage, step in (("pretrain", 12), ("cooldown", 18)):
@@ -108,11 +108,11 @@ def test_srun_without_any_launcher_and_a_shell_that_forgot_srun(
     """The entry by itself: srun's tasks find each other; in the batch shell of four tasks it refuses to train alone."""
     run = make_run(cluster, tmp_path, two_data_sets)
     entry = [sys.executable, "-m", "vjepa_scale.launch.task", str(run.recipe), "pretrain"]
-    cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", *entry], timeout=200)
+    cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", *entry])
     assert metrics(run.folder, "pretrain") == metrics(local / "run", "pretrain")
 
     job = cluster.sbatch("--nodes=2", "--ntasks-per-node=2", wrap=subprocess.list2cmdline([*entry[:-1], "cooldown"]))
-    cluster.wait_for(job, ("FAILED",), timeout=60)
+    cluster.wait_for(job, ("FAILED",))
     assert "SLURM_NTASKS is 4" in cluster.output(job).read_text()
     assert cluster.job(job)["ExitCode"] == "2:0"
     assert not (run.folder / "cooldown" / "metrics.jsonl").exists()

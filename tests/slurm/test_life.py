@@ -48,7 +48,7 @@ def disturbed(
     job = run.job_id()
     cluster.wait_until(lambda: run.steps() >= at, 120, f"{at} steps", job_id=job)
     happens(run, job)
-    cluster.wait_for(job, ("COMPLETED",), timeout=240)
+    cluster.wait_for(job, ("COMPLETED",))
     return run
 
 
@@ -116,7 +116,7 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
         elapsed = time.time() - run.events("submitted")[-1]["time"]
         cluster.scontrol("update", f"JobId={job}", f"TimeLimit={int(elapsed + 35) // 60 + 1}")
         cluster.wait_until(lambda: run.events("interrupted"), 90, "the signal before the time limit", job_id=job)
-        cluster.wait_for(job, ("PENDING",), timeout=60)
+        cluster.wait_for(job, ("PENDING",))
         cluster.scontrol("update", f"JobId={job}", "TimeLimit=30")
 
     run = disturbed(cluster, tmp_path, two_data_sets, time_is_up, profile=str(profile))
@@ -138,7 +138,7 @@ def ranks_of(run: Run) -> list[psutil.Process]:
 def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
     def someone_more_important(_: Run, job: str) -> None:
         other = cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 8")
-        cluster.wait_for(other, ("RUNNING",), timeout=60)
+        cluster.wait_for(other, ("RUNNING",))
         assert cluster.state(job) == "PENDING"
 
     run = disturbed(cluster, tmp_path, two_data_sets, someone_more_important)
@@ -177,7 +177,7 @@ def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, check: C
     profile.write_text("setup: ['test \"${SLURM_RESTART_COUNT:-0}\" -ge 1']\n")
     run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": str(profile)}, **LONG)
     run.launch()
-    cluster.wait_for(run.job_id(), ("COMPLETED",), timeout=240)
+    cluster.wait_for(run.job_id(), ("COMPLETED",))
     assert len(check(run)) == 1
     (failed,) = run.events("failed")
     said = 'status 1 in the setup of this job: test "${SLURM_RESTART_COUNT:-0}" -ge 1'
@@ -197,7 +197,7 @@ def test_a_signal_before_the_ranks_can_listen(
     profile.write_text(f"container: {prefix}\npython: {sys.executable}\n")
     run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": str(profile), "max_restarts": 0}, **LONG)
     run.launch()
-    cluster.wait_for(run.job_id(), ("COMPLETED",), timeout=240)
+    cluster.wait_for(run.job_id(), ("COMPLETED",))
     assert len(check(run)) == 1
     assert [(row["signal"], row["step"]) for row in run.events("interrupted")] == [("SIGUSR2", None)]
     assert not run.events("failed")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.chain import metrics
 from tests.slurm.chain import Run, make_run
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE_S, Cluster
 
 Sets = dict[str, Path]
 # A rate that ruins the weights: the loss of step 6 is not a number, as often as it is tried.
@@ -35,7 +35,7 @@ def states(run: Run) -> list[str]:
     return [stage["state"] for stage in run.status().values()]
 
 
-def wait_for_states(run: Run, wanted: list[str], timeout: float = 90) -> dict[str, Any]:
+def wait_for_states(run: Run, wanted: list[str]) -> dict[str, Any]:
     """Stage → its status, once the stages are in these states."""
     seen: list[list[str]] = []
     last: dict[str, Any] = {}
@@ -48,12 +48,12 @@ def wait_for_states(run: Run, wanted: list[str], timeout: float = 90) -> dict[st
             seen.append(now)
         return now == wanted
 
-    run.cluster.wait_until(arrived, timeout, lambda: f"{wanted}; it was {seen}, {last}")
+    run.cluster.wait_until(arrived, PATIENCE_S, lambda: f"{wanted}; it was {seen}, {last}")
     return last
 
 
-def wait_for_steps(run: Run, steps: int, timeout: float = 90) -> None:
-    run.cluster.wait_until(lambda: run.steps() >= steps, timeout, lambda: f"step {steps}, not {run.steps()}")
+def wait_for_steps(run: Run, steps: int) -> None:
+    run.cluster.wait_until(lambda: run.steps() >= steps, PATIENCE_S, lambda: f"step {steps}, not {run.steps()}")
 
 
 def written(run: Run) -> list[object]:
@@ -67,8 +67,8 @@ def test_a_stage_that_fails_for_good(cluster: Cluster, two_data_sets: Sets, tmp_
     launch(run)
     first, second = run.job_id(), run.job_id("cooldown")
     watching = cluster.popen(run.command("follow", run.folder), stdout=-1, stderr=-1)
-    assert cluster.wait_for(first, ("FAILED",), timeout=120)["Restarts"] == "1"
-    cluster.wait_for(second, ("CANCELLED",), timeout=60)
+    assert cluster.wait_for(first, ("FAILED",))["Restarts"] == "1"
+    cluster.wait_for(second, ("CANCELLED",))
     assert [(row["kind"], row["step"]) for row in run.events("failed")] == [("NonFiniteLossError", 6)] * 2
 
     said, _ = tool(run, "status", run.folder, "--json", code=1)
@@ -89,7 +89,7 @@ def test_a_stage_that_fails_for_good(cluster: Cluster, two_data_sets: Sets, tmp_
     for named in ("gave up", f"rank {error['rank']}: NonFiniteLossError at step 6", error["log"], error["report"]):
         assert named in text
 
-    lines, errors = watching.communicate(timeout=60)
+    lines, errors = watching.communicate(timeout=PATIENCE_S)
     assert watching.returncode == 1
     assert errors.startswith(f"error: pretrain: rank {error['rank']}: NonFiniteLossError at step 6")
     assert errors.count("\n") == 1
@@ -97,7 +97,7 @@ def test_a_stage_that_fails_for_good(cluster: Cluster, two_data_sets: Sets, tmp_
     assert "cooldown: cancelled (because pretrain did not finish)" in lines
 
     launch(run, MENDED)
-    cluster.wait_for(run.job_id("cooldown"), ("COMPLETED",), timeout=120)
+    cluster.wait_for(run.job_id("cooldown"), ("COMPLETED",))
     assert [row["step"] for row in run.events("started")] == [0, 5, 5]
     assert [row["step"] for row in metrics(run.folder, "pretrain")] == list(range(12))
     text, _ = tool(run, "status", run.folder)
@@ -121,7 +121,7 @@ def test_one_rank_that_fails(cluster: Cluster, two_data_sets: Sets, tmp_path: Pa
     sets = {**two_data_sets, "left": tmp_path / "broken"}
     run = make_run(cluster, tmp_path, sets, cooldown=None)
     launch(run)
-    assert cluster.wait_for(run.job_id(), ("FAILED",), timeout=120)["Restarts"] == "0"  # it is for the user to mend
+    assert cluster.wait_for(run.job_id(), ("FAILED",))["Restarts"] == "0"  # it is for the user to mend
     error = run.status()["pretrain"]["error"]
     assert Path(member.name).stem in error["message"]
     assert Path(error["log"]).name == f"{run.job_id()}_{error['rank']}_log.err"
@@ -142,7 +142,7 @@ def test_a_life_with_everything(cluster: Cluster, two_data_sets: Sets, tmp_path:
     _running(run)
     _requeued(run)
     _cancelled(run)
-    lines, errors = watching.communicate(timeout=60)
+    lines, errors = watching.communicate(timeout=PATIENCE_S)
     assert watching.returncode == 1, errors
     assert errors == ""
     _followed(run, lines)
@@ -156,7 +156,7 @@ def test_a_life_with_everything(cluster: Cluster, two_data_sets: Sets, tmp_path:
 
     enough = run.status()["pretrain"]["checkpoint_step"] + 10
     launch(run, f"pretrain.steps={enough}")
-    cluster.wait_for(run.job_id("cooldown"), ("COMPLETED",), timeout=150)
+    cluster.wait_for(run.job_id("cooldown"), ("COMPLETED",))
     assert [row["step"] for row in metrics(run.folder, "pretrain")] == list(range(enough))
     assert states(run) == ["done", "done"]
     cluster.forget()
@@ -285,12 +285,12 @@ def test_accounting_remembers(cluster_with_accounting: Cluster, two_data_sets: S
     run = make_run(cluster, tmp_path, two_data_sets, pretrain=RUINOUS, **options)
     launch(run)
     failed = run.job_id()
-    cluster.wait_for(failed, ("FAILED",), timeout=90)
+    cluster.wait_for(failed, ("FAILED",))
     other = make_run(cluster, tmp_path, two_data_sets, name="other", **options)
     launch(other)
     wait_for_states(other, ["running"])
     cluster.scancel(other.job_id())
-    cluster.wait_for(other.job_id(), ("CANCELLED",), timeout=60)
+    cluster.wait_for(other.job_id(), ("CANCELLED",))
     cluster.forget()
 
     stage = run.status()["pretrain"]
@@ -308,7 +308,7 @@ def test_accounting_remembers(cluster_with_accounting: Cluster, two_data_sets: S
     tool(other, "status", other.folder)
 
     launch(run, MENDED)
-    cluster.wait_for(run.job_id(), ("COMPLETED",), timeout=90)
+    cluster.wait_for(run.job_id(), ("COMPLETED",))
     cluster.forget()
     assert states(run) == ["done"]
     ask = "import sys; from vjepa_scale.watch.jobs import slurm_job; print(slurm_job(sys.argv[1], name='run-pretrain'))"
