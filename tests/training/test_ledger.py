@@ -158,6 +158,7 @@ def test_a_kill_right_after_a_substitution(
     assert_same_run(run, undisturbed, tmp_path, bits=ranks == 2)
 
 
+@pytest.mark.slow
 def test_the_ledger_decides_also_where_the_clips_are_whole_again(
     two_data_sets: Sets, broken: Sets, undisturbed: Path, tmp_path: Path
 ) -> None:
