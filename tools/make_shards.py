@@ -290,10 +290,11 @@ def report(out: Path, summary: Summary) -> None:
     rates = {f"{rate:g}" if rate else "still": count for rate, count in summary.rates.items()}
     print(f"resolutions: {_most(sizes)}")
     print(f"frames a second: {_most(rates)}")
-    for kind, of in (("states", "from"), ("actions", "step by step, from")) if summary.trajectories else ():
-        told = (summary.trajectories or {})[kind]
-        spans = zip(NUMBERS, told["min"], told["max"], strict=True) if told["count"] else ()
-        print(f"{kind}, {of}: {', '.join(f'{name} {low:.3g} to {high:.3g}' for name, low, high in spans)}")
+    if summary.trajectories is not None:  # each has two states or more, and so an action
+        for kind, what in (("states", "states, from"), ("actions", "actions, step by step, from")):
+            told = summary.trajectories[kind]
+            spans = zip(NUMBERS, told["min"], told["max"], strict=True)
+            print(f"{what}: {', '.join(f'{name} {low:.3g} to {high:.3g}' for name, low, high in spans)}")
     print(
         f"rejected: {sum(summary.rejected.values())}" + (f" (see {out / 'rejected.jsonl'})" if summary.rejected else "")
     )

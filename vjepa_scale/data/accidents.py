@@ -7,7 +7,6 @@ is gone, cut short or unreadable is no clip's fault and stays an error.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -99,8 +98,7 @@ def clip_or_substitute(
         else:
             video = manifest.read(candidate.record)
             try:
-                with timed.decoding(candidate) if timed is not None else nullcontext():
-                    return candidate, pictures_of(candidate, video, decoder=data.decoder), accidents
+                return candidate, pictures_of(candidate, video, decoder=data.decoder, timed=timed), accidents
             except DecodeError as caught:
                 error = caught
         first = first or undecodable(manifest, candidate, error)

@@ -115,16 +115,18 @@ def decode_ref(manifest: Manifest, ref: ClipRef, timed: Timed | None = None) -> 
     """The pictures of a clip, T of uint8 [H, W, 3]. A UserError names data set, shard and record if it fails."""
     data = manifest.read(ref.record)
     try:
-        with timed.decoding(ref) if timed is not None else nullcontext():
-            return pictures_of(ref, data)
+        return pictures_of(ref, data, timed=timed)
     except DecodeError as error:
         raise undecodable(manifest, ref, error) from None
 
 
-def pictures_of(ref: ClipRef, data: bytes, *, decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
+def pictures_of(
+    ref: ClipRef, data: bytes, *, decoder: str = PYAV, timed: Timed | None = None
+) -> list[npt.NDArray[np.uint8]]:
     """The pictures of a clip, T of uint8 [H, W, 3], from its video's bytes. Raises DecodeError."""
-    times_s = ref.times_s if ref.numbers is None else times_of_frames(data, ref.numbers)
-    return decode_clip(data, times_s=times_s, decoder=decoder)
+    with timed.decoding(ref) if timed is not None else nullcontext():
+        times_s = ref.times_s if ref.numbers is None else times_of_frames(data, ref.numbers)
+        return decode_clip(data, times_s=times_s, decoder=decoder)
 
 
 def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserError:

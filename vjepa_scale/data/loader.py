@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.accidents import Known
+from vjepa_scale.data.accidents import Known, Place
 from vjepa_scale.data.batch import MicroBatch, StepBatch
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.micro_batches import load_micro_batch
@@ -67,28 +67,17 @@ class PhaseLoader:
         self._items: Prefetched[tuple[int, int], MicroBatch] | None = None
 
     def __iter__(self) -> Iterator[StepBatch]:
-        micro_batches = self._micro_batches()
+        micro_batches = past_lost_clips(self._from, len(self._indices))
         for first in micro_batches:
             yield [first, *(next(micro_batches) for _ in range(self._per_step - 1))]
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        given = 0
-        while given < len(self._indices):
-            self._items = self._from(given)
-            try:
-                for micro_batch in self._items:
-                    given += 1
-                    yield micro_batch
-            except ClipsLost as lost:
-                self._known |= lost.clips
-
-    def _from(self, given: int) -> "Prefetched[tuple[int, int], MicroBatch]":
+    def _from(self, given: int, lost: Known) -> "Prefetched[tuple[int, int], MicroBatch]":
         data = self._recipe.data
         board = Board(self._names, data.workers) if data.workers else None
         if board is None:  # clips are decoded here
             keep_freed_memory()
-        return Prefetched(
-            partial(self._load, known=dict(self._known), timed=board),
+        self._items = Prefetched(
+            partial(self._load, known={**self._known, **lost}, timed=board),
             list(islice(self._indices, given, None)) if given else self._indices,
             workers=data.workers,
             prefetch=data.prefetch,
@@ -96,6 +85,7 @@ class PhaseLoader:
             board=board,
             limit_s=data.faults.decode_timeout_s,
         )
+        return self._items
 
     def close(self) -> None:
         """End the workers."""
@@ -188,6 +178,25 @@ class Prefetched(Generic[Index, Item]):
                 if worker.is_alive():
                     worker.kill()
         self._iterator = None
+
+
+def past_lost_clips(start: Callable[[int, Known], Prefetched[Any, Item]], count: int) -> Iterator[Item]:
+    """``count`` items in order, with new workers each time that clips have ended the old ones.
+
+    start: (items given so far, the clips that were lost on the way) -> what loads the others
+    """
+    lost: dict[Place, tuple[str, str]] = {}
+    given = 0
+    while given < count:
+        items = start(given, lost)
+        try:
+            for item in items:
+                given += 1
+                yield item
+        except ClipsLost as gone:
+            lost |= gone.clips
+        finally:
+            items.close()
 
 
 class _Items(Dataset[Item | UserError], Generic[Index, Item]):

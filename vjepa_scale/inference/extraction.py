@@ -28,13 +28,14 @@ from torch import Tensor
 from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
+from vjepa_scale.data.accidents import Known
 from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.decode import DecodeError, Media
 from vjepa_scale.data.ingest.probing import probe_sources
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.sources import folder_source, list_sources
 from vjepa_scale.data.ingest.work import Settings as ShardSettings
-from vjepa_scale.data.loader import ClipsLost, Prefetched
+from vjepa_scale.data.loader import Prefetched, past_lost_clips
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.data.pictures import picture_count, stream_pictures
 from vjepa_scale.data.silence import Board
@@ -306,23 +307,16 @@ def _decoded(
 
     limit_s: for one picture
     """
-    lost: dict[str, Rejected] = {}
-    given = 0
-    while given < len(jobs):
+
+    def start(given: int, lost: Known) -> Prefetched[tuple[int, _Job], list[Tensor] | Rejected]:
+        sources = {place: jobs[place.slot].video.source for place in lost}
+        rejected = {source: Rejected(source, *lost[place]) for place, source in sources.items()}
         board = Board([""], workers) if workers else None
-        load = partial(_decode, videos, model.config.fps, model.config.size, board, dict(lost))
+        load = partial(_decode, videos, model.config.fps, model.config.size, board, rejected)
         waiting = list(enumerate(jobs))[given:]
-        loaded = Prefetched(load, waiting, workers=workers, prefetch=2, board=board, limit_s=limit_s)
-        try:
-            for clips in loaded:
-                given += 1
-                yield clips
-        except ClipsLost as gone:
-            for place, (cause, detail) in gone.clips.items():
-                source = jobs[place.slot].video.source
-                lost[source] = Rejected(source, cause, detail)
-        finally:
-            loaded.close()
+        return Prefetched(load, waiting, workers=workers, prefetch=2, board=board, limit_s=limit_s)
+
+    return past_lost_clips(start, len(jobs))
 
 
 def _decode(

@@ -83,7 +83,8 @@ def training_step(
         raise NonFiniteLossError(f"loss {mean_loss}, gradient norm {found}; weights, optimiser and EMA did not move")
     lost = tuple(part for part in norms if part not in finite)
     clipped = {part: clip_grad_norm / norm for part, norm in finite.items() if clip_grad_norm and norm > clip_grad_norm}
-    engine.scale_gradients(clipped | dict.fromkeys(lost, 0.0))
+    if factors := clipped | dict.fromkeys(lost, 0.0):
+        engine.scale_gradients(factors)
 
     engine.step(lr)
     objective.after_step()
