@@ -2,41 +2,60 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --durations 30
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder --durations 30
+# Containers often set it; then each of the many processes would compile all that it imports, PyTorch too, anew.
+unexport PYTHONDONTWRITEBYTECODE
+# Empty where nobody has named a Python.
+ASKED := $(if $(filter file default undefined,$(origin PYTHON)),,$(PYTHON))
 
-.PHONY: env demo showcase test test-full lint bench clean
+.PHONY: env dev python demo check-demo showcase test test-full lint bench clean
 
-env: $(VENV)/.ready
+# What running needs; dev: what tests and checks need beside it (transformers, deepspeed, torchcodec, pytest …).
+env: python $(VENV)/.ready
 
-$(VENV)/.ready: setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make env PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+dev: env $(VENV)/.ready-dev
+
+python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "make env: no $(PYTHON) here: Python 3.11 or newer is needed (Debian and Ubuntu: apt-get install python3 python3-venv)" >&2; exit 1; }
+	@"$(PYTHON)" .ci/check_python.py $(VENV) "$(ASKED)"
+
+# Python files are compiled where they are first imported: most never are.
+$(VENV)/.ready: setup.py constraints.txt | python
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: env
 	$(BIN)/python tools/demo.py recipes/demo.yaml
 
+# Does the demo's table show what docs/learning.md says? Half of each margin: another CPU gives other bits.
+check-demo: env
+	$(BIN)/python benchmarks/showcase.py --check runs/demo/summary.json
+
 showcase: env
 	$(BIN)/python benchmarks/showcase.py
 
-# Under 10 minutes on two cores. Three workers: a test waits for its processes a third of the time.
-test: env
+# Three workers on two cores: a test waits for its processes a third of the time.
+test: dev
 	$(PYTEST) --numprocesses 3 -m "not slow and not slurm"
 
-# What make test leaves out: kills, Slurm, long runs.
-test-full: env
-	$(PYTEST) --numprocesses 2 -m "slow or slurm" --timeout 1800
+# What make test leaves out: kills, Slurm, long runs; and again what it may have skipped for want of a system package.
+test-full: dev
+	$(PYTEST) --numprocesses 2 -m "slow or slurm or system" --timeout 1800
 
-lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-bench: env
-	for script in $(filter-out $(addprefix benchmarks/,showcase.py surprise.py clock.py published.py),$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+bench: dev
+	for script in $(filter-out $(addprefix benchmarks/,showcase.py surprise.py clock.py published.py precision.py gpu.py gpu_book.py gpu_rows.py gpu_resume.py),$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,6 +26,7 @@ setup(
         "psutil>=6",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "threadpoolctl>=3",
         "tqdm>=4.66",
         "h5py>=3.12",
         "matplotlib>=3.9",
@@ -33,6 +34,8 @@ setup(
     extras_require={
         # data.decoder: torchcodec; needs FFmpeg's shared libraries on the machine, too
         "torchcodec": ["torchcodec>=0.13"],
+        # engine.attention: fa4 (FlashAttention-3 and flash-attn itself are built from source: docs/model.md)
+        "flash-attn-4": ["flash-attn-4"],
         # engine.kind: deepspeed
         "deepspeed": ["deepspeed>=0.19"],
         "dev": [

@@ -21,6 +21,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="clips per micro-batch, of which a step has one")
     parser.add_argument("--steps", type=int, default=10, help="timed, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--compile", choices=("on", "off", "both"), help="default: the recipe's engine.compile")
+    parser.add_argument(
+        "--compile", choices=("on", "off", "both"), help="default: the recipe's engine.compile; on a CPU off"
+    )
     parser.add_argument("--attention", nargs="+", help="values of engine.attention; default: the recipe's")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of the published code")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
@@ -81,25 +84,44 @@ def main() -> int:
 
 
 def _recipe(arguments: argparse.Namespace, variant: dict[str, Any]) -> Recipe:
-    total = arguments.steps + arguments.warmup
-    overrides = [
-        f"engine.device={arguments.device}",
+    chosen = [f"{key}={str(value).lower()}" for key, value in variant.items() if value is not None]
+    return step_recipe(
+        device=arguments.device,
+        model=arguments.model,
+        frames=arguments.frames,
+        size=arguments.size,
+        batch=arguments.batch,
+        steps=arguments.steps + arguments.warmup,
+        peer=arguments.peer is not None,
+        overrides=[*arguments.overrides, *chosen],
+    )
+
+
+def step_recipe(
+    *, device: str, model: str, frames: int, size: int, batch: int, steps: int, peer: bool, overrides: Sequence[str]
+) -> Recipe:
+    """A recipe of one phase whose step is one micro-batch.
+
+    batch: clips
+    peer:  what is computed must be the published step, too
+    """
+    given = [
+        f"engine.device={device}",
         f"engine.threads={torch.get_num_threads()}",
-        f"model.encoder={arguments.model}",
-        f"masks.group={arguments.batch}",
-        f"pretrain.steps={total}",
-        f"pretrain.clip={{frames: {arguments.frames}, size: {arguments.size}}}",
-        f"pretrain.global_batch={arguments.batch}",
-        f"pretrain.micro_batch={arguments.batch}",
+        f"model.encoder={model}",
+        f"masks.group={batch}",
+        f"pretrain.steps={steps}",
+        f"pretrain.clip={{frames: {frames}, size: {size}}}",
+        f"pretrain.global_batch={batch}",
+        f"pretrain.micro_batch={batch}",
         f"pretrain.phases=[{{name: all, start_lr: {RATE}}}]",
         "cooldown=null",
     ]
-    if arguments.device == "cpu":
-        overrides.append("engine.precision=float32")
-    if arguments.peer is not None:
-        overrides.append("jepa.mask_token=first")
-    chosen = [f"{key}={str(value).lower()}" for key, value in variant.items() if value is not None]
-    return load_recipe(ROOT / "recipes" / "vitg_256.yaml", [*overrides, *arguments.overrides, *chosen])
+    if device == "cpu":
+        given += ["engine.precision=float32", "engine.compile=false"]
+    if peer:
+        given.append("jepa.mask_token=first")
+    return load_recipe(ROOT / "recipes" / "vitg_256.yaml", [*given, *overrides])
 
 
 # -- the two steps -----------------------------------------------------------------------------------
@@ -112,21 +134,21 @@ class Ours:
 
     def __init__(self, recipe: Recipe, clock: Clock) -> None:
         self.engine: Any = build_engine(recipe.engine, RANKS)
-        self._objective: Any = Jepa(recipe, self.engine)
-        self.engine.start_optimizer(recipe.optimizer, self._objective.trained)
-        clock.watch("target", self._objective.target_encoder)
-        clock.watch("context", self._objective.encoder)
-        clock.watch("predictor", self._objective.predictor)
+        self.objective: Any = Jepa(recipe, self.engine)
+        self.engine.start_optimizer(recipe.optimizer, self.objective.trained)
+        clock.watch("target", self.objective.target_encoder)
+        clock.watch("context", self.objective.encoder)
+        clock.watch("predictor", self.objective.predictor)
         self.engine.backward = clock.timed("backward", self.engine.backward)
         self.engine.step = clock.timed("optimiser", self.engine.step)
-        self._objective.after_step = clock.timed("EMA", self._objective.after_step)
+        self.objective.after_step = clock.timed("EMA", self.objective.after_step)
 
     def prepared(self, batch: MicroBatch) -> Callable[[], float]:
         on_device = batch.to(self.engine.device)
-        return lambda: training_step(self._objective, self.engine, [on_device], lr=RATE).loss
+        return lambda: training_step(self.objective, self.engine, [on_device], lr=RATE).loss
 
     def held_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.engine.tensors(self._objective.networks, optimizer=True).values())
+        return sum(tensor.nbytes for tensor in self.engine.tensors(self.objective.networks, optimizer=True).values())
 
 
 class Theirs:
@@ -156,7 +178,7 @@ def _same_loss(recipe: Recipe, published: Published, batch: MicroBatch) -> tuple
     weights = engine.tensors(objective.networks, optimizer=False)
     published.load({name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()})
     with torch.no_grad():
-        ours = float(objective.loss(batch))
+        ours = float(objective.loss(batch)["loss"])
         theirs = float(published.loss(*published.given(batch), autocast=False))
     if abs(ours - theirs) > SAME_LOSS * abs(theirs):
         raise UserError(
@@ -182,8 +204,7 @@ def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
     product = product_rate(device, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32)
     print(f"a large matrix product: {product / 1e12:.2f} TFLOP/s; {arguments.steps} steps, medians, ms\n", flush=True)
     heads = ["attention", "compile", "code", *PARTS, "step", "clips/s", "peak GiB", "TFLOP/s", "of a product"]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    nominal = next((value for key, value in NOMINAL.items() if key in name), None)
+    nominal = nominal_rate(device)
     if nominal:
         heads.append("of the data sheet")
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
@@ -194,17 +215,18 @@ def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
         sides: list[Any] = [Ours(recipe, clock)]
         if arguments.peer is not None:
             sides.append(Theirs(arguments.peer, recipe, phase, device, clock))
-        rows, losses = _timed(sides, recipe, phase, arguments, clock)
+        batches = [random_batch(recipe, phase, number) for number in range(arguments.warmup + arguments.steps)]
+        rows = timed(sides, batches[: arguments.warmup], batches[arguments.warmup :], clock)
         for side, row in zip(sides, rows, strict=True):
             kernel = sides[0].engine.attention if side.name == "ours" else "its SDPA"
-            rate = flops / (row["step"] / 1000)
+            rate = flops / (row.median / 1000)
             cells = [kernel, "on" if recipe.engine.compile else "off", side.name]
-            cells += [f"{row[part]:.1f}" for part in (*PARTS, "step")]
-            cells += [f"{arguments.batch / row['step'] * 1000:.2f}", f"{row['peak']:.2f}"]
+            cells += [f"{row.parts[part]:.1f}" for part in PARTS]
+            cells += [f"{row.median:.1f}", f"{arguments.batch / row.median * 1000:.2f}", f"{row.peak:.2f}"]
             cells += [f"{rate / 1e12:.3f}", f"{rate / product:.1%}", *([f"{rate / nominal:.1%}"] if nominal else [])]
             print("| " + " | ".join(cells) + " |", flush=True)
         if arguments.peer is not None:
-            notes.append(_compared(recipe, sides, rows, losses))
+            notes.append(_compared(recipe, sides, rows))
         del sides
         gc.collect()
         torch._dynamo.reset()
@@ -214,28 +236,54 @@ def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
         print("\n" + "\n".join(notes))
 
 
-def _compared(recipe: Recipe, sides: Sequence[Any], rows: list[dict[str, float]], losses: list[float]) -> str:
+def _compared(recipe: Recipe, sides: Sequence[Any], rows: Sequence["Timed"]) -> str:
     ours, theirs = sides[1].losses
+    last = ", ".join(f"{row.loss:.6f}" for row in rows)
     return (
         f"{sides[0].engine.attention}, compile {'on' if recipe.engine.compile else 'off'}: the published step takes "
-        f"{rows[1]['step'] / rows[0]['step']:.2f} × ours. From the same weights, float32: loss {ours:.8f} and "
-        f"{theirs:.8f}, {abs(ours - theirs) / theirs:.1e} apart; in the last step {losses[0]:.6f}, {losses[1]:.6f}."
+        f"{rows[1].median / rows[0].median:.2f} × ours. From the same weights, float32: loss {ours:.8f} and "
+        f"{theirs:.8f}, {abs(ours - theirs) / theirs:.1e} apart; in the last step {last}."
     )
 
 
-def _timed(
-    sides: Sequence[Any], recipe: Recipe, phase: Phase, arguments: argparse.Namespace, clock: Clock
-) -> tuple[list[dict[str, float]], list[float]]:
-    """Each side's row of medians, and its last loss. The sides take turns, with the same batches."""
+@dataclass(frozen=True)
+class Timed:
+    """What one side took.
+
+    parts: milliseconds of the parts of one step, the typical one, so that they add up
+    steps: milliseconds of each step
+    peak:  GiB
+    loss:  of the last step
+    """
+
+    parts: dict[str, float]
+    steps: list[float]
+    peak: float
+    loss: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.steps)
+
+
+def timed(
+    sides: Sequence[Any], warmup: Sequence[MicroBatch], batches: Sequence[MicroBatch], clock: Clock
+) -> list[Timed]:
+    """Each side's times. The sides take turns, with the same batches.
+
+    warmup:  batches that come first and are not timed. The lengths of masks decide what is compiled and which kernels
+             are planned: warm up with the masks that are timed.
+    batches: on a GPU the first and every second one is timed as a whole, the others in parts
+    """
     device = sides[0].engine.device
-    wholes: list[list[dict[str, float]]] = [[] for _ in sides]
+    wholes: list[list[float]] = [[] for _ in sides]
     pieces: list[list[dict[str, float]]] = [[] for _ in sides]
     peaks, losses = [0.0] * len(sides), [0.0] * len(sides)
-    for number in range(arguments.warmup + arguments.steps):
+    for number, batch in enumerate([*warmup, *batches], start=-len(warmup)):
         for index, side in enumerate(sides):
-            step = side.prepared(random_batch(recipe, phase, number))
+            step = side.prepared(batch)
             if device.type == "cuda":
-                torch.cuda.resetpeak_memory_stats()
+                torch.cuda.reset_peak_memory_stats()
             # A GPU that is waited for between parts is slower than it need be: the whole is timed without that,
             # in turn with the parts.
             parts = device.type == "cpu" or number % 2 == 1
@@ -244,19 +292,25 @@ def _timed(
                 losses[index] = step()
 
             row = clock.whole(keep, parts=parts)
-            if number < arguments.warmup:
+            if number < 0:
                 continue
             others = sum(other.held_bytes() for other in sides if other is not side)
             peaks[index] = max(peaks[index], peak_memory(device, others))
             if parts:
                 pieces[index].append(row)
             if device.type == "cpu" or not parts:
-                wholes[index].append(row)
-    rows = []
-    for side_wholes, side_pieces, peak in zip(wholes, pieces, peaks, strict=True):
-        typical = sorted(side_pieces, key=lambda row: row["step"])[len(side_pieces) // 2]  # one step: its parts add up
-        rows.append({**typical, "step": statistics.median(row["step"] for row in side_wholes), "peak": peak})
-    return rows, losses
+                wholes[index].append(row["step"])
+    found = []
+    for side_wholes, side_pieces, peak, loss in zip(wholes, pieces, peaks, losses, strict=True):
+        typical = sorted(side_pieces, key=lambda row: row["step"])[len(side_pieces) // 2]
+        found.append(Timed({part: typical.get(part, 0.0) for part in PARTS}, side_wholes, peak, loss))
+    return found
+
+
+def nominal_rate(device: torch.device) -> float | None:
+    """Dense bf16 FLOPs per second of this device by its maker's data sheet; None where it is not known here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value for key, value in NOMINAL.items() if key in name), None)
 
 
 def random_batch(recipe: Recipe, phase: Phase, step: int) -> MicroBatch:

@@ -1,13 +1,22 @@
 """A tiny chain for tests: two data sets of real video, a recipe with everything in it, and the launcher."""
 
+import contextlib
+import functools
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
+
+from tests.processes import LIMIT_S
+from vjepa_scale.core.errors import exit_code
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE: dict[str, Any] = {
     "run": {"seed": 5},
     "launch": {"cluster": "local", "tasks_per_node": 1, "timeout_min": 10},
-    "engine": {"device": "cpu", "precision": "float32", "timeout_s": 60},
+    "engine": {"device": "cpu", "precision": "float32", "timeout_s": LIMIT_S},
     "data": {"seed": 3, "fps": 4, "lanes": 2, "workers": 1, "augment": {"flip": 0.5}},
     "model": {
         "encoder": {"width": 48, "depth": 2, "heads": 2},
@@ -49,19 +58,92 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def tool(name: str, *arguments: object, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run tools/NAME.py as a user would, from the repository's root."""
+def tool(name: str, *arguments: object, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """``main(argv)`` of tools/NAME.py here, from the repository's root, with what it and its children say.
+
+    A start of Python with PyTorch costs 2.6 s of CPU: ``tool_process`` is for tests of what only a process shows
+    (signals, exit codes, imports, the environment).
+    """
+    words = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / stream for stream in ("stdout", "stderr")]
+        with _written_to(*files), contextlib.chdir(cwd):
+            code = exit_code(lambda: _command(name)(words))
+        done = subprocess.CompletedProcess([name, *words], code, *(file.read_text(errors="replace") for file in files))
+    return _checked(done, check)
+
+
+def launch(recipe: Path, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """``tools/launch.py RECIPE WORDS --wait``, with ranks that are forked (tests/forked.py) and not started.
+
+    The launcher that it writes down has ended when this returns, as a process of its own would have.
+    """
+    from tests.forked import ForkedExecutor, launcher_process
+
+    with (
+        mock.patch("submitit.LocalExecutor", ForkedExecutor),
+        mock.patch("vjepa_scale.launch.local.psutil.Process", launcher_process),
+    ):
+        return tool("launch", recipe, *words, "--wait", check=check)
+
+
+def tool_process(
+    name: str, *arguments: object, check: bool = True, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run tools/NAME.py in a process of its own as a user would, from the repository's root."""
+    words = list(map(str, arguments))
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)],
+        [sys.executable, ROOT / "tools" / f"{name}.py", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    return _checked(done, check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
     if check:
-        assert done.returncode == 0, f"{name} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        said = f"{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{done.args} exited with {done.returncode}\n{said}"
     return done
+
+
+@functools.cache
+def _command(name: str) -> Callable[[Sequence[str]], int | None]:
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def command(words: Sequence[str]) -> int | None:
+        before, sys.argv = sys.argv, [str(spec.origin), *words]
+        try:
+            return module.main(words)  # type: ignore[no-any-return]
+        except SystemExit as left:  # argparse's refusals
+            return left.code if isinstance(left.code, int | None) else 1
+        finally:
+            sys.argv = before
+
+    return command
+
+
+@contextlib.contextmanager
+def _written_to(stdout: Path, stderr: Path) -> Iterator[None]:
+    """These files get what this process and its children write to standard output and to standard error."""
+    with contextlib.ExitStack() as stack:
+        for descriptor, (name, file) in enumerate((("stdout", stdout), ("stderr", stderr)), start=1):
+            getattr(sys, name).flush()
+            kept = os.dup(descriptor)
+            stack.callback(os.close, kept)
+            stream = stack.enter_context(open(file, "w", buffering=1))
+            stack.callback(os.dup2, kept, descriptor)
+            os.dup2(stream.fileno(), descriptor)
+            stack.callback(setattr, sys, name, getattr(sys, name))
+            setattr(sys, name, stream)
+        yield
 
 
 def make_data(folder: Path) -> dict[str, Path]:

@@ -1,6 +1,5 @@
 """Start real processes for a test: a function on N ranks of a gloo group, with a deadline."""
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -9,12 +8,14 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.data.processes import worker_context
 from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe.schema import EngineConfig
 
@@ -23,10 +24,35 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-ENGINE = EngineConfig(device="cpu", precision="float32", threads=1, timeout_s=60)
+# All waits of tests are limits that only end what hangs: below pytest's own (setup.cfg), far above what a busy machine
+# takes.
+LIMIT_S = 240
+
+ENGINE = EngineConfig(device="cpu", precision="float32", threads=1, timeout_s=LIMIT_S)
+
+# Imported once by the fork server, for all ranks and workers of all tests: what a test's module and an engine import.
+PRELOAD = [
+    "av",
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor.debug",
+    "vjepa_scale.parallel.engine",
+    "vjepa_scale.parallel.fsdp",
+    "vjepa_scale.data.loader",
+    "vjepa_scale.launch.task",
+    "vjepa_scale.training.trainer",
+]
+
 
 # Once one rank has failed, its peers get this long to fail too and say how.
-GRACE_S = 5.0
+GRACE_S = 20.0
+
+
+def preload_once() -> None:
+    """There is one fork server, whoever starts it first: let it import PRELOAD whatever that asks for."""
+    forkserver.set_forkserver_preload(PRELOAD)
+    forkserver.set_forkserver_preload = lambda names: None  # type: ignore[assignment]
 
 
 def run_processes(
@@ -34,7 +60,7 @@ def run_processes(
     world_size: int,
     *args: Any,
     cfg: EngineConfig = ENGINE,
-    timeout_s: float = 120.0,
+    timeout_s: float = LIMIT_S,
 ) -> list[Any]:
     """``function(ranks, *args)`` on every rank of a new group; returns what each rank returned.
 
@@ -52,7 +78,7 @@ def run_processes(
 
 
 def killed_when(
-    condition: Callable[[], bool], function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    condition: Callable[[], bool], function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = LIMIT_S
 ) -> None:
     """Run ``function`` as run_processes does, and kill -9 all its ranks as soon as ``condition`` holds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +96,7 @@ def killed_when(
 def _start(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...], cfg: EngineConfig, folder: str
 ) -> tuple[list[BaseProcess], list[Connection]]:
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, then forked
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    context = worker_context()  # a fork server: torch is imported once, then forked
     processes: list[BaseProcess] = []
     pipes = []
     job = f"test-{uuid.uuid4().hex}"

@@ -13,6 +13,7 @@ docs/formats.md has the formats, what each can hold, and their limits.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, find_checkpoint, result_config
@@ -21,7 +22,7 @@ from vjepa_scale.checkpoint.trained_probe import export_classifier, is_probe_sta
 from vjepa_scale.core.errors import run_command
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source",
@@ -55,7 +56,7 @@ def main() -> int:
         "--no-check", action="store_true", help="huggingface: do not run the result beside ours (two models in memory)"
     )
     parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.describe is not None:
         print("\n".join(describe(find_checkpoint(arguments.describe, check=False))))
         return 0

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
@@ -14,18 +15,21 @@ from vjepa_scale.core.files import write_json
 from vjepa_scale.recipe import Recipe, load_recipe
 
 TOOLS = Path(__file__).parent
+# Of the robot, and of the moving shapes; docs/learning.md says how they were found.
+ROBOT = ("--size", 48, "--fps", 8)
+LOOKS = ("--size", 48, "--fps", 4, "--tint", 0.05, "--noise", 0.45)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="recipes/demo.yaml, or recipes/showcase.yaml for a longer run")
+    parser.add_argument("recipe", help="recipes/demo.yaml, or one that extends it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--clips", type=int, default=2048, help="training clips to render")
-    parser.add_argument("--val-clips", type=int, default=640, help="held-out clips to render")
+    parser.add_argument("--val-clips", type=int, default=320, help="held-out clips to render")
     parser.add_argument("--trajectories", type=int, default=192, help="robot trajectories to render")
-    parser.add_argument("--episodes", type=int, default=60, help="episodes of planning")
+    parser.add_argument("--episodes", type=int, default=32, help="episodes of planning")
     parser.add_argument("--data-seed", type=int, default=0, help="of both worlds and of the episodes")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     began = time.monotonic()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     train, val, robot = shards_of(recipe)
@@ -35,9 +39,9 @@ def main() -> int:
     launch = ["launch", arguments.recipe, *arguments.overrides, "--cluster", "local", "--wait"]
 
     step("1. Render moving shapes, and a robot that explores, as h264 files", "make_synthetic", data / "videos",
-         "--clips", arguments.clips, "--val-clips", arguments.val_clips, *seed)  # fmt: skip
+         "--clips", arguments.clips, "--val-clips", arguments.val_clips, *LOOKS, *seed)  # fmt: skip
     step("", "make_synthetic", data / "trajectories", "--robot",
-         "--trajectories", arguments.trajectories, "--val-trajectories", 0, "--size", 64, *seed)  # fmt: skip
+         "--trajectories", arguments.trajectories, "--val-trajectories", 0, *ROBOT, *seed)  # fmt: skip
     step("2. Pack them into shards", "make_shards", data / "videos" / "train", train)
     step("", "make_shards", data / "videos" / "val", val)
     step("", "make_shards", data / "trajectories" / "train", robot, "--trajectories", "droid")
@@ -66,7 +70,8 @@ def main() -> int:
 {summary["seconds"]:.0f} seconds. docs/learning.md says what to expect of these figures.
   {run / "consolidated"}   weights and config.json, for vjepa_scale.load_encoder
   {run / "world_model"}    the same for vjepa_scale.load_world_model
-  {run / "pictures"}       an energy landscape, and a planned episode
+  {run / "pictures"}       masks.png: what is seen and what predicted; features.png: features as colours beside
+                           their frames; episode.png, landscape.png: a planned episode, the energy of its first action
   {run}/STAGE/metrics.jsonl, {run / "probe" / "evaluation.json"}, {run / "summary.json"}
 Next: make showcase; your own videos with tools/make_shards.py; recipes/vitg_384.yaml --dry-run""")
     return 0
@@ -85,7 +90,8 @@ def shards_of(recipe: Recipe) -> tuple[Path, Path, Path]:
 
 
 def step(title: str, tool: str, *arguments: object) -> None:
-    """Print a command and run it; end with its exit code if it fails."""
+    """Print a command and run it, and say what it took; end with its exit code if it fails."""
+    began = time.monotonic()
     words = [str(word) for word in arguments]
     if title:
         print(f"\n{title}")
@@ -93,6 +99,7 @@ def step(title: str, tool: str, *arguments: object) -> None:
     done = subprocess.run([sys.executable, str(TOOLS / f"{tool}.py"), *words])
     if done.returncode != 0:
         sys.exit(done.returncode)
+    print(f"({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ docs/inference.md says how to read the files.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from vjepa_scale.core.ranks import usable_cores
 PART = {"mean": 4096, "time": 1024, "none": 32}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC", help="a folder of videos, or of shards (make_shards.py)")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="weights of any format")
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, metavar="VIDEOS", help="per file (default: by --pool)")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only parts I, I+N, I+2N, … (I from 0)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that decode (default: cores)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for flag, value in (("--batch", args.batch), ("--part", args.part), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise UserError(f"{value} is too few", where=f"extract_features.py {flag}", fix="1 or more")

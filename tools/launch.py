@@ -25,10 +25,11 @@ from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import stage_folder
 
 
-def main() -> int:
-    if len(sys.argv) > 1 and sys.argv[1] in ("status", "follow", "cancel"):
-        return look_after(sys.argv[1], sys.argv[2:])
-    arguments = _parser().parse_intermixed_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("status", "follow", "cancel"):
+        return look_after(argv[0], argv[1:])
+    arguments = _parser().parse_intermixed_args(argv)
     if close := difflib.get_close_matches(arguments.recipe, ("status", "follow", "cancel"), n=1):
         raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     from vjepa_scale.launch import plan  # imports torch, which status does without
@@ -154,7 +155,7 @@ def _in_background(recipe: Recipe, stages: list[str], again: list[str]) -> int:
     return 0
 
 
-def look_after(command: str, words: list[str]) -> int:
+def look_after(command: str, words: Sequence[str]) -> int:
     """``status RUN [--json]``, ``follow RUN``, ``cancel RUN``."""
     parser = argparse.ArgumentParser(prog=f"launch.py {command}", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run folder: run.dir of its recipe")

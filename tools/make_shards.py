@@ -36,9 +36,10 @@ _CPUS_PER_JOB = 8
 _TIMEOUT_MIN = 720
 
 
-def main() -> int:
-    if len(sys.argv) > 1 and sys.argv[1] in ("check", "index"):
-        return look_after(sys.argv[1], sys.argv[2:])
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("check", "index"):
+        return look_after(argv[0], argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "videos", type=Path, metavar="VIDEOS", help="a folder, of which every file is looked at; a list"
@@ -69,7 +70,7 @@ def main() -> int:
     _add_encoding_flags(parser)
     _add_trajectory_flags(parser)
     _add_cluster_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     _check_encoding_flags(args)
     _check_trajectory_flags(args)
     _check_cluster_flags(args)

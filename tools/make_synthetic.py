@@ -7,19 +7,19 @@ python tools/make_synthetic.py OUT --robot     a robot that explores, in DROID's
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.data.robot_files import write_trajectories
 from vjepa_scale.data.robot_world import RobotWorld
 from vjepa_scale.data.synthetic import World, write_videos
 
 SHAPES_CLIPS, ROBOT_CLIPS = (2048, 640), (256, 32)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--robot", action="store_true", help="trajectories of the synthetic robot")
@@ -32,8 +32,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, help=f"pixels, width and height (default: {World.size}, {RobotWorld.size})")
     parser.add_argument("--fps", type=int, help=f"(default: {World.fps}, {RobotWorld.fps})")
     parser.add_argument("--seconds", type=float, help=f"of a clip (default: {World.seconds}, {RobotWorld.seconds})")
+    parser.add_argument(
+        "--tint", type=float, help=f"of shapes: how far colours stray from grey (default: {World.tint})"
+    )
+    parser.add_argument(
+        "--noise", type=float, help=f"on shapes: drawn for every pixel and frame (default: {World.noise})"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kind = RobotWorld if args.robot else World
     usual = ROBOT_CLIPS if args.robot else SHAPES_CLIPS
     train = usual[0] if args.clips is None else args.clips
@@ -43,14 +49,22 @@ def main() -> None:
     seconds = kind.seconds if args.seconds is None else args.seconds
     if min(train, size, fps, args.workers) < 1 or val < 0 or seconds * fps < 1:
         raise UserError("counts and sizes must be positive", where="make_synthetic.py")
+    looks = {name: value for name in ("tint", "noise") if (value := getattr(args, name)) is not None}
+    if not all(0 <= value <= 1 for value in looks.values()):
+        raise UserError("shares of the range of brightness lie between 0 and 1", where=f"--{' and --'.join(looks)}")
+    if looks and args.robot:
+        raise UserError("only for moving shapes", where=f"--{' and --'.join(looks)}", fix="leave it out with --robot")
     counts = {"seed": args.seed, "train": train, "val": val, "workers": args.workers}
     if args.robot:
+        from vjepa_scale.data.robot_files import write_trajectories  # PyTorch
+
         progress = write_trajectories(args.out, RobotWorld(size=size, fps=fps, seconds=seconds), **counts)
     else:
-        progress = write_videos(args.out, World(size=size, fps=fps, seconds=seconds), **counts)
-    with tqdm(total=train + val, unit="clip", desc=f"rendering {args.out}") as bar:
+        progress = write_videos(args.out, World(size=size, fps=fps, seconds=seconds, **looks), **counts)
+    with tqdm(total=train + val, unit="clip", desc=f"rendering {args.out}", disable=None) as bar:
         for done in progress:
             bar.update(done - bar.n)
+    print(f"{args.out}: {train} {'trajectories' if args.robot else 'clips'} for training, {val} held out")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ docs/planning.md says what the numbers mean. The first action is the one to carr
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vjepa_scale.core.errors import run_command
 from vjepa_scale.planning import PlanConfig, check_landscape, draw_landscape, load_world_model
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a run, an action checkpoint, a consolidated folder, a published .pt")
     parser.add_argument("--model", help="for a published .pt of others: vit_giant … or heads=22,predictor_heads=16")
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--landscape", type=Path, metavar="FILE", help="draw energies over two numbers of the action")
     parser.add_argument("--axes", type=int, nargs=2, choices=range(7), default=(0, 1), help="0 1 2 are x y z")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.landscape is not None:
         check_landscape(arguments.landscape, arguments.axes)
     config = PlanConfig(**{field.name: getattr(arguments, field.name) for field in fields(PlanConfig)})

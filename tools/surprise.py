@@ -11,6 +11,7 @@ scored is named on stderr; exit code 2 if that is all of them.
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
@@ -19,7 +20,7 @@ COLUMNS = ("video", "windows", "mean", "maximum", "maximum_start_s", "maximum_en
 CURVE_COLUMNS = ("video", "start_s", "end_s", "surprise")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="weights of any format, with a predictor")
     parser.add_argument("videos", type=Path, nargs="+", metavar="VIDEOS", help="files, or folders of them")
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, metavar="FILE", help="write the surprise of each token step")
     parser.add_argument("--model", help="which model it is, for a published .pt of others: vit_giant …")
     parser.add_argument("--device", help="default: cuda where there is one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     contexts = _lengths(args.context)
     paths = [path for given in args.videos for path in _files(given)]
 

@@ -1,6 +1,8 @@
 """V-JEPA 2 pretraining at scale: shards, sharded training, cooldown, consolidation."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vjepa_scale.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vjepa_scale.checkpoint.consolidated import load_encoder
@@ -12,22 +14,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_encoder", "load_model", "load_world_model", "surprise"]
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy, so that tools which only read a recipe or a manifest do not pay for importing torch.
-    if name == "load_encoder":
-        from vjepa_scale.checkpoint.consolidated import load_encoder
-
-        return load_encoder
-    if name == "load_model":
-        from vjepa_scale.inference.model import load_model
-
-        return load_model
-    if name == "load_world_model":
-        from vjepa_scale.planning.world import load_world_model
-
-        return load_world_model
-    if name == "surprise":
-        from vjepa_scale.inference.surprise import surprise
-
-        return surprise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "load_encoder": "vjepa_scale.checkpoint.consolidated",
+        "load_model": "vjepa_scale.inference.model",
+        "load_world_model": "vjepa_scale.planning.world",
+        "surprise": "vjepa_scale.inference.surprise",
+    },
+)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vjepa_scale
-from tests.processes import run_processes
+from tests.chain import ROOT, tool
+from tests.processes import LIMIT_S, run_processes
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.consolidate import consolidate, find_checkpoint
 from vjepa_scale.core.errors import UserError
@@ -23,8 +25,6 @@ from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.recipe.schema import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-ROOT = Path(__file__).parents[2]
 
 RECIPE = Recipe.model_validate(
     {
@@ -203,9 +203,7 @@ def test_sources_without_a_checkpoint_are_user_errors(tmp_path: Path) -> None:
         consolidate(only_optimizer, tmp_path / "out")
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/consolidate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+run_tool = partial(tool, "consolidate", check=False)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
@@ -235,6 +233,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
+from functools import partial
 from pathlib import Path
 import safetensors.torch, torch
 from vjepa_scale.checkpoint.consolidate import consolidate
@@ -251,7 +250,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("count", [20, 60])
+@pytest.mark.parametrize("count", [8, 24])
 def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path, count: int) -> None:
     # Tensors of 10 MB in the checkpoint, all of them to be written. A first, tiny one loads all code.
     large = {f"{'predictor' if i % 2 else 'target_encoder'}.t{i}": torch.randn(2_500_000) for i in range(count)}
@@ -261,7 +260,7 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path
         [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large", tmp_path / "out"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
         cwd=ROOT,
         # With its threshold left to adapt, glibc keeps a varying handful of freed blocks of up to 32 MB in its
         # heap (19 to 57 MB were seen here, for 20 and for 60 tensors). This measures what the program holds.

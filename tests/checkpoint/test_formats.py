@@ -1,8 +1,7 @@
 """From one format to the next and back: no bit changes, and transformers computes what our networks do."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import VJEPA2ForVideoClassification, VJEPA2Model
 
+from tests.chain import tool
 from tests.checkpoint.formats_material import (
     OTHER,
     SMALL,
@@ -34,8 +34,6 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.probe import AttentiveProbe
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-ROOT = Path(__file__).parents[2]
 
 # float32 rounding of a few blocks, relative to the largest output: about 1e-6. A wrong name or order: 1e-2 and more.
 RELATIVE = 1e-5
@@ -351,11 +349,8 @@ def test_only_the_same_result_is_written_over(tmp_path: Path, to: Any) -> None:
 def test_the_command_line(tmp_path: Path) -> None:
     tensors = run_of(tmp_path / "run", SMALL)
 
-    def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools/consolidate.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-
-    done = tool(tmp_path / "run", "--to", "huggingface", "--out", tmp_path / "hf")
+    run_tool = partial(tool, "consolidate", check=False)
+    done = run_tool(tmp_path / "run", "--to", "huggingface", "--out", tmp_path / "hf")
     assert (done.returncode, done.stderr) == (0, "")
     first, second, last = done.stdout.splitlines()
     assert first.startswith("Hugging Face's predictor uses mask token 1. It was trained by")
@@ -364,14 +359,14 @@ def test_the_command_line(tmp_path: Path) -> None:
 
     torch.save(published_dict(tensors), tmp_path / "foreign.pt")
     out = tmp_path / "back"
-    refused = tool(tmp_path / "foreign.pt", "--out", out)
+    refused = run_tool(tmp_path / "foreign.pt", "--out", out)
     assert refused.returncode == 2
     assert refused.stderr == (
         f"error: {tmp_path}/foreign.pt: its encoder is 2 deep and 48 wide; the number of heads is not in such a file "
         "(give --model vit_giant (or another name), or --model heads=22 with the number of heads)\n"
     )
     model_option = ("--model", "heads=3,predictor_heads=2")
-    done = tool(tmp_path / "foreign.pt", *model_option, "--out", out, "--encoder-only", "--weights", "context")
+    done = run_tool(tmp_path / "foreign.pt", *model_option, "--out", out, "--encoder-only", "--weights", "context")
     assert (done.returncode, done.stderr) == (0, "")
     count = sum(name.startswith("encoder.") for name in tensors)
     assert done.stdout.splitlines() == [
@@ -381,7 +376,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     ]
     context = {name: value for name, value in tensors.items() if name.startswith("encoder.")}
     assert same(load_file(out / "model.safetensors"), context)
-    refused = tool(out, "--to", "huggingface", "--out", tmp_path / "x")
+    refused = run_tool(out, "--to", "huggingface", "--out", tmp_path / "x")
     assert refused.returncode == 2
     assert "there is no predictor" in refused.stderr
 

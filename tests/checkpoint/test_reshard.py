@@ -101,11 +101,11 @@ def test_loads_bit_exact_on_any_number_of_ranks(
 @pytest.mark.parametrize("stage", ZERO)
 def test_zero_goes_on_to_the_same_bits_and_to_any_engine(stage: int, tmp_path: Path) -> None:
     """What ZeRO saves are whole tensors: it resumes exactly, and loads on other numbers of ranks and under FSDP2."""
-    whole, continued = run_processes(_train_and_save, 2, str(tmp_path), ZERO[stage], cfg=ENGINE, timeout_s=300)[0]
+    whole, continued = run_processes(_train_and_save, 2, str(tmp_path), ZERO[stage], cfg=ENGINE)[0]
     assert all(whole[name].any() for name in whole if name.endswith("exp_avg_sq.encoder.blocks.0.mlp.fc1.weight"))
     checkpoint = str(tmp_path / "step_00000002")
     for world_size, cfg in ((2, ZERO[stage]), (3, ZERO[stage]), (2, ENGINE)):
-        for loaded, after in run_processes(_load, world_size, checkpoint, cfg, cfg=ENGINE, timeout_s=300):
+        for loaded, after in run_processes(_load, world_size, checkpoint, cfg, cfg=ENGINE):
             assert loaded.keys() == whole.keys()
             assert all(torch.equal(loaded[name], whole[name]) for name in whole)
             if cfg is ZERO[stage] and world_size == 2:
@@ -116,7 +116,7 @@ def test_zero_goes_on_to_the_same_bits_and_to_any_engine(stage: int, tmp_path: P
 @pytest.mark.parametrize("stage", ZERO)
 def test_zero_loads_what_fsdp_saved(saved: tuple[Path, dict[str, Tensor], dict[str, Tensor]], stage: int) -> None:
     checkpoint, whole, continued = saved
-    for loaded, after in run_processes(_load, 2, str(checkpoint), ZERO[stage], cfg=ENGINE, timeout_s=300):
+    for loaded, after in run_processes(_load, 2, str(checkpoint), ZERO[stage], cfg=ENGINE):
         assert all(torch.equal(loaded[name], whole[name]) for name in whole)
         for name, value in continued.items():  # one step of Adam in another order of sums
             if not name.endswith("qkv.bias"):  # whose key part has no true gradient: Adam moves it by noise

@@ -79,6 +79,64 @@ def test_training_does_not_wait_for_the_writing(tmp_path: Path, monkeypatch: pyt
     assert saver.take(wait=True) is None
 
 
+def test_the_thread_works_on_the_gpu_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current GPU is a thread's own. Told before the first file is begun."""
+    calls: list[tuple[str, object]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, device))
+    )
+    right = store.save
+
+    def save(*args: object, **kwargs: object) -> Path:
+        calls.append((threading.current_thread().name, "save"))
+        return right(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "save", save)
+    saver = Saver(tmp_path, background=False, device=torch.device("cuda", 3))
+    saver.save(1, {"w": torch.ones(3)}, {})
+    assert saver.take(wait=True) is not None
+    (thread, device), saved = calls
+    assert device == torch.device("cuda", 3)
+    assert saved == (thread, "save")
+    assert thread != threading.current_thread().name
+
+
+def _save_three_times(ranks: Ranks, folder: str) -> list[dict[str, Tensor]]:
+    """The second of the same plan; the third with a tensor more, on rank 1's shards too. What each one's files hold."""
+    mesh = init_device_mesh("cpu", (ranks.world_size,))
+    saver, held = Saver(Path(folder), background=True), []
+    for step in (1, 2, 3):
+        whole = {"w": step * torch.arange(70.0).view(7, 10), "plain": torch.full((3,), float(step))}
+        if step == 3:
+            whole["more"] = torch.arange(12.0).view(6, 2)
+        saver.save(step, {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in whole.items()}, {})
+        saved = saver.take(wait=True)
+        assert saved is not None
+        held.append({name: torch.zeros_like(x) for name, x in whole.items()})
+        store.load(saved[1], held[-1])
+    return held
+
+
+@pytest.mark.distributed
+def test_a_plan_that_is_kept_is_of_these_tensors(tmp_path: Path) -> None:
+    for held in run_processes(_save_three_times, 2, str(tmp_path)):
+        for step, found in enumerate(held, start=1):
+            assert torch.equal(found["w"], step * torch.arange(70.0).view(7, 10))
+            assert torch.equal(found["plain"], torch.full((3,), float(step)))
+        assert torch.equal(held[2]["more"], torch.arange(12.0).view(6, 2))
+
+
+def test_plans_of_two_savers_are_their_own(tmp_path: Path) -> None:
+    for name, shape in (("one", (4, 5)), ("two", (2, 3))):
+        saver = Saver(tmp_path / name, background=True)
+        for step in (1, 2):
+            saver.save(step, {"w": torch.full(shape, float(step))}, {})
+            _, folder = saver.take(wait=True)
+            held = {"w": torch.zeros(shape)}
+            store.load(folder, held)
+            assert torch.equal(held["w"], torch.full(shape, float(step)))
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(tmp_path: Path, background: bool) -> None:
     folder = tmp_path / "checkpoints"

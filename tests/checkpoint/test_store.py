@@ -1,5 +1,6 @@
 """A checkpoint is whole or named as damaged: every file, every kind of damage, kills at any moment."""
 
+import pickle
 import shutil
 import sys
 import time
@@ -207,6 +208,35 @@ def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"posix\.system|os\.system"):
         store.load(checkpoint, state(0.0), check=False)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_an_index_that_python_3_11_2_wrote_is_read() -> None:
+    """Python 3.11.0 to 3.11.3 pickle an enum's member as getattr(class, name): Debian 12's python3 is a 3.11.2.
+
+    The folder is what ``save(Path("tests/checkpoint/python_3_11_2"), 3)`` wrote under that Python and PyTorch 2.13.
+    """
+    checkpoint = Path(__file__).parent / "python_3_11_2/step_00000003"
+    assert b"builtins" in (checkpoint / ".metadata").read_bytes()
+    assert holds(checkpoint, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata Metadata", "__init__"),
+        ("torch.distributed.checkpoint.metadata _MEM_FORMAT_ENCODING", "__class__"),
+        ("torch.distributed.checkpoint.metadata _MEM_FORMAT_ENCODING", "mro"),
+        ("torch.serialization _get_layout", "__globals__"),
+        ("torch Size", "__class__"),
+        ("builtins getattr", "__globals__"),
+    ],
+)
+def test_getattr_in_an_index_gives_members_of_its_enum_only(tmp_path: Path, owner: str, name: str) -> None:
+    checkpoint = save(tmp_path, 1)
+    get = f"cbuiltins\ngetattr\n(c{owner}\n".replace(" ", "\n") + f"V{name}\ntR."
+    (checkpoint / ".metadata").write_bytes(get.encode())
+    with pytest.raises(pickle.UnpicklingError, match=rf"getattr\(.*'{name}'\) has no place in the index"):
+        store.load(checkpoint, state(0.0), check=False)
 
 
 # -- retention and leftovers ---------------------------------------------------------------------------

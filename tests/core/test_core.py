@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scipy import stats
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, read_json, read_jsonl, write_atomic
 from vjepa_scale.core.keyed import Draws, key64, mix64, permuted
-from vjepa_scale.core.ranks import detect_ranks
+from vjepa_scale.core.ranks import count_replicas, detect_ranks
 
 
 def test_mix64_is_the_published_splitmix64() -> None:
@@ -143,3 +144,25 @@ def test_an_incomplete_environment_is_an_error_never_world_size_1(whole: dict[st
 def test_one_of_several_processes_never_trains_alone(environment: dict[str, str]) -> None:
     with pytest.raises(UserError, match="srun or torchrun"):
         detect_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("asked", "world_size", "per_node", "replicas"),
+    [
+        (1, 128, 8, 1),
+        (16, 128, 8, 16),
+        ("auto", 128, 8, 16),  # a copy per node
+        ("auto", 8, 8, 1),
+        ("auto", 1, 1, 1),
+        ("auto", 4, 8, 1),  # part of a node
+        ("all", 128, 8, 128),
+        (3, 128, 8, None),
+        ("auto", 12, 8, None),  # a node and a half
+    ],
+)
+def test_how_many_copies_there_are(asked: Any, world_size: int, per_node: int, replicas: int | None) -> None:
+    if replicas is None:
+        with pytest.raises(UserError, match=r"engine\.replicate: .* do not divide into"):
+            count_replicas(asked, world_size=world_size, per_node=per_node)
+    else:
+        assert count_replicas(asked, world_size=world_size, per_node=per_node) == replicas

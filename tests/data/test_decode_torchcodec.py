@@ -17,7 +17,7 @@ from vjepa_scale.data.decode_torchcodec import import_torchcodec, torchcodec_pic
 from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.manifest import Manifest
 
-torchcodec = pytest.importorskip("torchcodec", exc_type=ImportError)
+pytestmark = pytest.mark.system("torchcodec")
 
 # Levels of 256: two versions of FFmpeg's swscale convert to RGB. Those of today's constraints agree to the bit.
 TOLERANCE = 2

@@ -40,6 +40,18 @@ def test_videos_are_a_function_of_the_arguments_and_of_scenes_of_their_own() -> 
         assert (other != crossed.possible[0]).mean() > 0.5
 
 
+def test_noise_is_part_of_the_pictures_and_tells_nothing_of_the_event() -> None:
+    world = World(size=32, fps=8, seconds=3.0, noise=0.3)
+    crossed, clean = render_impossible(world, 3, 5), render_impossible(SMALL, 3, 5)
+    first = crossed.first
+    assert (crossed.possible[:, :first] == crossed.impossible[:, :first]).all()
+    assert (crossed.possible[:, first:] == crossed.impossible[::-1, first:]).all()
+    added = (crossed.possible.astype(float) - clean.possible)[..., 0].reshape(2 * 24, -1)
+    assert added.std(1).min() > 0.15 * 255
+    together = np.corrcoef(added)
+    assert np.abs(together - np.eye(len(together))).max() < 0.35  # each frame has noise of its own
+
+
 def test_events_and_labels_take_turns() -> None:
     several = [render_impossible(World(size=8, seconds=2), 0, index) for index in range(len(EVENTS) * len(LABELS))]
     assert {(one.event, one.label) for one in several} == {(event, label) for event in EVENTS for label in LABELS}

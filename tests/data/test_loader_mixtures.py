@@ -24,7 +24,7 @@ from vjepa_scale.model import flops
 from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.load import validate_recipe
-from vjepa_scale.training.start import data_order, preflight
+from vjepa_scale.training.preflight import data_order, preflight
 
 FRAMES = {"pictures": 2, "videos": 4, "slow": 8}
 FPS = {"pictures": 4.0, "videos": 4.0, "slow": 2.5}

@@ -40,7 +40,7 @@ def phases_over(draw: st.DrawFn, names: list[str]) -> list[Phase]:
 
 
 @given(sets_of_shards, lane_counts, st.integers(0, 2**32), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_shares_of_groups_and_of_clips_and_epochs_hold_after_every_step(sizes, lanes, seed, data) -> None:
     """Counted from the batches alone. Each geometry's mask groups, in a batch and in the phase so far, are near its
     share; each data set's clips near its share of its geometry's clips; and after n draws of a set every record has
@@ -92,7 +92,7 @@ def test_shares_of_groups_and_of_clips_and_epochs_hold_after_every_step(sizes, l
 
 
 @given(st.lists(weights, min_size=1, max_size=4), st.integers(1, 24), st.integers(1, 8), st.integers(0, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_rank_has_its_share_of_every_geometry(w, groups_per_rank, ranks, step) -> None:
     """With n of M groups, of k geometries in the batch, a run of m groups has m·n/M of them, give or take
     1 + k·n/M: before any point of the batch, each geometry is half a group and a rounding away from its share."""

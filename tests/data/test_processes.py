@@ -1,10 +1,24 @@
 """Workers go on when a cluster manager signals every process of a job: the rank wants to finish its step."""
 
+import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import util
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
+
+from tests.chain import ROOT
+from tests.data.videos import encoded
+from tests.processes import LIMIT_S
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data import processes
+from vjepa_scale.data.processes import worker_context
 
 SIGNALLED = """
 import signal
@@ -38,5 +52,85 @@ if __name__ == "__main__":
 def test_only_the_rank_hears_a_signal_to_all(tmp_path: Path) -> None:
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stdout == "100 SIGUSR2\n", done.stderr
+
+
+# -- folders of many letters: a Unix socket's path has at most 107 bytes -----------------------------------
+
+
+def _folder_of(length: int, parent: Path) -> Path:
+    """A new folder whose path has so many bytes."""
+    folder = parent / ("x" * (length - len(str(parent)) - 1))
+    folder.mkdir(parents=True)
+    assert len(str(folder)) == length
+    return folder
+
+
+@pytest.fixture
+def first_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has started no worker yet."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    monkeypatch.delitem(config, "tempdir", raising=False)
+    monkeypatch.setattr(util, "Finalize", lambda *_, **__: None)  # it would wait for the end of pytest
+    yield
+    shutil.rmtree(config.pop("tempdir", ""), ignore_errors=True)
+
+
+@pytest.mark.usefixtures("first_socket")
+@pytest.mark.parametrize(("length", "there"), [(75, True), (76, False), (200, False)])
+def test_sockets_lie_in_the_temporary_folder_if_they_fit(
+    length: int, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        usual = _folder_of(length, Path(parent))
+        monkeypatch.setattr(tempfile, "tempdir", str(usual))
+        worker_context()
+        listener = Listener(family="AF_UNIX")
+        assert str(listener.address).startswith(str(usual)) == there
+        listener.close()
+        assert tempfile.gettempdir() == str(usual)  # of anybody else
+
+
+@pytest.mark.usefixtures("first_socket")
+def test_no_folder_for_sockets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        usual = _folder_of(120, Path(parent))
+        monkeypatch.setattr(tempfile, "tempdir", str(usual))
+        monkeypatch.setattr(processes, "_SHORT_FOLDERS", (str(tmp_path / "absent"),))
+        with pytest.raises(UserError, match=rf"^TMPDIR {usual}: no folder for .* 107 bytes.* at most 75 bytes"):
+            worker_context()
+
+
+LOADED = """
+import sys
+import torch
+from tools.make_shards import main
+from vjepa_scale.core.errors import run_command
+from vjepa_scale.data.loader import Prefetched
+
+if __name__ == "__main__":
+    assert main() in (0, None)
+    loader = Prefetched(torch.arange, range(8), workers=2, prefetch=2)  # tensors: passed on by a socket of the worker
+    print(sum(len(item) for item in loader))
+    loader.close()
+"""
+
+
+@pytest.mark.distributed
+def test_shards_are_made_and_loaded_under_a_temporary_folder_of_100_bytes(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/one.mp4").write_bytes(encoded(20))
+    script = tmp_path / "loaded.py"
+    script.write_text(LOADED)
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        done = subprocess.run(
+            [sys.executable, script, tmp_path / "videos", tmp_path / "shards", "--workers", "2"],
+            env={**os.environ, "TMPDIR": str(_folder_of(100, Path(parent))), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "28"
+    assert (tmp_path / "shards/manifest.json").exists()

@@ -1,7 +1,5 @@
 """The synthetic robot: judged by h5py, PyAV and scipy."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from tests.chain import tool
 from tests.data.conftest import quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.ingest.shards import Settings, make_shards
@@ -19,7 +18,6 @@ from vjepa_scale.data.robot_files import SERIAL, write_trajectories, write_traje
 from vjepa_scale.data.robot_world import RobotWorld, arm_joints, draw_scene, render
 from vjepa_scale.data.trajectories import read_trajectory
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_synthetic.py"
 SMALL = RobotWorld(size=32, seconds=2.0)
 WIDTHS = np.ptp(SMALL.bounds, axis=0)
 
@@ -198,9 +196,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(written, tmp
 
 def test_the_tool_writes_the_robots_world_whole(tmp_path):
     out = tmp_path / "a"
-    command = [sys.executable, TOOL, out, "--robot", "--trajectories", "2", "--val-trajectories", "1", "--size", "32"]
-    command += ["--seconds", "1", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True)
+    counts = ("--trajectories", 2, "--val-trajectories", 1)
+    tool("make_synthetic", out, "--robot", *counts, "--size", 32, "--seconds", 1, "--workers", 1)
     folders = sorted(str(path.parent.relative_to(out)) for path in out.rglob("trajectory.h5"))
     assert folders == ["train/00000", "train/00001", "val/00000"]
     assert not list(tmp_path.glob(".*"))

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.chain import tool
 from tests.data.judge import timeline
 from tests.data.real_videos import real_video
 from tests.data.test_real_videos import VERDICTS, assert_same_pictures
 from tests.data.videos import still_image
 from vjepa_scale.core.files import read_jsonl
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 WHOLE = ["realshort.mp4", "motion.mov", "hello.avi", "hello.mpeg", "hello.ogg", "newtonscradle.gif", "bikes.mp4"]
 # These say in their header how long they are; of the others the first half is a shorter video, as good as any.
 SAYS_ITS_LENGTH = (".mp4", ".mov", ".avi")
@@ -76,10 +74,7 @@ def salted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bo
 def test_every_file_of_a_salted_folder_is_accounted_for(salted, tmp_path: Path, record_property) -> None:
     folder, must = salted
     out = tmp_path / "shards"
-    run = subprocess.run(
-        [sys.executable, TOOL, folder, out, "--workers", "2"], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    tool("make_shards", folder, out, "--workers", 2)
     rejected = {row["path"]: row for row in read_jsonl(out / "rejected.jsonl")}
     kept = samples(out)
     files = [str((Path(top) / name).relative_to(folder)) for top, _, names in os.walk(folder) for name in names]

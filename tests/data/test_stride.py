@@ -66,11 +66,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest.open(out)
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+@pytest.mark.parametrize("decoder", ["pyav", pytest.param("torchcodec", marks=pytest.mark.system("torchcodec"))])
 def test_clips_show_these_frames(mixed: Manifest, decoder: str) -> None:
     """Numbers are read off the pictures: at a variable rate, too, they count frames and not time."""
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec", exc_type=ImportError)
     recipe = recipe_for(mixed, sampling="stride", decoder=decoder)
     phases = resolve_phases(recipe, "pretrain")
     order = DataOrder(seed=7, sets=[(n, mixed.records_per_shard) for n in "ab"], phases=phases, lanes=2)

@@ -1,7 +1,7 @@
-import subprocess
-import sys
+import io
+import json
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -9,19 +9,22 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.chain import tool
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.synthetic import (
     LABELS,
     MOTIONS,
     SHAPES,
     World,
     encode_mp4,
+    noisy,
     render_clip,
     signed_distance,
+    world_of,
     write_videos,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_synthetic.py"
 SMALL = World(size=32, fps=4, seconds=2.0)
 
 
@@ -85,6 +88,43 @@ def test_one_frame_has_the_same_distribution_under_every_motion(clips):
     assert max(abs(group.mean() - brightness.mean()) for group in groups) < 3 * error
 
 
+def test_noise_is_white_and_as_strong_as_it_says():
+    """By numpy's own statistics, on a grey that no noise leaves the range of."""
+    grey = np.full((40, 32, 32, 3), 128, np.uint8)
+    frames = noisy(grey, 0.1, Draws(0, "test"))
+    added = frames.astype(float) - 128
+    assert (added == added[..., :1]).all()  # grey: film grain, not colour
+    added = added[..., 0]
+    assert added.std() == pytest.approx(25.5, rel=0.02)
+    assert abs(added.mean()) < 0.5
+    for axis in range(3):  # neither in time nor along a row or column does a pixel tell of the next
+        ahead, behind = (
+            np.take(added, range(*ends), axis) for ends in ((1, added.shape[axis]), (0, added.shape[axis] - 1))
+        )
+        assert abs(np.corrcoef(ahead.ravel(), behind.ravel())[0, 1]) < 0.02
+
+
+def test_a_noisy_clip_shows_the_scene_of_the_clean_one():
+    clean, label = render_clip(SMALL, 7, "train", 3)
+    noisy_clip, same = render_clip(replace(SMALL, noise=0.45), 7, "train", 3)
+    assert same == label
+    assert 0.25 < (noisy_clip.astype(float) - clean).std() / 255 < 0.45  # what leaves the range is cut off
+    again, _ = render_clip(replace(SMALL, noise=0.45), 7, "train", 3)
+    assert (noisy_clip == again).all()
+    other, _ = render_clip(replace(SMALL, noise=0.45), 7, "train", 3 + len(LABELS))
+    assert np.corrcoef((noisy_clip.astype(float) - clean).ravel(), other.ravel())[0, 1] < 0.05
+
+
+def test_the_noise_outlives_h264():
+    """A codec that smoothed it away would make another world of it."""
+    clean, _ = render_clip(World(size=48, fps=4), 7, "train", 3)
+    frames, _ = render_clip(World(size=48, fps=4, noise=0.45), 7, "train", 3)
+    with av.open(io.BytesIO(encode_mp4(frames, 4))) as container:
+        decoded = np.stack([picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)])
+    before, after = ((shown.astype(float) - clean).std() for shown in (frames, decoded))
+    assert after == pytest.approx(before, rel=0.05)
+
+
 def test_files_are_h264_that_others_read_back(tmp_path):
     frames, _ = render_clip(World(size=48), 0, "val", 5)
     (tmp_path / "x.mp4").write_bytes(encode_mp4(frames, 8))
@@ -97,9 +137,11 @@ def test_files_are_h264_that_others_read_back(tmp_path):
 
 
 def test_tool_writes_whole_balanced_and_repeatable_data_sets(tmp_path):
-    command = [sys.executable, TOOL, "--clips", "16", "--val-clips", "4", "--size", "32", "--seconds", "1"]
-    for out in ("a", "b"):
-        subprocess.run([*command, tmp_path / out, "--workers", "2"], check=True, capture_output=True)
+    settings = ("--clips", 16, "--val-clips", 4, "--size", 32, "--seconds", 1)
+    for out, workers in (("a", 1), ("b", 2)):
+        said = tool("make_synthetic", tmp_path / out, *settings, "--workers", workers)
+        assert said.stdout.splitlines()[-1] == f"{tmp_path / out}: 16 clips for training, 4 held out"
+        assert "\r" not in said.stderr  # a bar is for a terminal
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.mp4"))
     assert Counter(path.parts[0] for path in files) == {"train": 16, "val": 4}
     assert {path.parts[1] for path in files if path.parts[0] == "train"} == set(LABELS)
@@ -108,11 +150,27 @@ def test_tool_writes_whole_balanced_and_repeatable_data_sets(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
     # the same again is nothing to do; another data set under the same name is refused
-    subprocess.run([*command, tmp_path / "a"], check=True, capture_output=True)
-    refused = subprocess.run([*command, tmp_path / "a", "--seed", "1"], capture_output=True, text=True)
+    tool("make_synthetic", tmp_path / "a", *settings)
+    refused = tool("make_synthetic", tmp_path / "a", *settings, "--seed", 1, check=False)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'a'}")
     assert "Traceback" not in refused.stderr
+    # what an earlier version wrote, which knew no noise, is the same data set
+    assert "noise" not in json.loads((tmp_path / "a" / "world.json").read_text())["world"]
+
+
+def test_tool_renders_other_looks_and_refuses_what_they_cannot_be(tmp_path):
+    settings = ("--clips", 2, "--val-clips", 1, "--size", 32, "--seconds", 1, "--workers", 1)
+    tool("make_synthetic", tmp_path / "a", *settings, "--tint", "0.05", "--noise", "0.45")
+    world = World(size=32, seconds=1, tint=0.05, noise=0.45)
+    assert world_of(tmp_path / "a") == world
+    with av.open(str(tmp_path / "a" / "train" / LABELS[1] / "00001.mp4")) as container:
+        decoded = np.stack([picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)])
+    assert np.abs(decoded.astype(float) - render_clip(world, 0, "train", 1)[0]).mean() < 8
+    for wrong in (["--noise", "1.5"], ["--robot", "--noise", "0.1"]):
+        refused = tool("make_synthetic", tmp_path / "b", *settings, *wrong, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith("error: --noise")
 
 
 def test_an_odd_size_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from tests.data.videos import encoded, still_image
 from tests.inference.checkpoint import FPS, GRID
 from tests.inference.judge import close, sampled
 from tests.inference.test_model import chunks_by_hand
+from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.inference.model import Model
@@ -182,7 +183,7 @@ def test_a_record_that_crashes_the_decoder_is_left_out_and_the_others_are_the_sa
         file.write(b"DIES")
     command = [ROOT / "tools" / "extract_features.py", tmp_path / "shards", checkpoint, tmp_path / "out", *flags]
     environment = with_faulty_decoder(tmp_path)
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     (left_out,) = rows(tmp_path / "out" / "rejected.jsonl")
     assert (left_out["path"], left_out["reason"]) == (paths[1], "crashes the decoder")
@@ -220,7 +221,7 @@ def test_killed_and_repeated_is_undisturbed(
     flags = ["--pool", "none", "--part", "4", "--workers", "1"]
     for awaited in ("000000.jsonl", "000001.safetensors"):
         process = subprocess.Popen([*map(str, command), *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT_S
         while not (out / "parts" / awaited).exists():
             assert process.poll() is None, "it ended before it was killed"
             assert time.monotonic() < deadline

@@ -19,6 +19,7 @@ import pytest
 from tests.data.conftest import quiet
 from tests.data.videos import encoded
 from tests.launch.test_sbatch import GOLDEN, ROOT
+from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.ingest import work as work_module
 from vjepa_scale.data.ingest.probing import probe
@@ -68,7 +69,7 @@ def test_they_are_bash_and_ask_for_no_gpu() -> None:
     assert [script.partition(".sbatch\n")[0] for script in scripts] == ["probe", "plan", "write", "finish"]
     for script in scripts:
         text = script.partition("\n")[2]
-        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, timeout=10)
+        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, timeout=LIMIT_S)
         assert done.returncode == 0, done.stderr
         assert not [line for line in text.splitlines() if line.startswith("#SBATCH") and "gpu" in line]
 
@@ -177,7 +178,7 @@ def test_a_finish_that_was_ended_amid_its_tidying(videos: Path, tmp_path: Path) 
         "    run_share(work, 'finish', Part(0, 1), workers=1, timeout_min=5)\n"
     )
     (tmp_path / "work").write_bytes(pickle.dumps(work))
-    subprocess.run([sys.executable, script, tmp_path / "work"], check=True, timeout=120)
+    subprocess.run([sys.executable, script, tmp_path / "work"], check=True, timeout=LIMIT_S)
     assert sorted(path.name for path in out.iterdir()) == [
         "columns",
         "manifest.json",

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chain import ROOT, metrics, tool, write_recipe
+from tests.chain import ROOT, launch, metrics, tool, write_recipe
+from tests.processes import LIMIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +47,7 @@ def start(recipe: Path, *words: str) -> subprocess.Popen[str]:
 
 def wait_for_steps(launcher: subprocess.Popen[str], run: Path, steps: int) -> None:
     log = run / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_S
     while not (log.exists() and log.read_bytes().count(b"\n") >= steps):
         assert launcher.poll() is None, launcher.communicate()
         assert time.monotonic() < deadline
@@ -80,15 +81,15 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
     assert victim is not None
     family = psutil.Process(launcher.pid).children(recursive=True)
     victim.send_signal(signal.SIGKILL)
-    stdout, stderr = launcher.communicate(timeout=100)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    stdout, stderr = launcher.communicate(timeout=LIMIT_S)
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
     assert not alive, f"still running: {alive}"
     if max_restarts == 0:
         assert launcher.returncode == 1
         assert stderr.startswith("error: pretrain: rank 0 failed with ")
         assert str(run / "pretrain" / "failures") in stderr
         assert stderr.count("\n") == 1
-        tool("launch", recipe, "--wait")
+        launch(recipe)
     else:
         assert launcher.returncode == 0, stdout + stderr
         assert [row["kind"] for row in named(events(run), "started")] == ["fresh", "resume"]
@@ -115,7 +116,7 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
             ]
         },
     )
-    done = tool("launch", recipe, "--wait", check=False)
+    done = launch(recipe, check=False)
     assert done.returncode == 1
     assert "rank 0 failed with NonFiniteLossError at step 6" in done.stderr
     assert "twice in a row" in done.stderr
@@ -125,7 +126,7 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     assert not (tmp_path / "run" / "cooldown").exists()
 
     # The rate of steps that are not trained yet may change: the run goes on.
-    tool("launch", recipe, "pretrain.phases.1.start_lr=1e-3", "--wait")
+    launch(recipe, "pretrain.phases.1.start_lr=1e-3")
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
 
 
@@ -138,14 +139,14 @@ def test_a_launcher_that_is_told_to_stop_saves_first(
         tmp_path / "recipe.yaml",
         run,
         two_data_sets,
-        launch={"tasks_per_node": 2},
+        launch={"tasks_per_node": 2 if number == signal.SIGINT else 1},
         checkpoint={"every": 1000},
-        pretrain={"steps": 400},
+        pretrain={"steps": 100_000},
     )
     launcher = start(recipe)
     wait_for_steps(launcher, run, 12)
     os.killpg(launcher.pid, number) if number == signal.SIGINT else launcher.send_signal(number)  # Ctrl-C: everyone's
-    _, stderr = launcher.communicate(timeout=60)
+    _, stderr = launcher.communicate(timeout=LIMIT_S)
     assert launcher.returncode == 128 + number
     assert "Traceback" not in stderr
     interrupted = named(events(run), "interrupted")[-1]
@@ -168,7 +169,7 @@ def test_a_clip_that_does_not_decode_stops_the_run_and_is_named(two_data_sets: d
     recipe = write_recipe(
         tmp_path / "recipe.yaml", tmp_path / "run", {**two_data_sets, "left": shards}, launch={"tasks_per_node": 2}
     )
-    done = tool("launch", recipe, "--wait", check=False)
+    done = launch(recipe, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "data set 'left', record 0000" in done.stderr
@@ -182,8 +183,8 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
         tmp_path / "recipe.yaml",
         tmp_path / "run",
         two_data_sets,
-        launch={"tasks_per_node": 2},
-        pretrain={"steps": 400},
+        data={"workers": 0},
+        pretrain={"steps": 100_000},
         cooldown=None,
     )
     started = tool("launch", recipe)  # in the background
@@ -191,11 +192,11 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
     first = psutil.Process(pid)
     try:
         log = tmp_path / "run" / "pretrain" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LIMIT_S
         while not log.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        done = tool("launch", recipe, "--wait", check=False)
+        done = launch(recipe, check=False)
         assert done.returncode == 2
         assert f"process {pid} of 'pretrain' is at work" in done.stderr
         assert not (tmp_path / "run" / "pretrain" / "failures").exists()  # refused before it touched anything

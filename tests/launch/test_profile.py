@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import submitit
 
+from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.profile import Profile, load_profile
 from vjepa_scale.launch.profile_job import python_command, setup_lines, submitit_parameters
@@ -51,7 +52,7 @@ def bash(lines: list[str], *more: str, env: dict[str, str] | None = None) -> sub
     """Run setup lines, then others, in a bash with an environment of its own."""
     script = "\n".join([*lines, *more]) + "\n"
     env = {"PATH": os.environ["PATH"], **(env or {})}
-    return subprocess.run(["bash", "--norc", "-c", script], env=env, capture_output=True, timeout=30)
+    return subprocess.run(["bash", "--norc", "-c", script], env=env, capture_output=True, timeout=LIMIT_S)
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_sbatch_reads_it_so(tmp_path: Path) -> None:
         env={"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "slurm.conf")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     shown = {
         found[1]: found[2] for line in done.stderr.splitlines() if (found := re.match(r"sbatch: (\S+) +: (.*)", line))

@@ -1,32 +1,28 @@
 """The batch scripts of every shipped profile, word for word: what changes in them is looked at before it is committed.
 
-python tests/launch/test_sbatch.py writes tests/launch/golden/*.sbatch anew; read their diff.
+python -m tests.launch.test_sbatch writes tests/launch/golden/*.sbatch anew; read their diff.
 """
 
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.chain import ROOT, tool
+from tests.processes import LIMIT_S
+
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = sorted(path.stem for path in (ROOT / "slurm" / "profiles").glob("*.yaml"))
 
 
+@cache
 def printed(profile: str) -> str:
     """What a dry run of the flagship prints, without this machine's paths and this version's digest."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "tools/launch.py", "recipes/vitg_384.yaml", f"launch.profile={profile}"),
-            *("--cluster", "slurm", "--dry-run", "--print-sbatch"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("recipes/vitg_384.yaml", f"launch.profile={profile}", "--cluster", "slurm", "--dry-run", "--print-sbatch")
+    done = tool("launch", *words)
     text = done.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "CHECKOUT")
     text = re.sub(r"'((?:PYTHON|CHECKOUT)[^' ]*)'", r"\1", text)  # quoted where the checkout's own path needs it
     return re.sub(r"/code/[0-9a-f]{12}", "/code/DIGEST", text)
@@ -41,7 +37,7 @@ def test_the_script_is_the_one_that_was_looked_at(profile: str) -> None:
 def test_it_is_bash(profile: str) -> None:
     for script in printed(profile).split("# -- ")[1:]:
         done = subprocess.run(
-            ["bash", "-n"], input=script.partition("\n")[2], text=True, capture_output=True, timeout=10
+            ["bash", "-n"], input=script.partition("\n")[2], text=True, capture_output=True, timeout=LIMIT_S
         )
         assert done.returncode == 0, done.stderr
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import LIMIT_S
+
 PACKAGE = Path(__file__).parents[2] / "vjepa_scale"
 NO_CACHE = shutil.ignore_patterns("__pycache__", ".*")
 SNAPSHOT = "import sys; from pathlib import Path; from vjepa_scale.launch.snapshot import *; run = Path(sys.argv[1])\n"
@@ -43,7 +45,7 @@ def environment(checkout: Path, **more: str) -> dict[str, str]:
 def run(checkout: Path, code: str, *arguments: object, cwd: str | Path = "/", **more: str) -> str:
     """What a Python prints that imports from a checkout."""
     env = environment(checkout, **more)
-    done = subprocess.run(command(code, *arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(code, *arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -134,7 +136,7 @@ def test_several_launches_at_once(checkout: Path, tmp_path: Path) -> None:
         )
         for _ in range(6)
     ]
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=LIMIT_S) for process in processes]
     assert [process.returncode for process in processes] == [0] * 6, ends
     (folder,) = (tmp_path / "run" / "code").iterdir()  # no temporary one is left
     assert same_files(folder / "vjepa_scale", checkout / "vjepa_scale")

@@ -10,6 +10,7 @@ from torch import Tensor
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import kernels
 from vjepa_scale.model.attention import Attention
+from vjepa_scale.parallel import attention
 from vjepa_scale.parallel.attention import set_kernel
 
 CPU = torch.device("cpu")
@@ -51,11 +52,17 @@ def test_kernels_that_run_on_cpu(head_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("kernel", [kernels.torch_flash, kernels.torch_varlen])
+@pytest.mark.parametrize("kernel", [kernels.torch_flash, kernels.torch_varlen, kernels.fa3, kernels.fa4])
 def test_kernels_on_a_gpu(kernel: kernels.Kernel, head_size: int) -> None:
     device = torch.device("cuda")
+    if problem := attention._problem(kernel, head_size, device, torch.bfloat16):
+        assert kernel in (kernels.fa3, kernels.fa4), problem
+        pytest.skip(f"{kernel.__name__}: {problem}")
+    of_kernel = errors(kernel, head_size, device, torch.bfloat16)
+    if kernel in (kernels.fa3, kernels.fa4):
+        torch.nn.attention.restore_flash_attention_impl()
     of_sdpa = errors(kernels.sdpa, head_size, device, torch.bfloat16)
-    for ours, theirs in zip(errors(kernel, head_size, device, torch.bfloat16), of_sdpa, strict=True):
+    for ours, theirs in zip(of_kernel, of_sdpa, strict=True):
         assert ours <= 1.5 * theirs
 
 
@@ -71,9 +78,11 @@ def test_a_mask_is_obeyed_or_refused() -> None:
 def test_flash_attn_gets_and_gives_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its contract: flash_attn_func(q, k, v), each [B, K, h, d]. The package itself has no wheel and is not tested."""
     shapes: list[tuple[int, ...]] = []
+    asked: list[bool] = []
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> Tensor:
         shapes.append(tuple(q.shape))
+        asked.append(deterministic)
         return exact(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     package = types.ModuleType("flash_attn")
@@ -82,6 +91,40 @@ def test_flash_attn_gets_and_gives_its_own_layout(monkeypatch: pytest.MonkeyPatc
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     torch.testing.assert_close(kernels.flash_attn(q, k, v, None), exact(q, k, v))
     assert shapes == [(2, 5, 4, 8)]
+    torch.use_deterministic_algorithms(True)  # engine.deterministic
+    try:
+        kernels.flash_attn(q, k, v, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize(("choice", "name"), [("fa3", "FA3"), ("fa4", "FA4")])
+def test_other_flash_kernels_are_put_in_place_of_pytorchs(
+    choice: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's own registry, once, before the kernel is tried; a package that is not there is told."""
+    import torch.nn.attention as registry
+
+    asked: list[str] = []
+    monkeypatch.setattr(registry, "activate_flash_attention_impl", asked.append)
+    monkeypatch.setattr(registry, "current_flash_attention_impl", lambda: asked[-1] if asked else None)
+    kernel = getattr(kernels, choice)
+    for _ in range(2):
+        kernels.activate(kernel)
+    kernels.activate(kernels.sdpa)
+    assert asked == [name]
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    torch.testing.assert_close(kernel(q, k, v, None), exact(q, k, v))  # PyTorch's flash operation, whoever computes it
+
+    def absent(_: str) -> None:
+        raise ImportError("No module named 'flash_attn'")
+
+    asked.clear()
+    monkeypatch.setattr(registry, "activate_flash_attention_impl", absent)
+    assert attention._problem(kernel, 64, torch.device("cuda"), torch.bfloat16) == "No module named 'flash_attn'"
+    with pytest.raises(UserError, match=r"engine.attention: FlashAttention-\d cannot run on cpu .* it needs a GPU"):
+        set_kernel(Attention(64, 2), choice, device=CPU, dtype=torch.bfloat16)
 
 
 def test_what_is_chosen() -> None:

@@ -41,6 +41,11 @@ def test_equals_hugging_face(name: str) -> None:
         tubelet=tubelet,
     )
     theirs = random_published(config, crop=crop, frames=frames, seed=len(name))
+    # As sharp as in trained networks: where attention is nearly a mean, it hardly shows who attends to whom
+    # (queries and keys that changed places differed by 1.02e-5).
+    for parameter_name, parameter in theirs.named_parameters():
+        if ".query." in parameter_name or ".key." in parameter_name:
+            parameter.mul_(6)
     encoder_weights, predictor_weights = our_weights(theirs)
     encoder, predictor = Encoder(config).eval(), Predictor(config).eval()
     encoder.load_state_dict(encoder_weights)

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     patch=8,
 )
 GRID = (2, 2, 3)
-CLIPS, STEPS, SEED = 8, 4, 5
+CLIPS, STEPS, SEED = 8, 3, 5
 MOMENTUM, RATE, DECAY = 0.9, 0.3, 0.04
 
 

@@ -1,16 +1,16 @@
 """How processes meet: through a file, under torchrun, alone; and what is said when they do not."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 
-from tests.processes import ENGINE, run_processes
+from tests.processes import ENGINE, LIMIT_S, run_processes
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.parallel import process_group
@@ -55,7 +55,8 @@ def _files_after_start(ranks: Ranks, folder: str) -> tuple[list[str], int, str]:
     again = ranks_of(ranks.rank, ranks.world_size, "second")
     process_group.start(again, ENGINE.model_copy(update={"threads": 2}), rendezvous=Path(folder))
     process_group.barrier()
-    time.sleep(0.2)  # rank 0 removes the file right after the others may go on
+    while ranks.rank and os.listdir(folder):  # rank 0 removes the file right after the others may go on
+        time.sleep(0.01)
     return os.listdir(folder), torch.get_num_threads(), str(dist.get_backend())
 
 
@@ -67,8 +68,8 @@ def test_the_address_is_removed_once_all_have_met(world_size: int, tmp_path: Pat
 
 
 def _mesh(ranks: Ranks) -> tuple[tuple[str, ...] | None, list[int], list[int]]:
-    hybrid = build_mesh("cpu", world_size=4, replicate=2)
-    flat = build_mesh("cpu", world_size=4, replicate=1)
+    hybrid = build_mesh("cpu", world_size=4, replicate=2, timeout_s=60)
+    flat = build_mesh("cpu", world_size=4, replicate=1, timeout_s=60)
     assert flat.mesh_dim_names == ("shard",)
     group = dist.get_process_group_ranks(hybrid.get_group("shard"))
     return hybrid.mesh_dim_names, list(hybrid.get_coordinate() or ()), group
@@ -80,6 +81,25 @@ def test_neighbours_shard_together() -> None:
     assert set(names) == {("replicate", "shard")}
     assert list(coordinates) == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert list(groups) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def _waiting_in(ranks: Ranks, dimension: str) -> str:
+    group = build_mesh("cpu", world_size=4, replicate=2, timeout_s=1).get_group(dimension)
+    said = ""
+    if ranks.rank == 0:
+        try:
+            dist.all_reduce(torch.ones(()), group=group)
+        except RuntimeError as error:
+            said = str(error)
+    process_group.barrier()  # the others come here only: rank 0's peer in that group is late for ever
+    return said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dimension", ["replicate", "shard"])
+def test_groups_of_a_hybrid_mesh_wait_no_longer_than_they_are_told(dimension: str) -> None:
+    said, *_ = run_processes(_waiting_in, 4, dimension)
+    assert "1000ms" in said.replace(" ", "")
 
 
 TORCHRUN_TASK = """
@@ -100,20 +120,26 @@ process_group.exit_cleanly(0)
 
 @pytest.mark.distributed
 def test_torchrun(tmp_path: Path) -> None:
-    task = tmp_path / "task.py"
-    task.write_text(TORCHRUN_TASK)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUBMITIT"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(task)],
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "torchrun 3", "torchrun 3"]
+    (tmp_path / "task.py").write_text(TORCHRUN_TASK)
+    launcher = multiprocessing.get_context("forkserver").Process(target=_torchrun, args=(tmp_path,))
+    launcher.start()
+    launcher.join(LIMIT_S)
+    launcher.kill()
+    launcher.join()
+    assert launcher.exitcode == 0, (tmp_path / "stderr").read_text()
+    assert sorted((tmp_path / "stdout").read_text().split("\n")) == ["", "torchrun 3", "torchrun 3"]
     assert not (tmp_path / "never").exists()
+
+
+def _torchrun(folder: Path) -> None:
+    """torchrun's own main, in a process that has imported PyTorch already."""
+    os.chdir(folder)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SUBMITIT"))]:
+        del os.environ[name]
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torch.distributed.run.main(["--standalone", "--nproc-per-node", "2", "task.py"])
 
 
 def _fail_on_rank_1(ranks: Ranks) -> None:
@@ -124,9 +150,8 @@ def _fail_on_rank_1(ranks: Ranks) -> None:
 
 @pytest.mark.distributed
 def test_a_failing_rank_ends_the_others_at_once() -> None:
-    begin = time.monotonic()
     with pytest.raises(AssertionError, match="planted") as failure:
         run_processes(_fail_on_rank_1, 3)
     assert "rank 0" in str(failure.value)
     assert "rank 2" in str(failure.value)
-    assert time.monotonic() - begin < 30  # and not the 60 s of the group's timeout
+    assert "did not end in time" not in str(failure.value)  # they did not wait for the group's time-out

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.chain import ROOT
+from tests.chain import ROOT, tool
 from tests.data.videos import picture
 from tests.inference.test_clips import image_file
 from tests.planning.material import PLACES, WIDTH, drawn
@@ -44,13 +42,8 @@ def test_the_lines_run(reader: Path) -> None:
 def test_the_command(reader: Path) -> None:
     quick = ("--samples", "20", "--elites", "4", "--iterations", "2")
 
-    def tool(*options: str) -> subprocess.CompletedProcess[str]:
-        given = ["DIR", "--now", "now.png", "--goal", "goal.png", "--state", *map(str, STATE), *quick, *options]
-        command = [sys.executable, str(ROOT / "tools/plan.py"), *given]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    done = tool("--horizon", "3", "--landscape", "energy.png", "--axes", "0", "2")
-    assert done.returncode == 0, done.stderr
+    given = ("DIR", "--now", "now.png", "--goal", "goal.png", "--state", *STATE, *quick)
+    done = tool("plan", *given, "--horizon", "3", "--landscape", "energy.png", "--axes", "0", "2", cwd=reader)
     assert (reader / "energy.png").read_bytes().startswith(b"\x89PNG")
     *actions, energy, last = done.stdout.splitlines()
     assert last == "written: energy.png"

@@ -1,15 +1,13 @@
 """Energies over two numbers of an action, and the picture of them."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from tests.chain import ROOT
+from tests.chain import tool
 from tests.planning.worlds import Bowl, some_states
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.decode import still_picture
@@ -86,9 +84,7 @@ def test_another_name_is_refused(landscape: Landscape, tmp_path: Path) -> None:
 def test_the_tool_refuses_a_picture_before_it_loads_anything(words: list[str], said: str, tmp_path: Path) -> None:
     """The model is not even there: that would be the error after it."""
     given = ["absent", "--now", "now.png", "--goal", "goal.png", "--state", *("0" * 7)]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "plan.py", *given, *words], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = tool("plan", *given, *words, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert re.search(said, done.stderr)
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """Planning and landscapes with a model: what is planned is what it imagines, and a known best action is found."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -89,25 +90,40 @@ def test_a_plan_is_better_than_doing_nothing(world: WorldModel, camera_world: Wo
     assert (plan.energy < plan.energies[:, 0].mean(dim=1)).all()
 
 
+def margin(energies_BIS: Tensor, elites: int) -> float:
+    """By how much the last elite is better than the best sequence that is none, in the closest iteration."""
+    ordered = energies_BIS.sort(dim=-1).values
+    return float((ordered[..., elites] - ordered[..., elites - 1]).min())
+
+
 def test_episodes_do_not_depend_on_each_other_nor_on_how_many_fit(
     world: WorldModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other batch sizes round otherwise, by some 1e-6 here, and a swapped elite moves a plan by 1e-2: so energies are
+    spread out (larger weights), and the draws are of a seed whose elites are chosen by more than rounding."""
+    lively = copy.deepcopy(world.predictor)
+    for parameter in lively.parameters():
+        parameter.mul_(16 if parameter.ndim == 2 else 1)
+    monkeypatch.setitem(world.__dict__, "predictor", lively)
     now, goals, states = pictures(BATCH, 0), pictures(BATCH, 1), poses(1)[1][:, 0]
-    together = world.plan(now, states, goals, QUICK, seed=3)
-    assert bits_equal(world.plan(now, states, goals, QUICK, seed=3).actions, together.actions)
-    assert not bits_equal(world.plan(now, states, goals, QUICK, seed=4).actions, together.actions)
+    plans = ((seed, world.plan(now, states, goals, QUICK, seed=seed)) for seed in range(100))
+    seed, together = next(found for found in plans if margin(found[1].energies, QUICK.elites) > 2e-5)
+
+    assert bits_equal(world.plan(now, states, goals, QUICK, seed=seed).actions, together.actions)
+    assert not bits_equal(world.plan(now, states, goals, QUICK, seed=seed + 1).actions, together.actions)
     for one in range(BATCH):
-        alone = world.plan(now[one], states[one], goals[one], QUICK, seed=[3])
+        alone = world.plan(now[one], states[one], goals[one], QUICK, seed=[seed])
+        torch.testing.assert_close(alone.energies[0], together.energies[one], rtol=0, atol=1e-5)
         torch.testing.assert_close(alone.actions[0], together.actions[one], rtol=0, atol=1e-4)
     monkeypatch.setattr(world_module, "_TOKENS_AT_ONCE", 7 * 2 * (PLACES + 2))
     assert world._rows(2) == 7
     torch.testing.assert_close(
-        world.plan(now, states, goals, QUICK, seed=3).actions, together.actions, rtol=0, atol=1e-4
+        world.plan(now, states, goals, QUICK, seed=seed).actions, together.actions, rtol=0, atol=1e-4
     )
     # One goal for all; and tokens for pictures.
-    shared = world.plan(now, states, goals[:1], QUICK, seed=3)
+    shared = world.plan(now, states, goals[:1], QUICK, seed=seed)
     torch.testing.assert_close(shared.actions[0], together.actions[0], rtol=0, atol=1e-4)
-    tokens = world.plan(world.encode(now), states, world.encode(goals), QUICK, seed=3)
+    tokens = world.plan(world.encode(now), states, world.encode(goals), QUICK, seed=seed)
     assert bits_equal(tokens.actions, together.actions)
 
 

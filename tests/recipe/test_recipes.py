@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import load_recipe, recipe_yaml, resolve_phases
@@ -106,7 +107,7 @@ def test_probes_are_trained_and_read_as_published() -> None:
     assert rates[-1] == 0
 
 
-@pytest.mark.parametrize("name", [*SIZES, "vitg_droid", "demo", "showcase", "probe_ssv2"])
+@pytest.mark.parametrize("name", [*SIZES, "vitg_droid", "demo", "probe_ssv2"])
 def test_resolved_recipe_loads_back_equal(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
@@ -249,6 +250,68 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     with pytest.raises(UserError, match="extends itself"):
         load_recipe(tmp_path / "loop.yaml")
+
+
+def chained(folder: Path, *files: dict) -> Path:
+    """Files of which each extends the one before; the last one's path."""
+    for number, tree in enumerate(files):
+        below = {"extends": f"{number - 1}.yaml"} if number else {}
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump(below | tree))
+    return folder / f"{len(files) - 1}.yaml"
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"c": {"path": "c"}}, {"c": ("c", 1)}),
+        ({"c": {"path": "c"}, "a": None}, {"c": ("c", 1)}),  # how it was written when mixtures were merged
+        ({"b": {"path": "other"}}, {"b": ("other", 1)}),
+        ({"b": None}, {"a": ("a", 1)}),
+        (None, {"a": ("a", 1), "b": ("b", 3)}),
+    ],
+)
+def test_data_sets_that_are_given_replace_those_below(given: dict | None, left: dict, tmp_path: Path) -> None:
+    """Through two files, the upper of which says nothing of them."""
+    base = small_recipe(pretrain={"steps": 10, "phases": ONE_PHASE})
+    path = chained(tmp_path, base, {"data": {"sets": given} if given else {"lanes": 2}}, {"run": {"seed": 1}})
+    assert {name: (s.path, s.weight) for name, s in load_recipe(path).data.sets.items()} == left
+
+
+def test_a_mixture_that_is_given_replaces_the_one_below(tmp_path: Path) -> None:
+    base = small_recipe(pretrain={"steps": 10, "phases": ONE_PHASE, "mixture": {"a": 1, "b": 2}})
+    path = chained(tmp_path, base, {"pretrain": {"mixture": {"b": 1}}})
+    assert load_recipe(path).pretrain.mixture == {"b": 1}
+    path = chained(tmp_path, base, {"pretrain": {"mixture": {"b": None}}})
+    assert load_recipe(path).pretrain.mixture == {"a": 1}
+    assert load_recipe(path, ["pretrain.mixture.b=5"]).pretrain.mixture == {"a": 1, "b": 5}
+    assert load_recipe(path, ["data.sets.b.weight=7"]).data.sets["b"].weight == 7
+    assert list(load_recipe(path, ["data.sets={a: {path: x}}"]).data.sets) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "where"),
+    [
+        ([{"pretrain": {"stepz": 1}}, {}], [], "0.yaml:pretrain.stepz"),
+        ([{}, {"pretrain": {"stepz": 1}}, {}], [], "1.yaml:pretrain.stepz"),
+        ([{"pretrain": {"steps": "a"}}, {"pretrain": {"steps": "b"}}], [], "1.yaml:pretrain.steps"),
+        ([{"pretrain": {"steps": "a"}}, {}], ["pretrain.steps=c"], "command line:pretrain.steps"),
+        ([{}, {}], ["pretrain.phases.0.final_lr=x"], "command line:pretrain.phases.0.final_lr"),
+        ([{"pretrain": {"phases": [{"name": "a", "start_lr": "x"}]}}, {}], [], "0.yaml:pretrain.phases.0.start_lr"),
+        ([{}, {"data": {"sets": {"c": {"weight": 1}}}}, {}], [], "1.yaml:data.sets.c.path"),  # missing
+        ([{}, {"pretrain": {"mixture": {"c": 1}}}, {}], [], "1.yaml:pretrain.mixture"),
+        ([{}, {"data": {"sets": {}}}], [], "1.yaml:data.sets"),
+    ],
+)
+def test_an_error_names_the_file_that_has_the_key(
+    files: list[dict], overrides: list[str], where: str, tmp_path: Path
+) -> None:
+    base = small_recipe(pretrain={"steps": 10, "phases": ONE_PHASE})
+    base["pretrain"] |= files[0].get("pretrain", {})
+    path = chained(tmp_path, base, *files[1:])
+    place = where if where.startswith("command") else f"{tmp_path}/{where}"
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    assert str(caught.value).startswith(f"{place}: ")
 
 
 def test_real_networks_are_built_on_the_meta_device() -> None:

@@ -147,7 +147,9 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a killed node and wait until Slurm gives it jobs again."""
         self.run([SANDBOX / "node.sh", "--base", self.base, "start", node])
-        self.wait_until(lambda: self.nodes().get(node) in ("idle", "mixed", "allocated"), 60, f"node {node} is back")
+        self.wait_until(
+            lambda: self.nodes().get(node) in ("idle", "mixed", "allocated"), PATIENCE_S, f"node {node} is back"
+        )
 
     def stop_controller(self) -> None:
         """End slurmctld: from now on Slurm's commands fail, running jobs run on."""
@@ -176,7 +178,7 @@ class Cluster:
 
         if jobs := left():
             self.scancel(*jobs)
-        self.wait_until(lambda: not left(), 60, lambda: f"the end of jobs {left()}")
+        self.wait_until(lambda: not left(), PATIENCE_S, lambda: f"the end of jobs {left()}")
         self._wait_for_nodes()
 
     @property
@@ -200,14 +202,16 @@ class Cluster:
         return fields[0] != "Z" and fields[19] == born
 
     def _wait_for_answer(self) -> None:
-        self.wait_until(lambda: self.run(["scontrol", "ping"], check=False).returncode == 0, 60, "slurmctld answers")
+        self.wait_until(
+            lambda: self.run(["scontrol", "ping"], check=False).returncode == 0, PATIENCE_S, "slurmctld answers"
+        )
 
     def _wait_for_nodes(self) -> None:
         def up() -> bool:
             states = self.nodes()
             return set(states) == set(self.node_names) and set(states.values()) <= {"idle", "mixed", "allocated"}
 
-        self.wait_until(up, 60, lambda: f"all nodes are up: {self.nodes()}")
+        self.wait_until(up, PATIENCE_S, lambda: f"all nodes are up: {self.nodes()}")
 
     # --- jobs ---
 

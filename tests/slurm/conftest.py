@@ -1,4 +1,4 @@
-"""Sandboxes of Slurm for tests; every test in this folder is marked ``slurm`` and ``distributed``."""
+"""Sandboxes of Slurm for tests; every test in this folder is marked ``slurm``, ``system`` and ``distributed``."""
 
 import os
 import shutil
@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.system)
             item.add_marker(pytest.mark.distributed)
 
 

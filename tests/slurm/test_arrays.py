@@ -78,7 +78,7 @@ def amid(out: Path) -> bool:
 def started(cluster: Cluster, videos: Path, out: Path, *words: object) -> tuple["subprocess.Popen[str]", str]:
     """The command, at work, and the id of its probe array."""
     process = cluster.popen(command(videos, out, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    cluster.wait_until(lambda: submitted(out, "finish") or process.poll() is not None, 60, "all are submitted")
+    cluster.wait_until(lambda: submitted(out, "finish") or process.poll() is not None, PATIENCE_S, "all are submitted")
     return process, submitted(out, "probe")
 
 
@@ -110,7 +110,7 @@ def test_a_task_that_is_ended_and_the_same_command_again(
 ) -> None:
     out = tmp_path / "out"
     process, probe = started(cluster, videos, out)
-    cluster.wait_until(lambda: amid(out), 90, "the first task has probed a source")
+    cluster.wait_until(lambda: amid(out), PATIENCE_S, "the first task has probed a source")
     if how == "KILL":
         cluster.scancel("--signal=KILL", f"{probe}_0.0")  # its step: as if it had run out of memory
     else:
@@ -121,7 +121,7 @@ def test_a_task_that_is_ended_and_the_same_command_again(
     words = "failed" if how == "KILL" else "was cancelled"
     assert error.startswith(f"error: probe: Slurm job {probe}_0 {words}: {out}/.slurm/logs/{probe}_0_0_log.err")
     assert "the same command goes on" in error
-    cluster.wait_until(lambda: not cluster.queue(), 60, "those behind it are cancelled")
+    cluster.wait_until(lambda: not cluster.queue(), PATIENCE_S, "those behind it are cancelled")
     assert 3 <= known(out) < 12
 
     cluster.run(command(videos, out))
@@ -134,7 +134,7 @@ def test_a_terminal_that_goes_away_and_one_that_attaches(
     out = tmp_path / "out"
     first, probe = started(cluster, videos, out)
     second = cluster.popen(command(videos, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    cluster.wait_until(lambda: known(out) >= 1, 90, "it is probed")
+    cluster.wait_until(lambda: known(out) >= 1, PATIENCE_S, "it is probed")
     first.send_signal(signal.SIGINT)
     said, error = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130
@@ -159,7 +159,7 @@ def test_tasks_that_are_told_to_make_room_come_back(
     prefix.chmod(0o755)
     profile.write_text(f"partition: main\nsignal_delay_s: 20\ncontainer: {prefix}\npython: {sys.executable}\n")
     process, probe = started(cluster, videos, out, "--profile", profile)
-    cluster.wait_until(lambda: amid(out), 90, "the first task has probed a source")
+    cluster.wait_until(lambda: amid(out), PATIENCE_S, "the first task has probed a source")
     if how == "signal":  # as before a time limit
         cluster.scancel("--signal=USR2", f"{probe}_0")
     else:
@@ -194,4 +194,4 @@ def test_what_cannot_be_made_or_submitted_is_one_line(cluster: Cluster, videos: 
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("error: plan: Slurm job ")
         assert "none of 1 files can be used" in done.stderr
-        wait_until(lambda: not cluster.queue(), 60, "the rest is cancelled")
+        wait_until(lambda: not cluster.queue(), PATIENCE_S, "the rest is cancelled")

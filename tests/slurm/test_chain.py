@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.chain import metrics, tool, write_recipe
+from tests.chain import launch, metrics, tool, write_recipe
 from tests.slurm.chain import NODES, TASKS, Run, assert_same_training, make_run
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE_S, Cluster
 
 Sets = dict[str, Path]
 
@@ -21,7 +21,7 @@ def local(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Path
     """pretrain → cooldown on this machine, without Slurm, in as many processes; consolidated."""
     folder = tmp_path_factory.mktemp("local")
     recipe = write_recipe(folder / "r.yaml", folder / "run", two_data_sets, launch={"tasks_per_node": NODES * TASKS})
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     tool("consolidate", folder / "run", "--to", "safetensors", "--out", folder / "weights")
     return folder
 
@@ -45,7 +45,7 @@ def test_one_command_and_what_is_submitted_is_what_was_printed(
     assert "cooldown/decay  step 18/18" in said
     jobs = {stage: run.job_id(stage) for stage in ("pretrain", "cooldown")}
     for stage, job in jobs.items():
-        row = cluster.job(job)
+        row = cluster.wait_for(job)  # the run is done a moment before its job
         assert (row["JobState"], row["NumNodes"], row["NumTasks"]) == ("COMPLETED", "2", "4")
         assert row["JobName"] == f"run-{stage}"
         submitted = cluster.run(["scontrol", "write", "batch_script", job, "-"]).stdout
@@ -62,20 +62,25 @@ def test_one_command_and_what_is_submitted_is_what_was_printed(
     assert_same_weights(tmp_path / "weights", local / "weights")
 
 
-def test_a_plain_user_in_a_folder_with_a_space(plain_user_cluster: Cluster, two_data_sets: Sets, local: Path) -> None:
+def test_a_plain_user_in_a_folder_with_a_space(
+    plain_user_cluster: Cluster, two_data_sets: Sets, finished: Path
+) -> None:
+    """On two nodes with a rank each: as the run of two processes that all tests share."""
     cluster = plain_user_cluster
     folder = cluster.folder / "my runs"
     cluster.run(["mkdir", str(folder)])
     sets = {name: cluster.folder / name for name in two_data_sets}
     for name, path in two_data_sets.items():
         shutil.copytree(path, sets[name])
-    run = Run(cluster, folder / "first run", make_run(cluster, cluster.folder, sets).recipe)
+    run = Run(
+        cluster, folder / "first run", make_run(cluster, cluster.folder, sets, launch={"tasks_per_node": 1}).recipe
+    )
     said = run.launch(f"run.dir={run.folder}", "--wait")
     assert "cooldown/decay  step 18/18" in said
     assert run.folder.stat().st_uid != 0
-    assert cluster.job(run.job_id())["JobState"] == "COMPLETED"
+    assert cluster.wait_for(run.job_id())["JobState"] == "COMPLETED"
     for stage in ("pretrain", "cooldown"):
-        assert metrics(run.folder, stage) == metrics(local / "run", stage)
+        assert metrics(run.folder, stage) == metrics(finished, stage)
     assert {name: stage["state"] for name, stage in run.status().items()} == {"pretrain": "done", "cooldown": "done"}
 
 
@@ -92,7 +97,7 @@ def test_the_batch_script_for_sites_without_submitit(
 
     first = submit("pretrain")
     second = submit("cooldown", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
-    cluster.wait_until(lambda: run.steps() >= 2, 90, "two steps", job_id=first)
+    cluster.wait_until(lambda: run.steps() >= 2, PATIENCE_S, "two steps", job_id=first)
     cluster.scancel("--signal=USR2", first)
     cluster.wait_for(second, ("COMPLETED",))
     assert cluster.job(first)["Restarts"] == "1"

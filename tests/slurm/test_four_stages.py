@@ -1,39 +1,38 @@
-"""pretrain → cooldown → action → probe by one launch on a real Slurm: the run of this machine without Slurm, again."""
+"""pretrain → cooldown → action → probe by one launch on a real Slurm: the run of this machine without Slurm, again.
+
+On two nodes with a rank each; without Slurm, the finished run of two processes that all tests share goes on.
+"""
 
 import json
+import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
-from tests.chain import checkpoint_tensors, make_four_stage_data, metrics, tool, write_four_stages
-from tests.slurm.chain import NODES, TASKS, Run
+from tests.chain import checkpoint_tensors, launch, metrics, write_four_stages
+from tests.slurm.chain import Run
 from tests.slurm.cluster import Cluster
 
 Sets = dict[str, Path]
 LAST = {"pretrain": 12, "cooldown": 18, "action": 8, "probe": 6}
 
 
-@pytest.fixture(scope="module")
-def more(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    return make_four_stage_data(tmp_path_factory.mktemp("more"), two_data_sets)
-
-
-def test_one_launch_runs_all_four(cluster: Cluster, two_data_sets: Sets, more: Sets, tmp_path: Path) -> None:
-    here = write_four_stages(
-        tmp_path / "here.yaml", tmp_path / "here", two_data_sets, more, launch={"tasks_per_node": NODES * TASKS}
-    )
-    launch = {"nodes": NODES, "tasks_per_node": TASKS, "timeout_min": 30, "profile": "sandbox"}
-    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", two_data_sets, more, launch=launch)
-    tool("launch", here, "--wait")
+def test_one_launch_runs_all_four(
+    cluster: Cluster, finished: Path, two_data_sets: Sets, four_stage_data: Sets, tmp_path: Path
+) -> None:
+    sets = (two_data_sets, four_stage_data)
+    shutil.copytree(finished, tmp_path / "here")
+    launch(write_four_stages(tmp_path / "here.yaml", tmp_path / "here", *sets, launch={"tasks_per_node": 2}))
+    on_slurm = {"nodes": 2, "tasks_per_node": 1, "timeout_min": 30, "profile": "sandbox"}
+    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", *sets, launch=on_slurm)
     run = Run(cluster, tmp_path / "there", there)
     run.launch("--wait")
 
     assert {name: stage["state"] for name, stage in run.status().items()} == dict.fromkeys(LAST, "done")
     jobs = [run.job_id(stage) for stage in LAST]
     for job in jobs:
-        row = cluster.job(job)
-        assert (row["JobState"], row["NumNodes"], row["NumTasks"]) == ("COMPLETED", "2", "4")
+        row = cluster.wait_for(job)
+        assert (row["JobState"], row["NumNodes"], row["NumTasks"]) == ("COMPLETED", "2", "2")
     began = {stage: run.events("started", stage=stage)[0]["time"] for stage in LAST}
     ended = {stage: run.events("done", stage=stage)[0]["time"] for stage in LAST}
     for before, after in zip(list(LAST)[:-1], list(LAST)[1:], strict=True):

@@ -9,9 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chain import tool, write_recipe
+from tests.chain import launch as launched
+from tests.chain import write_recipe
 from tests.slurm.chain import NODES, TASKS, Run, assert_same_training, make_run
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE_S, Cluster
 
 STEPS, SWITCH = 100, 25
 LONG: dict[str, Any] = {
@@ -35,7 +36,7 @@ def undisturbed(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -
     """The same recipe on this machine, without Slurm, in as many processes."""
     folder = tmp_path_factory.mktemp("undisturbed")
     sections = {**LONG, "launch": {"tasks_per_node": NODES * TASKS}}
-    tool("launch", write_recipe(folder / "recipe.yaml", folder / "run", two_data_sets, **sections), "--wait")
+    launched(write_recipe(folder / "recipe.yaml", folder / "run", two_data_sets, **sections))
     return folder / "run"
 
 
@@ -46,7 +47,7 @@ def disturbed(
     run = make_run(cluster, folder, sets, launch=launch, **LONG)
     run.launch()
     job = run.job_id()
-    cluster.wait_until(lambda: run.steps() >= at, 120, f"{at} steps", job_id=job)
+    cluster.wait_until(lambda: run.steps() >= at, PATIENCE_S, f"{at} steps", job_id=job)
     happens(run, job)
     cluster.wait_for(job, ("COMPLETED",))
     return run
@@ -70,13 +71,22 @@ def check(undisturbed: Path, tmp_path: Path, record_property: Callable[[str, obj
     return checked
 
 
-def test_usr2_saves_and_queues_again(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
-    run = disturbed(cluster, tmp_path, two_data_sets, lambda _, job: cluster.scancel("--signal=USR2", job))
+def test_usr2_and_a_bare_requeue_save_and_queue_again(
+    cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
+) -> None:
+    def both(run: Run, job: str) -> None:
+        cluster.scancel("--signal=USR2", job)
+        again = lambda: len(run.events("started")) > 1 and run.steps() >= 60  # noqa: E731
+        cluster.wait_until(again, PATIENCE_S, "60 steps after the signal", job_id=job)
+        cluster.scontrol("requeue", job)
+
+    run = disturbed(cluster, tmp_path, two_data_sets, both)
     starts = check(run)
-    assert [row["repeated"] for row in starts] == [0, 0]  # nothing is trained twice
-    assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
-    assert starts[1]["step"] == run.events("interrupted")[0]["step"]
-    assert cluster.job(run.job_id())["Restarts"] == "1"
+    assert [row["repeated"] for row in starts] == [0, 0, 0]  # nothing is trained twice
+    signalled = run.events("interrupted")[0]
+    assert signalled["signal"] == "SIGUSR2"
+    assert starts[1]["step"] == signalled["step"]
+    assert cluster.job(run.job_id())["Restarts"] == "2"  # once each, not once by Slurm and once by us
 
 
 def test_a_signal_in_the_middle_of_a_save(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
@@ -85,12 +95,12 @@ def test_a_signal_in_the_middle_of_a_save(cluster: Cluster, two_data_sets: Sets,
     def in_a_save(run: Run, job: str) -> None:
         folder = run.folder / "pretrain" / "checkpoints"
         while not inside:
-            cluster.wait_until(lambda: next(folder.glob(".step_*.tmp"), None), 60, "a save", job_id=job)
+            cluster.wait_until(lambda: next(folder.glob(".step_*.tmp"), None), PATIENCE_S, "a save", job_id=job)
             cluster.scancel("--signal=TERM", job)
             if any(folder.glob(".step_*.tmp")):  # it is still being written after the signal was sent
                 inside.append(1)
             saved = len(run.events("saved"))
-            cluster.wait_until(lambda saved=saved: len(run.events("saved")) > saved, 60, "the save", job_id=job)
+            cluster.wait_until(lambda saved=saved: len(run.events("saved")) > saved, PATIENCE_S, "the save", job_id=job)
             assert inside or not run.events("interrupted"), "the signal missed the save; the run goes on from there"
 
     run = disturbed(cluster, tmp_path, two_data_sets, in_a_save, at=32)
@@ -115,7 +125,9 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
             rank.suspend()
         elapsed = time.time() - run.events("submitted")[-1]["time"]
         cluster.scontrol("update", f"JobId={job}", f"TimeLimit={int(elapsed + 35) // 60 + 1}")
-        cluster.wait_until(lambda: run.events("interrupted"), 90, "the signal before the time limit", job_id=job)
+        cluster.wait_until(
+            lambda: run.events("interrupted"), PATIENCE_S, "the signal before the time limit", job_id=job
+        )
         cluster.wait_for(job, ("PENDING",))
         cluster.scontrol("update", f"JobId={job}", "TimeLimit=30")
 
@@ -147,13 +159,6 @@ def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_pat
     assert len(run.events("interrupted")) == 1
 
 
-def test_a_bare_requeue(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
-    run = disturbed(cluster, tmp_path, two_data_sets, lambda _, job: cluster.scontrol("requeue", job))
-    starts = check(run)
-    assert [row["repeated"] for row in starts] == [0, 0]
-    assert cluster.job(run.job_id())["Restarts"] == "1"  # once, not once by Slurm and once by us
-
-
 @pytest.mark.parametrize(("node", "power_off"), [("first", True), ("first", False), ("last", False)])
 def test_a_lost_node(
     node: str, power_off: bool, cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
@@ -164,7 +169,7 @@ def test_a_lost_node(
     def loses_a_node(run: Run, job: str) -> None:
         names = cluster.run(["scontrol", "show", "hostnames", cluster.job(job)["NodeList"]]).stdout.split()
         cluster.kill_node(names[0 if node == "first" else -1], power_off=power_off)
-        cluster.wait_until(lambda: len(run.events("started")) > 1, 150, "the next start", job_id=job)
+        cluster.wait_until(lambda: len(run.events("started")) > 1, PATIENCE_S, "the next start", job_id=job)
 
     run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node)
     starts = check(run)

@@ -222,7 +222,7 @@ def _cancelled(run: Run) -> None:
         assert run.cluster.state(job) == "CANCELLED"
     for stage in ("pretrain", "cooldown"):
         assert len(run.events("cancelled", stage=stage)) == 1
-    run.cluster.wait_until(lambda: not run.cluster.queue(), 30, "an empty queue")
+    run.cluster.wait_until(lambda: not run.cluster.queue(), PATIENCE_S, "an empty queue")
     assert states(run) == ["cancelled", "cancelled"]
     assert not run.events("requeued", "gave_up")[1:]
     saved = run.events("interrupted")[-1]

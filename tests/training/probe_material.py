@@ -10,8 +10,10 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 
 from tests.data.conftest import quiet
+from tests.processes import LIMIT_S
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
@@ -70,7 +72,7 @@ def probe_recipe(run_dir: Path, sets: dict[str, Path], *, train: str = "train", 
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir), "seed": 3},
         "launch": {"cluster": "local", "tasks_per_node": 1, "timeout_min": 10},
-        "engine": {"device": "cpu", "precision": "float32", "timeout_s": 60},
+        "engine": {"device": "cpu", "precision": "float32", "timeout_s": LIMIT_S},
         "data": {
             "sets": {name: {"path": str(path)} for name, path in sets.items()},
             "lanes": 2,
@@ -147,6 +149,26 @@ def killed_before_the_result(ranks: Ranks, recipe: Recipe) -> None:
 
     probe_evaluation._choice = killed  # type: ignore[assignment]
     probe_stage(ranks, [recipe])
+
+
+def plain_views(
+    recipe: Recipe, manifest: Manifest, records: Sequence[int], folder: Path, *, lefts: Sequence[int] = (4,)
+) -> torch.Tensor:
+    """Normalised clips of 2 × 16 × 16 pixels by FFmpeg and torch, [len(records) · len(lefts), 3, 2, 16, 16].
+
+    lefts: of pictures of 24 × 32 pixels, at which columns the squares begin that are seen; 4: the middle
+    """
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.augment.mean, recipe.data.augment.std))
+    clips = []
+    for record in records:
+        (folder / "picture.png").write_bytes(manifest.read(record))
+        with av.open(str(folder / "picture.png")) as file:
+            (frame,) = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
+        for left in lefts:
+            square = torch.from_numpy(frame[:, left : left + 24]).permute(2, 0, 1)[None]
+            small = torch.nn.functional.interpolate(square, size=(16, 16), mode="bilinear", antialias=True)[0]
+            clips.append(((small / 255 - mean) / std)[:, None].expand(3, 2, 16, 16))
+    return torch.stack(clips)
 
 
 def labels_in(shards: Path, names: Sequence[str]) -> np.ndarray:

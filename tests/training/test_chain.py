@@ -1,28 +1,25 @@
 """Whole runs through tools/launch.py: the same numbers for any ranks, the cooldown's start, the schedule."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.chain import checkpoint_tensors, metrics, tool, write_recipe
+from tests.chain import checkpoint_tensors, launch, metrics, tool, write_recipe
 from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import load_recipe
-from vjepa_scale.training.start import refuse_other_recipe
+from vjepa_scale.training.preflight import refuse_other_recipe
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def finished(two_data_sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pretrain and cooldown on two processes."""
-    folder = tmp_path_factory.mktemp("finished run")  # a path with a space
-    recipe = write_recipe(folder / "recipe.yaml", folder / "run", two_data_sets, launch={"tasks_per_node": 2})
-    tool("launch", recipe, "--wait")
-    return folder / "run"
+def told(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "manifest.json").read_text())
 
 
 def test_metrics_have_every_step_and_the_schedule(finished: Path) -> None:
@@ -63,7 +60,7 @@ def test_cooldown_goes_on_from_pretraining(finished: Path, two_data_sets: dict[s
             "phases": [{"name": "still", "start_lr": 0.0}],
         },
     )
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     before = checkpoint_tensors(finished / "pretrain" / "checkpoints" / "step_00000012", tmp_path)
     after = checkpoint_tensors(tmp_path / "run" / "cooldown" / "checkpoints" / "step_00000013", tmp_path)
     assert before.keys() == after.keys()
@@ -77,46 +74,75 @@ def test_cooldown_goes_on_from_pretraining(finished: Path, two_data_sets: dict[s
     assert any((before[name] > 0).any() for name in second)
     first = next(name for name in before if name == "optimizer.exp_avg.encoder.blocks.0.attn.qkv.weight")
     assert torch.nn.functional.cosine_similarity(before[first].flatten(), after[first].flatten(), dim=0) > 0.5
+    # Twelve steps of eight clips were drawn before, and the moments have seen them.
+    manifest = told(tmp_path / "run" / "cooldown" / "checkpoints" / "step_00000013")
+    assert sum(manifest["base"].values()) == 12 * 8
+    assert sum(manifest["drawn"].values()) == 13 * 8
+    assert manifest["optimizer_steps"] == 13
 
 
-def test_cooldown_without_its_checkpoint_is_refused(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+def test_a_stage_goes_on_from_its_newest_checkpoint(
+    finished: Path, two_data_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """The run without its last checkpoint, as a lost node leaves it: what comes out is the same to the bit."""
+    run = tmp_path / "run"
+    shutil.copytree(finished / "pretrain", run / "pretrain")
+    shutil.rmtree(run / "pretrain" / "checkpoints" / "step_00000012")
+    (run / "pretrain" / "history.jsonl").unlink()  # by which its launcher, this process maybe, would be at work still
+    recipe = write_recipe(tmp_path / "recipe.yaml", run, two_data_sets, launch={"tasks_per_node": 2})
+    launch(recipe, "--stages", "pretrain")
+    history = [json.loads(line) for line in (run / "pretrain" / "history.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in history if row["event"] == "started"] == [("resume", 8)]
+    assert metrics(run, "pretrain") == metrics(finished, "pretrain")
+    last = "pretrain/checkpoints/step_00000012"
+    assert told(run / last)["optimizer_steps"] == 12
+    (tmp_path / "now").mkdir()
+    before, now = checkpoint_tensors(finished / last, tmp_path), checkpoint_tensors(run / last, tmp_path / "now")
+    assert before.keys() == now.keys()
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_cooldown_without_its_checkpoint_is_refused(
+    finished: Path, two_data_sets: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
-    done = tool("launch", recipe, "--stages", "cooldown", "--wait", check=False)
+    done = launch(recipe, "--stages", "cooldown", check=False)
     assert done.returncode == 2
     assert "cooldown.continue_from" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "cooldown" / "checkpoints").exists()
-    tool("launch", recipe, "--stages", "pretrain", "pretrain.steps=8", "--wait")
-    done = tool("launch", recipe, "--stages", "cooldown", "--wait", check=False)  # 8 of 12 steps
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "cooldown")
+    shutil.rmtree(tmp_path / "run" / "pretrain" / "checkpoints" / "step_00000012")  # 8 of 12 steps
+    done = launch(recipe, "--stages", "cooldown", check=False)
     assert done.returncode == 2
     assert "stands at step 8" in done.stderr
 
 
 @pytest.mark.slow
 def test_resume_refuses_what_would_rewrite_history(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=None)
-    tool("launch", recipe, "--wait", "pretrain.steps=8")
+    sets = {**two_data_sets, "left": tmp_path / "left"}
+    sets["left"].symlink_to(two_data_sets["left"])
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", sets, cooldown=None)
+    launch(recipe, "pretrain.steps=8")
     for override, named in (
         ("model.encoder.heads=4", "model.encoder.heads: 2 then, 4 now"),
         ("pretrain.phases.0.final_lr=2e-3", "pretrain (steps 0 to 4).lr at step 4: 0.001 then, 0.002 now"),
     ):
-        done = tool("launch", recipe, "--wait", override, check=False)
+        done = launch(recipe, override, check=False)
         assert done.returncode == 2
         assert "the recipe differs from the one that trained" in done.stderr
         assert named in done.stderr
     # Other shards under the same path, and nothing else changed.
-    kept = two_data_sets["left"].with_name("kept")
-    two_data_sets["left"].rename(kept)
-    try:
-        two_data_sets["left"].symlink_to(two_data_sets["right"])
-        done = tool("launch", recipe, "--wait", check=False)
-    finally:
-        two_data_sets["left"].unlink()
-        kept.rename(two_data_sets["left"])
+    sets["left"].unlink()
+    sets["left"].symlink_to(two_data_sets["right"])
+    done = launch(recipe, check=False)
     assert done.returncode == 2
     assert "data.sets.left.path" in done.stderr
+    sets["left"].unlink()
+    sets["left"].symlink_to(two_data_sets["left"])
     # A longer stage is not another history: the finished run of 8 steps goes on to 12.
-    tool("launch", recipe, "--wait", "log.every=1", "data.workers=0")
+    launch(recipe, "log.every=1", "data.workers=0")
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
 
 
@@ -212,7 +238,7 @@ def test_a_frozen_encoder_is_that_of_one_step_of_one_source(tmp_path: Path) -> N
 
 def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:
     for override, named in (("run.seed=9", "run.seed"), ("pretrain.steps=14", "goes back to step 12")):
-        done = tool("launch", finished / "recipe.yaml", override, "--stages", "cooldown", "--wait", check=False)
+        done = launch(finished / "recipe.yaml", override, "--stages", "cooldown", check=False)
         assert done.returncode == 2
         assert named in done.stderr
         assert "recipe.yaml:" in done.stderr
@@ -224,12 +250,12 @@ def test_a_stage_does_not_go_with_a_predecessor_that_was_trained_again(finished:
     shutil.rmtree(tmp_path / "run" / "pretrain")
     words = (finished / "recipe.yaml", f"run.dir={tmp_path / 'run'}")
     slower = [*words, "pretrain.phases=[{name: constant, start_lr: 1e-5}]"]
-    done = tool("launch", *words, "--wait", check=False)  # no step is known to be another's yet
+    done = launch(*words, check=False)  # no step is known to be another's yet
     assert done.returncode == 0
     assert "trained again" not in done.stdout  # the same steps again are the same weights
     shutil.rmtree(tmp_path / "run" / "pretrain")
-    tool("launch", *slower, "--stages", "pretrain", "--wait")
-    done = tool("launch", *slower, "--wait", check=False)
+    launch(*slower, "--stages", "pretrain")
+    done = launch(*slower, check=False)
     assert done.returncode == 2
     assert "'pretrain' has been trained again since" in done.stderr
 
@@ -256,7 +282,7 @@ def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
 
 def test_a_second_launch_of_a_finished_run_does_nothing(finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
-    done = tool("launch", finished / "recipe.yaml", "--wait")
+    done = launch(finished / "recipe.yaml")
     assert "already complete" in done.stdout
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
@@ -298,7 +324,7 @@ def test_same_numbers_for_any_ranks_and_micro_batches(two_data_sets: dict[str, P
             cooldown=None,
         )
         order = tool("launch", recipe, "--dump-order", "0:20").stdout  # what ranks load: tests/data/test_loader.py
-        tool("launch", recipe, "--wait")
+        launch(recipe)
         runs[name] = (order, metrics(tmp_path / name, "pretrain"))
     order, reference = runs.pop("1x4")
     assert len(order.splitlines()) == 1 + 20 * 8

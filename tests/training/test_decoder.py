@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import metrics, tool, write_recipe
+from tests.chain import launch, metrics, tool, write_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -37,10 +37,10 @@ def test_without_torchcodec_a_run_stops_before_its_first_step(
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))
 
 
+@pytest.mark.system("torchcodec")
 def test_a_run_with_torchcodec_is_the_run_with_pyav(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("torchcodec", exc_type=ImportError)
     for decoder in ("pyav", "torchcodec"):
         recipe = write_recipe(tmp_path / f"{decoder}.yaml", tmp_path / decoder, two_data_sets, pretrain=STAGE, **SHORT)
-        tool("launch", recipe, f"data.decoder={decoder}", "--wait")
+        launch(recipe, f"data.decoder={decoder}")
     assert metrics(tmp_path / "pyav", "pretrain") == metrics(tmp_path / "torchcodec", "pretrain")
     assert len(metrics(tmp_path / "pyav", "pretrain")) == 3

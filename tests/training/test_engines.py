@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.chain import metrics, tool, write_recipe
+from tests.chain import launch, metrics, tool, write_recipe
+from tests.processes import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -36,13 +37,13 @@ Record = Callable[[str, object], None]
 
 
 def recipe(folder: Path, sets: Sets, engine: str, **sections: Any) -> Path:
-    options = {"device": "cpu", "precision": "float32", "timeout_s": 200, **ENGINES[engine]}
+    options = {"device": "cpu", "precision": "float32", "timeout_s": LIMIT_S, **ENGINES[engine]}
     sections = {"launch": {"tasks_per_node": 2}, "optimizer": SGD, **LARGE_STEPS, **sections}
     return write_recipe(folder / "recipe.yaml", folder / "run", sets, engine=options, **sections)
 
 
 def run(folder: Path, sets: Sets, engine: str, **sections: Any) -> Path:
-    tool("launch", recipe(folder, sets, engine, **sections), "--wait")
+    launch(recipe(folder, sets, engine, **sections))
     return folder / "run"
 
 
@@ -81,24 +82,24 @@ def test_a_chain_is_the_same_under_zero(
 def test_a_cooldown_may_follow_under_another_engine(by_fsdp: Path, two_data_sets: Sets, tmp_path: Path) -> None:
     shutil.copytree(by_fsdp, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "cooldown")
-    tool("launch", recipe(tmp_path, two_data_sets, "ZeRO 2"), "--stages", "cooldown", "--wait")
+    launch(recipe(tmp_path, two_data_sets, "ZeRO 2"), "--stages", "cooldown")
     assert losses(tmp_path / "run", "cooldown") == pytest.approx(losses(by_fsdp, "cooldown"), rel=1e-5)
 
 
 def test_saved_on_four_ranks_goes_on_on_two_and_on_one(two_data_sets: Sets, tmp_path: Path) -> None:
     """With AdamW, whose moments and bias correction must come along."""
 
-    def launch(run_dir: Path, ranks: int, steps: int) -> list[float]:
+    def trained(run_dir: Path, ranks: int, steps: int) -> list[float]:
         sections: dict[str, Any] = {"launch": {"tasks_per_node": ranks}, "cooldown": None}
         path = write_recipe(run_dir.parent / f"{run_dir.name}.yaml", run_dir, two_data_sets, **sections)
-        tool("launch", path, f"pretrain.steps={steps}", "--wait")
+        launch(path, f"pretrain.steps={steps}")
         return losses(run_dir, "pretrain")
 
-    wanted = launch(tmp_path / "undisturbed", 4, 12)
-    launch(tmp_path / "half", 4, 7)
+    wanted = trained(tmp_path / "undisturbed", 4, 12)
+    trained(tmp_path / "half", 4, 7)
     for ranks in (2, 1):
         shutil.copytree(tmp_path / "half", tmp_path / f"on{ranks}")
-        found = launch(tmp_path / f"on{ranks}", ranks, 12)
+        found = trained(tmp_path / f"on{ranks}", ranks, 12)
         assert found[:7] == wanted[:7]
         assert found == pytest.approx(wanted, rel=1e-5)
         assert any(row["kind"] == "resume" for row in history(tmp_path / f"on{ranks}"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.chain import RECIPE, ROOT, checkpoint_tensors, metrics, tool, write_recipe
+from tests.chain import RECIPE, ROOT, checkpoint_tensors, launch, metrics, tool, write_recipe
 from tests.model.published import our_weights, random_published
 from tests.published import inputs
 from tests.published.results import MODEL as PUBLISHED_MODEL
@@ -62,7 +62,7 @@ def test_init_from_hugging_face(theirs: tuple[Path, dict[str, Tensor]], two_data
         pretrain=stage(init_from=str(folder)),
         cooldown=None,
     )
-    said = tool("launch", recipe, "--wait").stdout
+    said = launch(recipe).stdout
     assert f"{len(weights)} tensors match, 0 missing, 0 unexpected, 0 of another shape" in said
     found = saved(tmp_path / "run", 1, tmp_path)
     for name, value in weights.items():
@@ -87,7 +87,7 @@ def test_continue_from_a_published_file(two_data_sets: Sets, tmp_path: Path) -> 
         ),
         **AS_PUBLISHED,
     )
-    said = tool("launch", recipe, "--wait").stdout
+    said = launch(recipe).stdout
     assert f"continue from {PUBLISHED} at step {inputs.STEPS}" in said
     found = saved(tmp_path / "run", inputs.STEPS + 1, tmp_path)
     networks = published_networks()
@@ -130,14 +130,14 @@ def test_an_encoder_alone_needs_permission(
         start = stage(init_from=str(tmp_path / "encoder.pt"), clip=clip, micro_batch=2, **more)
         return write_recipe(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, pretrain=start, **AS_PUBLISHED)
 
-    refused = tool("launch", recipe(), "--wait", check=False)
+    refused = launch(recipe(), check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "pretrain.init_from" in refused.stderr
     assert "it holds no predictor" in refused.stderr
     assert not (tmp_path / "run" / "pretrain").exists()
 
-    tool("launch", recipe(init_without=["predictor"]), "--wait")
+    launch(recipe(init_without=["predictor"]))
     found = saved(tmp_path / "run", 1, tmp_path)
     for name, value in published_networks()["encoder"].items():
         assert torch.equal(found[f"encoder.{name}"], value), name
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         cooldown=None,
     )
     words = [f"{key}={value.replace('THEIRS', str(theirs[0]))}" for key, value in change.items()]
-    refused = tool("launch", recipe, *words, "--wait", check=False)
+    refused = launch(recipe, *words, check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert said in refused.stderr
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_path: Path) -> None:
     """Heads and positions have no tensors: our own checkpoints too are compared with the recipe's model."""
     recipe = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, pretrain=stage(), cooldown=None)
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     for word in ("init_from", "continue_from"):
         other = write_recipe(
             tmp_path / "b.yaml",
@@ -189,7 +189,7 @@ def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_pa
             pretrain=stage(**{word: str(tmp_path / "a" / "pretrain")}),
             cooldown=None,
         )
-        refused = tool("launch", other, "--wait", check=False)
+        refused = launch(other, check=False)
         assert refused.returncode == 2
         assert f"pretrain.{word}" in refused.stderr
         assert "2 heads in the file, 4 in the recipe" in refused.stderr
@@ -200,17 +200,17 @@ def test_weights_of_another_model_of_the_same_shapes(two_data_sets: Sets, tmp_pa
 def test_a_cooldown_after_a_stage_that_began_elsewhere(two_data_sets: Sets, tmp_path: Path) -> None:
     """Steps are counted from the checkpoint of another run, over both stages and a second launch."""
     first = write_recipe(tmp_path / "a.yaml", tmp_path / "a", two_data_sets, cooldown=None)
-    tool("launch", first, "pretrain.steps=6", "--wait")
+    launch(first, "pretrain.steps=6")
     start = {**RECIPE["pretrain"], "steps": 5, "continue_from": str(tmp_path / "a" / "pretrain")}
     start["phases"] = [{"name": "more", "start_lr": 1e-4}]
     cooldown = {**RECIPE["cooldown"], "phases": [{"name": "still", "start_lr": 1e-5}]}
     recipe = write_recipe(tmp_path / "b.yaml", tmp_path / "b", two_data_sets, pretrain=start, cooldown=cooldown)
     planned = json.loads(tool("launch", "status", tmp_path / "a", "--json").stdout)
     assert planned["stages"][0]["last_step"] == 6
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     assert [row["step"] for row in metrics(tmp_path / "b", "pretrain")] == list(range(6, 11))
     assert [row["step"] for row in metrics(tmp_path / "b", "cooldown")] == list(range(11, 17))
-    tool("launch", recipe, "cooldown.steps=8", "--wait")  # resumes inside a stage that continues from that one
+    launch(recipe, "cooldown.steps=8")  # resumes inside a stage that continues from that one
     assert [row["step"] for row in metrics(tmp_path / "b", "cooldown")] == list(range(11, 19))
 
 
@@ -236,7 +236,7 @@ def test_recipes_with_sine_cosine_positions_train(
     sets = [f"data.sets.{old}=null" for old in ("kinetics710", "ssv2", "howto100m", "imagenet")]
     sets = [word for word in sets if (name == "ijepa_vith") == ("imagenet" in word)]
     words = [*SMALL, *geometry, *sets, f"data.sets.mine.path={two_data_sets['left']}", f"run.dir={tmp_path / 'run'}"]
-    tool("launch", ROOT / "recipes" / f"{name}.yaml", *words, "--wait")
+    launch(ROOT / "recipes" / f"{name}.yaml", *words)
     losses = [row["loss"] for row in metrics(tmp_path / "run", "pretrain")]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     tool("consolidate", tmp_path / "run", "--to", "safetensors", "--out", tmp_path / "weights")

@@ -1,4 +1,4 @@
-"""pretrain → cooldown → action → probe by one command: what each takes from the one before, and leaves alone."""
+"""pretrain → cooldown → action → probe what each takes from the one before, and leaves alone."""
 
 import json
 import shutil
@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.chain import (
-    ACTION,
-    PROBE,
-    checkpoint_tensors,
-    make_four_stage_data,
-    metrics,
-    tool,
-    write_four_stages,
-)
+from tests.chain import ACTION, PROBE, checkpoint_tensors, launch, metrics, write_four_stages
 from tests.training.test_kill import Run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,24 +28,12 @@ def network(found: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor
     return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
 
 
-@pytest.fixture(scope="module")
-def more(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    return make_four_stage_data(tmp_path_factory.mktemp("more"), two_data_sets)
-
-
-@pytest.fixture(scope="module")
-def run_dir(two_data_sets: Sets, more: Sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    tool("launch", write_four_stages(folder / "r.yaml", folder / "run", two_data_sets, more), "--wait")
-    return folder / "run"
-
-
-def test_the_frozen_encoder_is_the_cooldowns_target_to_the_bit(run_dir: Path, tmp_path: Path) -> None:
-    target = network(tensors(run_dir, "cooldown", tmp_path), "target_encoder")
-    trained = network(tensors(run_dir, "cooldown", tmp_path), "encoder")
+def test_the_frozen_encoder_is_the_cooldowns_target_to_the_bit(four_stages: Path, tmp_path: Path) -> None:
+    target = network(tensors(four_stages, "cooldown", tmp_path), "target_encoder")
+    trained = network(tensors(four_stages, "cooldown", tmp_path), "encoder")
     assert any(not torch.equal(target[name], trained[name]) for name in target)
     for stage in ("action", "probe"):
-        found = tensors(run_dir, stage, tmp_path)
+        found = tensors(four_stages, stage, tmp_path)
         frozen = network(found, "encoder")
         assert frozen.keys() == target.keys()
         for name, value in target.items():
@@ -63,37 +43,39 @@ def test_the_frozen_encoder_is_the_cooldowns_target_to_the_bit(run_dir: Path, tm
         )
 
 
-def test_what_the_stages_tell(run_dir: Path) -> None:
-    rows = metrics(run_dir, "action")
+def test_what_the_stages_tell(four_stages: Path) -> None:
+    rows = metrics(four_stages, "action")
     assert [row["step"] for row in rows] == list(range(8))
     assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["constant"] * 3 + ["decay"] * 3
     assert rows[-1]["lr"] == 0
     for row in rows:
         assert row["loss"] == pytest.approx(row["teacher_loss"] + row["rollout_loss"], rel=1e-5)
         assert row["copy_loss"] > 0
-    manifest = json.loads((run_dir / "action" / "checkpoints" / "step_00000008" / "manifest.json").read_text())
+    manifest = json.loads((four_stages / "action" / "checkpoints" / "step_00000008" / "manifest.json").read_text())
     told = manifest["trajectories"]["robot"]
     assert (told["records"], told["fps"]) == (6, 4.0)
     assert len(told["actions"]["mean"]) == len(told["states"]["std"]) == 7
-    evaluation = json.loads((run_dir / "probe" / "evaluation.json").read_text())
+    evaluation = json.loads((four_stages / "probe" / "evaluation.json").read_text())
     assert 0 <= evaluation["best"]["accuracy"] <= 1
     assert evaluation["clips"] == 8
 
 
-def test_killed_in_the_action_stage_and_resumed(two_data_sets: Sets, more: Sets, run_dir: Path, tmp_path: Path) -> None:
+def test_killed_in_the_action_stage_and_resumed(
+    two_data_sets: Sets, four_stage_data: Sets, four_stages: Path, tmp_path: Path
+) -> None:
     """kill -9 after a checkpoint inside the stage: the rest, and the probe, as if nothing had been. On 2 processes
     before and after, beside a run that was never killed."""
-    launch: dict[str, Any] = {"launch": {"tasks_per_node": 2}, "checkpoint": {"every": 2}}
+    sections: dict[str, Any] = {"launch": {"tasks_per_node": 2}, "checkpoint": {"every": 2}}
     expected = tmp_path / "whole"
-    shutil.copytree(run_dir, expected)
+    shutil.copytree(four_stages, expected)
     shutil.rmtree(expected / "action")
     killed = tmp_path / "killed"
     shutil.copytree(expected, killed)
-    tool("launch", write_four_stages(tmp_path / "a.yaml", expected, two_data_sets, more, **launch), "--wait")
-    recipe = write_four_stages(tmp_path / "b.yaml", killed, two_data_sets, more, **launch)
+    launch(write_four_stages(tmp_path / "a.yaml", expected, two_data_sets, four_stage_data, **sections))
+    recipe = write_four_stages(tmp_path / "b.yaml", killed, two_data_sets, four_stage_data, **sections)
     saved = killed / "action" / "checkpoints" / "step_00000004"
     assert Run(recipe).kill_when(saved.exists)
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     assert metrics(killed, "action") == metrics(expected, "action")
     ours, theirs = tensors(killed, "action", tmp_path / "k"), tensors(expected, "action", tmp_path / "e")
     assert ours.keys() == theirs.keys()
@@ -116,20 +98,22 @@ def test_killed_in_the_action_stage_and_resumed(two_data_sets: Sets, more: Sets,
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
-    two_data_sets: Sets, more: Sets, tmp_path: Path, sections: dict[str, Any], said: tuple[str, ...]
+    two_data_sets: Sets, four_stage_data: Sets, tmp_path: Path, sections: dict[str, Any], said: tuple[str, ...]
 ) -> None:
-    recipe = write_four_stages(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, more, **sections)
-    done = tool("launch", recipe, "--wait", check=False)
+    recipe = write_four_stages(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, four_stage_data, **sections)
+    done = launch(recipe, check=False)
     assert done.returncode == 2
     assert all(word in done.stderr for word in said), done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "pretrain" / "checkpoints").exists()
 
 
-def test_another_objective_does_not_resume(two_data_sets: Sets, more: Sets, run_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(run_dir, tmp_path / "run")
+def test_another_objective_does_not_resume(
+    two_data_sets: Sets, four_stage_data: Sets, four_stages: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(four_stages, tmp_path / "run")
     changed = {"action": {**ACTION, "rollout_steps": 1}}
-    recipe = write_four_stages(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, more, **changed)
-    done = tool("launch", recipe, "--wait", check=False)
+    recipe = write_four_stages(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, four_stage_data, **changed)
+    done = launch(recipe, check=False)
     assert done.returncode == 2
     assert "action.rollout_steps: 2 then, 1 now" in done.stderr

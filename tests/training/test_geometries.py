@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import RECIPE, checkpoint_tensors, metrics, tool, write_recipe
+from tests.chain import RECIPE, checkpoint_tensors, launch, metrics, tool, write_recipe
 from tests.data.videos import still_image
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -52,7 +52,7 @@ def test_three_geometries_train_alike_on_any_number_of_ranks(sets: dict[str, Pat
     for ranks, micro_batch in ((1, 4), (2, 2)):
         run = tmp_path / f"run{ranks}"
         recipe = recipe_of(tmp_path / f"{ranks}.yaml", run, sets, ranks=ranks, micro_batch=micro_batch)
-        tool("launch", recipe, "--wait")
+        launch(recipe)
         runs[ranks] = metrics(run, "pretrain")
         assert [row["step"] for row in runs[ranks]] == [0, 1, 2, 3, 4]
         assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in runs[ranks])

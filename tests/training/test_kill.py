@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.chain import ROOT, checkpoint_tensors, metrics, tool, write_recipe
+from tests.chain import ROOT, checkpoint_tensors, launch, metrics, tool, write_recipe
+from tests.processes import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -43,7 +44,7 @@ class Run:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def kill_when(self, condition: Callable[[], bool], *, timeout: float = 200) -> bool:
+    def kill_when(self, condition: Callable[[], bool], *, timeout: float = LIMIT_S) -> bool:
         """kill -9 everything as soon as the condition holds; False where the run ended before."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -64,7 +65,7 @@ def newest_step(run_dir: Path) -> int:
 def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     undisturbed = write_recipe(tmp_path / "undisturbed.yaml", tmp_path / "undisturbed", two_data_sets, **LONG)
     began = time.monotonic()
-    tool("launch", undisturbed, "--wait")
+    tool("launch", undisturbed, "--wait")  # as the ones that are killed: for its duration
     duration = time.monotonic() - began
 
     run_dir = tmp_path / "killed"
@@ -97,7 +98,7 @@ def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Pat
             kills += run.kill_when(at_the_switch)
             assert SWITCH - 2 <= newest_step(run_dir) <= SWITCH + 1
         print(f"killed ({moment}) at step {newest_step(run_dir)}")
-    tool("launch", recipe, "--wait")
+    launch(recipe)
 
     assert kills == 5
     assert left_unfinished, "no kill fell inside a save"

@@ -1,26 +1,25 @@
 """A run whose clips fail is a function of recipe, seed, step and ledger: kills and other ranks change nothing."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.chain import ROOT, checkpoint_tensors, metrics, tool, write_recipe
+from tests.chain import checkpoint_tensors, launch, metrics, tool, write_recipe
 from tests.data.faulty import with_faulty_decoder
+from tests.processes import killed_when
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
+from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.training.ledger import Ledger
+from vjepa_scale.training.trainer import train_stage
 
 pytestmark = pytest.mark.distributed
 
@@ -95,7 +94,13 @@ def test_the_rate_is_judged_over_the_window_and_a_refused_step_leaves_nothing(tm
 
 
 def test_peers_wait_longer_than_a_clip_may_take(two_data_sets: Sets, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, two_data_sets, data={"faults": {"decode_timeout_s": 60}})
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        tmp_path,
+        two_data_sets,
+        engine={"timeout_s": 60},
+        data={"faults": {"decode_timeout_s": 60}},
+    )
     with pytest.raises(UserError, match=r"decode_timeout_s 60 is not less than engine.timeout_s 60"):
         load_recipe(recipe)
 
@@ -112,7 +117,7 @@ def undisturbed(broken: Sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(
         folder / "recipe.yaml", folder / "run", broken, launch={"tasks_per_node": 2}, data=LENIENT, **BASE
     )
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     return folder / "run"
 
 
@@ -131,6 +136,11 @@ def test_rows_say_what_was_replaced_and_metrics_count_it(undisturbed: Path) -> N
     assert f"clips replaced so far: left: unreadable {len(rows)}" in logs
 
 
+def train(ranks: Ranks, recipe: Path, stage: str) -> None:
+    process_group.stop()  # the stage makes its own
+    train_stage(load_recipe(recipe), stage, ranks)
+
+
 @pytest.mark.parametrize(("row", "ranks"), [(1, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_a_kill_right_after_a_substitution(
     row: int, ranks: int, broken: Sets, undisturbed: Path, tmp_path: Path
@@ -139,22 +149,9 @@ def test_a_kill_right_after_a_substitution(
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "recipe.yaml", run, broken, launch={"tasks_per_node": 2}, data=LENIENT, **BASE)
     assert len(ledger(undisturbed)) > row
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "launch.py", recipe, "--wait"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 150
-    while not (run / "ledger.jsonl").exists() or (run / "ledger.jsonl").read_bytes().count(b"\n") < row:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    tool("launch", recipe, "--wait", f"launch.tasks_per_node={ranks}")
+    book = run / "ledger.jsonl"
+    killed_when(lambda: book.exists() and book.read_bytes().count(b"\n") >= row, train, 2, recipe, "pretrain")
+    launch(recipe, f"launch.tasks_per_node={ranks}")
     assert_same_run(run, undisturbed, tmp_path, bits=ranks == 2)
 
 
@@ -169,7 +166,7 @@ def test_the_ledger_decides_also_where_the_clips_are_whole_again(
     )
     run.mkdir()
     shutil.copy(undisturbed / "ledger.jsonl", run)
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     assert_same_run(run, undisturbed, tmp_path)
 
 
@@ -181,7 +178,7 @@ def test_above_the_rate_the_run_stops_names_the_clips_and_goes_on_once_they_are_
     sets = damaged(two_data_sets, tmp_path / "left")
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "recipe.yaml", run, sets, launch={"tasks_per_node": 2}, **BASE)
-    done = tool("launch", recipe, "--wait", check=False)
+    done = launch(recipe, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "data.faults.max_rate: 2 clips do not decode; of the 800 clips of 100 steps, 0 may" in done.stderr
@@ -190,11 +187,11 @@ def test_above_the_rate_the_run_stops_names_the_clips_and_goes_on_once_they_are_
     assert [row["event"] for row in ledger(run)] == ["stop"]
     shutil.rmtree(tmp_path / "left")
     shutil.copytree(two_data_sets["left"], tmp_path / "left")
-    tool("launch", recipe, "--wait")
+    launch(recipe)
     whole = write_recipe(
         tmp_path / "whole.yaml", tmp_path / "whole", two_data_sets, launch={"tasks_per_node": 2}, **BASE
     )
-    tool("launch", whole, "--wait")
+    launch(whole)
     assert metrics(run, "pretrain") == metrics(tmp_path / "whole", "pretrain")
 
 
@@ -208,7 +205,7 @@ def test_a_run_with_a_decoder_that_hangs(
     run = tmp_path / "run"
     faults = {"faults": {"max_rate": 0.5, "decode_timeout_s": 2}}
     recipe = write_recipe(tmp_path / "recipe.yaml", run, sets, launch={"tasks_per_node": 2}, data=faults, **BASE)
-    tool("launch", recipe, "--wait")
+    tool("launch", recipe, "--wait")  # a real start, for a real environment
     assert {row["cause"] for row in ledger(run)} == {"time limit"}
     keys = ("step", "slot", "dataset", "record", "replacement")
     assert [[row[k] for k in keys] for row in ledger(run)] == [[row[k] for k in keys] for row in ledger(undisturbed)]

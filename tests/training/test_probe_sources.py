@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import VJEPA2ForVideoClassification
 
-from tests.chain import RECIPE, checkpoint_tensors, tool, write_recipe
+from tests.chain import RECIPE, checkpoint_tensors, launch, tool, write_recipe
 from tests.processes import run_processes
 from tests.training.probe_material import checkpoint, probe_stage, result
 from vjepa_scale.model.encoder import Encoder
@@ -59,7 +59,7 @@ def pretrained(two_data_sets: dict[str, Path], tmp_path_factory: pytest.TempPath
         cooldown=None,
         probe={"init_from": "pretrain", **PROBE},
     )
-    tool("launch", recipe, "--stages", "pretrain", "--wait")
+    launch(recipe, "--stages", "pretrain")
     return recipe
 
 
@@ -67,8 +67,8 @@ def test_a_checkpoint_in_the_middle_as_a_job_of_its_own(pretrained: Path, tmp_pa
     """The command of docs/probe.md; the encoder is that checkpoint's target encoder, to the bit."""
     run = pretrained.parent / "run"
     middle = run / "pretrain" / "checkpoints" / "step_00000002"
-    command = ("launch", pretrained, "--stages", "probe", f"probe.init_from={middle}", f"run.dir={tmp_path / 'other'}")
-    said = tool(*command, "--wait").stdout
+    command = (pretrained, "--stages", "probe", f"probe.init_from={middle}", f"run.dir={tmp_path / 'other'}")
+    said = launch(*command).stdout
     assert "5-NN" in said  # the table
     found = json.loads((tmp_path / "other" / "probe" / "evaluation.json").read_text())
     assert found["origin"].pop("identity")
@@ -81,7 +81,7 @@ def test_a_checkpoint_in_the_middle_as_a_job_of_its_own(pretrained: Path, tmp_pa
         assert torch.equal(probing[name], pretraining[f"target_{name}"])
     assert any(not torch.equal(probing[name], pretraining[name]) for name in names)  # of two encoders, that one
     assert not (run / "probe").exists()
-    assert "already complete" in tool(*command, "--wait").stdout
+    assert "already complete" in launch(*command).stdout
 
 
 def test_the_best_probe_becomes_their_classifier(pretrained: Path, tmp_path: Path) -> None:

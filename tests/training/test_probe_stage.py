@@ -1,10 +1,11 @@
 """A probe stage from its start to evaluation.json, against plain code, chance and itself."""
 
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
-import av
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
@@ -19,6 +20,7 @@ from tests.training.probe_material import (
     killed_before_the_result,
     labels_in,
     make_colours,
+    plain_views,
     probe_recipe,
     probe_stage,
     probe_stage_of_few_features,
@@ -27,14 +29,14 @@ from tests.training.probe_material import (
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import evaluation_clips
-from vjepa_scale.data.kept import choice_records, few_of
+from vjepa_scale.data.kept import choice_records, few_of, records_of_draw
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.recipe import Recipe
+from vjepa_scale.training.preflight import is_finished, preflight
 from vjepa_scale.training.probe_evaluation import table
-from vjepa_scale.training.start import is_finished, preflight
 from vjepa_scale.watch.stage_files import StageFiles
 
 pytestmark = pytest.mark.distributed
@@ -65,6 +67,7 @@ def runs(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reci
         "few, others damaged": LIMITS,
         "choice": {"choose_per_class": 4},
         "choice, other clips": {"choose_per_class": 4, "evaluate_on": "shuffled_held_out"},
+        "draws": {"labels_per_class": 2, "label_draws": 3, "choose_per_class": 4},
         "views": {
             **LEARNT,
             "labels_per_class": 4,
@@ -124,19 +127,11 @@ def test_accuracy_is_that_of_plain_code_on_the_checkpoint(
     tensors = checkpoint_tensors(checkpoint(recipe), tmp_path)
     encoder = Encoder(recipe.model).eval()
     encoder.load_state_dict(_of(tensors, "encoder"))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.augment.mean, recipe.data.augment.std))
     manifest = Manifest.open(recipe.data.sets["held_out"].path)
-    clips = []
-    for record in range(manifest.records):
-        with av.open(_file(manifest.read(record), tmp_path)) as file:
-            (frame,) = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
-        for left in lefts:
-            square = torch.from_numpy(frame[:, left : left + 24]).permute(2, 0, 1)[None]
-            small = torch.nn.functional.interpolate(square, size=(16, 16), mode="bilinear", antialias=True)[0]
-            clips.append(((small / 255 - mean) / std)[:, None].expand(3, 2, 16, 16))
+    clips = plain_views(recipe, manifest, range(manifest.records), tmp_path, lefts=lefts)
     labels = labels_in(manifest.folder, result(recipe)["class_names"])
     with torch.no_grad():
-        tokens = encoder(torch.stack(clips))
+        tokens = encoder(clips)
         for setting in result(recipe)["settings"]:
             probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2)
             probe.load_state_dict(_of(tensors, setting["probe"]))
@@ -170,6 +165,34 @@ def test_ranks_and_batches_do_not_change_the_result(probed: Recipe, tmp_path: Pa
         found = result(again)
         assert found == expected
         assert len(metrics(Path(again.run.dir), "probe")) == 6  # nothing was trained again
+
+
+def test_draws_of_labels_have_probes_and_figures_of_their_own(runs: dict[str, Recipe], tmp_path: Path) -> None:
+    recipe = runs["draws"]
+    found = result(recipe)
+    assert (found["label_draws"], found["labels_per_class"], found["trained_on"]) == (3, 2, {"train": 18})
+    assert [(s["probe"], s["draw"], s["lr"]) for s in found["settings"]] == [
+        (f"probe_{n:02d}", n // 2, FIRST_LR / (1, 10)[n % 2]) for n in range(6)
+    ]
+    best = [max(found["settings"][2 * d : 2 * d + 2], key=lambda s: s["choice_accuracy"]) for d in range(3)]
+    assert found["best"] == best[0]
+    accuracies = [setting["accuracy"] for setting in best]
+    assert found["accuracy"]["draws"] == accuracies
+    assert found["accuracy"]["mean"] == pytest.approx(statistics.mean(accuracies), abs=1e-12)
+    assert found["accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies), abs=1e-12)
+    for measure in ("knn", "linear"):
+        assert found[measure] == pytest.approx(statistics.mean(found[f"{measure}_draws"]["draws"]), abs=1e-12)
+    # No record is in two draws, nor in one and among those to choose on; each draw has two of each class.
+    manifest = Manifest.open(recipe.data.sets["train"].path)
+    draws = [records_of_draw(recipe, manifest, draw).tolist() for draw in range(3)]
+    chosen_on = choice_records(recipe, manifest).tolist()
+    assert len({*draws[0], *draws[1], *draws[2], *chosen_on}) == 6 + 6 + 6 + 12
+    labels = labels_in(manifest.folder, found["class_names"])
+    assert all(np.bincount(labels[draw]).tolist() == [2, 2, 2] for draw in draws)
+    assert "over 3 draws of labels" in "\n".join(table(found))
+    # Equal starts, other clips: probes of one setting and two draws have come apart.
+    tensors = checkpoint_tensors(checkpoint(recipe), tmp_path)
+    assert not torch.equal(_of(tensors, "probe_00")["linear.weight"], _of(tensors, "probe_02")["linear.weight"])
 
 
 def test_few_labels_learn_colours(runs: dict[str, Recipe]) -> None:
@@ -281,7 +304,10 @@ def test_an_undecodable_clip_is_named_and_nothing_is_written(probed: Recipe, set
 def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: Path) -> None:
     recipe = trained_only(probed, tmp_path / "run")
     run_processes(probe_stage_of_few_features, 1, recipe)
-    expected = {**result(probed), "knn": None, "linear": None, "neighbours": None}
+    expected = {
+        **result(probed),
+        **dict.fromkeys(("knn", "linear", "knn_draws", "linear_draws", "neighbours")),
+    }
     assert result(recipe) == expected
     assert list(table(result(recipe)))[-1].startswith("chance 33.3% (no k-NN")
 
@@ -384,8 +410,3 @@ def _damage(shards: Path, records: list[int]) -> None:
         content = path.read_bytes()
         assert content.count(data) == 1
         path.write_bytes(content.replace(data, bytes(len(data))))
-
-
-def _file(data: bytes, folder: Path) -> str:
-    (folder / "picture.png").write_bytes(data)
-    return str(folder / "picture.png")

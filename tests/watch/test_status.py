@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.chain import ROOT, write_recipe
+from tests.processes import LIMIT_S
 from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.training.history import Row
@@ -131,7 +132,7 @@ def test_no_torch(run: Run) -> None:
     for command in ("status", "cancel", "follow"):
         words = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "launch.py"), command]
         folder = run.folder if command == "status" else run.folder.parent
-        done = subprocess.run([*words, str(folder)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*words, str(folder)], capture_output=True, text=True, timeout=LIMIT_S)
         assert "Traceback" not in done.stderr
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
         assert f"vjepa_scale.watch.{command}" in imported
@@ -549,9 +550,9 @@ def test_cancel_kills_who_does_not_listen(run: Run, monkeypatch: pytest.MonkeyPa
     run.submit("pretrain", cluster="local", **as_launcher(process))
     said: list[str] = []
     cancel(run.folder, say=said.append)
-    process.wait(10)
+    process.wait(LIMIT_S)
     assert said[-1] == "pretrain: did not end by itself, and was killed"
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not psutil.wait_procs(family, timeout=LIMIT_S)[1]
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -701,6 +702,30 @@ def test_scontrols_line() -> None:
     assert _parse_scontrol(LINE.format(name="run-pretrain-2"), "28814709", "run-pretrain") is None
     with pytest.raises(SlurmUnavailable):
         _parse_scontrol("what?", "28814709", "run-pretrain")
+
+
+@pytest.mark.parametrize(
+    ("said", "dependency", "reason"),
+    [
+        ("Dependency", "afterok:28814708(unfulfilled)", "Dependency"),
+        # As long as the scheduler has not looked at it.
+        ("Resources", "afterok:28814708(unfulfilled)", "Dependency"),
+        ("Priority", "afterok:1(unfulfilled),afterok:2(unfulfilled)", "Dependency"),
+        ("None", "afterok:28814708(unfulfilled)", "Dependency"),
+        ("Resources", "(null)", "Resources"),
+        ("JobHeldUser", "afterok:28814708(unfulfilled)", "JobHeldUser"),
+        ("DependencyNeverSatisfied", "afterok:28814708(failed)", "DependencyNeverSatisfied"),
+    ],
+)
+def test_why_a_job_waits(said: str, dependency: str, reason: str) -> None:
+    line = LINE.format(name="a").replace("Reason=Dependency", f"Reason={said}", 1)
+    line = line.replace("Dependency=afterok:28814708(unfulfilled)", f"Dependency={dependency}", 1)
+    parsed = _parse_scontrol(line, "28814709", "a")
+    assert parsed is not None
+    assert parsed.reason == reason
+
+
+def test_which_jobs_are_alive() -> None:
     assert is_alive(job("COMPLETING"))
     assert not is_alive(job("TIMEOUT"))
 

@@ -29,7 +29,8 @@ class ChunkWriter(FileSystemWriter):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True)
+        # One shard after the other: the ahead-copying loader of a GPU's tensors works on streams of its own.
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
         self.places: dict[str, set[tuple[int, int]]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -8,6 +8,8 @@ from vjepa_scale.checkpoint.manifest import file_problem, read_manifest
 from vjepa_scale.core.errors import UserError
 
 NAME = re.compile(r"step_(\d{8,})")
+# One of these in a folder: it holds weights of another format (formats/: consolidated, published, Hugging Face's).
+FOREIGN_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt", "config.json")
 
 
 def name_of(step: int) -> str:
@@ -42,3 +44,9 @@ def newest_name(folder: Path) -> Path | None:
     """``newest`` without the manifest."""
     found = newest(folder)
     return found[0] if found else None
+
+
+def is_foreign(value: str) -> bool:
+    """Whether ``init_from`` or ``continue_from`` names weights of another format than our checkpoints."""
+    path = Path(value)
+    return path.is_file() or any((path / name).is_file() for name in FOREIGN_FILES)

@@ -7,7 +7,7 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
 from vjepa_scale.checkpoint.chunks import ChunkChecksums
 
@@ -30,8 +30,17 @@ _CLASSES = {
 }
 
 
+def _memory_format(owner: object, name: object) -> _MEM_FORMAT_ENCODING:
+    """Replaces ``getattr``, by which Python 3.11.0 to 3.11.3 pickle the members of an enum: the index has this one."""
+    if owner is _MEM_FORMAT_ENCODING and isinstance(name, str) and name in _MEM_FORMAT_ENCODING.__members__:
+        return _MEM_FORMAT_ENCODING.__members__[name]
+    raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) has no place in the index of a checkpoint")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name in _CLASSES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")

@@ -7,6 +7,7 @@ a temporary folder, as ever; who starts next removes it.
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,23 @@ from torch.distributed.tensor import DTensor
 from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import PassingError
 
+_CPU = torch.device("cpu")
+
 
 class Saver:
     """Writes a stage's checkpoints. Every rank makes one, at the same time, and calls all of it alike.
 
     background: False writes each one before ``save`` returns
+    device:     this rank's, where the tensors are
     """
 
-    def __init__(self, folder: Path, *, background: bool) -> None:
+    def __init__(self, folder: Path, *, background: bool, device: torch.device = _CPU) -> None:
         self._folder, self._background = folder, background
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint-saver")
+        # The current GPU is a thread's own: a new one would work on GPU 0, and wait for a stream of that.
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint-saver", initializer=begin)
+        self._planner = store.planner()
         self._copies: dict[str, Tensor] = {}  # the memory is kept from save to save
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
         self._in_flight: tuple[int, Future[Path]] | None = None
@@ -43,7 +50,9 @@ class Saver:
         """
         assert self._in_flight is None, "one save in flight at most: take() the one before"
         content = self._copied(tensors) if self._background and not are_copies else tensors
-        future = self._thread.submit(store.save, self._folder, step, content, manifest, group=self._group)
+        future = self._thread.submit(
+            store.save, self._folder, step, content, manifest, group=self._group, planner=self._planner
+        )
         self._in_flight = step, future
         if not self._background:
             future.exception()  # waits; whoever takes it is told

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 # sysexits.h EX_TEMPFAIL: a rank obeyed a signal and has saved; the same command goes on.
@@ -34,21 +35,25 @@ def _rebuild(kind: type[UserError], what: str, where: object, fix: str | None) -
     return kind(what, where=where, fix=fix)
 
 
-def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command line to its exit: 0, what it returned, or 2 with one line on stderr.
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Run a command line and leave the process with ``exit_code`` of it."""
+    sys.exit(exit_code(command))
 
-    The line is a UserError's, or names the path that the operating system refused.
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command line; what its process should end with: 0, what it returned, or 2 with one line on stderr.
+
+    The line is a UserError's, or names the path that the operating system refused. Ctrl-C is 130.
     """
     try:
-        code = command()
+        return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
     except OSError as error:  # a full disk, a folder that may not be written: the user's to mend, where it has a path
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code or 0)
+        return 130

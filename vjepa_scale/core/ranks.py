@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from vjepa_scale.core.errors import UserError
 
@@ -29,6 +30,23 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def count_replicas(asked: int | Literal["auto", "all"], *, world_size: int, per_node: int) -> int:
+    """How many full copies ``engine.replicate`` means. Raises UserError where the processes do not divide into them.
+
+    per_node: processes of a node
+    """
+    if asked == "all":
+        return world_size
+    replicas = max(1, world_size // per_node) if asked == "auto" else asked
+    if world_size % replicas or (asked == "auto" and world_size % per_node and world_size > per_node):
+        raise UserError(
+            f"{world_size} processes do not divide into {replicas} replicas",
+            where="engine.replicate",
+            fix="a divisor of launch.nodes × launch.tasks_per_node",
+        )
+    return replicas
 
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -19,9 +19,11 @@ class MicroBatch:
     step:     the global step
     slots:    of the step's global batch
     datasets: name of each clip's data set
+    records:  the number of each clip's record in it; of labelled clips
     accidents: clips that had to be replaced, as ledger rows; known ones too
     states, extrinsics: of trajectories, float32 [b, T, 7] and, where the model asks for them, [b, T, 6]
     labels:   of labelled clips, int64 [b]
+    label_draws: of labelled clips, where there are several draws of labels: the number of each clip's, int64 [b]
     """
 
     clips: Tensor
@@ -30,9 +32,11 @@ class MicroBatch:
     slots: range
     datasets: tuple[str, ...]
     accidents: tuple[Accident, ...] = ()
+    records: tuple[int, ...] = ()
     states: Tensor | None = None
     extrinsics: Tensor | None = None
     labels: Tensor | None = None
+    label_draws: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         masks = tuple(pair.to(device, non_blocking) for pair in self.masks)
@@ -51,6 +55,7 @@ class MicroBatch:
             states=None if self.states is None else change(self.states),
             extrinsics=None if self.extrinsics is None else change(self.extrinsics),
             labels=None if self.labels is None else change(self.labels),
+            label_draws=None if self.label_draws is None else change(self.label_draws),
         )
 
 

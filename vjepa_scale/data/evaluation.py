@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips, view_crops
@@ -62,7 +63,7 @@ def evaluation_clips(
     Labels as in ``labels_of``. Nothing is ever shown in another clip's place: raises UserError, naming the record,
     where one does not decode, not within ``limit_s``, or crashes its worker.
     """
-    labels, names = labels_of(manifest, classes), manifest.classes if classes is None else classes
+    labels, names = torch.from_numpy(labels_of(manifest, classes)), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
     spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
     board = Board([manifest.folder.name], workers) if workers else None

@@ -23,7 +23,7 @@ import numpy as np
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.synthetic import LABELS, MOTIONS, SHAPES, U8, Scene, World
+from vjepa_scale.data.synthetic import LABELS, MOTIONS, SHAPES, U8, Scene, World, noisy
 
 EVENTS = ("reverse", "turn", "jump", "shape", "vanish")
 
@@ -76,6 +76,7 @@ def render_impossible(world: World, seed: int, index: int, events: Sequence[str]
         for k in range(frames):
             moved = scene.speed / world.fps * (k - (first - 1)) * direction
             video[k] = scene.picture(world, shown, _f32(moved + aside), _f32(moved / 2))
+    possible = noisy(possible, world.noise, Draws(seed, "impossible.noise", index))
     impossible = np.concatenate([possible[:, :first], possible[::-1, first:]], axis=1)
     return CrossedVideos(possible, impossible, event, label, first)
 

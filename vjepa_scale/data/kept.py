@@ -16,7 +16,8 @@ from vjepa_scale.recipe import Phase, Recipe
 def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
     """Record numbers, rising, by data set; a data set that is not here gives all.
 
-    Of trajectories, those that last as long as the longest clip. Of labelled clips, ``probe.labels_per_class`` of each.
+    Of trajectories, those that last as long as the longest clip. Of labelled clips, ``probe.labels_per_class`` of each
+    class, for each of ``probe.label_draws``.
     Every rank computes the same. Raises UserError naming the data set's key where it cannot serve the stage.
     """
     if phases[0].kind == "jepa":
@@ -31,16 +32,37 @@ def task_of(phases: list[Phase], manifests: Mapping[str, Manifest]) -> Manifest:
     return manifests[next(iter(phases[0].mixture))]
 
 
+def keeps_tokens(recipe: Recipe, phase: Phase) -> bool:
+    """Whether the steps of a phase need no clips, as the tokens of all were kept before."""
+    return phase.kind == "probe" and recipe.probe is not None and recipe.probe.keep_tokens
+
+
 def few_of(recipe: Recipe, manifest: Manifest, *, per_class: int | None, skip: int = 0) -> Ints:
     """Of a labelled data set, so many records of each class, by ``data.seed``; None: all."""
-    labels = labels_of(manifest).numpy()
+    labels = labels_of(manifest)
     if per_class is None:
         return np.arange(manifest.records)
     try:
         return few_labels(labels, per_class=per_class, seed=recipe.data.seed, skip=skip)
     except ValueError as error:
-        fix = "fewer probe.labels_per_class or probe.choose_per_class, or more videos"
+        fix = "fewer probe.labels_per_class, probe.label_draws or probe.choose_per_class, or more videos"
         raise UserError(str(error), where=manifest.folder / MANIFEST, fix=fix) from None
+
+
+def records_of_draw(recipe: Recipe, manifest: Manifest, draw: int) -> Ints:
+    """The records of one of a probe stage's draws of labels; where all are trained on, there is one draw."""
+    assert recipe.probe is not None, "a stage of this kind"
+    per_class = recipe.probe.labels_per_class
+    return few_of(recipe, manifest, per_class=per_class, skip=draw * (per_class or 0))
+
+
+def label_draws(recipe: Recipe, manifest: Manifest) -> Ints:
+    """Of each record, the number of the draw that it is in; -1: in none."""
+    assert recipe.probe is not None, "a stage of this kind"
+    numbers = np.full(manifest.records, -1, np.int64)
+    for draw in range(recipe.probe.label_draws):
+        numbers[records_of_draw(recipe, manifest, draw)] = draw
+    return numbers
 
 
 def choice_records(recipe: Recipe, manifest: Manifest) -> Ints:
@@ -48,7 +70,7 @@ def choice_records(recipe: Recipe, manifest: Manifest) -> Ints:
     assert recipe.probe is not None, "a stage of this kind"
     if recipe.probe.choose_per_class is None:
         return np.arange(0)
-    skip = recipe.probe.labels_per_class or 0
+    skip = _trained_per_class(recipe) or 0
     return few_of(recipe, manifest, per_class=recipe.probe.choose_per_class, skip=skip)
 
 
@@ -70,8 +92,15 @@ def _labelled(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping
     for needed in (name, recipe.probe.evaluate_on):
         labels_of(manifests[needed], task.classes)  # all there, and of the task
     chosen_on = choice_records(recipe, manifests[name])
-    kept = few_of(recipe, manifests[name], per_class=recipe.probe.labels_per_class)
+    kept = few_of(recipe, manifests[name], per_class=_trained_per_class(recipe))
     return kept if recipe.probe.labels_per_class else np.setdiff1d(kept, chosen_on)
+
+
+def _trained_per_class(recipe: Recipe) -> int | None:
+    """Records of each class that a probe stage trains on, over all its draws; None: all."""
+    assert recipe.probe is not None, "a stage of this kind"
+    few = recipe.probe.labels_per_class
+    return None if few is None else few * recipe.probe.label_draws
 
 
 def _trajectories(recipe: Recipe, phases: list[Phase], name: str, manifests: Mapping[str, Manifest]) -> Ints:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
@@ -14,28 +12,28 @@ from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.order import Ints
 
 
-def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Tensor:
+def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Ints:
     """The class of every record: int64 [records], an index into ``classes``.
 
     classes: of the task, usually the training set's ``manifest.classes``; default: this data set's own.
     Raises UserError where a record has no label, or one that is not in ``classes``.
     """
-    own = torch.from_numpy(manifest.column("label").astype("int64"))
+    own = manifest.column("label").astype(np.int64)
     where = manifest.folder / MANIFEST
     if (own < 0).any():
-        key = manifest.key(int((own < 0).nonzero()[0, 0]))
+        key = manifest.key(int(np.flatnonzero(own < 0)[0]))
         raise UserError(f"record {key} has no label", where=where, fix="put videos into one folder per class")
     if classes is None:
         return own
     number = {name: i for i, name in enumerate(classes)}
-    unknown = sorted({manifest.classes[i] for i in own.unique().tolist()} - set(number))
+    unknown = sorted({manifest.classes[i] for i in np.unique(own)} - set(number))
     if unknown:
         raise UserError(
             f"class {unknown[0]!r} is not among the {len(number)} classes of the task",
             where=where,
             fix="use data sets of the same classes",
         )
-    return torch.tensor([number.get(name, -1) for name in manifest.classes])[own]
+    return np.array([number.get(name, -1) for name in manifest.classes], np.int64)[own]
 
 
 def label_of(manifest: Manifest, record: int, classes: Sequence[str]) -> int:

@@ -10,21 +10,29 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import PREFETCH
+from vjepa_scale.data.kept import keeps_tokens
 from vjepa_scale.recipe import Recipe, resolve_phases
 
 SHM = Path("/dev/shm")
-# Handles of a rank beside its loader: sockets to its peers, logs, libraries, a checkpoint's files; and of each worker.
+# Handles of a rank beside its loader and its sockets to peers: logs, libraries, a GPU's, a checkpoint's files; and of
+# each worker.
 _OTHER_HANDLES, _HANDLES_PER_WORKER = 256, 16
+# Groups of all ranks over gloo, in which each has a socket to each: training's and the saver's. A hybrid mesh's
+# together have at most as many again as one.
+_GROUPS = 3
 
 
 def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
     """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage.
 
-    Or in the evaluation that a probe stage ends with, whose batches hold all views of a record.
+    Or in the evaluation that a probe stage ends with, whose batches hold all views of a record. A stage that keeps
+    tokens encodes its clips as the evaluation does, and its steps hold none.
     """
     held, phases = _held(recipe, recipe.data.prefetch), resolve_phases(recipe, stage_name)
+    decoding = [phase for phase in phases if not keeps_tokens(recipe, phase)]
     training = max(
-        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in phases
+        (held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in decoding),
+        default=0,
     )
     if phases[-1].kind != "probe" or recipe.probe is None:
         return training
@@ -34,37 +42,53 @@ def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
     return max(training, shown)
 
 
-def handles_needed(recipe: Recipe) -> int:
+def handles_needed(recipe: Recipe, *, world_size: int) -> int:
     """Open files that one rank has at most."""
     # Clips; context and target of each generator, or states and extrinsics, or labels.
     tensors = 1 + 2 * len(recipe.masks.generators)
-    return _OTHER_HANDLES + _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
+    loader = _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
+    return _OTHER_HANDLES + _GROUPS * (world_size - 1) + (loader if recipe.data.workers else 0)
+
+
+def raise_open_files(recipe: Recipe, *, world_size: int) -> None:
+    """Let this process open as many files as it will have to; before it joins its group, which takes most of them.
+
+    Raises UserError where its hard limit is lower.
+    """
+    needed = handles_needed(recipe, world_size=world_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise UserError(
+            f"a rank needs {needed} open files ({world_size} ranks, {_loader(recipe)}), its limit is {hard}",
+            where="data.workers",
+            fix="fewer data.workers or a smaller data.prefetch; or a higher hard limit (ulimit -Hn)",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check_limits(recipe: Recipe, stage_name: str, *, ranks_on_node: int) -> None:
     """Raises UserError with what is needed, what is there, and the key that needs less."""
     if recipe.data.workers == 0:
         return
-    loader = f"data.workers {recipe.data.workers}, data.prefetch {recipe.data.prefetch}"
-    fewer = "fewer data.workers, a smaller data.prefetch or micro_batch"
     needed = ranks_on_node * shared_memory_needed(recipe, stage_name)
     if SHM.is_dir():
         found = os.statvfs(SHM)
         free = found.f_bavail * found.f_frsize
         if needed > free:
             raise UserError(
-                f"the loaders of {ranks_on_node} ranks need {needed / 1e6:.0f} MB of shared memory ({loader}), "
-                f"{free / 1e6:.0f} MB of {SHM} are free",
+                f"the loaders of {ranks_on_node} ranks need {needed / 1e6:.0f} MB of shared memory "
+                f"({_loader(recipe)}), {free / 1e6:.0f} MB of {SHM} are free",
                 where=f"{stage_name}: data.workers",
-                fix=f"{fewer}; or a larger {SHM} (of a container: --shm-size)",
+                fix="fewer data.workers, a smaller data.prefetch or micro_batch; or a larger "
+                f"{SHM} (of a container: --shm-size)",
             )
-    handles, (limit, _) = handles_needed(recipe), resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and handles > limit:
-        raise UserError(
-            f"a rank needs {handles} open files ({loader}), its limit is {limit}",
-            where="data.workers",
-            fix="fewer data.workers or a smaller data.prefetch; or a higher limit (ulimit -n)",
-        )
+
+
+def _loader(recipe: Recipe) -> str:
+    return f"data.workers {recipe.data.workers}, data.prefetch {recipe.data.prefetch}"
 
 
 def _held(recipe: Recipe, prefetch: int) -> int:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.accidents import Known, Place
 from vjepa_scale.data.batch import MicroBatch, StepBatch
+from vjepa_scale.data.kept import keeps_tokens, label_draws
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder, Ints
@@ -60,8 +61,13 @@ class PhaseLoader:
         self._per_step = accumulation(phase, dp_world_size=dp_world_size)
         mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
         self._recipe, self._pin_memory = recipe, pin_memory
+        self._workers = 0 if keeps_tokens(recipe, phase) else recipe.data.workers
         self._indices = _Indices(range(first_step, phase.end), mine)
-        self._load = partial(load_micro_batch, recipe, phase, order, dict(manifests), kept=dict(kept or {}))
+        several = phase.kind == "probe" and recipe.probe is not None and recipe.probe.label_draws > 1
+        draws = {name: label_draws(recipe, manifests[name]) for name in phase.mixture} if several else None
+        self._load = partial(
+            load_micro_batch, recipe, phase, order, dict(manifests), kept=dict(kept or {}), draws=draws
+        )
         self._known = dict(known or {})
         self._names = order.names
         self._items: Prefetched[tuple[int, int], MicroBatch] | None = None
@@ -73,13 +79,13 @@ class PhaseLoader:
 
     def _from(self, given: int, lost: Known) -> "Prefetched[tuple[int, int], MicroBatch]":
         data = self._recipe.data
-        board = Board(self._names, data.workers) if data.workers else None
+        board = Board(self._names, self._workers) if self._workers else None
         if board is None:  # clips are decoded here
             keep_freed_memory()
         self._items = Prefetched(
             partial(self._load, known={**self._known, **lost}, timed=board),
             list(islice(self._indices, given, None)) if given else self._indices,
-            workers=data.workers,
+            workers=self._workers,
             prefetch=data.prefetch,
             pin_memory=self._pin_memory,
             board=board,
@@ -141,7 +147,7 @@ class Prefetched(Generic[Index, Item]):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start_loader_worker if workers else None,
-            multiprocessing_context=worker_context() if workers else None,
+            multiprocessing_context=worker_context(__name__) if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader draws a seed from the process's own, for nothing
         )

@@ -12,7 +12,7 @@ from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
 from vjepa_scale.data.augment import empty_clips, random_crop, squashed_crop
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, Timed, clip_refs, data_of
-from vjepa_scale.data.kept import task_of
+from vjepa_scale.data.kept import keeps_tokens, task_of
 from vjepa_scale.data.labels import label_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
@@ -31,11 +31,20 @@ def load_micro_batch(
     known: Known,
     timed: Timed | None = None,
     kept: Mapping[str, Ints] | None = None,
+    draws: Mapping[str, Ints] | None = None,
 ) -> MicroBatch:
-    """Micro-batch number m of a step, by index (step, m): decoded, cropped, with what its stage learns from."""
+    """Micro-batch number m of a step, by index (step, m): decoded, cropped, with what its stage learns from.
+
+    draws: of a probe stage with several draws of labels, each record's by data set (``label_draws``)
+    Where a probe stage keeps its clips' tokens, nothing is decoded: clips have no frames.
+    """
     step, number = index
     slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
     refs = clip_refs(recipe, phase, order, manifests, step=step, slots=slots)
+    names = tuple(ref.dataset for ref in refs)
+    if keeps_tokens(recipe, phase):
+        unseen = MicroBatch(empty_clips(len(refs), 0, phase.size), (), step, slots, names)
+        return _labelled(unseen, recipe, phase, refs, manifests, draws)
     frames = phase.frames_of(refs[0].dataset)
     assert all(len(ref.times_s) == frames for ref in refs), "a micro-batch has one geometry"
     clips = empty_clips(len(refs), frames, phase.size)
@@ -49,15 +58,13 @@ def load_micro_batch(
         accidents += met
         shown.append(ref)
         crop(pictures, phase.size, step=step, slot=ref.slot, out=row)
-    batch = MicroBatch(clips, (), step, slots, tuple(ref.dataset for ref in refs), tuple(accidents))
+    batch = MicroBatch(clips, (), step, slots, names, tuple(accidents))
     # Of the clips that are shown, which are not always those that were drawn.
     if phase.kind == "action":
         states, extrinsics = states_of(shown, manifests, extrinsics=recipe.model.action_predictor.extrinsics)
         return replace(batch, states=states, extrinsics=extrinsics)
     if phase.kind == "probe":
-        classes = task_of(resolve_phases(recipe, phase.stage), manifests).classes
-        numbers = [label_of(manifests[ref.dataset], ref.record, classes) for ref in shown]
-        return replace(batch, labels=torch.tensor(numbers))
+        return _labelled(batch, recipe, phase, shown, manifests, draws)
     grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
     return replace(batch, masks=draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=slots, grid=grid))
 
@@ -68,6 +75,23 @@ def crop_of(recipe: Recipe, phase: Phase) -> Callable[..., Tensor]:
         aspect = recipe.action.crop_aspect
         return lambda pictures, size, *, step, slot, out: squashed_crop(pictures, size, aspect=aspect, out=out)
     return partial(random_crop, cfg=recipe.data.augment, seed=recipe.run.seed)
+
+
+def _labelled(
+    batch: MicroBatch,
+    recipe: Recipe,
+    phase: Phase,
+    shown: Sequence[ClipRef],
+    manifests: Mapping[str, Manifest],
+    draws: Mapping[str, Ints] | None,
+) -> MicroBatch:
+    """A batch with what a probe stage learns from."""
+    classes = task_of(resolve_phases(recipe, phase.stage), manifests).classes
+    numbers = [label_of(manifests[ref.dataset], ref.record, classes) for ref in shown]
+    batch = replace(batch, records=tuple(ref.record for ref in shown), labels=torch.tensor(numbers))
+    if draws is None:
+        return batch
+    return replace(batch, label_draws=torch.tensor([int(draws[ref.dataset][ref.record]) for ref in shown]))
 
 
 def states_of(

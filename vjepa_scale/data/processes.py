@@ -1,25 +1,32 @@
 """Worker processes: how they start, and that they end with the process that wanted them.
 
-They come from a fork server, which imports the heavy libraries once, before any thread exists; forking the
-trainer itself, with its threads and devices, would be unsafe.
+They come from a fork server, which imports what they need once, before any thread exists; forking the trainer itself,
+with its threads and devices, would be unsafe. Workers that decode videos for shards need no PyTorch.
 """
 
 import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
-import torch
+from vjepa_scale.core.errors import UserError
+
+# The bytes that a Unix socket's path may have (Linux: 108 with the zero at its end), and those that multiprocessing
+# adds to the temporary folder: /pymp-xxxxxxxx/listener-xxxxxxxx.
+_SOCKET_PATH, _SOCKET_NAME = 107, 32
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 # Of glibc's mallopt: from what size on a block is the system's; how much free memory at the end stays.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -37,21 +44,51 @@ class Silent:
     """What stands for the result of an item whose worker made no progress for too long, and was ended."""
 
 
-def worker_context() -> ForkServerContext:
-    """The start method of all worker processes."""
+def worker_context(*preload: str) -> ForkServerContext:
+    """The start method of all worker processes.
+
+    preload: modules that the server imports, where it does not run yet
+    Raises UserError where no folder is short enough for their sockets.
+    """
+    _choose_socket_folder()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "av", "vjepa_scale.data.loader"])
+    if preload:
+        context.set_forkserver_preload(list(preload))
     return context
 
 
-def start_fork_server(*, deaf_to: Collection[signal.Signals]) -> None:
-    """Start the server now, so that it and its workers never get these signals.
+def _choose_socket_folder() -> None:
+    """Have multiprocessing put its Unix sockets where their paths fit, whatever the length of TMPDIR.
+
+    It asks tempfile for a folder once; workers inherit the answer. (Python 3.14 does the same by itself.)
+    """
+    usual = tempfile.gettempdir()
+    fits = len(os.fsencode(usual)) + _SOCKET_NAME <= _SOCKET_PATH
+    for folder in (usual, *_SHORT_FOLDERS) if fits else _SHORT_FOLDERS:
+        tempfile.tempdir = folder
+        try:
+            util.get_temp_dir()  # one that is there already is kept
+            return
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = usual
+    raise UserError(
+        f"no folder for the sockets of worker processes: their paths may have {_SOCKET_PATH} bytes, and none of "
+        f"{', '.join(_SHORT_FOLDERS)} can be written",
+        where=f"TMPDIR {usual}",
+        fix=f"set TMPDIR to a folder of at most {_SOCKET_PATH - _SOCKET_NAME} bytes that can be written",
+    )
+
+
+def start_fork_server(*preload: str, deaf_to: Collection[signal.Signals]) -> None:
+    """Start the server now, so that it and its workers never get these signals; preload: as for ``worker_context``.
 
     A cluster manager signals every process of a job. The rank wants to finish its step then, with data from
     its workers. Signals that arrive meanwhile reach this process when the server is up. (Not ignored, but
     blocked: that is inherited without a moment in which this process would ignore them too.)
     """
-    worker_context()
+    worker_context(*preload)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
         resource_tracker.ensure_running()
@@ -67,7 +104,8 @@ def start_worker() -> None:
     The worker's parent by pid is the fork server, which lives as long as any of its children does; so what
     watches for a lost parent by pid (as DataLoader's own watchdog) would wait for ever.
     """
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "start_worker is for worker processes"
@@ -164,7 +202,7 @@ def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]") ->
 
 class _Worker:
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        context = worker_context()
+        context = worker_context(getattr(function, "func", function).__module__)  # of a partial, too
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(function, theirs), daemon=True)
         self._process.start()

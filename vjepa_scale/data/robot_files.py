@@ -23,7 +23,7 @@ def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, ind
     path = folder / split / f"{index:05d}"
     videos = path / "recordings" / "MP4"
     videos.mkdir(parents=True)
-    (videos / f"{SERIAL}.mp4").write_bytes(encode_mp4(render(scene, states), world.fps))
+    (videos / f"{SERIAL}.mp4").write_bytes(encode_mp4(render(scene, states), world.fps, preset="ultrafast"))
     name = f"synthetic+{seed}+{split}+{index:05d}"
     video = f"{split}/{index:05d}/recordings/MP4/{SERIAL}.mp4"
     known = {"uuid": name, "lab": "synthetic", "success": True, "current_task": "explore"}

@@ -13,10 +13,8 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.poses import angles_of, matrices_of
 from vjepa_scale.data.synthetic import F32, SPLITS, U8, Paint, World
 from vjepa_scale.data.trajectories import STATE, Floats
 
@@ -94,6 +92,10 @@ class Scene:
     @property
     def extrinsics(self) -> Floats:
         """The camera's position and Euler angles in the frame of the base, [6]: its x right, its y down, z ahead."""
+        import torch
+
+        from vjepa_scale.data.poses import angles_of
+
         place, axes = _camera(self.world)
         return np.concatenate([place, angles_of(torch.from_numpy(axes.T.copy())).numpy()])
 
@@ -146,6 +148,10 @@ def arm_joints(states: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _turns(states: Floats) -> Floats:
+    import torch  # this world's sizes are asked for without it
+
+    from vjepa_scale.data.poses import matrices_of
+
     return cast(Floats, matrices_of(torch.from_numpy(states[:, 3:6].copy())).numpy())
 
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.poses import actions_between
 from vjepa_scale.data.trajectories import STATE, read_trajectory
 from vjepa_scale.data.trajectory_clips import states_at
 
@@ -90,7 +88,7 @@ def trajectory_statistics(manifest: Manifest, records: Sequence[int] | npt.NDArr
 
 def log_statistics(states_K7: F64) -> dict:
     """``trajectory_statistics`` of one control log, step by step as it was written down: ``fps`` is None."""
-    actions = actions_between(torch.from_numpy(states_K7)).numpy()
+    actions = _actions_between(states_K7)
     return {"fps": None, "records": 1, "states": Moments.of(states_K7).told(), "actions": Moments.of(actions).told()}
 
 
@@ -108,4 +106,13 @@ def _rows(manifest: Manifest, record: int, fps: float) -> dict[str, npt.NDArray[
     """States [K, 7] and actions [K-1, 7] of a record: as many as its video has time for."""
     count = max(1, int(float(manifest.column("duration")[record]) * fps + 1e-6))
     states = states_at(read_trajectory(manifest, record), np.arange(count) / fps).states
-    return {"states": states, "actions": actions_between(torch.from_numpy(states)).numpy()}
+    return {"states": states, "actions": _actions_between(states)}
+
+
+def _actions_between(states_K7: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The training's own arithmetic, [K-1, 7]: PyTorch's, which the making of other shards does without."""
+    import torch
+
+    from vjepa_scale.data.poses import actions_between
+
+    return actions_between(torch.from_numpy(states_K7)).numpy()

@@ -10,6 +10,9 @@ A single frame cannot tell the motion: where a layer stands at the start is draw
 and a uniform phase plus a constant is uniform, so every frame of every motion has the same distribution.
 Shapes have equal areas; colour, texture, size, speed and place are drawn without looking at the label.
 A mirrored clip has another label (left is right), so train on this world with ``data.augment.flip: 0``.
+
+Pictures can be noisy: each pixel of each frame, on its own. Nothing tells such noise beforehand, so a model that
+predicts features learns to leave it out, while one that keeps every pixel keeps it (docs/learning.md).
 """
 
 import io
@@ -17,7 +20,6 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +30,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, read_json, remove_dir, write_json
 from vjepa_scale.core.keyed import Draws
+from vjepa_scale.data.processes import worker_context
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -45,7 +48,8 @@ class World:
     size: pixels; fps, seconds: of a clip; radius: of a disc; period: of the lattice, in radii;
     speed: frame sides per second;
     tint, texture: how far colours stray from grey, and how strong textures are, as shares of a layer's
-    range of brightness.
+    range of brightness; noise: standard deviation of a grey value that is added to each pixel of each frame, drawn
+    anew for each, as a share of the whole range of brightness.
     """
 
     size: int = 72
@@ -56,6 +60,7 @@ class World:
     speed: tuple[float, float] = (0.25, 0.5)
     tint: float = 0.15
     texture: float = 0.5
+    noise: float = 0.0
 
     @property
     def frames(self) -> int:
@@ -181,7 +186,21 @@ def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, st
     for k in range(world.frames):
         x, y = (np.float32(scene.speed * k / world.fps * direction) for direction in MOTIONS[motion])
         frames[k] = scene.picture(world, shape, (x, y))
-    return frames, label
+    return noisy(frames, world.noise, Draws(seed, "world.noise", SPLITS.index(split), index)), label
+
+
+def noisy(frames: U8, noise: float, draws: Draws) -> U8:
+    """Frames [..., 3] with a grey value added to each pixel: ``World.noise``.
+
+    The sum of four uniform 16-bit numbers, close to normal: whole numbers are the same on every machine.
+    """
+    if noise == 0:
+        return frames
+    parts = draws.words(frames[..., 0].size).view(np.uint16).reshape(*frames.shape[:-1], 4)
+    # one uniform number of n values has the variance (n² − 1) / 12
+    spread = np.sqrt(4 * (2.0**32 - 1) / 12)
+    added = (parts.sum(-1, dtype=np.int32) - 2 * (2**16 - 1)) * np.float32(255 * noise / spread)
+    return np.clip(np.round(frames + added[..., None]), 0, 255).astype(np.uint8)
 
 
 def _cos_sin(turn: float) -> tuple[np.float32, np.float32]:
@@ -201,14 +220,15 @@ def _within_cell(place: F32, period: float, phase: np.float32) -> F32:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def encode_mp4(frames: U8, fps: int) -> bytes:
+def encode_mp4(frames: U8, fps: int, *, preset: str = "fast") -> bytes:
     """h264, yuv420p, a keyframe at least every 30 frames, from frames [T, H, W, 3]; H and W even.
 
+    preset: of x264: ``ultrafast`` writes plainer files, of which noise decodes in a third of the time
     A constant quantiser: x264's rate control was seen to give other bytes for equal frames now and then.
     """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"qp": "20", "preset": "fast", "g": "30"})
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "20", "preset": preset, "g": "30"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # the bytes depend on the number of threads
@@ -223,7 +243,7 @@ def write_clip(folder: Path, world: World, seed: int, split: str, index: int) ->
     frames, label = render_clip(world, seed, split, index)
     path = folder / split / label / f"{index:05d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_mp4(frames, world.fps))
+    path.write_bytes(encode_mp4(frames, world.fps, preset="ultrafast" if world.noise else "fast"))
     return path
 
 
@@ -239,8 +259,19 @@ Rendered = TypeVar("Rendered", bound=Sized)
 
 def write_videos(out: Path, world: World, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
     """Render a data set into out/{train,val}/<label>/NNNNN.mp4 (see ``write_whole``)."""
-    about = {"world": asdict(world), "seed": seed, "train": train, "val": val}
+    looks = asdict(world)
+    if world.noise == 0:
+        del looks["noise"]  # data sets from before there was noise are still the same
+    about = {"world": looks, "seed": seed, "train": train, "val": val}
     return write_whole(out, write_clip, world, about, workers=workers)
+
+
+def world_of(folder: Path) -> World:
+    """The world that a data set of ``write_videos`` shows."""
+    looks: dict[str, Any] = read_json(folder / "world.json")["world"]
+    for name in ("radius", "period", "speed"):
+        looks[name] = tuple(looks[name])
+    return World(**looks)
 
 
 def write_whole(
@@ -272,8 +303,13 @@ def write_whole(
         remove_dir(temporary)
     temporary.mkdir(parents=True)
     jobs = [(temporary, world, about["seed"], split, i) for split, n in counts.items() for i in range(n)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(write_one, *zip(*jobs, strict=True), chunksize=8), start=1):
+    if workers == 1:  # a process of its own would only take time to start
+        for done, job in enumerate(jobs, start=1):
+            write_one(*job)
             yield done
+    else:
+        with ProcessPoolExecutor(workers, mp_context=worker_context(write_one.__module__)) as pool:
+            for done, _ in enumerate(pool.map(write_one, *zip(*jobs, strict=True), chunksize=8), start=1):
+                yield done
     write_json(temporary / "world.json", about)
     publish_dir(temporary, out)

@@ -15,7 +15,6 @@ from types import FrameType
 
 import psutil
 import submitit
-import torch
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.record import Launch
@@ -24,8 +23,9 @@ from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
 from vjepa_scale.training.history import History
-from vjepa_scale.training.start import is_finished
+from vjepa_scale.training.preflight import is_finished
 from vjepa_scale.watch.follow import copy_lines
+from vjepa_scale.watch.live import LiveLines
 
 FAILURE_GRACE_S = 15.0
 # A signal that comes while submitit is starting the ranks is lost, so it is repeated; ranks do not mind.
@@ -130,6 +130,7 @@ class LocalChain:
         reached the group would wait for its dead peer until ``engine.timeout_s``.
         """
         said = warned = 0
+        show = LiveLines()
         deadline: float | None = None
         asked_at = 0.0
         while True:
@@ -137,9 +138,10 @@ class LocalChain:
                 self._ask_to_save(job)
                 asked_at = time.monotonic()
             over = job.done()
-            warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ")
-            said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over)
+            warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ", stream=show)
+            said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over, stream=show)
             if over:
+                show.close()
                 return
             if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
                 deadline = time.monotonic() + FAILURE_GRACE_S
@@ -222,6 +224,8 @@ def _visible_gpus(environment: Mapping[str, str]) -> list[int]:
     """The GPUs that this process may use, by the numbers that CUDA_VISIBLE_DEVICES has for them."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
+        import torch  # to ask for GPUs
+
         return list(range(torch.cuda.device_count()))
     numbers = [part.strip() for part in named.split(",") if part.strip()]
     if not all(number.isdigit() for number in numbers):

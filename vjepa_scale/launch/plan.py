@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import DUMPED, dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
@@ -19,7 +17,7 @@ from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
 from vjepa_scale.training.lock import refuse_if_training
-from vjepa_scale.training.start import (
+from vjepa_scale.training.preflight import (
     check_finished,
     is_finished,
     planned_first,
@@ -96,7 +94,11 @@ def _fits_this_machine(recipe: Recipe) -> None:
             where="launch.nodes",
             fix="run it where sbatch is, or launch.nodes=1",
         )
-    if recipe.engine.device == "cuda" and recipe.launch.tasks_per_node > torch.cuda.device_count():
+    if recipe.engine.device != "cuda":
+        return
+    import torch  # to ask for GPUs
+
+    if recipe.launch.tasks_per_node > torch.cuda.device_count():
         raise UserError(
             f"{recipe.launch.tasks_per_node} processes, but {torch.cuda.device_count()} GPUs here",
             where="engine.device",

@@ -26,9 +26,10 @@ def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: i
     told = (signal.SIGTERM, signal.SIGUSR2)
     for number in told:
         signal.signal(number, attempt.leave)
-    start_fork_server(deaf_to=told)  # a worker that died of it would seem to have died of its video
 
     def share() -> None:
+        # A worker that died of it would seem to have died of its video.
+        start_fork_server("vjepa_scale.data.ingest.probing", "vjepa_scale.data.ingest.writing", deaf_to=told)
         if (work.out / MANIFEST).exists() and not work.folder.exists():
             tidy(work.out)  # its finish was queued again at the last moment, maybe amid this
             return

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
-from vjepa_scale.core.ranks import Ranks, detect_ranks
+from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.launch.restarts import refuse_endless_restarts
-from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
-from vjepa_scale.training.failures import report_failure
+from vjepa_scale.training.failures import Progress, report_failure
 from vjepa_scale.training.history import History
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
-from vjepa_scale.training.trainer import Progress, train_stage
 
 
 def run_launched(recipe: Path, stage: str) -> str:
@@ -38,10 +36,13 @@ def run_stage(recipe: Recipe, stage: str) -> str:
     ``failures/JOB.RANK.json``.
     """
     interrupt = Interrupt()
-    interrupt.listen()
     ranks = detect_ranks()
     progress = Progress()
     try:
+        interrupt.listen()
+        # PyTorch takes seconds: launchers, which only name ``run_launched``, do without, and a signal now is heard.
+        from vjepa_scale.training.trainer import train_stage
+
         if ranks.source == "slurm":
             history = History(stage_folder(recipe, stage))
             refuse_endless_restarts(history, job_id=ranks.job_id, max_restarts=recipe.launch.max_restarts)
@@ -50,7 +51,8 @@ def run_stage(recipe: Recipe, stage: str) -> str:
         _exit_at_the_end(EXIT_SAVED)
         sys.exit(EXIT_SAVED)
     except BaseException as error:
-        _report(recipe, stage, ranks, progress, error)
+        failures, logs = failures_folder(recipe, stage), logs_folder(recipe, stage)
+        report_failure(failures, ranks, progress.step, error, logs=logs)
         atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
         raise
     _exit_at_the_end(0)
@@ -58,6 +60,8 @@ def run_stage(recipe: Recipe, stage: str) -> str:
 
 
 def _exit_at_the_end(code: int) -> None:
+    from vjepa_scale.parallel import process_group
+
     # Only now that the work is done, and only at exit: submitit has a result to write first.
     atexit.register(partial(process_group.exit_cleanly, code))
 
@@ -67,10 +71,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _report(recipe: Recipe, stage: str, ranks: Ranks, progress: Progress, error: BaseException) -> None:
-    report_failure(failures_folder(recipe, stage), ranks, progress.step, error, logs=logs_folder(recipe, stage))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The masks of some slots of the global batch: sorted index tensors of equal length within a mask group.
+"""Which tokens of some slots are context and which target, in equal numbers within a mask group.
 
 The method wants lists of equal length in a batch, and the shortest list gets shorter as clips are added.
 So the global batch is cut into mask groups of consecutive slots, and every list is cut to the minimum of
@@ -6,40 +6,14 @@ its own group: lengths depend neither on the micro-batch nor on the number of ra
 Masks of whole time steps have equal lengths to begin with.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor
-
 from vjepa_scale.masking.blocks import Grid, block_size, drawn_block_size, union_of_blocks
 from vjepa_scale.masking.frames import check_frames, frame_masks
 from vjepa_scale.masking.subset import Mask, Ranks, random_ranks, subset
 from vjepa_scale.recipe.mask_sections import BlockMasksConfig, MasksConfig
 
 
-@dataclass(frozen=True)
-class MaskPair:
-    """What one generator gives for b clips: token indices, ascending in each row.
-
-    context: int64 [b, Nc], the tokens that the encoder sees
-    target:  int64 [b, Nt], the tokens that the predictor predicts
-    """
-
-    context: Tensor
-    target: Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "MaskPair":
-        return MaskPair(
-            self.context.to(device, non_blocking=non_blocking), self.target.to(device, non_blocking=non_blocking)
-        )
-
-    def pin_memory(self) -> "MaskPair":
-        return MaskPair(self.context.pin_memory(), self.target.pin_memory())
-
-
-def draw_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Grid) -> tuple[MaskPair, ...]:
-    """One MaskPair per generator for consecutive slots of one mask group.
+def drawn_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Grid) -> list[tuple[Mask, Mask]]:
+    """Context and target tokens of each generator for consecutive slots of one mask group: bool [slots, t·h·w] each.
 
     step:  the global step
     slots: of the step's global batch, all inside one group of ``cfg.group``
@@ -59,8 +33,8 @@ def draw_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Gr
             )
         else:
             context, target = frame_masks(generator, grid, seed=seed, step=step, number=number, slots=slots)
-        pairs.append(MaskPair(_indices(context), _indices(target)))
-    return tuple(pairs)
+        pairs.append((context, target))
+    return pairs
 
 
 def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
@@ -122,7 +96,3 @@ def _truncated(
         if generator.pred_full_complement:
             context = ~target
     return (target, context) if generator.invert else (context, target)
-
-
-def _indices(mask_BN: Mask) -> Tensor:
-    return torch.from_numpy(np.nonzero(mask_BN)[1].reshape(len(mask_BN), -1))

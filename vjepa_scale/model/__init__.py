@@ -5,10 +5,26 @@ needs no table of names. Letters in tensor names: B clips, T frames, H×W pixels
 K tokens kept, M tokens predicted, D width, h heads, d channels of a head.
 """
 
-from vjepa_scale.model.action_predictor import ActionPredictor
-from vjepa_scale.model.encoder import Encoder
-from vjepa_scale.model.init import initial_value, initialise
-from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.model.probe import AttentiveProbe
+from typing import TYPE_CHECKING
+
+from vjepa_scale.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vjepa_scale.model.action_predictor import ActionPredictor
+    from vjepa_scale.model.encoder import Encoder
+    from vjepa_scale.model.init import initial_value, initialise
+    from vjepa_scale.model.predictor import Predictor
+    from vjepa_scale.model.probe import AttentiveProbe
 
 __all__ = ["ActionPredictor", "AttentiveProbe", "Encoder", "Predictor", "initial_value", "initialise"]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ActionPredictor": "vjepa_scale.model.action_predictor",
+        "Encoder": "vjepa_scale.model.encoder",
+        "initial_value": "vjepa_scale.model.init",
+        "initialise": "vjepa_scale.model.init",
+        "Predictor": "vjepa_scale.model.predictor",
+        "AttentiveProbe": "vjepa_scale.model.probe",
+    },
+)

@@ -80,6 +80,7 @@ class ActionPredictor(nn.Module):
         if extrinsics_BK6 is not None:
             conditions.append(self.extrinsics_encoder(extrinsics_BK6))
 
+        tokens_BND = tokens_BND.to(self.predictor_embed.weight.dtype)  # an encoder's are float32
         patches = self.predictor_embed(tokens_BND).unflatten(1, (steps, height * width))
         x = torch.cat([torch.stack(conditions, dim=2), patches], dim=2).flatten(1, 2)
         tables = self._tables(steps, height, width, conditions=len(conditions), device=x.device)

@@ -11,12 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
+from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block, LayerNorm
 from vjepa_scale.model.positions import Positions
 from vjepa_scale.model.rope import Grid
-from vjepa_scale.recipe.schema import ModelConfig
-
-CHANNELS = 3
+from vjepa_scale.recipe.schema import CHANNELS, ModelConfig
 
 
 class PatchEmbed(nn.Module):
@@ -78,12 +76,12 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(encoder.width, encoder.heads, encoder.mlp_hidden) for _ in range(encoder.depth)
         )
-        self.norm = nn.LayerNorm(encoder.width, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(encoder.width, eps=LAYER_NORM_EPS)
 
     def forward(
         self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None, *, layers: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
-        """Tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``.
+        """Tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``: float32, whatever the weights' type.
 
         clips_BCTHW:  float, normalised, of any length and size that divides into tubelets
         keep_BK:      int64 token numbers n = τ·h·w + y·w + x; None: all
@@ -93,7 +91,7 @@ class Encoder(nn.Module):
             return self.layers(clips_BCTHW, layers, keep_BK)
         for x_BKD in self._block_outputs(clips_BCTHW, keep_BK):  # noqa: B007 (the last one; none is kept before it)
             pass
-        return self.norm(x_BKD)
+        return self.norm(x_BKD.float())
 
     def layers(self, clips_BCTHW: Tensor, layers: Sequence[int], keep_BK: Tensor | None = None) -> list[Tensor]:
         """Tokens after several blocks, each [B, N, D] through the final norm, as the published probes take them.
@@ -107,7 +105,7 @@ class Encoder(nn.Module):
         wanted = {layer % depth for layer in layers}
         outputs = enumerate(self._block_outputs(clips_BCTHW, keep_BK))
         needed = islice(outputs, max(wanted, default=-1) + 1)  # later blocks are not computed
-        kept = {number: self.norm(x_BKD) for number, x_BKD in needed if number in wanted}
+        kept = {number: self.norm(x_BKD.float()) for number, x_BKD in needed if number in wanted}
         return [kept[layer % depth] for layer in layers]
 
     def _block_outputs(self, clips_BCTHW: Tensor, keep_BK: Tensor | None) -> Iterator[Tensor]:

@@ -5,8 +5,7 @@ These are a model's FLOPs, as model-FLOPs utilisation wants them: what activatio
 among them.
 """
 
-from vjepa_scale.model.encoder import CHANNELS
-from vjepa_scale.recipe.schema import ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig
+from vjepa_scale.recipe.schema import CHANNELS, ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig
 
 
 def encoder_parameters(model: ModelConfig) -> int:
@@ -76,12 +75,12 @@ def action_step(model: ModelConfig, frames: int, tokens: int, rollout_steps: int
     return frames * encoder_forward(model, tokens) + trained
 
 
-def probe_step(model: ModelConfig, tokens: int, *, probes: int, depth: int, classes: int) -> int:
-    """Of one clip of a step that trains probes on a frozen encoder."""
+def probe_step(model: ModelConfig, tokens: int, *, probes: int, depth: int, classes: int, encoded: bool = True) -> int:
+    """Of one clip of a step that trains probes on a frozen encoder. encoded: in the step, not before."""
     D = model.encoder.width
     blocks = _blocks(EncoderConfig(width=D, depth=depth, heads=1), tokens) * (depth - 1) // depth
     pooled = 2 * tokens * 2 * D * D + 2 * 2 * tokens * D + 2 * D * (D + 8 * D + classes)  # keys, values; the query's
-    return encoder_forward(model, tokens) + 3 * probes * (blocks + pooled)
+    return encoded * encoder_forward(model, tokens) + 3 * probes * (blocks + pooled)
 
 
 def _tubelet(model: ModelConfig) -> int:

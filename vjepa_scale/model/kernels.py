@@ -27,6 +27,29 @@ def torch_flash(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor 
         return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd)
 
 
+def fa3(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """FlashAttention-3 in the place of PyTorch's flash kernel, from ``activate`` on."""
+    return torch_flash(q_BhKd, k_BhKd, v_BhKd, allowed)
+
+
+def fa4(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """FlashAttention-4 in the place of PyTorch's flash kernel, from ``activate`` on."""
+    return torch_flash(q_BhKd, k_BhKd, v_BhKd, allowed)
+
+
+def activate(kernel: Kernel) -> None:
+    """Have PyTorch take another package's flash kernel for its own, in this whole process. For all others: nothing.
+
+    Raises ImportError where the package or PyTorch's registry is not there, RuntimeError where the GPU is another.
+    """
+    if kernel in (fa3, fa4):
+        from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+
+        name = "FA3" if kernel is fa3 else "FA4"
+        if current_flash_attention_impl() != name:
+            activate_flash_attention_impl(name)
+
+
 def torch_varlen(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
     """PyTorch's variable-length flash kernel, on clips laid end to end."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA only, and slow to import
@@ -44,7 +67,9 @@ def flash_attn(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor |
     from flash_attn import flash_attn_func
 
     _refuse_mask(allowed)
-    out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BhKd, k_BhKd, v_BhKd)))
+    # Its backward pass adds up with atomics unless it is told not to; PyTorch's own kernels ask the same switch.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BhKd, k_BhKd, v_BhKd)), deterministic=deterministic)
     return out.transpose(1, 2)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block
+from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block, LayerNorm
 from vjepa_scale.model.positions import Positions
 from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
@@ -23,7 +23,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(
             Block(predictor.width, predictor.heads, predictor.mlp_hidden) for _ in range(predictor.depth)
         )
-        self.predictor_norm = nn.LayerNorm(predictor.width, eps=LAYER_NORM_EPS)
+        self.predictor_norm = LayerNorm(predictor.width, eps=LAYER_NORM_EPS)
         self.predictor_proj = nn.Linear(predictor.width, config.encoder.width)
 
     def forward(
@@ -35,8 +35,9 @@ class Predictor(nn.Module):
         context_BK, target_BM:  int64 token numbers in the grid (t, h, w)
         mask_token:             which mask token stands for a target, modulo how many there are
         """
-        context = self.predictor_embed(context_BKD)
-        mask = self.mask_tokens[mask_token % len(self.mask_tokens)].to(context.dtype)
+        # The residual stream is float32, as the published code's is under autocast, by its mask tokens.
+        context = self.predictor_embed(context_BKD.to(self.predictor_embed.weight.dtype)).float()
+        mask = self.mask_tokens[mask_token % len(self.mask_tokens)].float()
         # The published code also sorts all tokens by place and unsorts them. Attention sees places only
         # through their positions, so the order changes nothing but the rounding, and the two gathers are saved.
         x = torch.cat([context, mask.expand(*target_BM.shape, -1)], dim=1)
@@ -46,4 +47,4 @@ class Predictor(nn.Module):
         for block in self.predictor_blocks:
             x = block(x, tables)
         predicted_BMP = x[:, context_BK.shape[1] :]
-        return self.predictor_proj(self.predictor_norm(predicted_BMP))
+        return self.predictor_proj(self.predictor_norm(predicted_BMP).to(self.predictor_proj.weight.dtype))

@@ -106,12 +106,30 @@ def axis_channels(head_dim: int) -> int:
     return 2 * ((head_dim // 3) // 2)
 
 
+_kept: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+
 def _axis_tables(
     length: int, scale: float, channels: int, layout: Layout, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of every place of one axis, [length, a].
+    """cos and signed sin of every place of one axis, [length, a]. Kept: small, and the same in every step.
 
-    Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
+    (To compute them takes blocking copies to a GPU, 15 in the loss of a micro-batch.)
+    """
+    key = (length, scale, channels, layout, device)
+    if key in _kept:
+        return _kept[key]
+    with torch.inference_mode(False):  # else nobody could train with them
+        made = _compute_axis_tables(length, scale, channels, layout, device)
+    if type(made[0]) is Tensor:  # no stand-in, of whoever counts FLOPs or traces
+        _kept[key] = made
+    return made
+
+
+def _compute_axis_tables(
+    length: int, scale: float, channels: int, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
     the rounding of the result does.
     """
     frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))

@@ -1,6 +1,6 @@
 """What a step of a phase costs, before it is trained."""
 
-from vjepa_scale.masking import draw_masks
+from vjepa_scale.masking import drawn_masks
 from vjepa_scale.model import flops
 from vjepa_scale.recipe import Phase, Recipe
 
@@ -26,10 +26,11 @@ def _clip_flops(recipe: Recipe, phase: Phase, frames: int) -> float:
         return flops.action_step(recipe.model, frames, h * w, recipe.action.rollout_steps)
     if recipe.probe is not None and phase.kind == "probe":
         probes = len(recipe.probe.lr_scales) * len(recipe.probe.weight_decays)
-        return flops.probe_step(recipe.model, t * h * w, probes=probes, depth=recipe.probe.depth, classes=0)
+        encoded, depth = not recipe.probe.keep_tokens, recipe.probe.depth
+        return flops.probe_step(recipe.model, t * h * w, probes=probes, depth=depth, classes=0, encoded=encoded)
     total = 0
     for step in range(phase.first, phase.first + SAMPLED_STEPS):
-        pairs = draw_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=range(1), grid=(t, h, w))
-        lengths = [(pair.context.shape[1], pair.target.shape[1]) for pair in pairs]
+        drawn = drawn_masks(recipe.masks, seed=recipe.run.seed, step=step, slots=range(1), grid=(t, h, w))
+        lengths = [(int(context.sum()), int(target.sum())) for context, target in drawn]
         total += flops.jepa_step(recipe.model, t * h * w, lengths)
     return total / SAMPLED_STEPS

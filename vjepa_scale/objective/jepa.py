@@ -73,8 +73,8 @@ class Jepa(Objective):
                 observe.add(features_BND[:, ::stride].flatten(0, 1))
 
         losses = []
-        for generator, masks in enumerate(batch.masks):
-            context_BK, target_BM = masks.context.to(clips_BCTHW.device), masks.target.to(clips_BCTHW.device)
+        for generator, masks in enumerate(pair.to(clips_BCTHW.device, non_blocking=True) for pair in batch.masks):
+            context_BK, target_BM = masks.context, masks.target
             tokens_BKD = self.encoder(clips_BCTHW, context_BK)
             mask_token = self._mask_token_of[generator]
             predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)

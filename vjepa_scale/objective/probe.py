@@ -21,10 +21,14 @@ from vjepa_scale.recipe import Recipe, resolve_phases
 
 
 class Probes(Objective):
-    """One frozen encoder, and a probe for each learning rate and weight decay: all see the same tokens.
+    """One frozen encoder, and a probe for each draw of labels, learning rate and weight decay.
 
-    The loss is the sum of the probes' cross-entropies, so that each gets the gradient of its own alone. A probe whose
-    rate is too high for it is lost by itself: what is not finite counts nothing for the others.
+    Those of a draw learn from its clips alone, from the tokens that one pass of the encoder gives for all. The loss is
+    the sum of the probes' cross-entropies, so that each gets the gradient of its own alone. A probe whose rate is too
+    high for it is lost by itself: what is not finite counts nothing for the others.
+
+    kept: tokens [N, D] of training clips, by the name of their data set and their number there; where there are some,
+          of all that are trained on, and the encoder is not called
     """
 
     def __init__(self, recipe: Recipe, engine: Engine, *, classes: list[str]) -> None:
@@ -32,10 +36,14 @@ class Probes(Objective):
         assert recipe.probe is not None, "the stage of this objective"
         config = recipe.probe
         self.encoder = self._frozen_encoder()
-        self._settings = {
-            f"probe_{number:02d}": GroupSetting(*pair)
-            for number, pair in enumerate(product(config.lr_scales, config.weight_decays))
-        }
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        self._draws = config.label_draws
+        every = product(range(self._draws), config.lr_scales, config.weight_decays)
+        self._settings = {}
+        self.draw_of: dict[str, int] = {}
+        for number, (draw, lr_scale, weight_decay) in enumerate(every):
+            name = f"probe_{number:02d}"
+            self._settings[name], self.draw_of[name] = GroupSetting(lr_scale, weight_decay), draw
         self.probes: dict[str, nn.Module] = {}
         for name in self._settings:
             with torch.device("meta"):
@@ -59,25 +67,48 @@ class Probes(Objective):
         return self._settings
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """The sum over the probes; ``best_loss``, of the best of them; ``accuracy``, the mean over the probes.
+        """The sum over the probes; ``best_loss``, of the best setting; ``accuracy``, the mean over the probes.
 
-        Without those whose loss is not finite, unless that is all of them.
+        Without those whose loss is not finite, unless that is all of them. With D draws of labels a probe's loss is D
+        times the sum over its own clips, by the number of all: its mean over micro-batches is that over its clips.
         """
         assert batch.labels is not None, "labelled clips"
-        labels_B = batch.labels.to(self._engine.device, non_blocking=True)
-        logits = self.logits(batch.clips)
-        losses = torch.stack([F.cross_entropy(one, labels_B) for one in logits.values()])
-        right = torch.stack([(one.argmax(1) == labels_B).float().mean() for one in logits.values()])
-        lost = ~losses.detach().isfinite()
-        counted = losses.where(~lost | lost.all(), 0.0)  # the others' gradients are their own
-        best = losses.detach().where(~lost, torch.inf).min()
-        return {"loss": counted.sum(), "best_loss": best, "accuracy": right.where(~lost, 0.0).mean()}
+        device = self._engine.device
+        labels_B = batch.labels.to(device, non_blocking=True)
+        tokens_BND = self._tokens(batch)
+        rows = [rows.to(device, non_blocking=True) for rows in self._rows_of_draws(batch)]
+        losses, right = [], []
+        for name, probe in self.probes.items():
+            own = rows[self.draw_of[name]]
+            # Every rank calls every probe: one without clips of a draw shows the probe another's, which counts nothing.
+            shown = own if len(own) else torch.zeros(1, dtype=torch.int64, device=device)
+            logits = probe(tokens_BND[shown]).float()[: len(own)]
+            share = self._draws / len(labels_B)
+            losses.append(F.cross_entropy(logits, labels_B[own], reduction="sum") * share)
+            right.append((logits.argmax(1) == labels_B[own]).float().sum() * share)
+        loss, correct = torch.stack(losses), torch.stack(right)
+        lost = ~loss.detach().isfinite()
+        counted = loss.where(~lost | lost.all(), 0.0)  # the others' gradients are their own
+        by_setting = loss.detach().where(~lost, torch.inf).view(self._draws, -1).mean(0)
+        return {"loss": counted.sum(), "best_loss": by_setting.min(), "accuracy": correct.where(~lost, 0.0).mean()}
 
-    def logits(self, clips: Tensor) -> dict[str, Tensor]:
-        """Of uint8 clips [B, 3, T, H, W]: float32 [B, classes] of each probe."""
+    def _tokens(self, batch: MicroBatch) -> Tensor:
+        """Of a micro-batch's clips: [B, N, D]."""
+        if self.kept:
+            kept = [self.kept[clip] for clip in zip(batch.datasets, batch.records, strict=True)]
+            return torch.stack(kept).to(self._engine.device, non_blocking=True)
         with torch.no_grad():
-            tokens_BND = self.encoder(self._normalised(clips))
-        return {name: probe(tokens_BND).float() for name, probe in self.probes.items()}
+            return self.encoder(self._normalised(batch.clips))
+
+    def _rows_of_draws(self, batch: MicroBatch) -> list[Tensor]:
+        """Which clips of a micro-batch belong to each draw of labels."""
+        if batch.label_draws is None:
+            return [torch.arange(len(batch.clips))]
+        return [(batch.label_draws == draw).nonzero().squeeze(1) for draw in range(self._draws)]
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Tokens [B, N, D] of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights."""
+        return self._engine.look(lambda: self.encoder(self._normalised(clips)))
 
     def look(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Without gradients, of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights.

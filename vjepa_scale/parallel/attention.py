@@ -14,7 +14,10 @@ _NAMES: dict[kernels.Kernel, str] = {
     kernels.torch_flash: "PyTorch's flash kernel",
     kernels.torch_varlen: "PyTorch's variable-length flash kernel",
     kernels.flash_attn: "the flash-attn package",
+    kernels.fa3: "FlashAttention-3",
+    kernels.fa4: "FlashAttention-4",
 }
+_BY_NAME = {"varlen": kernels.torch_varlen, "fa3": kernels.fa3, "fa4": kernels.fa4}
 
 
 def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: torch.dtype) -> str:
@@ -24,7 +27,7 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
     one that was asked for by name and cannot run is a UserError, never replaced.
     """
     if getattr(network, "masked_attention", False):
-        if choice in ("flash", "varlen"):
+        if choice in ("flash", *_BY_NAME):
             raise UserError(
                 f"{choice} kernels take no attention mask, and {type(network).__name__} needs one",
                 where="engine.attention",
@@ -52,8 +55,8 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
 
 def _chosen(choice: str, device: torch.device) -> kernels.Kernel:
     package = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if choice == "varlen":
-        return kernels.torch_varlen
+    if choice in _BY_NAME:
+        return _BY_NAME[choice]
     if choice == "flash":
         return kernels.flash_attn if package else kernels.torch_flash
     return kernels.flash_attn if choice == "auto" and package else kernels.sdpa
@@ -63,9 +66,10 @@ def _problem(kernel: kernels.Kernel, head_size: int, device: torch.device, dtype
     """Why the kernel cannot compute such heads; empty if it can."""
     if kernel is kernels.sdpa:
         return ""
-    if kernel in (kernels.torch_varlen, kernels.flash_attn) and device.type != "cuda":
+    if kernel in (*_BY_NAME.values(), kernels.flash_attn) and device.type != "cuda":
         return "it needs a GPU"
     try:
+        kernels.activate(kernel)
         q, k, v = torch.zeros(3, 1, 1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
         kernel(q, k, v, None).sum().backward()
     except Exception as error:  # noqa: BLE001 (kernels refuse in many ways: RuntimeError, ImportError, NotImplementedError …)

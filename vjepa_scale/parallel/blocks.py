@@ -16,20 +16,24 @@ from vjepa_scale.recipe.schema import EngineConfig
 # A block is what is checkpointed, compiled and gathered as one: an entry of a list of one of these names.
 BLOCK_LISTS = ("blocks", "predictor_blocks")
 
-_aten = torch.ops.aten
+# Kinds of blocks that may be compiled.
+_KINDS = 64
 # Nearly all of a block's FLOPs. What is computed again in a selective checkpoint costs memory traffic alone.
+# By name: those of packages exist only where these are installed and imported.
 _KEPT = frozenset(
     {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten.linear.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._flash_attention_forward.default,
-        _aten._efficient_attention_forward.default,
+        "aten.mm.default",
+        "aten.addmm.default",
+        "aten.bmm.default",
+        "aten.linear.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._flash_attention_forward.default",
+        "aten._efficient_attention_forward.default",
+        "torch_attn._varlen_attn.default",
+        "flash_attn._flash_attn_forward.default",  # from version 2.7 on; before it was no operation that PyTorch sees
     }
 )
 
@@ -65,7 +69,7 @@ def checkpoint_activations(block: nn.Module, *, selective: bool = False) -> None
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(operation) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_block(block: nn.Module) -> None:
@@ -74,4 +78,7 @@ def compile_block(block: nn.Module) -> None:
     The number of tokens changes from step to step: after the first, dynamo takes it for a variable. A change in
     kind (another width, a batch of another size, without gradient) compiles once more.
     """
+    # All blocks of all networks are one function to dynamo, which by itself gives up after eight kinds: two networks,
+    # with and without gradients, each for its first number of tokens and for any, and several clip lengths are more.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
     block.forward = torch.compile(block.forward, dynamic=None)

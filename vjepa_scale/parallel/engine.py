@@ -5,7 +5,7 @@ averaging of gradients and of the EMA, and the tensors that a checkpoint holds, 
 objectives, the trainer and checkpoints are written once.
 """
 
-import importlib.util
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, TypeVar
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.attention import set_kernel
@@ -36,7 +35,7 @@ class Engine(ABC):
     """Shards networks over all processes of the started group. Every process is a data-parallel rank.
 
     The order of its use: ``shard`` each network, ``match_ema``, ``start_optimizer``; then ``restore`` where a
-    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``grad_norms``, ``step``, ``ema_update``.
+    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``reduced``, ``step``, ``ema_update``.
     Master weights, optimiser state, EMA and the reduction of gradients are float32, whatever computes.
     """
 
@@ -108,14 +107,24 @@ class Engine(ABC):
         """What networks give, computed as in training, without gradients. Collective: all ranks, equally often."""
         return forward()
 
-    def grad_norms(self) -> dict[str, float]:
-        """L2 norm of the gradients of the step, of the whole networks, equal on every rank; for each part (part_of)."""
+    def reduced(self, values: Tensor) -> tuple[list[float], dict[str, float]]:
+        """Averages of some float values over all ranks, and the L2 norms of the step's gradients, by part (part_of).
+
+        Norms are of whole networks. Equal on every rank: one collective, and one wait for the device.
+        """
         parts = list(dict.fromkeys(group["part"] for group in self._optimizer.param_groups))
         squares = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
         for part, gradients in self._gradients().items():
             squares[parts.index(part)] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        dist.all_reduce(squares, group=self._gradient_group())
-        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
+        both = torch.cat([values.detach().double() / self.dp_world_size, squares / self._gradient_copies])
+        dist.all_reduce(both)
+        summed = both.tolist()
+        norms = [math.sqrt(square) for square in summed[len(values) :]]  # NaN and infinity stay what they are
+        return summed[: len(values)], dict(zip(parts, norms, strict=True))
+
+    def grad_norms(self) -> dict[str, float]:
+        """``reduced`` without values."""
+        return self.reduced(torch.zeros(0, device=self.device))[1]
 
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
         """Multiply the gradients of some parts: clipping is scaling by ``limit / norm`` where that is below 1.
@@ -133,9 +142,8 @@ class Engine(ABC):
     def _gradients(self) -> dict[str, list[Tensor]]:
         """This rank's share of the averaged gradients, by part; without parts of which it has none."""
 
-    def _gradient_group(self) -> dist.ProcessGroup | None:
-        """The ranks whose parts make up all gradients, each once; None for all ranks."""
-        return None
+    # On how many ranks each gradient is.
+    _gradient_copies = 1
 
     @abstractmethod
     def discard_gradients(self) -> None:
@@ -188,14 +196,6 @@ def checked_start(value: InitialValue, name: str, shape: torch.Size, *, seed: in
     full = value(name, shape, seed=seed)
     assert full.dtype == torch.float32, f"{name}: master weights are float32"
     return full
-
-
-def check_installed(cfg: EngineConfig) -> None:
-    """Raise UserError where the engine's library is not installed. Nothing is imported: for before a job starts."""
-    if cfg.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "DeepSpeed is not installed", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]', or kind: fsdp"
-        )
 
 
 def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:

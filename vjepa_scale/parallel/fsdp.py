@@ -4,12 +4,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.core.ranks import Ranks, count_replicas
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.parallel.blocks import prepare_blocks
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
@@ -29,10 +28,17 @@ class FsdpEngine(Engine):
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
         super().__init__(cfg, ranks)
-        self.mesh = build_mesh(self.device.type, world_size=self.dp_world_size, replicate=cfg.replicate)
+        replicas = count_replicas(cfg.replicate, world_size=ranks.world_size, per_node=ranks.local_world_size)
+        self.mesh = build_mesh(
+            self.device.type, world_size=self.dp_world_size, replicate=replicas, timeout_s=cfg.timeout_s
+        )
+        self._gradient_copies = replicas
+        self._reshards = replicas == 1 if cfg.reshard_after_forward == "auto" else cfg.reshard_after_forward
         self._ema: dict[nn.Module, ShardedEma] = {}
         self._trained: list[nn.Module] = []
         self._named: list[tuple[str, nn.Parameter]] = []
+        self._shards: list[nn.Parameter] = []  # of these, in their order
+        self._sharded_of: dict[nn.Parameter, nn.Parameter] = {}
 
     # -- from a plain network to a sharded one -------------------------------------------------------
 
@@ -54,10 +60,13 @@ class FsdpEngine(Engine):
 
         # A frozen network has no backward pass that would shard it again: left gathered (FSDP2's default for a
         # root), every write to its shards would be hidden until one came.
-        reshard = self._cfg.reshard_after_forward or not trainable
-        for block in blocks:
+        reshard = not trainable or self._reshards
+        for block in blocks if self._cfg.shard_blocks else ():
             fully_shard(block, mesh=self.mesh, mp_policy=self._policy(root=False), reshard_after_forward=reshard)
         fully_shard(network, mesh=self.mesh, mp_policy=self._policy(root=True), reshard_after_forward=reshard)
+        if not reshard:  # nor between the backward passes of a step: ``backward`` shards them again at its end
+            assert isinstance(network, FSDPModule)
+            network.set_reshard_after_backward(False)
         _prefetch(blocks, self._cfg.prefetch)
 
         network.to_empty(device=self.device)
@@ -90,7 +99,12 @@ class FsdpEngine(Engine):
     ) -> None:
         self._trained = list(trained.values())
         self._named = [(name, parameter) for name, parameter in named_parameters(trained) if parameter.requires_grad]
-        self._optimizer = build_optimizer(cfg, self._named, settings, unreached)
+        # The optimiser sees this rank's shards alone, as plain tensors on the same memory: it works element by element,
+        # and DTensors would take most of its time on the host.
+        shards = [(name, nn.Parameter(_shard_of(parameter))) for name, parameter in self._named]
+        self._optimizer = build_optimizer(cfg, shards, settings, unreached, fused=self.device.type == "cuda")
+        self._shards = [shard for _, shard in shards]
+        self._sharded_of = {shard: whole for shard, (_, whole) in zip(self._shards, self._named, strict=True)}
 
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
         _set_gradient_sync(self._trained, last)  # without it each rank keeps its own sum, unsharded, in float32
@@ -99,18 +113,20 @@ class FsdpEngine(Engine):
             shared.backward()
         finally:
             _set_gradient_sync(self._trained, True)
+            if last and not self._reshards:
+                _shard_again(self._trained)
         return shared.detach()
 
-    def _gradient_group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("shard")  # replicas hold the same gradients
-
     def discard_gradients(self) -> None:
-        self._optimizer.zero_grad()
+        for shard, whole in self._sharded_of.items():
+            shard.grad = whole.grad = None
 
     def step(self, lr: float) -> None:
         set_rate(self._optimizer, lr)
+        for shard in self._shards:
+            shard.grad = self._gradient(shard)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.discard_gradients()
 
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:
         self._ema[target] = ShardedEma(target, source)
@@ -129,7 +145,11 @@ class FsdpEngine(Engine):
             for prefix, network in networks.items()
             for name, tensor in network.state_dict().items()
         }
-        return state | (optimizer_tensors(self._optimizer, self._named) if optimizer else {})
+        if optimizer:
+            wholes = dict(self._named)
+            for key, moment in optimizer_tensors(self._optimizer, zip(wholes, self._shards, strict=True)).items():
+                state[key] = _like(wholes[key.split(".", maxsplit=2)[2]], moment)
+        return state
 
     def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
         """Nothing to do: the loader has written into the state itself."""
@@ -137,11 +157,37 @@ class FsdpEngine(Engine):
     def _gradients(self) -> dict[str, list[Tensor]]:
         gradients: dict[str, list[Tensor]] = {}
         for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    assert isinstance(parameter.grad, DTensor)
-                    gradients.setdefault(group["part"], []).append(parameter.grad.to_local())
+            for shard in group["params"]:
+                if (gradient := self._gradient(shard)) is not None:
+                    gradients.setdefault(group["part"], []).append(gradient)
         return gradients
+
+    @torch.no_grad()
+    def _gradient(self, shard: nn.Parameter) -> Tensor | None:
+        gradient = self._sharded_of[shard].grad
+        assert gradient is None or isinstance(gradient, DTensor)
+        return None if gradient is None else gradient.to_local()
+
+
+def _shard_of(whole: nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter, on the same memory."""
+    assert isinstance(whole, DTensor)
+    return whole.to_local().detach()
+
+
+def _like(whole: nn.Parameter, shard: Tensor) -> DTensor:
+    """A shard of something in the form of a sharded parameter, on the shard's memory."""
+    assert isinstance(whole, DTensor)
+    return DTensor.from_local(
+        shard, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _shard_again(networks: Iterable[nn.Module]) -> None:
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:

@@ -50,6 +50,7 @@ def make_optimizer(
     shape: Callable[[nn.Parameter], Sequence[int]] = _own_shape,
     settings: Mapping[str, GroupSetting] | None = None,
     unreached: Collection[str] = (),
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW or plain SGD, in groups with weight decay and without. The caller sets the rate of each step (set_rate).
 
@@ -57,6 +58,7 @@ def make_optimizer(
     settings:  of networks that have groups of their own, by the prefix of their parameters' names
     unreached: parameters that no loss reaches. PyTorch's optimisers skip what has no gradient; an engine that hands
                them zeros for it would decay these
+    fused:     AdamW in one kernel, for a GPU; else in operations over lists of tensors
     """
     split: dict[tuple[str, GroupSetting], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -70,7 +72,7 @@ def make_optimizer(
     ]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, foreach=not fused, fused=fused)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -84,9 +86,10 @@ def build_optimizer(
     named_parameters: NamedParameters,
     settings: Mapping[str, GroupSetting] | None = None,
     unreached: Collection[str] = (),
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
-    optimizer = make_optimizer(cfg, named_parameters, settings=settings, unreached=unreached)
+    optimizer = make_optimizer(cfg, named_parameters, settings=settings, unreached=unreached, fused=fused)
     if cfg.kind == "adamw":
         start_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
     return optimizer
@@ -96,7 +99,7 @@ def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     """AdamW's state before its first step."""
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else None),
             **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
         }
 

@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_atomic
-from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.parallel.mesh import check_replicate
+from vjepa_scale.core.ranks import Ranks, count_replicas
 from vjepa_scale.recipe.schema import EngineConfig
 
 POLL_S = 0.05
@@ -37,7 +36,7 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
     Raises UserError, before anyone waits for anyone, for a device or a mesh that is impossible; RuntimeError
     naming the file or the ranks when some processes have not come within ``cfg.timeout_s`` seconds.
     """
-    check_replicate(ranks.world_size, cfg.replicate)
+    count_replicas(cfg.replicate, world_size=ranks.world_size, per_node=ranks.local_world_size)
     device = pick_device(cfg, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)

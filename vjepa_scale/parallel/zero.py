@@ -46,7 +46,7 @@ class ZeroEngine(Engine):
         super().__init__(cfg, ranks)
         self._deepspeed = _import_deepspeed(self.device, ranks)
         self._stage = cfg.zero_stage
-        self._mesh = build_mesh("cpu", world_size=self.dp_world_size, replicate=1)
+        self._mesh = build_mesh("cpu", world_size=self.dp_world_size, replicate=1, timeout_s=cfg.timeout_s)
         self._frozen_engines: list[Any] = []  # alive as long as their hooks are needed
         self._named: dict[str, nn.Parameter] = {}
         self._engine: Any = None

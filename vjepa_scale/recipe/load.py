@@ -29,14 +29,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path:      a YAML file; ``extends: other.yaml`` (relative to it) is merged underneath.
     overrides: ``dotted.key=value`` with YAML values; list items by number (``pretrain.phases.0.steps=10``).
-    Raises UserError naming ``file:key`` and what would work.
+    Raises UserError naming ``file:key`` and what would work; the file is the one that has the key.
     """
     path = Path(path)
-    tree = _read(path, seen=())
+    layers = _read(path, seen=())
+    tree: dict[str, Any] = {}
+    for _, layer in reversed(layers):
+        tree = _merged(tree, layer)
     for override in overrides:
         _apply(tree, override)
-    _drop_removed_sets(tree)
-    return validate_recipe(tree, source=path)
+    _drop_nulls(tree)
+    try:
+        return validate_recipe(tree, source=path)
+    except UserError as error:
+        source, _, key = str(error.where).rpartition(":")
+        if source != str(path):
+            raise
+        origin = _origin(key.split("."), layers, [override.partition("=")[0].split(".") for override in overrides])
+        raise type(error)(error.what, where=f"{origin}:{key}", fix=error.fix) from None
 
 
 def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
@@ -54,7 +64,8 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those that it extends, from the top down."""
     if path.resolve() in seen:
         raise UserError("extends itself", where=path)
     try:
@@ -67,26 +78,57 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections", where=path)
-    if (parent := tree.pop("extends", None)) is not None:
-        base = _read(path.parent / str(parent), (*seen, path.resolve()))
-        tree = _merged(base, tree)
-    return tree
+    parent = tree.pop("extends", None)
+    below = _read(path.parent / str(parent), (*seen, path.resolve())) if parent is not None else []
+    return [(path, tree), *below]
+
+
+# What names data sets: a list in all but form, so one that is given replaces the one below.
+_MIXTURES = ("sets", "mixture")
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``: mappings merge key by key, anything else (lists too) replaces."""
+    """``top`` over ``base``: sections merge key by key, anything else (lists and mixtures too) replaces.
+
+    A mixture of nothing but nulls gives none: it takes data sets away from the one below.
+    """
     out = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else value
+        replaces = key in _MIXTURES and both and not (value and all(item is None for item in value.values()))
+        out[key] = _merged(out[key], value) if both and not replaces else value
     return out
 
 
-def _drop_removed_sets(tree: dict[str, Any]) -> None:
-    """``data.sets.NAME: null`` takes a data set of the recipe that is extended away."""
-    data = tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("sets"), dict):
-        data["sets"] = {name: value for name, value in data["sets"].items() if value is not None}
+def _drop_nulls(node: Any) -> None:
+    """``NAME: null`` in a mixture takes that data set away."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key in _MIXTURES and isinstance(value, dict):
+            node[key] = {name: item for name, item in value.items() if item is not None}
+        else:
+            _drop_nulls(value)
+
+
+def _origin(key: list[str], layers: list[tuple[Path, dict[str, Any]]], overridden: list[list[str]]) -> object:
+    """Where a key was given, or else the section that lacks it: the command line or a file."""
+    for length in range(len(key), 0, -1):
+        if any(name[:length] == key[:length] for name in overridden):
+            return "command line"
+        for path, layer in layers:
+            if _has(layer, key[:length]):
+                return path
+    return layers[0][0]
+
+
+def _has(node: Any, key: list[str]) -> bool:
+    for part in key:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return False
+    return True
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

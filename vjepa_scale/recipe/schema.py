@@ -54,9 +54,20 @@ class EngineConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="compute type; master weights, optimiser, EMA and reduction stay float32"
     )
-    replicate: PositiveInt = Field(1, description="hybrid sharding: how many groups hold a full sharded copy each")
-    reshard_after_forward: bool = Field(
-        True, description="false keeps gathered weights from forward to backward: more memory, fewer all-gathers"
+    replicate: PositiveInt | Literal["auto", "all"] = Field(
+        1,
+        description="hybrid sharding: how many groups hold a full sharded copy each; auto: one per node, so that "
+        "weights are gathered inside nodes alone; all: every process, so that nothing is sharded",
+    )
+    reshard_after_forward: bool | Literal["auto"] = Field(
+        True,
+        description="false keeps gathered weights from forward to backward: more memory, fewer all-gathers; auto: "
+        "false where there are several sharded copies (replicate)",
+    )
+    shard_blocks: bool = Field(
+        True,
+        description="false gathers and reduces a network as a whole: for networks so small that a collective for each "
+        "block costs more than it saves",
     )
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
         "none",
@@ -73,10 +84,11 @@ class EngineConfig(Section):
         False,
         description="on a GPU: only kernels that give the same bits each time, and are slower; on CPU it is always so",
     )
-    attention: Literal["auto", "sdpa", "flash", "varlen"] = Field(
+    attention: Literal["auto", "sdpa", "flash", "varlen", "fa3", "fa4"] = Field(
         "auto",
         description="sdpa: PyTorch's choice; flash: the flash-attn package, or else PyTorch's flash kernel; varlen: "
-        "PyTorch's variable-length kernel; auto: flash-attn where it is installed and can run, sdpa otherwise",
+        "PyTorch's variable-length kernel; fa3, fa4: FlashAttention-3 and -4 in the place of PyTorch's flash kernel; "
+        "auto: flash-attn where it is installed and can run, sdpa otherwise",
     )
     threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
@@ -84,12 +96,14 @@ class EngineConfig(Section):
     @model_validator(mode="after")
     def _what_zero_can(self) -> "EngineConfig":
         if self.kind == "deepspeed":
-            if self.replicate != 1:
+            if self.replicate not in (1, "auto"):
                 raise ValueError("replicate is FSDP2's hybrid sharding; DeepSpeed shards over all processes")
             if not self.reshard_after_forward:
                 raise ValueError(
                     "reshard_after_forward is FSDP2's; for weights that stay gathered use zero_stage 1 or 2"
                 )
+            if not self.shard_blocks:
+                raise ValueError("shard_blocks is FSDP2's; DeepSpeed shards over a whole network")
             if self.compile and self.zero_stage == 3:
                 raise ValueError(
                     "compile does not go with zero_stage 3, whose weights come and go inside a block: use 1, 2 or fsdp"
@@ -263,6 +277,9 @@ class SincosConfig(Section):
     uniform_power: bool = Field(
         True, description="time, height and width get a third of the channels each; false: a half, a quarter, a quarter"
     )
+
+
+CHANNELS = 3  # of a picture
 
 
 class ModelConfig(Section):

@@ -138,10 +138,21 @@ class ProbeStageConfig(StageConfig):
     labels_per_class: PositiveInt | None = Field(
         None, description="train on this many records of each class, drawn by data.seed; default: on all"
     )
+    label_draws: PositiveInt = Field(
+        1,
+        description="draws of labels_per_class records, none in two of them, each with probes of its own that see no "
+        "others: what few labels give depends on which they are, so accuracies are means with a spread",
+    )
     choose_per_class: PositiveInt | None = Field(
         None,
         description="choose the best setting on this many further records of each class of the training set, on "
         "which it is then not trained; default: on evaluate_on itself, as published",
+    )
+    keep_tokens: bool = Field(
+        False,
+        description="of few labels: a training clip is always seen as in the evaluation (the video's middle, the "
+        "centre), encoded once and its tokens kept in memory, so that steps cost the probes alone; false: another "
+        "window and crop each time, as data.augment says",
     )
     views: ViewsConfig = ViewsConfig()
     neighbours: PositiveInt = Field(5, description="k of the k-NN that is reported beside the probes")
@@ -150,4 +161,6 @@ class ProbeStageConfig(StageConfig):
     def _something_to_freeze(self) -> "ProbeStageConfig":
         if not (self.init_from or self.continue_from):
             raise ValueError("init_from: the stage or the weights whose encoder is frozen; or untrained")
+        if self.label_draws > 1 and self.labels_per_class is None:
+            raise ValueError("label_draws: of all labels there is one draw; give labels_per_class too")
         return self

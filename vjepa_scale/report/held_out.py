@@ -7,7 +7,7 @@ must give chance, and clips whose frames are shuffled in time must hide the moti
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from vjepa_scale.objective import frozen
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
-LABEL_DRAWS = 3
+# Draws of labels, from a pool of so many clips of each class: more clips would only cost time.
+LABEL_DRAWS, LABEL_POOL = 10, 20
 NAMES = ("trained", "untrained", "pixels")
 SHUFFLED = "frames shuffled"
 
@@ -41,13 +42,16 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
 
     Decodes ``val`` and the labelled part of ``train``. Nothing is chosen on ``val``.
     """
-    labels, val_labels = labels_of(train).numpy(), labels_of(val, train.classes).numpy()
-    draws = [few_labels(labels, per_class=LABELS_PER_CLASS, seed=seed) for seed in range(LABEL_DRAWS)]
+    labels, val_labels = labels_of(train), labels_of(val, train.classes)
+    pool = few_labels(labels, per_class=min(LABEL_POOL, int(np.bincount(labels).min())), seed=0)
+    draws = [pool[few_labels(labels[pool], per_class=LABELS_PER_CLASS, seed=seed)] for seed in range(LABEL_DRAWS)]
     labelled = np.unique(np.concatenate(draws))
     features = _features(recipe, consolidated, train, labelled, val)
 
-    def accuracy(measure: Accuracy, of_class: Ints, *, shown: str, tested: str = "", deal: bool = False) -> float:
-        """The mean over the draws of labels. deal: deal them out at random first."""
+    def accuracies(
+        measure: Accuracy, of_class: Ints, *, shown: str, tested: str = "", deal: bool = False
+    ) -> list[float]:
+        """One for each draw of labels. deal: deal them out at random first."""
         rows, results = features[shown]["train"], []
         for number, few in enumerate(draws):
             given = of_class[labels[few]]
@@ -55,21 +59,21 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
                 given = given[Draws(number, "control.labels").shuffled(len(given))]
             tests = features[tested or shown]["val"]
             results.append(measure(rows[np.searchsorted(labelled, few)], given, tests, of_class[val_labels]))
-        return mean(results)
+        return results
 
     tasks = dict(_tasks(train.classes))
-    probes: dict[str, dict[str, Any]] = {
-        task: {
-            name: {shown: accuracy(measure, of_class, shown=shown) for shown in NAMES}
-            for name, measure in MEASURES.items()
-        }
-        | {"chance": 1 / len(np.unique(of_class))}
-        for task, of_class in tasks.items()
-    }
+    probes: dict[str, dict[str, Any]] = {}
+    for task, of_class in tasks.items():
+        probes[task] = {"chance": 1 / len(np.unique(of_class))}
+        for name, measure in MEASURES.items():
+            found = {shown: accuracies(measure, of_class, shown=shown) for shown in NAMES}
+            probes[task][name] = {shown: mean(values) for shown, values in found.items()}
+            probes[task][f"{name}_std"] = {shown: stdev(values) for shown, values in found.items()}
     linear = MEASURES["linear_probe"]
-    controls = {"labels_dealt_at_random": accuracy(linear, tasks["label"], shown="trained", deal=True)}
+    controls = {"labels_dealt_at_random": mean(accuracies(linear, tasks["label"], shown="trained", deal=True))}
     if "motion" in tasks:
-        controls["motion_with_frames_shuffled"] = accuracy(linear, tasks["motion"], shown="trained", tested=SHUFFLED)
+        shuffled = accuracies(linear, tasks["motion"], shown="trained", tested=SHUFFLED)
+        controls["motion_with_frames_shuffled"] = mean(shuffled)
     return {
         **probes["label"],
         "parts": {task: probe for task, probe in probes.items() if task != "label"},
@@ -77,6 +81,7 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
         "evaluation": {
             "classes": len(train.classes),
             "labels_per_class": LABELS_PER_CLASS,
+            "label_draws": LABEL_DRAWS,
             "held_out_clips": len(val_labels),
         },
     }
@@ -87,9 +92,7 @@ def _features(
 ) -> dict[str, dict[str, Floats]]:
     """Rows of features, by what made them and by split."""
     config = read_config(consolidated)
-    untrained = Encoder(recipe.model)
-    initialise(untrained, seed=recipe.run.seed, prefix="encoder")
-    encoders = {"trained": load_encoder(consolidated), "untrained": untrained.eval()}
+    encoders = {"trained": load_encoder(consolidated), "untrained": untrained_encoder(recipe)}
 
     def rows(name: str, clips: Tensor) -> Floats:
         return frozen.encoder_features(
@@ -120,6 +123,13 @@ def _features(
     return {
         name: {split: np.concatenate(parts) for split, parts in splits.items() if parts} for name, splits in out.items()
     }
+
+
+def untrained_encoder(recipe: Recipe) -> Encoder:
+    """What the recipe's pretraining began with, in eval mode."""
+    encoder = Encoder(recipe.model)
+    initialise(encoder, seed=recipe.run.seed, prefix="encoder")
+    return encoder.eval()
 
 
 def in_another_order(clips: Tensor, records: Sequence[int]) -> Tensor:

@@ -22,11 +22,12 @@ def summarise(
     """
     own = read_json(evaluation_file(recipe, "probe")) if recipe.probe is not None else None
     other = read_json(untrained / "probe" / EVALUATION) if untrained is not None else None
-    attentive = {name: found["best"]["accuracy"] for name, found in (("trained", own), ("untrained", other)) if found}
+    attentive = {name: found["accuracy"] for name, found in (("trained", own), ("untrained", other)) if found}
     return {
         "stages": {name: _stage(stage_folder(recipe, name) / "metrics.jsonl") for name in recipe.stages()},
         "probe": held_out["linear_probe"],
         "attentive_probe": attentive,
+        "attentive_labels_per_class": own["labels_per_class"] if own else None,
         **held_out,
         **parts,
     }
@@ -48,7 +49,7 @@ def _stage(metrics: Path) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> Iterator[str]:
-    """The summary as lines for a terminal."""
+    """The summary as lines for a terminal: each figure, and what it means."""
     yield f"{'stage':<12}{'steps':>7}{'loss: start':>14}{'end':>9}{'rank: start':>14}{'end':>9}{'clips/s':>10}"
     for name, stage in summary["stages"].items():
         start, end = (stage[f"effective_rank_{where}"] for where in ("start", "end"))
@@ -57,36 +58,57 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
             f"{name:<12}{stage['steps']:>7}{stage['loss_start']:>14.4f}{stage['loss_end']:>9.4f}"
             f"{ranks}{stage['clips_per_s']:>10.1f}"
         )
-    about = summary["evaluation"]
     yield ""
-    yield (
-        f"Frozen features, {about['labels_per_class']} labels for each of {about['classes']} classes, "
-        f"{about['held_out_clips']} held-out clips:"
+    yield from _probes(summary)
+    yield ""
+    yield from _meanings(summary)
+
+
+def _probes(summary: dict[str, Any]) -> Iterator[str]:
+    tasks = {"joint": summary, **summary["parts"]}
+    measures = {"linear_probe": "linear probe", "knn": "k-NN"}
+    columns = [(f"{measures[measure]}: {task}", measure, task) for measure in measures for task in tasks]
+    yield "Right answers in %, from frozen features" + (
+        f" (mean ± spread over draws of labels; {summary['evaluation']['held_out_clips']} held-out clips)"
     )
-    tasks = {"label": summary, **summary["parts"]}
-    yield f"{'linear probe (k-NN)':<20}" + "".join(f"{task:>18}" for task in tasks) + f"{'attentive probe':>18}"
+    yield f"{'':<11}" + "".join(f"{title.replace(': ', ' '):>21}" for title, *_ in columns) + f"{'attentive joint':>18}"
     for name in NAMES:
-        cells = [f"{probe['linear_probe'][name]:.1%} ({probe['knn'][name]:.1%})" for probe in tasks.values()]
-        cells.append(f"{summary['attentive_probe'][name]:.1%}" if name in summary["attentive_probe"] else "-")
-        yield f"{name:<20}" + "".join(f"{cell:>18}" for cell in cells)
-    yield f"{'chance':<20}" + "".join(f"{probe['chance']:>18.1%}" for probe in tasks.values())
-    controls = summary["controls"]
-    yield f"labels dealt at random: {controls['labels_dealt_at_random']:.1%}" + (
-        f"; motion with frames shuffled in time: {controls['motion_with_frames_shuffled']:.1%}"
-        if "motion_with_frames_shuffled" in controls
-        else ""
-    )
-    if "planning" in summary:
-        planning = summary["planning"]
-        yield ""
-        yield (
-            f"Planning to a picture, {planning['episodes']} episodes: success {planning['success']:.0%}; "
-            f"random actions {planning['random']:.0%}; no action {planning['still']:.0%}"
+        cells = [_cell(tasks[task][measure][name], tasks[task][f"{measure}_std"][name]) for _, measure, task in columns]
+        attentive = summary["attentive_probe"].get(name)
+        cells.append(_cell(attentive["mean"], attentive["std"]) if attentive else "-")
+        widths = [21] * len(columns) + [18]
+        yield f"{name:<11}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    chances = [_cell(tasks[task]["chance"], None) for _, _, task in columns] + [_cell(summary["chance"], None)]
+    yield f"{'chance':<11}" + "".join(f"{cell:>{w}}" for cell, w in zip(chances, widths, strict=True))
+
+
+def _cell(share: float, std: float | None) -> str:
+    return f"{100 * share:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def _meanings(summary: dict[str, Any]) -> Iterator[str]:
+    """What each figure is, in a line."""
+    about, controls = summary["evaluation"], summary["controls"]
+    few, classes, attentive = about["labels_per_class"], about["classes"], summary["attentive_labels_per_class"]
+    rows = {
+        "linear probe": f"a linear map of the features, from {few} labelled clips of each of {classes} classes",
+        "k-NN": "the class of the nearest of these clips: nothing is trained on the features",
+        "attentive probe": f"the method's own: a small network on all tokens, from {attentive} labelled clips a class",
+        "untrained": "the same network before training: the distance to it is what pretraining gave",
+        "controls": f"labels dealt at random: {controls['labels_dealt_at_random']:.1%} (has to be chance)",
+    }
+    if "motion_with_frames_shuffled" in controls:
+        shuffled = controls["motion_with_frames_shuffled"]
+        rows["controls"] += f"; motion, frames shuffled: {shuffled:.1%} (has to fall)"
+    if planning := summary.get("planning"):
+        rows["planning"] = (
+            f"a robot reaches what a picture shows in {planning['success']:.0%} of {planning['episodes']} episodes; "
+            f"random actions {planning['random']:.0%}, no action {planning['still']:.0%}"
         )
-    if "surprise" in summary:
-        surprise = summary["surprise"]
-        right, pairs = surprise["pairs_right"], surprise["pairs"]
-        yield (
-            f"Impossible motion surprises more than possible motion in {right:.0%} of {pairs} pairs "
+    if surprise := summary.get("surprise"):
+        rows["surprise"] = (
+            f"impossible motion surprises more in {surprise['pairs_right']:.0%} of {surprise['pairs']} pairs "
             f"(untrained: {surprise['untrained']:.0%})"
         )
+    for name, meaning in rows.items():
+        yield f"{name:<17}{meaning}"

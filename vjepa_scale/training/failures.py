@@ -6,6 +6,7 @@ Light: it does not import torch.
 """
 
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ Report = dict[str, Any]
 # What a rank sees when another one has gone: less telling than that one's own exception.
 _BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+
+
+@dataclass
+class Progress:
+    """``step``: the step that is being computed, for whoever reports a failure; None before the first."""
+
+    step: int | None = None
 
 
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:

@@ -10,23 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.formats import huggingface, native, published
+from vjepa_scale.checkpoint.formats import published
 from vjepa_scale.checkpoint.formats.opening import open_weights
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.parallel.fsdp import fill_shard
 from vjepa_scale.parallel.optim import MOMENTS
+from vjepa_scale.recipe.networks import networks_from
 from vjepa_scale.recipe.phases import MASKED
 from vjepa_scale.recipe.schema import Recipe
-from vjepa_scale.training.initial import networks_from
-
-_FILES = (native.WEIGHTS_FILE, "model.safetensors.index.json", published.WEIGHTS_FILE, huggingface.CONFIG_FILE)
-
-
-def is_foreign(value: str) -> bool:
-    """Whether ``init_from`` or ``continue_from`` names weights of another format than our checkpoints."""
-    path = Path(value)
-    return path.is_file() or any((path / name).is_file() for name in _FILES)
 
 
 def check_foreign(recipe: Recipe, stage_name: str) -> int:

@@ -6,24 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.formats.source import Network
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.phases import MASKED, Kind, kind_of
-
-# Of the model's networks, those that each kind of stage has.
-NETWORKS_OF: dict[Kind, tuple[Network, ...]] = {
-    "jepa": ("encoder", "predictor"),
-    "action": ("encoder", "action_predictor"),
-    "probe": ("encoder",),
-}
-
-
-def networks_from(recipe: Recipe, stage_name: str) -> list[Network]:
-    """The networks that a stage takes from where it starts: those that it has, without those to be left fresh."""
-    stage = recipe.stages()[stage_name]
-    without = stage.init_without if stage.init_from else ()
-    return [network for network in NETWORKS_OF[kind_of(stage_name)] if network not in without]
+from vjepa_scale.recipe.networks import networks_from
+from vjepa_scale.recipe.phases import MASKED
 
 
 def load_initial(recipe: Recipe, stage_name: str, checkpoint: Path, tensors: dict[str, Tensor]) -> store.LoadReport:

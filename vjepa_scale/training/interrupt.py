@@ -27,7 +27,7 @@ class Interrupt:
         """Take the signals from now on, and keep them from the loader's workers. In the main thread only."""
         for number in SIGNALS:
             signal.signal(number, self._note)
-        start_fork_server(deaf_to=SIGNALS)
+        start_fork_server("vjepa_scale.data.loader", deaf_to=SIGNALS)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name

@@ -9,7 +9,6 @@ from typing import IO
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.parallel import process_group
 
 # The ranks of a run that was just killed may take a moment to be gone.
 PATIENCE_S = 10.0
@@ -24,6 +23,8 @@ def only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterato
     patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose
     processes end only when they notice that their peers are gone.
     """
+    from vjepa_scale.parallel import process_group  # PyTorch, which launchers do without
+
     with open(folder / ".lock", "a") as lock:
         if not process_group.from_rank_0(ranks.is_main and _locked(lock, patience_s)):
             raise PassingError(HELD, where=folder, fix="wait for it, or end it")

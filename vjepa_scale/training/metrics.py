@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
         self._path, self._last, self._every = path, last_step, console_every
+        self._held: deque[dict[str, Any]] = deque()
         rows = list(read_jsonl(path)) if path.exists() else []
         kept = [row for row in rows if row["step"] < step]
         self.repeated = len(rows) - len(kept)
@@ -23,7 +26,23 @@ class MetricsLog:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, and print it where it is due."""
+        """Append one row, and print it where it is due.
+
+        A value may be a Future: the row, and those behind it, are held until it is there.
+        """
+        self._held.append(row)
+        self.flush(wait=False)
+
+    def flush(self, *, wait: bool = True) -> None:
+        """Append what is held; without ``wait``, up to the first value that is not there yet."""
+        while self._held:
+            futures = [value for value in self._held[0].values() if isinstance(value, Future)]
+            if not wait and not all(future.done() for future in futures):
+                return
+            row = self._held.popleft()
+            self._append({key: value.result() if isinstance(value, Future) else value for key, value in row.items()})
+
+    def _append(self, row: dict[str, Any]) -> None:
         append_jsonl(self._path, row)
         step = row["step"]
         if (step + 1) % self._every == 0 or step + 1 == self._last:

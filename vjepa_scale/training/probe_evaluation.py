@@ -1,10 +1,5 @@
-"""What a probe stage ends with: how often its probes are right on clips that they were not trained on.
+"""What a probe stage ends with: how often its probes are right on clips that they were not trained on."""
 
-Each record is looked at by one rank: rank r of W takes records r, r + W, …. All ranks call the networks equally often,
-with batches of one size, the last ones padded, so that neither ranks nor batches change what a clip is taken for.
-"""
-
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.augment import empty_clips
-from vjepa_scale.data.evaluation import LabelledClips, evaluation_clips
-from vjepa_scale.data.kept import choice_records
+from vjepa_scale.data.evaluation import LabelledClips
+from vjepa_scale.data.kept import choice_records, records_of_draw
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.objective.probe import Probes, task_classes
 from vjepa_scale.parallel import process_group
 from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe import Phase, Recipe
-from vjepa_scale.recipe.stage_sections import ProbeStageConfig
+from vjepa_scale.training.probe_rounds import padded_rounds
 
 # Of more labelled records than these, drawn by nobody, no features are kept for k-NN and the linear probe.
 FEATURE_RECORDS = 20_000
@@ -86,6 +80,7 @@ class ProbeEvaluation:
         labelled = sum(len(records) for records in self._kept.values())
         featured = self._config.labels_per_class is not None or labelled <= FEATURE_RECORDS
         known = self._see_all(dict(self._kept), features=True) if featured else None
+        parts = [self._rows_of_draw(draw) for draw in range(self._config.label_draws)]
         choice = {name: choice_records(self._recipe, self._manifests[name]) for name in self._kept}
         chosen = self._see_all(choice) if self._config.choose_per_class else None
         held_out = self._config.evaluate_on
@@ -105,25 +100,38 @@ class ProbeEvaluation:
                 "class_names": self._classes,
                 "chance": 1 / len(self._classes),
                 "majority": float(np.bincount(seen.labels).max() / len(seen.labels)),
-                **_choice(self._settings(peak_lr), seen, chosen, self._config),
-                **_training_free(known, seen, neighbours=self._config.neighbours),
+                "label_draws": self._config.label_draws,
+                **_choice(self._settings(peak_lr), seen, chosen),
+                **_training_free(known, parts, seen, neighbours=self._config.neighbours),
             }
 
         return _while_all_wait(summary, here=seen is not None)
 
     def _settings(self, peak_lr: float) -> list[dict[str, Any]]:
         return [
-            {"probe": name, "lr": peak_lr * own.lr_scale, "weight_decay": own.weight_decay}
+            {
+                "probe": name,
+                "draw": self._probes.draw_of[name],
+                "lr": peak_lr * own.lr_scale,
+                "weight_decay": own.weight_decay,
+            }
             for name, own in self._probes.settings.items()
         ]
+
+    def _rows_of_draw(self, draw: int) -> Ints:
+        """Where the records of a draw of labels stand among all that the probes are trained on."""
+        rows, before = [], 0
+        for name, records in self._kept.items():
+            own = records_of_draw(self._recipe, self._manifests[name], draw)
+            rows.append(before + np.flatnonzero(np.isin(records, own)))
+            before += len(records)
+        return np.concatenate(rows)
 
     def _see_all(self, wanted: Mapping[str, Ints], *, features: bool = False) -> Seen | None:
         """Records of some data sets, by all ranks; on rank 0 what they saw, in the order of ``wanted``."""
         parts = []
         for name, records in wanted.items():
-            mine = records[self._engine.dp_rank :: self._engine.dp_world_size]
-            rounds = math.ceil(math.ceil(len(records) / self._engine.dp_world_size) / self._together)
-            rows = list(self._look(name, mine, rounds, features=features))
+            rows = list(self._look(name, records, features=features))
             everyones = process_group.to_rank_0(rows)
             if everyones is not None:
                 parts.append(_in_order(records, [row for theirs in everyones for row in theirs]))
@@ -136,41 +144,25 @@ class ProbeEvaluation:
             features=np.stack([row.features for row in joined if row.features is not None]) if features else None,
         )
 
-    @property
-    def _together(self) -> int:
-        """Records of a batch."""
-        return max(1, self._phase.micro_batch // self._views)
-
-    def _look(self, name: str, records: Ints, rounds: int, *, features: bool) -> Iterator["_Row"]:
-        """This rank's records of a data set, in as many rounds as every rank has."""
-        batches = self._batches(name, records) if len(records) else iter(())
-        frames = self._recipe.data.sets[self._config.evaluate_on].frames or self._phase.frames
-        for _ in range(rounds):
-            shown = next(batches, None)
-            clips = empty_clips(self._together * self._views, frames, self._phase.size).zero_()
-            if shown is not None:
-                clips[: len(shown.clips)] = shown.clips
+    def _look(self, name: str, records: Ints, *, features: bool) -> Iterator["_Row"]:
+        """This rank's records of a data set."""
+        rounds = padded_rounds(
+            self._recipe,
+            self._engine,
+            self._phase,
+            self._manifests,
+            name,
+            records,
+            frames=self._recipe.data.sets[self._config.evaluate_on].frames or self._phase.frames,
+            segments=self._config.views.segments,
+            crops=self._config.views.crops,
+        )
+        for shown, clips in rounds:
             looks = [self._probes.look(part) for part in clips.split(self._phase.micro_batch)]
             if shown is not None:
                 logits, pooled = (torch.cat(parts) for parts in zip(*looks, strict=True))
                 yield from _rows(shown, logits, pooled, views=self._views, featured=features)
             self._each_round()
-
-    def _batches(self, name: str, records: Ints) -> Iterator[LabelledClips]:
-        views, data = self._config.views, self._recipe.data
-        return evaluation_clips(
-            self._manifests[name],
-            frames=data.sets[self._config.evaluate_on].frames or self._phase.frames,
-            size=self._phase.size,
-            fps=data.fps_of(name),
-            batch=self._together,
-            classes=self._classes,
-            records=records.tolist(),
-            workers=data.workers,
-            segments=views.segments,
-            crops=views.crops,
-            limit_s=data.faults.decode_timeout_s,
-        )
 
 
 @dataclass(frozen=True)
@@ -197,40 +189,62 @@ def _in_order(records: Ints, rows: list[_Row]) -> list[_Row]:
     return [found[record] for record in records.tolist()]
 
 
-def _choice(
-    settings: list[dict[str, Any]], seen: Seen, chosen: Seen | None, config: ProbeStageConfig
-) -> dict[str, Any]:
-    """Each setting's accuracy, and the best: the first of equals, by the clips that it is to be chosen on."""
+def _choice(settings: list[dict[str, Any]], seen: Seen, chosen: Seen | None) -> dict[str, Any]:
+    """Each setting's accuracy; the best of each draw of labels, the first of equals, by the clips to choose it on.
+
+    ``best`` is the first draw's; ``accuracy`` is that of the best of each draw: mean, standard deviation, all.
+    """
     for setting, accuracy, predicted in zip(settings, seen.accuracies(), seen.predicted.T, strict=True):
         setting["accuracy"] = accuracy
         setting["finite"] = bool((predicted >= 0).all())
-    key = "accuracy"
     if chosen is not None:
-        key = "choice_accuracy"
         for setting, accuracy in zip(settings, chosen.accuracies(), strict=True):
-            setting[key] = accuracy
-    best = max(settings, key=lambda setting: setting[key])
+            setting["choice_accuracy"] = accuracy
+    best = _best_of_draws(settings)
     return {
         "settings": settings,
-        "best": best,
+        "best": best[0],
+        "accuracy": _over_draws([setting["accuracy"] for setting in best]),
         "chosen_on": "evaluate_on" if chosen is None else "choose_per_class",
         "choice_clips": len((chosen or seen).labels),
     }
 
 
-def _training_free(known: Seen | None, seen: Seen, *, neighbours: int) -> dict[str, Any]:
-    """k-NN and a linear probe on pooled features of the records that the probes were trained on."""
+def _best_of_draws(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best setting of each draw of labels, by the clips to choose it on where there are such."""
+    key = "choice_accuracy" if "choice_accuracy" in settings[0] else "accuracy"
+    draws = range(settings[-1]["draw"] + 1)
+    return [max((s for s in settings if s["draw"] == draw), key=lambda setting: setting[key]) for draw in draws]
+
+
+def _training_free(known: Seen | None, draws: list[Ints], seen: Seen, *, neighbours: int) -> dict[str, Any]:
+    """k-NN and a linear probe on pooled features of the records that the probes were trained on.
+
+    draws: rows of ``known``; the figures are means over them, and all of them under ``knn_draws``, ``linear_draws``
+    """
     if known is None or known.features is None or seen.features is None:
-        return {"knn": None, "linear": None, "neighbours": None}
+        return dict.fromkeys(("knn", "linear", "knn_draws", "linear_draws", "neighbours"))
     from vjepa_scale.objective import frozen  # scikit-learn, for whoever needs it
 
-    rows = known.features, known.labels, seen.features, seen.labels
-    k = min(neighbours, len(known.labels))
+    k = min(neighbours, min(len(rows) for rows in draws))
+    knn, linear = [], []
+    for rows in draws:
+        given = known.features[rows], known.labels[rows], seen.features, seen.labels
+        knn.append(frozen.knn_accuracy(*given, k=k))
+        linear.append(frozen.linear_probe_accuracy(*given))
     return {
-        "knn": frozen.knn_accuracy(*rows, k=k),
-        "linear": frozen.linear_probe_accuracy(*rows),
+        "knn": float(np.mean(knn)),
+        "linear": float(np.mean(linear)),
+        "knn_draws": _over_draws(knn),
+        "linear_draws": _over_draws(linear),
         "neighbours": k,
     }
+
+
+def _over_draws(values: list[float]) -> dict[str, Any]:
+    """std: over the draws of labels; None of a single one."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "draws": values}
 
 
 def _while_all_wait(work: Callable[[], T], *, here: bool) -> T | None:
@@ -257,11 +271,17 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
         f"probes at step {result['step']}: {result['clips']} clips of {result['evaluated_on']!r}, {result['classes']} "
         f"classes, {views} view{'s' * (views > 1)} of each"
     )
-    yield f"{'learning rate':>15}{'weight decay':>15}{'accuracy':>11}"
+    several = result["label_draws"] > 1
+    yield f"{'draw':>6}" * several + f"{'learning rate':>15}{'weight decay':>15}{'accuracy':>11}"
+    best_of = [setting["probe"] for setting in _best_of_draws(result["settings"])]
     for setting in result["settings"]:
-        best = f"   best, chosen on {result['chosen_on']}" * (setting["probe"] == result["best"]["probe"])
+        best = f"   best, chosen on {result['chosen_on']}" * (setting["probe"] == best_of[setting["draw"]])
         lost = "   outputs not finite" * (not setting["finite"])
-        yield f"{setting['lr']:>15.3g}{setting['weight_decay']:>15g}{setting['accuracy']:>11.1%}{best}{lost}"
+        numbers = f"{setting['lr']:>15.3g}{setting['weight_decay']:>15g}{setting['accuracy']:>11.1%}"
+        yield f"{setting['draw']:>6}" * several + numbers + best + lost
+    if several:
+        over = result["accuracy"]
+        yield f"attentive probe over {result['label_draws']} draws of labels: {over['mean']:.1%} ± {over['std']:.1%}"
     free = [(f"{result['neighbours']}-NN", result["knn"]), ("linear", result["linear"])] if result["neighbours"] else []
     yield ", ".join(f"{name} {value:.1%}" for name, value in [*free, ("chance", result["chance"])]) + (
         "" if free else f" (no k-NN or linear probe: more than {FEATURE_RECORDS} labelled clips)"

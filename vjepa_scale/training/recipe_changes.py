@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vjepa_scale.checkpoint.formats.source import NETWORKS
 from vjepa_scale.data.kept import longest_clip
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe.networks import NETWORKS, NETWORKS_OF
 from vjepa_scale.recipe.phases import kind_of, stage_sets
 from vjepa_scale.recipe.stage_sections import StageConfig
-from vjepa_scale.training.initial import NETWORKS_OF
 
 
 def recipe_changes(done: Recipe, today: Recipe, stage_name: str, *, first: int, step: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +23,7 @@ class NonFiniteLossError(RuntimeError):
 class StepResult:
     """What one step gave, equal on every rank.
 
+    effective_rank: where it was asked for, on rank 0 alone
     grad_norm: of all gradients together that are finite
     parts:     what the objective reports beside its loss
     lost:      of several networks that learn each by itself, those whose gradient was not finite: they got zeros
@@ -30,7 +32,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    effective_rank: float | None
+    effective_rank: Future[float] | None
     parts: dict[str, float] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     stop: bool = False
@@ -71,11 +73,10 @@ def training_step(
     for index, micro_batch in enumerate(batch):
         total += engine.backward(partial(loss_of, micro_batch), share=1 / len(batch), last=index == len(batch) - 1)
 
-    flags = torch.tensor([float(stop_asked), float(accidents)], device=engine.device)
-    mean_loss, stop, unsettled, *parts = engine.mean(torch.stack([total, *flags, *sums.values()])).tolist()
+    flags = (total.new_full((), value) for value in (float(stop_asked), float(accidents)))
+    (mean_loss, stop, unsettled, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
     if unsettled > 0 and settle is not None:
         settle()
-    norms = engine.grad_norms()
     finite = {part: norm for part, norm in norms.items() if math.isfinite(norm)}
     if not (math.isfinite(mean_loss) and finite):
         engine.discard_gradients()

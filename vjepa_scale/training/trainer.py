@@ -3,7 +3,6 @@
 import os
 import socket
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
 from vjepa_scale.data.decode import TORCHCODEC
 from vjepa_scale.data.decode_torchcodec import import_torchcodec
-from vjepa_scale.data.kept import kept_records
-from vjepa_scale.data.limits import check_limits
+from vjepa_scale.data.kept import keeps_tokens, kept_records
+from vjepa_scale.data.limits import check_limits, raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.objective.build import build_objective
 from vjepa_scale.objective.probe import Probes
@@ -27,6 +26,7 @@ from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, evaluation_file, stage_folder
 from vjepa_scale.training.evaluated import is_evaluated
+from vjepa_scale.training.failures import Progress
 from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.history import History
 from vjepa_scale.training.initial import load_initial
@@ -34,27 +34,16 @@ from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.ledger import NAME, Ledger
 from vjepa_scale.training.lock import only_trainer_of
 from vjepa_scale.training.metrics import MetricsLog, touch
+from vjepa_scale.training.preflight import data_order, open_data
 from vjepa_scale.training.probe_evaluation import ProbeEvaluation, table
-from vjepa_scale.training.start import (
-    Start,
-    data_order,
-    find_start,
-    open_data,
-    origin_of,
-)
+from vjepa_scale.training.probe_rounds import keep_tokens
+from vjepa_scale.training.start import Start, find_start, origin_of
 from vjepa_scale.training.statistics import action_statistics
 from vjepa_scale.training.step import NonFiniteLossError, training_step
 
 
 class SupersededError(RuntimeError):
     """A later start of the same stage has taken over; this one must write nothing more."""
-
-
-@dataclass
-class Progress:
-    """``step``: the step that is being computed, for whoever reports a failure; None before the first."""
-
-    step: int | None = None
 
 
 def train_stage(
@@ -74,6 +63,7 @@ def train_stage(
     """
     folder = stage_folder(recipe, stage_name)
     folder.mkdir(parents=True, exist_ok=True)
+    raise_open_files(recipe, world_size=ranks.world_size)
     process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
     try:
         # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
@@ -94,7 +84,7 @@ class _Trainer:
         self.folder = stage_folder(recipe, stage_name)
         self.checkpoints = checkpoints_folder(recipe, stage_name)
         self.history = History(self.folder)
-        self.saver = Saver(self.checkpoints, background=recipe.checkpoint.background)
+        self.saver = Saver(self.checkpoints, background=recipe.checkpoint.background, device=self.engine.device)
         if ranks.is_main:
             store.remove_unfinished(self.checkpoints)
             touch(Path(recipe.run.dir) / NAME)
@@ -116,6 +106,7 @@ class _Trainer:
             recipe.optimizer_of(stage_name), self.objective.trained, self.objective.settings, self.objective.unreached
         )
         self._restore(self.start)
+        self.kept_geometry: object = None  # of the clips whose tokens are kept
 
     def run(self) -> None:
         if self.start.step >= self.end and is_evaluated(self.recipe, self.stage_name, step=self.end):
@@ -156,6 +147,8 @@ class _Trainer:
 
     def _run_phase(self, phase: Phase, log: MetricsLog | None) -> None:
         first = max(phase.first, self.start.step)
+        if isinstance(self.objective, Probes) and keeps_tokens(self.recipe, phase):
+            self._keep_tokens(self.objective, phase)
         loader = PhaseLoader(
             recipe=self.recipe,
             phase=phase,
@@ -188,6 +181,8 @@ class _Trainer:
                         settle=partial(self._settle, phase, step, accidents),
                     )
                 except (NonFiniteLossError, UserError) as error:
+                    if log is not None:
+                        log.flush()
                     self._record_stop(step, error)
                     self._take_saved(wait=True)
                     raise
@@ -213,10 +208,21 @@ class _Trainer:
                 clock = now
                 self._take_saved()
                 if result.stop or (step + 1) % self.recipe.checkpoint.every == 0 or step + 1 == phase.end:
+                    if log is not None:
+                        log.flush()  # who resumes there finds every row before it
                     self._save(phase, step + 1)
                     clock = time.perf_counter()
                 if result.stop and step + 1 < self.end:
                     self._stop(step + 1)
+
+    def _keep_tokens(self, probes: Probes, phase: Phase) -> None:
+        """Those of a phase's training clips, unless the phase before saw the same of them."""
+        geometry = phase.geometries, phase.size
+        if self.kept_geometry != geometry:
+            stop = partial(self._stop_if_asked, max(phase.first, self.start.step))
+            keep_tokens(self.recipe, probes, self.engine, self.manifests, self.kept, phase, self.ranks, stop)
+            self._say(f"{self.stage_name}: the tokens of {len(probes.kept)} clips are kept: steps do not encode them")
+        self.kept_geometry = geometry
 
     def _settle(self, phase: Phase, step: int, mine: list[Accident]) -> None:
         """All ranks' accidents of a step into the ledger."""
@@ -238,7 +244,13 @@ class _Trainer:
     def _evaluate(self, probes: Probes) -> None:
         """What the probes are worth, into evaluation.json."""
         evaluation = ProbeEvaluation(
-            self.recipe, probes, self.engine, self.manifests, self.kept, self.phases[-1], self._stop_if_asked
+            self.recipe,
+            probes,
+            self.engine,
+            self.manifests,
+            self.kept,
+            self.phases[-1],
+            partial(self._stop_if_asked, self.end),
         )
         peak_lr = max(max(phase.start_lr, phase.final_lr) for phase in self.phases)
         result = evaluation.result(step=self.end, peak_lr=peak_lr)
@@ -248,10 +260,11 @@ class _Trainer:
             write_json(evaluation_file(self.recipe, self.stage_name), {"origin": origin, **result})
             self._say("\n".join(table(result)))
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, step: int) -> None:
+        """Between steps: nothing is to be saved that was not saved at this one."""
         asked = torch.tensor(float(self.interrupt.signal is not None), device=self.engine.device)
         if self.engine.mean(asked).item() > 0:
-            self._stop(self.end)
+            self._stop(step)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

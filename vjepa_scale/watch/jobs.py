@@ -26,6 +26,8 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"
 PREPARING = ("CONFIGURING", "POWER_UP_NODE")
 HALTED = ("SUSPENDED", "STOPPED")
 ENDING = ("COMPLETING", "STAGE_OUT")
+# Reasons of a job that is next or nearly so. A dependent job may have one too until the scheduler has looked at it.
+_NEXT = ("", "Resources", "Priority")
 _ALIVE = frozenset((*WAITING, *PREPARING, *HALTED, *ENDING, "RUNNING", "RESIZING", "SIGNALING"))
 
 
@@ -119,12 +121,14 @@ def _parse_scontrol(text: str, job_id: str, name: str | None) -> JobState | None
         match = re.search(rf" {key}=(.*?)(?= [A-Z][\w/:&]*=|$)", rest)
         return "" if match is None or match[1] in ("(null)", "None", "N/A", "Unknown") else match[1].strip()
 
-    restarts = value("Restarts")
+    restarts, reason = value("Restarts"), value("Reason")
+    if reason in _NEXT and "(unfulfilled)" in value("Dependency"):
+        reason = "Dependency"
     return JobState(
         job_id=job_id,
         name=found,
         state=value("JobState"),
-        reason=value("Reason"),
+        reason=reason,
         restarts=int(restarts) if restarts.isdigit() else None,
         nodes=value("NodeList"),
         exit_code=value("ExitCode"),

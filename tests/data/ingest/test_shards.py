@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from tests.chain import tool
 from tests.data.conftest import quiet
 from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
@@ -22,7 +21,6 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.processes import Crashed, map_in_workers
 
 GOOD = {f"up/clip {i}.mp4" for i in range(5)} | {f"down/deep/{i}.MKV" for i in range(3)} | {"no.class.avi"}
-TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -183,9 +181,7 @@ def test_the_tool_reports_user_errors_in_one_line(case: str, tmp_path: Path) -> 
         out.mkdir()
         (out / "mine.txt").write_text("mine")
     arguments = ["--workers", "0" if case == "workers" else "1"]
-    run = subprocess.run(
-        [sys.executable, TOOL, videos, out, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    run = tool("make_shards", videos, out, *arguments, check=False)
     assert run.returncode == 2, run.stderr
     assert len(run.stderr.splitlines()) == 1, run.stderr
     assert run.stderr.startswith("error: ")
@@ -194,8 +190,7 @@ def test_the_tool_reports_user_errors_in_one_line(case: str, tmp_path: Path) -> 
 
 
 def test_the_tool_sums_up(videos: Path, tmp_path: Path) -> None:
-    command = [sys.executable, TOOL, videos, tmp_path / "out", "--workers", "2", "--shard-records", "4", "--seed", "3"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = tool("make_shards", videos, tmp_path / "out", "--workers", 2, "--shard-records", 4, "--seed", 3)
     assert "9 clips" in run.stdout
     assert "3 shards written" in run.stdout
     assert "rejected: 5" in run.stdout

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from tests.chain import tool
 from tests.data.conftest import quiet
 from tests.data.test_decode import FILES, rotated, sequential
 from tests.data.videos import audio_only, encoded, number_of, still_image
@@ -20,8 +19,6 @@ from vjepa_scale.data.decode import decode_clip
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.ingest.sources import Source, read_list
 from vjepa_scale.data.manifest import Manifest
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 
 
 def samples(folder: Path) -> list[tuple[dict, bytes]]:
@@ -281,13 +278,13 @@ def test_the_tool_tells_what_was_made(tmp_path: Path) -> None:
     (tmp_path / "videos" / "b.mp4").write_bytes(encoded(50, rate=25, size=(32, 80)))
     (tmp_path / "videos" / "c.mp4").write_bytes(encoded(42, rate=20))
     (tmp_path / "videos" / "d.jpg").write_bytes(still_image(1))
-    command = [sys.executable, TOOL, tmp_path / "videos", tmp_path / "out", "--images", "--min-seconds", "2.05"]
-    run = subprocess.run([*command, "--copy"], capture_output=True, text=True, timeout=120, check=True)
+    folders = (tmp_path / "videos", tmp_path / "out")
+    run = tool("make_shards", *folders, "--images", "--min-seconds", 2.05, "--copy")
     assert "2 clips" in run.stdout
     assert "resolutions: 64x48 (2)" in run.stdout
     assert "frames a second: still (1), 20 (1)" in run.stdout
     assert "2  too short" in run.stdout
     for wrong in (["--segment", "0"], ["--min-seconds", "-1"], ["--segment", "nan"]):
-        run = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120, check=False)
+        run = tool("make_shards", *folders, *wrong, check=False)
         assert run.returncode == 2
         assert run.stderr.startswith("error: make_shards.py --"), run.stderr

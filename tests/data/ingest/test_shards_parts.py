@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.data.conftest import quiet
 from tests.data.faulty import with_faulty_decoder
 from tests.data.ingest.test_shards import contents
 from tests.data.videos import encoded
+from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.ingest import work as work_module
@@ -67,7 +69,7 @@ def job(folder: Path, step: str, part: int, *, kill_at: int = -1) -> subprocess.
 
 
 def ended(process: subprocess.Popen[str]) -> int:
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=LIMIT_S)
     assert process.returncode in (0, -signal.SIGKILL), told
     return process.returncode
 
@@ -162,19 +164,65 @@ def test_what_was_probed_before_a_kill_is_not_probed_again(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("begun", [False, True])
+# One of two processes that make the same data sets at the same time, one after the other.
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from vjepa_scale.data.ingest.shards import Settings, make_shards
+
+def main():
+    folder, me, other = Path(sys.argv[1]), sys.argv[3], str(1 - int(sys.argv[3]))
+    for out in ("listed", "begun"):
+        (folder / f"{out} {me}").touch()
+        while not (folder / f"{out} {other}").exists():
+            time.sleep(0.001)
+        settings = Settings(seed=3, shard_records=2)
+        make_shards(Path(sys.argv[2]), folder / out, settings, workers=1, progress=lambda *_: None)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
 def test_two_runs_at_once_end_with_the_same_bytes(
-    begun: bool, videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both list the sources, a chunk each; or both find all of them in one chunk."""
+    """Both list the sources, a chunk each; then, in another folder, both find all of them in one chunk."""
     monkeypatch.setattr(work_module, "SHARES", 1)
-    if begun:
-        begin(videos, tmp_path / "out", SETTINGS)
-    tool = Path(__file__).parents[3] / "tools" / "make_shards.py"
-    command = [sys.executable, tool, videos, tmp_path / "out", "--shard-records", "2", "--seed", "3", "--workers", "1"]
-    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [ended(run) for run in runs] == [0, 0]
-    assert contents(tmp_path / "out") == whole
+    begin(videos, tmp_path / "begun", SETTINGS)
+    (tmp_path / "make.py").write_text(AT_ONCE)
+    commands = [[sys.executable, tmp_path / "make.py", tmp_path, videos, str(number)] for number in range(2)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        # The first to end first: one whose other has failed waits for it.
+        while not (over := [run for run in runs if run.poll() is not None]):
+            time.sleep(0.05)
+        for run in (*over, *(run for run in runs if run not in over)):
+            assert ended(run) == 0
+    finally:
+        for run in runs:
+            run.kill()
+    for out in ("listed", "begun"):
+        assert contents(tmp_path / out) == whole
+
+
+@pytest.mark.parametrize("place", ["_chunk", "publish_folder", "_same"])
+def test_another_process_finishes_while_this_one_lists(
+    place: str, videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then removes all work, this one's listing too: before, at and behind the moment that gives it its name."""
+    usual, out, others = getattr(work_module, place), tmp_path / "out", []
+
+    def slower(*arguments: Any) -> Any:
+        if not others:
+            others.append(make_shards)
+            make_shards(videos, out, SETTINGS, workers=1, progress=quiet)
+        return usual(*arguments)
+
+    monkeypatch.setattr(work_module, place, slower)
+    make_shards(videos, out, SETTINGS, workers=1, progress=quiet)
+    assert contents(out) == whole
+    assert list(out.glob(".*")) == []
 
 
 def test_work_that_was_not_begun(tmp_path: Path) -> None:
@@ -199,79 +247,86 @@ def test_a_list_that_is_wrong_further_down_leaves_nothing(tmp_path: Path, small_
 
 # make_shards whose decoder is PyAV, but for videos that begin with a word: on those it hangs in C, with the
 # interpreter's lock held, or crashes. The workers import this script too.
-MAKE_OR_LOOK = """
-import sys
+MAKE_AND_LOOK = """
+import json, sys
 from pathlib import Path
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.ingest import check, index
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 
+def looked(folder):
+    checked = check.check_shards(folder, decode=True, workers=1, progress=lambda *_: None)
+    (folder / "manifest.json").unlink()
+    try:
+        index.index_shards(folder, workers=1, progress=lambda *_: None)
+    except UserError as error:
+        return {"check": checked, "index": str(error)}
+
 def main():
     folder = Path(sys.argv[1])
-    for look in sys.argv[2:]:  # instead
-        index.SILENCE_S = check.SILENCE_S = 3
-        if look == "index":
-            index.index_shards(folder, workers=1, progress=lambda *_: None)
-        else:
-            print(check.check_shards(folder, decode=True, workers=1, progress=lambda *_: None))
-        return
+    index.SILENCE_S = check.SILENCE_S = 3
     settings = Settings(decode_timeout_s=3)
     make_shards(folder / "videos", folder / "out", settings, workers=2, progress=lambda *_: None)
+    print(json.dumps({word: looked(folder / word) for word in ("HANG", "DIES")}))
 
 if __name__ == "__main__":
     main()
 """
 
 
-def test_files_that_hang_or_crash_the_decoder_are_rejected_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "videos").mkdir()
+@pytest.fixture(scope="module")
+def made_and_looked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """A folder with "out", made of three videos and two that hang and crash; what check and index say of shards."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "videos").mkdir()
     for i in range(3):
-        (tmp_path / "videos" / f"{i}.mp4").write_bytes(encoded(10 + i))
-    (tmp_path / "videos" / "0 hangs.mp4").write_bytes(b"HANG" + encoded(5))
-    (tmp_path / "videos" / "1 dies.mp4").write_bytes(b"DIES" + encoded(5))
-    script = tmp_path / "make.py"
-    script.write_text(MAKE_OR_LOOK)
-    began = time.monotonic()
+        (folder / "videos" / f"{i}.mp4").write_bytes(encoded(10 + i))
+    (folder / "videos" / "0 hangs.mp4").write_bytes(b"HANG" + encoded(5))
+    (folder / "videos" / "1 dies.mp4").write_bytes(b"DIES" + encoded(5))
+    for word in ("HANG", "DIES"):
+        (folder / word).mkdir()
+        with open(folder / word / "a.tar", "wb") as file:
+            tar = TarWriter(file)
+            place = tar.add("clip.mp4", len(encoded(10)), [encoded(10)])
+            tar.close()
+        index_shards(folder / word, workers=1, progress=quiet)
+        with open(folder / word / "a.tar", "r+b") as file:
+            file.seek(place.offset)
+            file.write(word.encode())
+    script = folder / "make.py"
+    script.write_text(MAKE_AND_LOOK)
     run = subprocess.run(
-        [sys.executable, script, tmp_path],
-        env=with_faulty_decoder(tmp_path),
+        [sys.executable, script, folder],
+        env=with_faulty_decoder(folder),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=LIMIT_S,  # a decoder that is waited for hangs for longer
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert time.monotonic() - began < 60  # it would have slept for 100 s
-    rows = [(row["path"], row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")]
+    return folder, json.loads(run.stdout)
+
+
+def test_files_that_hang_or_crash_the_decoder_are_rejected_with_the_reason(
+    made_and_looked: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    out = made_and_looked[0] / "out"
+    rows = [(row["path"], row["reason"], row["detail"]) for row in read_jsonl(out / "rejected.jsonl")]
     assert rows == [
         ("0 hangs.mp4", "time limit", "no new frame in 3 s"),
         ("1 dies.mp4", "crashes the decoder", ""),
     ]
-    shards = Manifest.open(tmp_path / "out")
+    shards = Manifest.open(out)
     assert {json.loads(shards.read(r, "json"))["path"] for r in range(3)} == {"0.mp4", "1.mp4", "2.mp4"}
 
 
-@pytest.mark.parametrize(("word", "how"), [(b"HANG", "hangs in"), (b"DIES", "crashes")])
-def test_index_and_check_name_the_shard_whose_decoder_hangs_or_crashes(word: bytes, how: str, tmp_path: Path) -> None:
-    folder, script = tmp_path / "shards", tmp_path / "look.py"
-    folder.mkdir()
-    with open(folder / "a.tar", "wb") as file:
-        tar = TarWriter(file)
-        place = tar.add("clip.mp4", len(encoded(10)), [encoded(10)])
-        tar.close()
-    index_shards(folder, workers=1, progress=quiet)
-    with open(folder / "a.tar", "r+b") as file:
-        file.seek(place.offset)
-        file.write(word)
-    script.write_text(MAKE_OR_LOOK)
-    environment = with_faulty_decoder(tmp_path)
-
-    def look(what: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, folder, what]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
-
-    assert f"a.tar: a clip {how} the decoder" in look("check").stdout
-    (folder / "manifest.json").unlink()
-    assert f"a.tar: a sample of this shard {how} the decoder" in look("index").stderr
+@pytest.mark.parametrize(("word", "how"), [("HANG", "hangs in"), ("DIES", "crashes")])
+def test_index_and_check_name_the_shard_whose_decoder_hangs_or_crashes(
+    word: str, how: str, made_and_looked: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    said = made_and_looked[1][word]
+    assert any(line.startswith(f"a.tar: a clip {how} the decoder") for line in said["check"]), said
+    assert f"a.tar: a sample of this shard {how} the decoder" in said["index"]
 
 
 def _wait(seconds: float) -> float:
@@ -281,7 +336,7 @@ def _wait(seconds: float) -> float:
         time.sleep(0.1)
         beat()
     if seconds < 0:
-        ctypes.PyDLL(None).sleep(100)
+        ctypes.PyDLL(None).sleep(1000)
     return seconds
 
 
@@ -307,7 +362,7 @@ def test_workers_end_with_whoever_wanted_them() -> None:
     results = map_in_workers(_pid, range(4), workers=2)
     _, pid = next(results)
     results.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LIMIT_S
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()

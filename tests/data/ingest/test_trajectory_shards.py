@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import webdataset
 from scipy.spatial.transform import Rotation
 
 import vjepa_scale.data.ingest.shards as making
+from tests.chain import tool
 from tests.data.conftest import quiet
 from tests.data.droid import (
     EXTRINSICS,
@@ -32,7 +32,6 @@ from tests.data.droid import (
 )
 from tests.data.ingest.test_shards import contents
 from tests.data.ingest.test_shards_check import change_column, checked
-from tests.data.ingest.test_shards_inputs import TOOL
 from tests.data.videos import encoded, number_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
@@ -54,10 +53,6 @@ REASONS = {
     "Lab/broken/short": "shapes disagree",
     "Lab/broken/view": "no such view",
 }
-
-
-def make(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +84,7 @@ def droid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(droid: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     out = tmp_path_factory.mktemp("made") / "shards"
-    run = make(droid, out, "--trajectories", "droid", "--workers", 2, "--shard-records", 3)
-    assert run.returncode == 0, run.stderr
+    tool("make_shards", droid, out, "--trajectories", "droid", "--workers", 2, "--shard-records", 3)
     return Manifest.open(out)
 
 
@@ -297,7 +291,7 @@ def test_check_knows_where_states_lie(made: Manifest, tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], message: str, droid: Path, tmp_path: Path) -> None:
-    run = make(droid, tmp_path / "out", *flags)
+    run = tool("make_shards", droid, tmp_path / "out", *flags, check=False)
     assert run.returncode == 2
     assert message in run.stderr
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Transcoded videos beside their sources, both decoded in order by PyAV; times by arithmetic on exact fractions."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from tests.chain import tool
 from tests.data.conftest import quiet
 from tests.data.ingest.test_shards_inputs import samples
 from tests.data.test_decode import VARIABLE_MS, rotated, sequential
@@ -26,8 +28,6 @@ from vjepa_scale.data.ingest.probe import decode_whole, probe_video
 from vjepa_scale.data.ingest.shards import Part, Settings, begin, make_shards, plan, probe, write
 from vjepa_scale.data.ingest.transcode import Transcode, facts_of, plan_transcodes, standard_rate
 from vjepa_scale.data.manifest import Manifest
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
 
 
 def planned(data: bytes, *, short_side: int | None = None, **asked: float | Fraction | None) -> list[Transcode]:
@@ -360,12 +360,11 @@ def test_the_same_bytes_again_in_another_process(tmp_path: Path) -> None:
         "for part in plan_transcodes(decode_whole(path), short_side=96, segment_s=1.5):\n"
         "    print(hashlib.sha256(transcode(path, part)).hexdigest())\n"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code, tmp_path / "video"], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    assert runs[0].stdout == runs[1].stdout
-    assert len(runs[0].stdout.split()) == 2
+    there = subprocess.run([sys.executable, "-c", code, tmp_path / "video"], capture_output=True, text=True, check=True)
+    parts = planned(data, short_side=96, segment_s=1.5)
+    here = [hashlib.sha256(transcode(data, part)).hexdigest() for part in parts]
+    assert there.stdout.split() == here
+    assert len(here) == 2
 
 
 def test_other_pictures_than_were_planned_are_an_error() -> None:
@@ -424,14 +423,6 @@ def test_where_seeking_misleads_it_decodes_from_the_beginning(monkeypatch: pytes
 # -- shards ----------------------------------------------------------------------------------------
 
 
-def make(*arguments: object, code: int = 0) -> str:
-    """Run the tool; what it printed, or its error."""
-    command = [sys.executable, TOOL, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == code, run.stderr
-    return run.stderr if code else run.stdout
-
-
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A long video, a turned one, one of variable rate, one in yuv444p, an image, a copy, and two that are broken."""
@@ -450,7 +441,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards_of_transcoded_segments(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--transcode", "32", "--segment", "2", "--shard-records", "3", "--images"]
-    said = make(videos, out, *flags, "--workers", "2")
+    said = tool("make_shards", videos, out, *flags, "--workers", 2).stdout
     assert check_shards(out, decode=True, workers=1, progress=quiet) == []
     assert "8 clips" in said
     reasons = {row["path"]: row["reason"] for row in read_jsonl(out / "rejected.jsonl")}
@@ -562,13 +553,16 @@ def test_shards_are_filled_by_an_estimate(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags: list[str], message: str, videos: Path, tmp_path: Path) -> None:
-    said = make(videos, tmp_path / "out", *flags, code=2)
+    run = tool("make_shards", videos, tmp_path / "out", *flags, check=False)
+    assert run.returncode == 2
+    said = run.stderr
     assert said.startswith(f"error: {message}"), said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_copy_and_transcode_exclude_each_other(videos: Path, tmp_path: Path) -> None:
-    said = make(videos, tmp_path / "out", "--copy", "--transcode", "32", code=2)
-    assert "not allowed with argument --copy" in said
+    run = tool("make_shards", videos, tmp_path / "out", "--copy", "--transcode", 32, check=False)
+    assert run.returncode == 2
+    assert "not allowed with argument --copy" in run.stderr
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,6 @@
 
 from vjepa_scale.checkpoint.formats.opening import open_weights
 from vjepa_scale.checkpoint.formats.published import published_optimizer
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Match, WeightSource, refuse_other_model
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Match, WeightSource
 
-__all__ = ["ConsolidatedConfig", "Match", "WeightSource", "open_weights", "published_optimizer", "refuse_other_model"]
+__all__ = ["ConsolidatedConfig", "Match", "WeightSource", "open_weights", "published_optimizer"]

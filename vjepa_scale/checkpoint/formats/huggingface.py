@@ -31,12 +31,12 @@ from vjepa_scale.checkpoint.formats.source import (
     match_shapes,
     network_shapes,
     read_config_file,
-    refuse_other_model,
 )
 from vjepa_scale.checkpoint.safetensors_writer import Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, write_atomic, write_json
 from vjepa_scale.model.blocks import LAYER_NORM_EPS
+from vjepa_scale.recipe.networks import refuse_other_model
 from vjepa_scale.recipe.schema import ModelConfig
 
 MODEL_TYPE = "vjepa2"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from vjepa_scale.checkpoint.formats import huggingface, native, published
 from vjepa_scale.checkpoint.formats.published_model import named_model, refuse_other_heads
-from vjepa_scale.checkpoint.formats.source import Network, Weights, WeightSource, refuse_other_model
+from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.networks import Network, refuse_other_model
 from vjepa_scale.recipe.schema import ModelConfig
 
 __all__ = ["open_weights"]

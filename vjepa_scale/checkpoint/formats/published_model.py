@@ -12,11 +12,10 @@ from torch import Tensor
 from vjepa_scale.checkpoint.formats.source import (
     NETWORKS,
     ConsolidatedConfig,
-    Network,
     depths,
-    refuse_other_model,
 )
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.networks import Network, refuse_other_model
 from vjepa_scale.recipe.schema import ENCODERS, ModelConfig
 
 # Of every V-JEPA 2 weight that was released: ImageNet's mean and std, 4 frames per second; predictors of width

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.action_predictor import build_action_predictor
+from vjepa_scale.recipe.networks import NETWORKS, Network
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.sections import Section
 
@@ -24,8 +25,6 @@ VERSION: Final = 1
 # What a caller may ask for: encoder.* is the EMA target encoder; the context encoder that was trained; or both
 # of them, the context encoder as encoder.* and the target encoder as target_encoder.* where there are two.
 Weights = Literal["target", "context", "both"]
-Network = Literal["encoder", "predictor", "action_predictor"]
-NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
 
 # Of our names and Hugging Face's, behind their network's or alone.
 _BLOCK = re.compile(
@@ -252,50 +251,4 @@ class WeightSource:
             config=self.config.model_copy(update={"dtype": dtype}),
             entries=[(name, shape, to) for name, shape, _ in self.entries],
             read=lambda name: self.read(name).to(to),
-        )
-
-
-def refuse_other_model(
-    found: ModelConfig,
-    wanted: ModelConfig,
-    *,
-    where: object,
-    by: str = "the recipe",
-    networks: Iterable[str] = ("encoder", "predictor"),
-) -> None:
-    """Raise UserError with everything in which the model of a file is not the one that is wanted.
-
-    by: what wants it, in words
-    """
-    words = {
-        "depth": "{} blocks in the file, {} in {by}",
-        "width": "width {} in the file, {} in {by}",
-        "heads": "{} heads in the file, {} in {by}",
-        "mlp_hidden": "{} hidden channels in the file, {} in {by}",
-        "mask_tokens": "{} mask tokens in the file, {} in {by}",
-        "extrinsics": "extrinsics {} in the file, {} in {by}",
-        "grid": "grid {} in the file, {} in {by}",
-        "layout": "layout {} in the file, {} in {by}",
-    }
-    differences = [
-        f"{network}: " + words[key].format(here, there, by=by)
-        for network in networks
-        for key in words
-        if (here := getattr(getattr(found, network), key, None))
-        != (there := getattr(getattr(wanted, network), key, None))
-    ]
-    differences += [
-        f"{key} {here} in the file, {there} in {by}"
-        for key in ("patch", "tubelet", "positions")
-        if (here := getattr(found, key)) != (there := getattr(wanted, key))
-    ]
-    if found.positions == wanted.positions == "rope" and found.rope.layout != wanted.rope.layout:
-        differences.append(f"rope.layout {found.rope.layout} in the file, {wanted.rope.layout} in {by}")
-    key = "sincos" if found.positions == "sincos" else "rope.grid"
-    here, there = ((m.sincos if m.positions == "sincos" else m.rope.grid) for m in (found, wanted))
-    if found.positions == wanted.positions and here != there:
-        differences.append(f"{key} {here} in the file, {there} in {by}")
-    if differences:
-        raise UserError(
-            "; ".join(differences), where=where, fix="give the weights of such a model, or change the model"
         )

@@ -143,6 +143,16 @@ def begin(videos: Path, out: Path, settings: Settings) -> Work | None:
     Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
     holds something else.
     """
+    try:
+        return _begin(videos, out, settings)
+    except (UserError, FileNotFoundError):
+        if not (out / MANIFEST).exists():
+            raise
+        # Another process may have finished it meanwhile, and removed the work, this one's listing with it.
+        return _begin(videos, out, settings)
+
+
+def _begin(videos: Path, out: Path, settings: Settings) -> Work | None:
     root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
     listing = _Listing(root, sources)
     if not _held(out):

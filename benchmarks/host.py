@@ -1,0 +1,131 @@
+"""What a step costs the host at many ranks, of which one is here (PyTorch's fake group stands for the others).
+
+    optimiser   AdamW on one rank's shards of a model: on DTensors, as PyTorch does it by itself, and on plain tensors
+                over the same memory, as parallel/fsdp.py does. Its arithmetic is in both
+    rank        what a step waits for the effective rank: for its eigenvalues, and where a thread computes them
+    tables      rotary tables of a micro-batch's five forward passes: computed anew, and kept
+
+Milliseconds, medians.
+
+    OMP_NUM_THREADS=1 python benchmarks/host.py --model vit_giant --ranks 128
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from vjepa_scale.core.errors import run_command
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.model import rope
+from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.parallel.engine import build_engine
+from vjepa_scale.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_giant", help="a name of an encoder")
+    parser.add_argument("--ranks", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=10)
+    arguments = parser.parse_args()
+    recipe = load_recipe(
+        ROOT / "recipes" / "vitg_256.yaml",
+        [f"model.encoder={arguments.model}", "engine.device=cpu", "engine.compile=false", "engine.replicate=1"],
+    )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=arguments.ranks, store=FakeStore())
+    ranks = Ranks(1, arguments.ranks, 1, 8, "benchmark", "submitit-local", "benchmark")
+    print(f"{arguments.model}, rank 1 of {arguments.ranks}, torch {torch.__version__}; ms\n")
+    print("| | the first way | this code |\n|---|---|---|", flush=True)
+    row("optimiser", *optimiser(recipe, ranks, arguments.repeats))
+    dist.destroy_process_group()
+    row("rank", *effective_rank(recipe, arguments.repeats))
+    row("tables", *tables(arguments.repeats))
+    return 0
+
+
+def row(name: str, before: float, now: float) -> None:
+    print(f"| {name} | {before:.1f} | {now:.1f} |", flush=True)
+
+
+def median_ms(work: Callable[[], object], repeats: int) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def optimiser(recipe: Recipe, ranks: Ranks, repeats: int) -> tuple[float, float]:
+    engine = build_engine(recipe.engine, ranks)
+    objective = Jepa(recipe, engine)
+    engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
+    parameters = [p for network in objective.trained.values() for p in network.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+    plain = torch.optim.AdamW(parameters, lr=0.0, foreach=True)
+
+    def give() -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def on_dtensors() -> None:
+        give()
+        plain.step()
+        plain.zero_grad()
+
+    def on_shards() -> None:
+        give()
+        engine.step(0.0)
+
+    return median_ms(on_dtensors, repeats), median_ms(on_shards, repeats)
+
+
+def effective_rank(recipe: Recipe, repeats: int) -> tuple[float, float]:
+    width = recipe.model.encoder.width
+    features = FeatureCovariance()
+    features.add(torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)))
+    pending = []
+
+    def begun() -> None:
+        if pending:
+            pending.pop().result()
+        began = time.perf_counter()
+        pending.append(features.effective_rank())
+        waited.append(1000 * (time.perf_counter() - began))
+
+    waited: list[float] = []
+    whole = median_ms(lambda: features.effective_rank().result(), repeats)  # type: ignore[union-attr]
+    for _ in range(repeats):
+        begun()
+    return whole, statistics.median(waited)
+
+
+def tables(repeats: int) -> tuple[float, float]:
+    """Of five forward passes: target, and context and predictor for both generators."""
+    index = torch.arange(512).expand(24, -1)
+
+    def five() -> None:
+        for _ in range(5):
+            rope.rope_tables(index, grid=(8, 16, 16), head_dim=64, layout="tiled")
+
+    def anew() -> None:
+        with patch.dict(rope._kept, clear=True):
+            five()
+
+    return median_ms(anew, repeats), median_ms(five, repeats)
+
+
+if __name__ == "__main__":
+    run_command(main)

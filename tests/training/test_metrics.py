@@ -1,0 +1,40 @@
+"""Rows of metrics.jsonl whose values come late: in their order, and all there before a checkpoint is."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vjepa_scale.training.metrics import MetricsLog
+
+
+def row(step: int, rank: Any = None) -> dict[str, Any]:
+    numbers = {"loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "clips_per_s": 8.0}
+    return {"step": step, "stage": "pretrain", "phase": "constant", "effective_rank": rank, **numbers}
+
+
+def test_a_row_waits_for_its_value_and_those_behind_it_for_the_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, step=0, last_step=9, console_every=1)
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    first: Future[float] = Future()
+    log.write(row(0, first))
+    log.write(row(1))
+    assert steps() == []
+    first.set_result(20.5)
+    log.write(row(2))
+    assert steps() == [0, 1, 2]
+    assert json.loads(path.read_text().splitlines()[0])["effective_rank"] == 20.5
+    second: Future[float] = Future()
+    log.write(row(3, second))
+    second.set_result(21.5)
+    log.flush()  # as before a checkpoint
+    assert steps() == [0, 1, 2, 3]
+    assert "rank   21.5" in capsys.readouterr().out

@@ -1,0 +1,71 @@
+"""The networks of a model: which of them a stage has, and whether a file's are those that a recipe wants."""
+
+from collections.abc import Iterable
+from typing import Final, Literal, get_args
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.phases import Kind, kind_of
+from vjepa_scale.recipe.schema import ModelConfig, Recipe
+
+Network = Literal["encoder", "predictor", "action_predictor"]
+NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
+
+# Of the model's networks, those that each kind of stage has.
+NETWORKS_OF: dict[Kind, tuple[Network, ...]] = {
+    "jepa": ("encoder", "predictor"),
+    "action": ("encoder", "action_predictor"),
+    "probe": ("encoder",),
+}
+
+
+def networks_from(recipe: Recipe, stage_name: str) -> list[Network]:
+    """The networks that a stage takes from where it starts: those that it has, without those to be left fresh."""
+    stage = recipe.stages()[stage_name]
+    without = stage.init_without if stage.init_from else ()
+    return [network for network in NETWORKS_OF[kind_of(stage_name)] if network not in without]
+
+
+def refuse_other_model(
+    found: ModelConfig,
+    wanted: ModelConfig,
+    *,
+    where: object,
+    by: str = "the recipe",
+    networks: Iterable[str] = ("encoder", "predictor"),
+) -> None:
+    """Raise UserError with everything in which the model of a file is not the one that is wanted.
+
+    by: what wants it, in words
+    """
+    words = {
+        "depth": "{} blocks in the file, {} in {by}",
+        "width": "width {} in the file, {} in {by}",
+        "heads": "{} heads in the file, {} in {by}",
+        "mlp_hidden": "{} hidden channels in the file, {} in {by}",
+        "mask_tokens": "{} mask tokens in the file, {} in {by}",
+        "extrinsics": "extrinsics {} in the file, {} in {by}",
+        "grid": "grid {} in the file, {} in {by}",
+        "layout": "layout {} in the file, {} in {by}",
+    }
+    differences = [
+        f"{network}: " + words[key].format(here, there, by=by)
+        for network in networks
+        for key in words
+        if (here := getattr(getattr(found, network), key, None))
+        != (there := getattr(getattr(wanted, network), key, None))
+    ]
+    differences += [
+        f"{key} {here} in the file, {there} in {by}"
+        for key in ("patch", "tubelet", "positions")
+        if (here := getattr(found, key)) != (there := getattr(wanted, key))
+    ]
+    if found.positions == wanted.positions == "rope" and found.rope.layout != wanted.rope.layout:
+        differences.append(f"rope.layout {found.rope.layout} in the file, {wanted.rope.layout} in {by}")
+    key = "sincos" if found.positions == "sincos" else "rope.grid"
+    here, there = ((m.sincos if m.positions == "sincos" else m.rope.grid) for m in (found, wanted))
+    if found.positions == wanted.positions and here != there:
+        differences.append(f"{key} {here} in the file, {there} in {by}")
+    if differences:
+        raise UserError(
+            "; ".join(differences), where=where, fix="give the weights of such a model, or change the model"
+        )
