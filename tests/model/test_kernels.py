@@ -138,6 +138,59 @@ def test_what_is_chosen() -> None:
         assert layer.kernel is kernel
 
 
+# generation of the GPU, kernels that are installed and right, heads → what auto takes for a network
+@pytest.mark.parametrize(
+    ("major", "right", "kernel"),
+    [
+        (9, {"fa3", "fa4", "flash_attn"}, kernels.fa3),
+        (9, {"flash_attn"}, kernels.sdpa),  # cuDNN is faster there
+        (10, {"fa3", "fa4"}, kernels.fa4),
+        (8, {"flash_attn", "fa3"}, kernels.flash_attn),
+        (8, set(), kernels.sdpa),
+        (7, {"flash_attn"}, kernels.sdpa),
+        (12, {"fa4"}, kernels.sdpa),
+    ],
+)
+def test_what_auto_takes(major: int, right: set[str], kernel: kernels.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(
+        attention, "_problem", lambda kernel, *_: "" if kernel.__name__ in {"sdpa", *right} else "it is not installed"
+    )
+    layer = Attention(64, 2)
+    set_kernel(layer, "auto", device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert layer.kernel is kernel
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (lambda q, k, v, _: exact(q, k, v), ""),
+        (lambda q, k, v, _: exact(q, k, v).float().to(q.dtype), ""),
+        (lambda q, k, v, _: exact(q * 1.2, k, v), "its results are wrong by"),
+        (lambda q, k, v, _: exact(q, k, v, torch.ones(40, 40).tril().bool()), "its results are wrong by"),
+        (lambda q, k, v, _: exact(q, k.detach(), v), "The differentiated Tensor"),
+        (lambda q, k, v, _: exact(q, k, v) + (k - k.detach()), "its results are wrong by"),  # a wrong gradient alone
+        (lambda q, k, v, _: exact(q, k, v) * torch.nan, "its results are wrong by inf"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_runs_and_is_wrong_is_found(wrong: kernels.Kernel, problem: str, dtype: torch.dtype) -> None:
+    found = attention._problem(wrong, 88, CPU, dtype)
+    assert found.startswith(problem)
+    assert bool(found) == bool(problem)
+
+
+def test_what_was_activated_for_a_trial_that_failed_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not what another network uses already."""
+    done: list[str] = []
+    monkeypatch.setattr(attention, "_largest_error", lambda *_: 1.0)
+    monkeypatch.setattr(kernels, "deactivate", lambda: done.append("undone"))
+    for active in (True, False):
+        monkeypatch.setattr(kernels, "activate", lambda _, active=active: not active)
+        assert "wrong by 100%" in attention._problem(kernels.fa3, 64, torch.device("cuda"), torch.bfloat16)
+    assert done == ["undone"]
+
+
 def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(UserError) as refusal:
         set_kernel(Attention(64, 2), "varlen", device=CPU, dtype=torch.bfloat16)

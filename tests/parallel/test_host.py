@@ -133,6 +133,44 @@ def test_collectives_of_a_step(update: dict[str, Any], shards: int, times: int) 
     assert {key: size[key] for key in bytes_of} == bytes_of
 
 
+def _gathered(_: Ranks, ahead: int) -> dict[str, int]:
+    """How many gathers have been issued when a block begins, in a step's first pass, which is sharded over all."""
+    recipe = recipe_of(BF16.model_copy(update={"prefetch": ahead}))
+    found: dict[str, int] = {}
+    with one_of_many(5, WORLD) as ranks:
+        engine = build_engine(recipe.engine, ranks)
+        objective = Jepa(recipe, engine)
+        engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
+        training_step(objective, engine, [batch()], lr=1e-4)
+        with Collectives() as seen:
+
+            def note(name: str) -> None:
+                found.setdefault(name, sum(count for (kind, _), count in seen.count.items() if "gather" in kind))
+
+            # After FSDP's own hooks, which were there before.
+            last = {"target": objective.target_encoder.blocks[-1], "encoder": objective.encoder.blocks[-1]}
+            for name, block in last.items():
+                block.register_forward_pre_hook(lambda *_, name=name: note(name))
+            objective.predictor.predictor_blocks[0].register_forward_hook(
+                lambda _, __, output: output.register_hook(lambda _: note("predictor, backward")) and None
+            )
+            training_step(objective, engine, [batch()], lr=1e-4)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_the_next_networks_weights_are_gathered_early(ahead: int) -> None:
+    (found,) = run_processes(_gathered, 1, ahead)
+    early = ahead and 1 + ahead  # what a network has beside its blocks, and blocks
+    forward = ENCODER + 2 * (ENCODER + PREDICTOR)
+    assert found == {
+        "target": ENCODER + early,
+        "encoder": 2 * ENCODER + early,
+        "predictor, backward": forward + PREDICTOR + early,
+    }
+
+
 # -- the host --------------------------------------------------------------------------------------------
 
 
@@ -206,6 +244,9 @@ class OnStandIns:
         return network
 
     def match_ema(self, *_: nn.Module) -> None:
+        pass
+
+    def set_forward_order(self, _: list[nn.Module]) -> None:
         pass
 
 

@@ -36,6 +36,24 @@ def test_replicas_that_do_not_divide_are_a_user_error_before_anyone_waits(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("source", ["torchrun", "submitit-local"])
+def test_a_gpus_group_is_bound_to_it(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NCCL connects at once, on this process's own GPU."""
+    asked: list[dict[str, object]] = []
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda **asked_for: asked.append(asked_for))
+    monkeypatch.setattr(process_group, "_open_store", lambda *_: dist.HashStore())
+    monkeypatch.setattr(process_group, "barrier", lambda: None)
+    ranks = Ranks(2, 4, 2, 4, "job", source, "job")  # type: ignore[arg-type]
+    process_group.start(ranks, ENGINE.model_copy(update={"device": "cuda"}), rendezvous=tmp_path)
+    assert chosen == [torch.device("cuda", 2)]
+    assert [(a["backend"], a["device_id"], a["rank"]) for a in asked] == [
+        ("cpu:gloo,cuda:nccl", torch.device("cuda", 2), 2)
+    ]
+
+
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
     soon = ENGINE.model_copy(update={"timeout_s": 1})
     with pytest.raises(RuntimeError, match=r"2 of 3 processes did not come .* rank 1, 2"):

@@ -20,6 +20,14 @@ def sdpa(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None)
     return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd, attn_mask=allowed)
 
 
+def exact(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
+    """The arithmetic written out, in the type it is given: what kernels are compared with."""
+    scores_BhKK = q_BhKd @ k_BhKd.transpose(-1, -2) / q_BhKd.shape[-1] ** 0.5
+    if allowed is not None:
+        scores_BhKK = scores_BhKK.masked_fill(~allowed, -torch.inf)
+    return scores_BhKK.softmax(-1) @ v_BhKd
+
+
 def torch_flash(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
     """PyTorch's flash kernel and no other: an error where it cannot run."""
     _refuse_mask(allowed)
@@ -37,8 +45,10 @@ def fa4(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) 
     return torch_flash(q_BhKd, k_BhKd, v_BhKd, allowed)
 
 
-def activate(kernel: Kernel) -> None:
+def activate(kernel: Kernel) -> bool:
     """Have PyTorch take another package's flash kernel for its own, in this whole process. For all others: nothing.
+
+    Returns whether anything has changed.
 
     Raises ImportError where the package or PyTorch's registry is not there, RuntimeError where the GPU is another.
     """
@@ -48,6 +58,15 @@ def activate(kernel: Kernel) -> None:
         name = "FA3" if kernel is fa3 else "FA4"
         if current_flash_attention_impl() != name:
             activate_flash_attention_impl(name)
+            return True
+    return False
+
+
+def deactivate() -> None:
+    """Undo ``activate``."""
+    from torch.nn.attention import restore_flash_attention_impl
+
+    restore_flash_attention_impl()
 
 
 def torch_varlen(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:

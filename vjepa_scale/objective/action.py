@@ -30,6 +30,7 @@ class ActionConditioned(Objective):
             predictor = build_action_predictor(recipe.model)
         self.encoder = self._frozen_encoder()
         self.predictor = engine.shard(predictor, name="action_predictor", seed=recipe.run.seed, trainable=True)
+        engine.set_forward_order([self.encoder, self.predictor])
         self._rollout_steps, self._exponent = recipe.action.rollout_steps, recipe.action.loss_exponent
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
 

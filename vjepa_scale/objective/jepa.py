@@ -35,6 +35,7 @@ class Jepa(Objective):
         # Under the encoder's name: the same keyed values, so Ē starts as an exact copy of E.
         self.target_encoder = engine.shard(target, name="encoder", seed=seed, trainable=False)
         engine.match_ema(self.target_encoder, self.encoder)
+        engine.set_forward_order([self.target_encoder, self.encoder, self.predictor])
         self.ema_momentum: float = recipe.jepa.ema_momentum
         self._exponent = recipe.jepa.loss_exponent
         tokens = recipe.model.predictor.mask_tokens

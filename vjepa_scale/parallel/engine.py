@@ -7,7 +7,7 @@ objectives, the trainer and checkpoints are written once.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -74,6 +74,9 @@ class Engine(ABC):
                  ``seed``. Values do not depend on the number of processes; two networks of one architecture
                  under one name start equal.
         """
+
+    def set_forward_order(self, networks: Sequence[nn.Module]) -> None:  # noqa: B027 (only FSDP2 has a use for it)
+        """Networks of which every loss runs each after the one before: the next one's weights can be gathered early."""
 
     @abstractmethod
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:

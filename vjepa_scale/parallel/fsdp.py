@@ -1,6 +1,7 @@
 """FSDP2: plain networks become sharded ones. ``FsdpEngine.shard`` is the whole of it, in order."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vjepa_scale.core.ranks import Ranks, count_replicas
 from vjepa_scale.model.init import initial_value
-from vjepa_scale.parallel.blocks import prepare_blocks
+from vjepa_scale.parallel.blocks import blocks_of, prepare_blocks
 from vjepa_scale.parallel.ema import ShardedEma, sharded_parameters
 from vjepa_scale.parallel.engine import Engine, InitialValue, checked_start
 from vjepa_scale.parallel.mesh import build_mesh
@@ -34,6 +35,7 @@ class FsdpEngine(Engine):
         )
         self._gradient_copies = replicas
         self._reshards = replicas == 1 if cfg.reshard_after_forward == "auto" else cfg.reshard_after_forward
+        self._order: list[nn.Module] = []  # in which networks run, until they are linked
         self._ema: dict[nn.Module, ShardedEma] = {}
         self._trained: list[nn.Module] = []
         self._named: list[tuple[str, nn.Parameter]] = []
@@ -88,6 +90,9 @@ class FsdpEngine(Engine):
             cast_forward_inputs=root,
         )
 
+    def set_forward_order(self, networks: Sequence[nn.Module]) -> None:
+        self._order = list(networks)
+
     # -- what a training step needs -------------------------------------------------------------------
 
     def start_optimizer(
@@ -127,6 +132,10 @@ class FsdpEngine(Engine):
             shard.grad = self._gradient(shard)
         self._optimizer.step()
         self.discard_gradients()
+        # After the first step: FSDP2 gives a network its streams in its first forward.
+        for before, after in pairwise(self._order):
+            _prefetch_across(before, after, self._cfg.prefetch)
+        self._order = []
 
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:
         self._ema[target] = ShardedEma(target, source)
@@ -192,10 +201,29 @@ def _shard_again(networks: Iterable[nn.Module]) -> None:
 
 def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:
     """Gather the next blocks' weights while a block computes: forward in their order, backward in reverse."""
-    sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
+    sharded = _sharded(blocks)
     for number, block in enumerate(sharded):
         block.set_modules_to_forward_prefetch(sharded[number + 1 : number + 1 + ahead])
         block.set_modules_to_backward_prefetch(sharded[max(0, number - ahead) : number][::-1])
+
+
+def _prefetch_across(before: nn.Module, after: nn.Module, ahead: int) -> None:
+    """The same from the last block of a network to the next network, and back where both are trained.
+
+    What a network has beside its blocks is gathered with them.
+    """
+    first, then = _sharded(blocks_of(before)), _sharded(blocks_of(after))
+    assert isinstance(before, FSDPModule)
+    assert isinstance(after, FSDPModule)
+    if not (ahead and first and then):
+        return
+    first[-1].set_modules_to_forward_prefetch([after, *then[:ahead]])
+    if any(parameter.requires_grad for parameter in before.parameters()):
+        then[0].set_modules_to_backward_prefetch([before, *first[-ahead:][::-1]])
+
+
+def _sharded(blocks: Iterable[nn.Module]) -> list[FSDPModule]:
+    return [block for block in blocks if isinstance(block, FSDPModule)]
 
 
 def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Any) -> Any:

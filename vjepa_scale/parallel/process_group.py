@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -46,22 +47,22 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
         torch.use_deterministic_algorithms(True)
         # Filling costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=cfg.timeout_s)
-    if ranks.source == "torchrun":
-        dist.init_process_group(
-            backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-        )
-        return
-    file = rendezvous / ranks.job
-    store = _open_store(ranks, file, timeout)
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("vjepa_scale", store),
+    join = partial(
+        dist.init_process_group,
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
+        # NCCL then connects here, where one that cannot is told, not in the first step; groups of some ranks are split
+        # from its communicator.
+        device_id=device if device.type == "cuda" else None,
     )
+    if ranks.source == "torchrun":
+        join(init_method="env://")
+        return
+    file = rendezvous / ranks.job
+    join(store=dist.PrefixStore("vjepa_scale", _open_store(ranks, file, timeout)))
     barrier()
     if ranks.is_main:
         file.unlink()

@@ -78,7 +78,9 @@ class EngineConfig(Section):
         False, description="compile each block (torch.compile), for any number of tokens; the first steps take minutes"
     )
     prefetch: Annotated[int, Field(ge=0, strict=True)] = Field(
-        1, description="of FSDP2: how many blocks' weights are gathered ahead of the one that computes"
+        1,
+        description="of FSDP2: how many blocks' weights are gathered ahead of the one that computes, from one network "
+        "to the next too",
     )
     deterministic: bool = Field(
         False,
@@ -88,7 +90,7 @@ class EngineConfig(Section):
         "auto",
         description="sdpa: PyTorch's choice; flash: the flash-attn package, or else PyTorch's flash kernel; varlen: "
         "PyTorch's variable-length kernel; fa3, fa4: FlashAttention-3 and -4 in the place of PyTorch's flash kernel; "
-        "auto: flash-attn where it is installed and can run, sdpa otherwise",
+        "auto: the fastest of those that are installed and pass a trial (docs/model.md), else sdpa",
     )
     threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
