@@ -95,6 +95,7 @@ def train_sharded(
     engine.shard(predictor, name="predictor", seed=SEED, trainable=True, initial_value=start)
     engine.shard(target_encoder, name="encoder", seed=SEED, trainable=False, initial_value=start)
     engine.match_ema(target_encoder, encoder)
+    engine.set_forward_order([target_encoder, encoder, predictor])
     trained = {"encoder": encoder, "predictor": predictor}
     unused = frozenset({"predictor.mask_tokens.2"})
     engine.start_optimizer(OptimizerConfig(kind=kind, weight_decay=DECAY), trained, unreached=unused)
