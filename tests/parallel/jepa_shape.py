@@ -112,7 +112,7 @@ def train_sharded(
             )
             total += engine.backward(loss, share=1 / share, last=slot == own[-1])
         outcome.losses.append(float(engine.mean(total)))
-        outcome.norms.append(engine.grad_norms()[TOGETHER])
+        outcome.norms.append(engine.reduced(torch.zeros(0))[1][TOGETHER])
         engine.step(rate)
         engine.ema_update(target_encoder, encoder, MOMENTUM)
     everything = {**trained, "target_encoder": target_encoder}

@@ -125,10 +125,6 @@ class Engine(ABC):
         norms = [math.sqrt(square) for square in summed[len(values) :]]  # NaN and infinity stay what they are
         return summed[: len(values)], dict(zip(parts, norms, strict=True))
 
-    def grad_norms(self) -> dict[str, float]:
-        """``reduced`` without values."""
-        return self.reduced(torch.zeros(0, device=self.device))[1]
-
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
         """Multiply the gradients of some parts: clipping is scaling by ``limit / norm`` where that is below 1.
 
