@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.masking import draw_masks
@@ -40,20 +42,22 @@ from vjepa_scale.training.step import training_step
 ROOT = Path(__file__).parents[1]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "demo.yaml"), help="whose training waits")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of that recipe")
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--model", default="vit_huge", help="whose checkpoint is consolidated")
     parser.add_argument("--dir", type=Path, help="a folder on the disk in question (default: the temporary one)")
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--skip-consolidation", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         if not arguments.skip_training:
-            _training(load_recipe(arguments.recipe), Path(folder), arguments.saves)
+            _training(load_recipe(arguments.recipe, arguments.overrides), Path(folder), arguments.saves)
         if not arguments.skip_consolidation:
             _consolidation(arguments.model, Path(folder))
+    return 0
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -76,15 +80,16 @@ def _training(recipe: Recipe, folder: Path, saves: int) -> None:
         step()
     alone = statistics.median(step() for _ in range(saves))
 
-    waited, meanwhile, copied = {}, [], []
+    waited: dict[bool, list[float]] = {}
+    meanwhile, copied = list[float](), list[float]()
     for background in (False, True):
         saver = Saver(folder / f"background={background}", background=background)
         waited[background] = []
         for number in range(saves):
             tensors = engine.tensors(objective.networks, optimizer=True)
             if background:
-                copied.append(_ms(lambda tensors=tensors, saver=saver: saver._copied(tensors)))
-            waited[background].append(_ms(lambda n=number, t=tensors, s=saver: s.save(n, t, {})))
+                copied.append(_ms(partial(saver._copied, tensors)))
+            waited[background].append(_ms(partial(saver.save, number, tensors, {})))
             if background:
                 meanwhile.append(step())
             saver.take(wait=True)
@@ -172,4 +177,4 @@ def _saved(recipe: Recipe, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

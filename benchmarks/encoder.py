@@ -10,19 +10,20 @@ Prints milliseconds per forward, and per forward and backward, of one batch in t
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.model import Encoder
 from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
 
 PATCH, TUBELET = 8, 2
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["128x6x4", "192x12x3"], help="WIDTHxDEPTHxHEADS")
     parser.add_argument(
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     device = torch.device(arguments.device)
@@ -48,6 +49,7 @@ def main() -> None:
             clips = torch.randn(arguments.batch, 3, t * TUBELET, h * PATCH, w * PATCH, device=device, dtype=dtype)
             forward, both = _compare(ours, theirs, clips, arguments.repeats)
             print(f"{width:5} {depth:5} {t * h * w:6} | {_column(forward)} | {_column(both)}", flush=True)
+    return 0
 
 
 def _column(ms: list[float]) -> str:
@@ -117,4 +119,4 @@ def _alternating(runs: tuple[Callable[[], Tensor], ...], repeats: int, device: t
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

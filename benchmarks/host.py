@@ -13,7 +13,8 @@ Milliseconds, medians.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,15 +32,22 @@ from vjepa_scale.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_giant", help="a name of an encoder")
     parser.add_argument("--ranks", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=10)
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(
         ROOT / "recipes" / "vitg_256.yaml",
-        [f"model.encoder={arguments.model}", "engine.device=cpu", "engine.compile=false", "engine.replicate=1"],
+        [
+            f"model.encoder={arguments.model}",
+            "engine.device=cpu",
+            "engine.compile=false",
+            "engine.replicate=1",
+            *arguments.overrides,
+        ],
     )
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -96,11 +104,11 @@ def effective_rank(recipe: Recipe, repeats: int) -> tuple[float, float]:
     width = recipe.model.encoder.width
     features = FeatureCovariance()
     features.add(torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)))
-    pending = []
+    pending: list[Future[float] | None] = []
 
     def begun() -> None:
         if pending:
-            pending.pop().result()
+            pending.pop().result()  # type: ignore[union-attr]
         began = time.perf_counter()
         pending.append(features.effective_rank())
         waited.append(1000 * (time.perf_counter() - began))

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, cycle
 from multiprocessing import get_context
@@ -41,6 +41,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.nn import functional
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.augment import random_box, random_crop
 from vjepa_scale.data.clips import clip_refs
@@ -55,20 +56,20 @@ FPS, BATCH, CROP = 4, 2, 256
 HEIGHT, WIDTH, RATE, KEYFRAME_EVERY = 360, 640, 30, 30
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--clips", type=int, default=8, help="of 16 frames, timed per round; fewer of longer ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--seconds", type=int, default=20, help="of each video")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     ways = dict(WAYS)
-    for package, way in (("decord", "published"), ("torchcodec", "torchcodec")):
+    for package, needs_it in (("decord", "published"), ("torchcodec", "torchcodec")):
         if importlib.util.find_spec(package) is None:
-            del ways[way]
-            print(f"{package} is not installed: {way} is left out")
+            del ways[needs_it]
+            print(f"{package} is not installed: {needs_it} is left out")
     with tempfile.TemporaryDirectory() as folder:
         _in_fork(_make_data, Path(folder), arguments.videos, arguments.seconds)
         print(f"{'frames':>6} | {'way':12} | {'clips/s/core':>12} | {'best':>6} | {'÷ bare':>6} | {'peak MB':>7}")
@@ -84,6 +85,7 @@ def main() -> None:
                 ratio = median(rate / beside for rate, beside in zip(rates, bare, strict=True))
                 row = f"{frames:6} | {name:12} | {median(rates):12.3f} | {max(rates):6.3f} | {ratio:6.3f}"
                 print(f"{row} | {max(peaks):7.0f}", flush=True)
+    return 0
 
 
 def _in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -135,7 +137,7 @@ def _make_data(folder: Path, videos: int, seconds: int) -> None:
 def _encode(path: Path, frames: int, rng: np.random.Generator) -> None:
     """Two layers of smooth texture that slide, under grain."""
     layers = [
-        sum(_texture(rng, 2 * HEIGHT, 2 * WIDTH, cell) * cell for cell in (8, 32, 128)) / 168 * 150 + 50
+        np.sum([_texture(rng, 2 * HEIGHT, 2 * WIDTH, cell) * cell for cell in (8, 32, 128)], 0) / 168 * 150 + 50
         for _ in range(2)
     ]
     grain = rng.normal(0, 2, (8, HEIGHT, WIDTH, 1))
@@ -289,4 +291,4 @@ WAYS: dict[str, Callable[[Path, int, int], Iterator[int]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,10 +10,12 @@ number of clips that it reads.
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.recipe import Phase
 
@@ -31,7 +33,7 @@ COUNTED_STEPS = 100
 Sets = list[tuple[str, npt.NDArray[np.int64]]]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=20_000_000, help="of all data sets together")
     parser.add_argument("--shard-records", type=int, default=1000, help="records of a shard")
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=128)
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 32, 128, 512], help="data.lanes, each measured")
     parser.add_argument("--steps", type=int, default=COUNTED_STEPS, help="steps that are timed")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     sets = _sets(arguments.records, arguments.shard_records)
     records, shards = sum(int(sizes.sum()) for _, sizes in sets), sum(len(sizes) for _, sizes in sets)
     clips = COUNTED_STEPS * (arguments.batch // arguments.ranks)
@@ -57,6 +59,7 @@ def main() -> None:
         us = (time.process_time() - began) / (arguments.steps * arguments.batch) * 1e6
         touched = _shards_per_rank(order, sets, arguments.ranks)
         print(f"{lanes:5} | {us:13.3f} | {first_ms:15.2f} | {np.mean(touched):12.1f} | {max(touched):5}", flush=True)
+    return 0
 
 
 def _sets(records: int, shard_records: int) -> Sets:
@@ -91,4 +94,4 @@ def _shards_per_rank(order: DataOrder, sets: Sets, ranks: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,7 @@ first weights: at 1 a network has hardly moved from the identity. Needs a checko
 import argparse
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Found:
     gradient: Tensor
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, metavar="FOLDER", help="a checkout of the published code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -50,7 +50,8 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--gain", type=float, default=1.0, help="of matrices at the start")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(
         ROOT / "recipes" / "vitg_256.yaml",
         [
@@ -64,15 +65,17 @@ def main() -> int:
             f"pretrain.micro_batch={arguments.batch}",
             "cooldown=null",
             "jepa.mask_token=first",
+            *arguments.overrides,
         ],
     )
     phase = resolve_phases(recipe, "pretrain")[0]
     with tempfile.TemporaryDirectory() as folder:
         process_group.start(RANKS, recipe.engine, rendezvous=Path(folder))
+        # First: it may refuse the folder or the recipe.
+        published = Published(arguments.peer, recipe, phase, process_group.pick_device(recipe.engine, RANKS))
         batch = random_batch(recipe, phase, 0)
         exact, weights = _ours(recipe, batch, "float32", arguments.gain)
         rows = {"ours, bf16 by FSDP2": _ours(recipe, batch, "bfloat16", arguments.gain)[0]}
-        published = Published(arguments.peer, recipe, phase, process_group.pick_device(recipe.engine, RANKS))
         published.load(weights)
         given = published.given(batch)
         rows["published, float32"] = _published(published, given, autocast=False)

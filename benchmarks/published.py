@@ -139,13 +139,14 @@ class Published:
     @torch.no_grad()
     def _average(self) -> None:
         momentum = self._recipe.jepa.ema_momentum
-        averages = list(self.networks["target_encoder"].parameters())
+        averages: list[Tensor] = list(self.networks["target_encoder"].parameters())
         torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, list(self.networks["encoder"].parameters()), alpha=1 - momentum)
+        weights: list[Tensor] = list(self.networks["encoder"].parameters())
+        torch._foreach_add_(averages, weights, alpha=1 - momentum)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         cfg = self._recipe.optimizer
-        decayed, undecayed = [], []
+        decayed, undecayed = list[nn.Parameter](), list[nn.Parameter]()
         for name in ("encoder", "predictor"):
             for own, parameter in self.networks[name].named_parameters():
                 (undecayed if "bias" in own or parameter.ndim == 1 else decayed).append(parameter)

@@ -24,17 +24,19 @@ is mapped from files, which the system may drop). N records take 1 kB of disk ea
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +45,7 @@ import av
 import numpy as np
 import psutil
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.data.ingest.planning import Plan, plan
 from vjepa_scale.data.ingest.probe import VideoFacts
 from vjepa_scale.data.ingest.probing import probed
@@ -51,7 +54,7 @@ from vjepa_scale.data.ingest.shards import Settings, Work, finish, make_shards
 from vjepa_scale.data.manifest import Manifest
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100)
     parser.add_argument("--mb", type=int, default=300, help="of all files together")
@@ -60,11 +63,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="a folder on the disk in question (default: the temporary one)")
     parser.add_argument("--records", type=int, metavar="N", help="plan and open a data set of N records")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.records is not None:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
             _at_scale(arguments.records, Path(name) / "out")
-        return
+        return 0
     if shutil.which("tar") is None:
         sys.exit("there is no tar to compare with")
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
@@ -85,6 +88,7 @@ def main() -> None:
         print(
             f"{way:15} | {times.wall_s:7.2f} | {mb / times.wall_s:7.1f} | {wall:6.2f} | {times.cpu_s:7.2f} | {cpu:6.2f}"
         )
+    return 0
 
 
 class Times(NamedTuple):
@@ -95,10 +99,16 @@ class Times(NamedTuple):
 
     @classmethod
     def now(cls) -> "Times":
-        me = psutil.Process()
-        processes = [me.cpu_times(), *(child.cpu_times() for child in me.children(recursive=True))]
-        # What has ended is in its parent's times for children.
-        return cls(time.perf_counter(), sum(t.user + t.system + t.children_user + t.children_system for t in processes))
+        cpu_s = 0.0
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                times = child.cpu_times()
+                cpu_s += times.user + times.system + times.children_user + times.children_system
+        # In microseconds, where psutil counts in hundredths of a second. What has ended is in the parent's.
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+            usage = resource.getrusage(who)
+            cpu_s += usage.ru_utime + usage.ru_stime
+        return cls(time.perf_counter(), cpu_s)
 
     def since(self, began: "Times") -> "Times":
         return Times(self.wall_s - began.wall_s, self.cpu_s - began.cpu_s)
@@ -190,7 +200,8 @@ def _pretend_written(work: Work) -> None:
     plan, first = Plan.open(work), 0
     for shard, end in enumerate(plan.ends.tolist()):
         places = [[1536 + 1_002_000 * i, 1_000_000] for i in range(end - first)]
-        receipt = {"bytes": 0, "sha256": f"{shard:064x}", "members": {"video": places, "json": places}}
+        members = {"video": places, "json": places}
+        receipt = {"bytes": 0, "sha256": f"{shard:064x}", "members": members, "trajectories": None}
         (work.folder / "written" / f"shard-{shard:06d}.json").write_text(json.dumps(receipt))
         (work.out / f"shard-{shard:06d}.tar").touch()
         first = end
@@ -218,12 +229,14 @@ def _measured(step: Callable[[Work], object], work: Work) -> tuple[float, int]:
     before, began = anonymous(), time.perf_counter()
     thread = threading.Thread(target=watch)
     thread.start()
-    step(work)
-    seconds = time.perf_counter() - began
-    done.set()
-    thread.join()
+    try:
+        step(work)
+        seconds = time.perf_counter() - began
+    finally:
+        done.set()
+        thread.join()
     return seconds, max(most - before, 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,7 +15,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,23 +27,20 @@ TASKS = ("joint", "shape", "motion")
 RESULT = ROOT / "benchmarks" / "results" / "showcase.json"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="recipes/demo.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
     parser.add_argument("--out", type=Path, default=Path("runs/showcase"))
     parser.add_argument("--check", type=Path, metavar="SUMMARY", help="a finished run's summary.json")
-    parser.add_argument("--record", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/showcase.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.check:
-        checked, recorded = (
-            {path: (value,) for path, value in paths(json.loads(file.read_text())).items()}
-            for file in (arguments.check, RESULT)
-        )
+        checked, recorded = (table_of([json.loads(file.read_text())]) for file in (arguments.check, RESULT))
         return report(margins(checked, recorded))
     summaries = [run_seed(arguments, seed) for seed in arguments.seeds]
-    table = dict(zip(paths(summaries[0]), zip(*(paths(s).values() for s in summaries), strict=True), strict=True))
+    table = table_of(summaries)
     print(f"\n{'over seeds ' + ', '.join(map(str, arguments.seeds)):<48}{'mean':>10}{'std':>10}")
     for path, values in table.items():
         print(f"{path:<48}{mean(values):>10.4g}{spread(values):>10.2g}")
@@ -77,6 +74,12 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         sys.exit(f"error: {summary} is of another recipe (remove {run} and {run}-untrained, or choose another --out)")
     found: dict[str, Any] = json.loads(summary.read_text())
     return found
+
+
+def table_of(summaries: Sequence[dict[str, Any]]) -> dict[str, tuple[float, ...]]:
+    """The numbers of all summaries, by dotted key."""
+    numbers = [paths(summary) for summary in summaries]
+    return {path: tuple(each[path] for each in numbers) for path in numbers[0]}
 
 
 def spread(values: Any) -> float:

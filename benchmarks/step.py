@@ -50,7 +50,7 @@ RATE = 1e-5
 SAME_LOSS = 1e-4  # relative; float32 in another order of operations differs by some 1e-7
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="vit_tiny", help="a name of an encoder")
@@ -59,22 +59,23 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="clips per micro-batch, of which a step has one")
     parser.add_argument("--steps", type=int, default=10, help="timed, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--product", type=int, metavar="N", help="rows of the matrix product (8192; on a CPU 1536)")
     parser.add_argument(
         "--compile", choices=("on", "off", "both"), help="default: the recipe's engine.compile; on a CPU off"
     )
     parser.add_argument("--attention", nargs="+", help="values of engine.attention; default: the recipe's")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of the published code")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.steps < 2:
         parser.error("--steps: at least 2")
     attention = [word for word in arguments.attention or [None] if word is None or "=" not in word]
     arguments.overrides += [word for word in arguments.attention or () if "=" in word]
-    compiled = {"on": [True], "off": [False], "both": [False, True], None: [None]}[arguments.compile]
+    choices: dict[str | None, list[bool | None]] = {"on": [True], "off": [False], "both": [False, True], None: [None]}
     variants = [
         _recipe(arguments, {"engine.attention": kernel, "engine.compile": on})
         for kernel in attention
-        for on in compiled
+        for on in choices[arguments.compile]
     ]
     with tempfile.TemporaryDirectory() as folder:
         process_group.start(RANKS, variants[0].engine, rendezvous=Path(folder))
@@ -139,9 +140,9 @@ class Ours:
         clock.watch("target", self.objective.target_encoder)
         clock.watch("context", self.objective.encoder)
         clock.watch("predictor", self.objective.predictor)
-        self.engine.backward = clock.timed("backward", self.engine.backward)
-        self.engine.step = clock.timed("optimiser", self.engine.step)
-        self.objective.after_step = clock.timed("EMA", self.objective.after_step)
+        clock.time_method("backward", self.engine, "backward")
+        clock.time_method("optimiser", self.engine, "step")
+        clock.time_method("EMA", self.objective, "after_step")
 
     def prepared(self, batch: MicroBatch) -> Callable[[], float]:
         on_device = batch.to(self.engine.device)
@@ -201,7 +202,7 @@ def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
     print(
         f"{cfg.kind}, {cfg.precision}, activation checkpointing {cfg.activation_checkpointing}; {device_name(device)}"
     )
-    product = product_rate(device, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32)
+    product = product_rate(device, torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32, arguments.product)
     print(f"a large matrix product: {product / 1e12:.2f} TFLOP/s; {arguments.steps} steps, medians, ms\n", flush=True)
     heads = ["attention", "compile", "code", *PARTS, "step", "clips/s", "peak GiB", "TFLOP/s", "of a product"]
     nominal = nominal_rate(device)

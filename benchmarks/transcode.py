@@ -10,13 +10,15 @@ slides, with some noise; real ones take fewer or more bytes, and decode faster o
 import argparse
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.data.decode import pictures_at, upright_rgb
 from vjepa_scale.data.ingest.encode import transcode
 from vjepa_scale.data.ingest.probe import decode_whole
@@ -28,7 +30,7 @@ _FRAMES, _FPS = 16, 4
 _T = TypeVar("_T")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1280x720", metavar="WxH")
     parser.add_argument("--seconds", type=int, default=20)
@@ -36,7 +38,9 @@ def main() -> None:
     parser.add_argument("--keyframe-every", type=int, default=250, metavar="FRAMES", help="in the source")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="the best counts")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.seconds * _FPS < _FRAMES:
+        parser.error(f"--seconds: at least {_FRAMES // _FPS}, the length of a clip")
     width, height = map(int, arguments.size.split("x"))
     source = _make_video(width, height, arguments.seconds, arguments.keyframe_every)
 
@@ -45,7 +49,7 @@ def main() -> None:
     (same,) = plan_transcodes(decoded, short_side=None)
     made = {"source": (source, 0.0)}
     for name, planned in (("same size", same), (f"short side {arguments.short_side}", part)):
-        taken_s, data = _timed(lambda planned=planned: transcode(source, planned))
+        taken_s, data = _timed(partial(transcode, source, planned))
         made[name] = data, taken_s
 
     print(f"{arguments.seconds} s of {width}x{height}, {_RATE} frames a second, a keyframe every ", end="")
@@ -58,6 +62,7 @@ def main() -> None:
         share, cost = len(data) / len(source), taken_s / arguments.seconds
         print(f"{name:15} | {len(data) / 1e6:6.2f} | {share:8.2f} | {cost:11.2f} ", end="")
         print(f"| {rate:12.2f} | {rate / rate_before:8.1f}")
+    return 0
 
 
 def _clips_per_second(data: bytes, seconds: int, clips: int) -> float:
@@ -96,4 +101,4 @@ def _make_video(width: int, height: int, seconds: int, gop: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
