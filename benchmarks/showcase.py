@@ -23,6 +23,7 @@ from typing import Any
 from vjepa_scale.recipe import load_recipe, recipe_yaml
 
 ROOT = Path(__file__).parents[1]
+SIZES = ("clips", "val-clips", "trajectories", "episodes")  # of the demo
 TASKS = ("joint", "shape", "motion")
 RESULT = ROOT / "benchmarks" / "results" / "showcase.json"
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/showcase"))
     parser.add_argument("--check", type=Path, metavar="SUMMARY", help="a finished run's summary.json")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/showcase.json")
+    for name in SIZES:
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="as tools/demo.py has it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.check:
@@ -67,6 +70,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     words = [f"run.dir={run}", f"run.seed={seed}", f"data.seed={seed}", *arguments.overrides]
     words += [f"data.sets.{name}.path={data / folder}" for name, folder in shards.items()]
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), arguments.recipe, *words, "--data-seed", str(seed)]
+    given = {name: getattr(arguments, name.replace("-", "_")) for name in SIZES}
+    command += [word for name, size in given.items() if size is not None for word in (f"--{name}", str(size))]
     summary = run / "summary.json"
     if not summary.exists():
         subprocess.run(command, check=True)

@@ -646,6 +646,14 @@ def test_showcase_of_finished_runs(run: Run, tmp_path: Path, monkeypatch: pytest
     assert all(math.isfinite(float(value)) for row in rows.values() for value in row.split())
     assert len(re.findall("^yes ", text, re.MULTILINE)) == 6
 
+    showcase = load("showcase")
+    monkeypatch.setattr(showcase, "RESULT", tmp_path / "recorded.json")
+    assert showcase.main(["--seeds", "21", "22", "--out", str(tmp_path), "--record", *OVERRIDES]) == 0
+    recorded = json.loads((tmp_path / "recorded.json").read_text())
+    assert recorded["seeds"] == [21, 22]
+    assert recorded["planning"]["success"] == pytest.approx(mean(successes.values()))
+    assert recorded["std"]["planning"]["success"] == pytest.approx(stdev(successes.values()))
+
     with pytest.raises(SystemExit, match="is of another recipe"):
         run("showcase", "--seeds", 21, 22, "--out", tmp_path, "pretrain.steps=9")
 
@@ -682,9 +690,10 @@ def test_showcase_runs_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "run", here)
     monkeypatch.chdir(ROOT)
     (tmp_path / "seed31").mkdir()
-    code, text, _ = run("showcase", "--seeds", 31, "--out", tmp_path, *OVERRIDES)
+    code, text, _ = run("showcase", "--seeds", 31, "--out", tmp_path, "--clips", 20, "--val-clips", 4, *OVERRIDES)
     assert code == 0
     assert [words[0] for words in steps][-4:] == ["launch", "launch", "consolidate", "consolidate"]
-    assert steps[0][1] == tmp_path / "data31" / "videos"
+    assert steps[0][1:6] == (tmp_path / "data31" / "videos", "--clips", 20, "--val-clips", 4)
+    assert steps[1][3:5] == ("--trajectories", 192)
     assert json.loads((tmp_path / "seed31" / "summary.json").read_text())["planning"] == RECORDED["planning"]
     assert len(re.findall("^yes ", text, re.MULTILINE)) == 6
