@@ -2,6 +2,7 @@
 
     optimiser   AdamW on one rank's shards of a model: on DTensors, as PyTorch does it by itself, and on plain tensors
                 over the same memory, as parallel/fsdp.py does. Its arithmetic is in both
+    plan        rank 0's plan of a save: of the shards of all ranks, and where the plan of the save before is kept
     rank        what a step waits for the effective rank: for its eigenvalues, and where a thread computes them
     tables      rotary tables of a micro-batch's five forward passes: computed anew, and kept
 
@@ -15,18 +16,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
+from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.model import rope
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel.engine import build_engine
+from vjepa_scale.parallel.engine import Engine, build_engine
 from vjepa_scale.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = Ranks(1, arguments.ranks, 1, 8, "benchmark", "submitit-local", "benchmark")
     print(f"{arguments.model}, rank 1 of {arguments.ranks}, torch {torch.__version__}; ms\n")
     print("| | the first way | this code |\n|---|---|---|", flush=True)
-    row("optimiser", *optimiser(recipe, ranks, arguments.repeats))
+    engine = build_engine(recipe.engine, ranks)
+    objective = Jepa(recipe, engine)
+    engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
+    row("optimiser", *optimiser(engine, objective, arguments.repeats))
+    row("plan", *plan(engine, objective, arguments.ranks))
     dist.destroy_process_group()
     row("rank", *effective_rank(recipe, arguments.repeats))
     row("tables", *tables(arguments.repeats))
@@ -76,10 +86,7 @@ def median_ms(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def optimiser(recipe: Recipe, ranks: Ranks, repeats: int) -> tuple[float, float]:
-    engine = build_engine(recipe.engine, ranks)
-    objective = Jepa(recipe, engine)
-    engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
+def optimiser(engine: Engine, objective: Jepa, repeats: int) -> tuple[float, float]:
     parameters = [p for network in objective.trained.values() for p in network.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
     plain = torch.optim.AdamW(parameters, lr=0.0, foreach=True)
@@ -98,6 +105,39 @@ def optimiser(recipe: Recipe, ranks: Ranks, repeats: int) -> tuple[float, float]
         engine.step(0.0)
 
     return median_ms(on_dtensors, repeats), median_ms(on_shards, repeats)
+
+
+def plan(engine: Engine, objective: Jepa, ranks: int) -> tuple[float, float]:
+    tensors = engine.tensors(objective.networks, optimizer=True)
+    times = []
+    for planner in (dcp.DefaultSavePlanner(), store.planner()):
+        planner.set_up_planner(tensors, is_coordinator=True)
+        of_ranks = [_of_rank(planner.create_local_plan(), rank, ranks) for rank in range(ranks)]
+        began = time.perf_counter()
+        whole, _ = planner.create_global_plan(of_ranks)
+        planner.finish_plan(whole[0])
+        times.append(1000 * (time.perf_counter() - began))
+    began = time.perf_counter()
+    assert not planner.create_local_plan().usable, "the plan of the save before is kept"
+    planner.create_global_plan([SavePlan([], usable=False)] * ranks)
+    return times[0], 1000 * (time.perf_counter() - began)
+
+
+def _of_rank(plan: SavePlan, rank: int, ranks: int) -> SavePlan:
+    """The same tensors' shards on another rank."""
+    items = []
+    for item in plan.items:
+        assert item.tensor_data is not None
+        rows, *rest = item.tensor_data.size
+        share = -(-rows // ranks)
+        first = min(rank * share, rows)
+        chunk = ChunkStorageMetadata(
+            torch.Size((first, *[0] * len(rest))), torch.Size((min(share, rows - first), *rest))
+        )
+        if chunk.sizes[0]:
+            index = replace(item.index, offset=chunk.offsets, index=None)
+            items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
+    return replace(plan, items=items)
 
 
 def effective_rank(recipe: Recipe, repeats: int) -> tuple[float, float]:

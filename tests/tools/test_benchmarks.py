@@ -336,7 +336,7 @@ def test_host(run: Run) -> None:
     assert code == 0
     assert text.startswith("vit_tiny, rank 1 of 4, torch ")
     rows = table(text)
-    assert [row[""] for row in rows] == ["optimiser", "rank", "tables"]
+    assert [row[""] for row in rows] == ["optimiser", "plan", "rank", "tables"]
     column(rows, "the first way")
     for row in rows:
         assert numbers(row["this code"])[0] >= 0
