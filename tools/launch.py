@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
@@ -82,7 +83,7 @@ def _launch(
     from vjepa_scale.launch.record import only_launcher_of, record_launch
 
     run = Path(recipe.run.dir)
-    remaining = plan.check(recipe, stages, source=arguments.recipe, cluster=cluster)
+    remaining = plan.check(recipe, stages, source=arguments.recipe, cluster=cluster, repair=partial(print, flush=True))
     if not remaining:
         print("\n".join([*description, "every stage is already complete"]))
         return 0

@@ -122,8 +122,10 @@ def test_the_source_may_be_a_run_a_stage_or_a_checkpoint(tmp_path: Path, capsys:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert holds(consolidate(run, tmp_path / "f"), 6)
+    with pytest.raises(UserError, match="its last checkpoint, step_00000007, is damaged"):
+        consolidate(run, tmp_path / "f")
     assert f"{last} is damaged" in capsys.readouterr().err
+    assert holds(consolidate(run / "cooldown/checkpoints/step_00000006", tmp_path / "f"), 6)  # asked for by name
     with pytest.raises(UserError, match="__0_0"):
         consolidate(last, tmp_path / "b")
     assert holds(tmp_path / "b", 7)  # a refusal leaves what was there

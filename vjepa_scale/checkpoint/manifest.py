@@ -4,6 +4,7 @@ It is written last, holds the size and SHA-256 of every other file, and ends wit
 Light: who only reads one does not import torch.
 """
 
+import errno
 import hashlib
 import json
 import platform
@@ -20,6 +21,8 @@ FORMAT = "vjepa_scale.checkpoint"
 VERSION = 1
 # Written down where this process uses them.
 _OPTIONAL_LIBRARIES = ("deepspeed", "flash_attn")
+# A disk that cannot give the bytes back (bad sectors, a checksum of the file system's): damage like any other.
+_UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -70,7 +73,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = json.loads(raw)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError("file not found", where=path, fix="give a folder checkpoints/step_XXXXXXXX") from None
-    except ValueError:  # not JSON, or not even text
+    except IsADirectoryError:
+        raise UserError("a folder, not a file", where=path, fix=unusable) from None
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        raise UserError(f"cannot be read: {error.strerror}", where=path, fix=unusable) from None
+    except (ValueError, RecursionError):  # not JSON, or not even text
         raise UserError("not valid JSON", where=path, fix=unusable) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"not a manifest of format {FORMAT}", where=path, fix=unusable)
@@ -100,8 +109,13 @@ def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read:
         return f"{name} is missing"
     if size != recorded["bytes"]:
         return f"{name} has {size} bytes instead of {recorded['bytes']}"
-    if read and sha256_file(path) != recorded["sha256"]:
-        return f"{name} does not have the bytes that were written (SHA-256)"
+    try:
+        if read and sha256_file(path) != recorded["sha256"]:
+            return f"{name} does not have the bytes that were written (SHA-256)"
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 

@@ -9,9 +9,10 @@
         manifest.json         step, recipe, counts …, size and SHA-256 of all files above, own checksum
       step_00000200/
       .step_00000300.tmp/     being written; unfinished if its writer is dead
+      step_00000200.damaged/  found damaged and set aside (finding.py), until the step is saved again
 
-``save``, ``find_latest``, ``verify`` and ``load`` are collective where a process group exists: every rank
-calls them, and gets the same answer or the same error. Without one they work alone.
+``save``, ``find_latest``, ``find_last``, ``verify`` and ``load`` are collective where a process group exists: every
+rank calls them, and gets the same answer or the same error. Without one they work alone.
 """
 
 import itertools
@@ -20,7 +21,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from vjepa_scale.checkpoint.chunks import ChunkWriter, write_chunk_checksums
-from vjepa_scale.checkpoint.finding import NAME, name_of, newest_first, newest_name
-from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, file_problem, read_manifest, write_manifest
+from vjepa_scale.checkpoint.finding import aside, name_of, newest_first, newest_name, problems, refuse_older
+from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, remove_dir
@@ -44,6 +44,7 @@ from vjepa_scale.parallel.process_group import from_rank_0
 __all__ = [
     "MANIFEST",
     "LoadReport",
+    "find_last",
     "find_latest",
     "load",
     "newest_name",
@@ -132,8 +133,9 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, replaced)
     publish_dir(temporary, final)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    for path in (replaced, final.with_name(f"{final.name}.damaged")):
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def retain(folder: Path, *, keep: int) -> None:
@@ -180,11 +182,11 @@ def find_latest(folder: Path) -> Path | None:
     # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
     checkpoints = from_rank_0(newest_first(folder))
     for checkpoint in checkpoints:
-        problems = _problems(checkpoint)
-        if not problems:
+        found = _problems(checkpoint)
+        if not found:
             return checkpoint
         if _rank_and_world_size()[0] == 0:
-            named = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            named = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
             print(f"warning: checkpoint {checkpoint} is damaged and not used: {named}", file=sys.stderr, flush=True)
     if checkpoints:
         raise UserError(
@@ -195,28 +197,24 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
+def find_last(folder: Path) -> Path | None:
+    """``find_latest``, but never an older checkpoint in the place of a damaged one: that is a UserError."""
+    saved = from_rank_0(newest_first(folder) + aside(folder))  # before: a run at work may save another one meanwhile
+    found = find_latest(folder)
+    refuse_older(found, saved, where=folder)
+    return found
+
+
 def verify(checkpoint: Path) -> None:
     """Raise UserError naming what is wrong with a checkpoint, if anything is."""
-    if problems := _problems(checkpoint):
-        raise UserError("; ".join(problems[:4]), where=checkpoint, fix="use another checkpoint, or restore this one")
+    if found := _problems(checkpoint):
+        raise UserError("; ".join(found[:4]), where=checkpoint, fix="use another checkpoint, or restore this one")
 
 
 def _problems(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, equal on all ranks; each looks at its share of the files."""
     rank, world_size = _rank_and_world_size()
-    try:
-        manifest = read_manifest(checkpoint)
-    except UserError as error:
-        own = [f"{MANIFEST}: {error.what}"]
-    else:
-        share = sorted(manifest["files"].items())[rank::world_size]
-        # Ranks are as many as cores; a process alone may take them all (hashing releases the GIL).
-        with ThreadPoolExecutor(os.cpu_count() if world_size == 1 else 1) as pool:
-            found = pool.map(lambda entry: file_problem(checkpoint, *entry), share)
-        own = [problem for problem in found if problem]
-        named = NAME.fullmatch(checkpoint.name)
-        if named and int(named[1]) != manifest["step"]:
-            own.append(f"{MANIFEST} is of step {manifest['step']}")
+    own = problems(checkpoint, rank=rank, world_size=world_size)
     return sorted({problem for part in _gathered(own) for problem in part})
 
 

@@ -2,10 +2,11 @@
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vjepa_scale.checkpoint.finding import set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import DUMPED, dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
@@ -18,7 +19,9 @@ from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
 from vjepa_scale.training.lock import refuse_if_training
 from vjepa_scale.training.preflight import (
+    Damage,
     check_finished,
+    damage_of,
     is_finished,
     planned_first,
     planned_order,
@@ -45,26 +48,46 @@ def chosen_cluster(recipe: Recipe) -> str:
     return "slurm" if shutil.which("sbatch") else "local"
 
 
-def check(recipe: Recipe, stages: Sequence[str], *, source: object, cluster: str) -> list[str]:
+def check(
+    recipe: Recipe,
+    stages: Sequence[str],
+    *,
+    source: object,
+    cluster: str,
+    repair: Callable[[str], object] | None = None,
+) -> list[str]:
     """Preflight of every stage; returns the names of those that are not finished.
 
     source: the recipe's file, which errors name
+    repair: gets the lines about it where the last checkpoints of finished stages are to be read, and a damaged one set
+            aside, so that its stage is trained again from the good one before it; None: files are not read
     """
     with errors_name(source):
         if cluster == "local":
             _fits_this_machine(recipe)
     world_size = recipe.launch.nodes * recipe.launch.tasks_per_node
     remaining: list[str] = []
+    damaged: dict[str, Damage] = {}
     for name in stages:
         with errors_name(source):
             if is_finished(recipe, name):
                 check_finished(recipe, name)
-                continue
+                damage = damage_of(recipe, name, say=repair) if repair is not None else None
+                if damage is None:
+                    continue
+                damaged[name] = damage
             preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
         remaining.append(name)
     refuse_if_at_work(recipe)
     for name in remaining:
         refuse_if_training(stage_folder(recipe, name))
+    for name, damage in damaged.items():
+        place = set_aside(damage.checkpoint)
+        assert repair is not None
+        repair(
+            f"{name}: {damage.checkpoint} is damaged ({damage.problem}): set aside as {place.name}, "
+            f"to be trained again from {damage.good.name} on"
+        )
     return remaining
 
 

@@ -6,9 +6,18 @@ another format are opened, by the code that loads them.
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from vjepa_scale.checkpoint.finding import is_foreign, name_of, newest_name
+from vjepa_scale.checkpoint.finding import (
+    is_foreign,
+    last_name,
+    name_of,
+    newest_first,
+    newest_name,
+    problems,
+    size_of,
+)
 from vjepa_scale.checkpoint.manifest import MANIFEST, identity, read_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import count_replicas
@@ -108,6 +117,38 @@ def check_finished(recipe: Recipe, stage_name: str) -> None:
     refuse_other_recipe(recipe, stage_name, newest)
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A finished stage's last checkpoint is damaged. good: the one before it, from which it can be trained again."""
+
+    checkpoint: Path
+    problem: str
+    good: Path
+
+
+def damage_of(recipe: Recipe, stage_name: str, *, say: Callable[[str], object]) -> Damage | None:
+    """Read a finished stage's last checkpoint, every byte; of older ones only where it is damaged.
+
+    Raises UserError where none of them is good. say: gets a line before the reading, which may take minutes
+    """
+    folder = checkpoints_folder(recipe, stage_name)
+    last = newest_name(folder)
+    assert last is not None, "is_finished said so"
+    say(f"{stage_name} is complete: verifying {last.name} ({size_of(last) / 1e9:.2g} GB)")
+    found = problems(last)
+    if not found:
+        return None
+    every = newest_first(folder)
+    good = next((other for other in every[every.index(last) + 1 :] if not problems(other)), None)
+    if good is None:
+        raise UserError(
+            f"none of {len(every)} checkpoints is good; {last.name}: {found[0]}",
+            where=folder,
+            fix="restore one from a copy, or move the folder away to start again on purpose",
+        )
+    return Damage(last, found[0], good)
+
+
 def open_data(recipe: Recipe, stage_name: str) -> dict[str, Manifest]:
     """The manifests of a stage's data sets, in the recipe's order. Raises UserError naming the key."""
     manifests = {}
@@ -138,6 +179,15 @@ def data_order(
     )
 
 
+def end_checkpoint(recipe: Recipe, stage_name: str) -> Path:
+    """Where a stage's last checkpoint is, or will be."""
+    return checkpoints_folder(recipe, stage_name) / name_of(_end_of(recipe, stage_name))
+
+
+class DamagedEndError(UserError):
+    """The last checkpoint of a stage that another one starts from is damaged."""
+
+
 def source_of(
     recipe: Recipe,
     stage_name: str,
@@ -145,12 +195,14 @@ def source_of(
     value: str,
     *,
     newest: Callable[[Path], Path | None] = newest_name,
+    last: Callable[[Path], Path | None] = last_name,
     verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """The checkpoint that ``continue_from`` or ``init_from`` names: a stage, a stage's folder or a checkpoint.
 
-    newest, verify: how a folder's newest checkpoint is found and a checkpoint is checked; by default only its manifest
-                    and the sizes of its files are looked at
+    newest, last, verify: how a folder's newest good checkpoint, and its last one, are found and a checkpoint is
+                          checked; by default only its manifest and the sizes of its files are looked at
+    Raises DamagedEndError where a stage of this recipe has come to its end, and its last checkpoint is damaged.
     """
     key = f"{stage_name}.{word}"
     if value in recipe.stages():
@@ -164,7 +216,7 @@ def source_of(
             _refuse_other_model(recipe, stage_name, word, path)
             return path
         folder, must_end_at = (path if path.name == "checkpoints" else path / "checkpoints"), None
-    latest = newest(folder)
+    latest = newest(folder) if must_end_at is not None else last(folder)
     if latest is None:
         raise UserError(
             f"{value!r} has no checkpoint in {folder}",
@@ -172,6 +224,12 @@ def source_of(
             fix="run that stage first, or give a checkpoint's path",
         )
     if must_end_at is not None and (step := read_manifest(latest)["step"]) != must_end_at:
+        if (end := end_checkpoint(recipe, value)).is_dir():
+            raise DamagedEndError(
+                f"the last checkpoint of {value!r}, {end}, is damaged",
+                where=key,
+                fix=f"launch {value!r} again, which trains it from {latest.name} on, or restore it from a copy",
+            )
         raise UserError(
             f"stage {value!r} stands at step {step}, its end is {must_end_at}",
             where=key,

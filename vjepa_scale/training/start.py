@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.finding import is_foreign
+from vjepa_scale.checkpoint.finding import is_foreign, set_aside
 from vjepa_scale.checkpoint.manifest import identity
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.training.foreign import check_foreign
-from vjepa_scale.training.preflight import UNTRAINED, carried, refuse_other_data, refuse_other_recipe, source_of
+from vjepa_scale.training.preflight import (
+    UNTRAINED,
+    DamagedEndError,
+    carried,
+    end_checkpoint,
+    refuse_other_data,
+    refuse_other_recipe,
+    source_of,
+)
 
 # The verdict of all ranks, and every byte read.
-_verified_source = partial(source_of, newest=store.find_latest, verify=store.verify)
+_read_source = partial(source_of, newest=store.find_latest, last=store.find_last, verify=store.verify)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,16 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
     if stage.init_from is not None:
         return Start("init", _verified_source(recipe, stage_name, "init_from", stage.init_from))
     return Start("fresh")
+
+
+def _verified_source(recipe: Recipe, stage_name: str, word: str, value: str) -> Path:
+    """As source_of, every byte read. A damaged end of an earlier stage is set aside: that stage is not finished."""
+    try:
+        return _read_source(recipe, stage_name, word, value)
+    except DamagedEndError:
+        if process_group.is_main():
+            set_aside(end_checkpoint(recipe, value))
+        raise
 
 
 def origin_of(start: Start) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class _Follower:
             if stage.state == "cancelled":
                 self._say(stage)
         for stage in stages:
-            if stage.state in ("failed", "gave up", "stopped"):
+            if stage.state in ("failed", "gave up", "stopped", "damaged"):
                 print(f"error: {_what_failed(stage)}", file=sys.stderr, flush=True)
                 break
         return verdict
@@ -230,7 +230,7 @@ def _verdict(status: RunStatus, stages: list[StageStatus]) -> int | None:
     if any(stage.owner == "unknown" and stage.cluster == "slurm" and stage.state != "done" for stage in stages):
         return None  # Slurm does not answer: what looks like an end may be a restart
     for stage in stages:
-        if stage.state in ("failed", "gave up", "stopped"):
+        if stage.state in ("failed", "gave up", "stopped", "damaged"):
             mistake = stage.error is not None and stage.error.ended and stage.error.user_error
             return EXIT_USER_ERROR if mistake else 1
     return None if any(stage.state in ALIVE for stage in stages) else 1

@@ -97,9 +97,17 @@ class _Judge:
             return "not launched", ""
         if self.status.owner == "alive":
             return self._in_slurm(self.job) if self.job is not None else self._here()
+        if self._was_done():
+            again = f": the same launch trains it again from {self.status.checkpoint}" if self.status.checkpoint else ""
+            return "damaged", f"its last checkpoint is damaged or gone{again}"
         if self._orphaned():
             return "running", "its launcher has ended: nothing will start it again, or the stage after it"
         return self._by_files()
+
+    def _was_done(self) -> bool:
+        """Does its history say that it came to the end that it has today?"""
+        end = self.last.end if self.last is not None else None
+        return end is not None and end["event"] == "done" and end["step"] == self.status.last_step
 
     # -- attempts ----------------------------------------------------------------------------------------
 

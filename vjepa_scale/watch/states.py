@@ -10,6 +10,7 @@ The states of a stage:
     requeued       it has been interrupted or has failed, and is to go on by itself
     ending         this attempt is over, its job is not yet
     done           its last checkpoint is there
+    damaged        it was done; now its last checkpoint, or a probe's result, is damaged or gone
     failed         an error ended it
     gave up        it was not started again, for the reason that is given
     cancelled      by tools/launch.py cancel, in Slurm, or because a stage before it did not finish
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from vjepa_scale.watch.jobs import JobState
 
 ALIVE = ("waiting", "pending", "starting", "running", "requeued", "ending")
-UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped")
+UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped", "damaged")
 
 
 @dataclass
@@ -104,8 +105,9 @@ class RunStatus:
 
     @property
     def exit_code(self) -> int:
-        """1 if a stage failed, gave up or ended without a word, else 0."""
-        return int(any(stage.state in ("failed", "gave up") or stage.without_a_word for stage in self.stages))
+        """1 if a stage failed, gave up, is damaged, or ended without a word, else 0."""
+        bad = ("failed", "gave up", "damaged")
+        return int(any(stage.state in bad or stage.without_a_word for stage in self.stages))
 
     @property
     def alive(self) -> list[str]:

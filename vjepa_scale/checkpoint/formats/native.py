@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.finding import last_name
 from vjepa_scale.checkpoint.formats.source import (
     NETWORKS,
     ConsolidatedConfig,
@@ -61,13 +62,13 @@ _FROZEN: dict[str, dict[str, str]] = {
 
 
 def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Network] | None = None) -> Path:
-    """The checkpoint that a path means: itself, or the newest good one of a stage or a run.
+    """The checkpoint that a path means: itself, or the last one of a stage or a run.
 
     check:    verify the bytes of its files; False looks at manifests and sizes only
     networks: what is wanted of it. Of a run, the stage follows from that: an action predictor is in the action stage,
               everything else in the last of the stages before it; a probe stage is never meant
 
-    Raises UserError.
+    Raises UserError, also where the last one is damaged: an older one is meant only by its own path.
     """
     if not source.exists():
         raise UserError("no such folder", where=source, fix="give a run, a stage or a checkpoint folder")
@@ -78,7 +79,7 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
         return source
     stages = (ACTION_STAGE,) if networks is not None and "action_predictor" in networks else LAST_STAGE_FIRST
     for folder in (source, source / "checkpoints", *(source / stage / "checkpoints" for stage in stages)):
-        found = store.find_latest(folder) if check else store.newest_name(folder)
+        found = store.find_last(folder) if check else last_name(folder)
         if found is not None:
             return found
     if stages != LAST_STAGE_FIRST and any((source / stage / "checkpoints").is_dir() for stage in LAST_STAGE_FIRST):

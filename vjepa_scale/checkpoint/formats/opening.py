@@ -23,7 +23,7 @@ def open_weights(
 ) -> WeightSource:
     """Open weights of any format; tensors are read when they are asked for.
 
-    path:     a run, a stage or a checkpoint of ours (of which the newest good one is taken, verified; of a run, of
+    path:     a run, a stage or a checkpoint of ours (of which the last one is taken, verified; of a run, of
               the stage that ``networks`` ask for, see ``find_checkpoint``), a consolidated folder or file, a
               published ``.pt``, a Hugging Face folder
     model:    the model that it must be; a published file of others needs it, see ``open_published``
