@@ -107,7 +107,7 @@ MISTAKES = {
     "sbatch: {comment: 'a\\b'}": (":sbatch.comment: ", "drops backslashes"),
     "- partition": (": ", "mapping of keys"),
     "partition: {": (": ", "not readable as YAML"),
-    "partition: a\nqos: b\npartition: c": (": ", "'partition' is there twice"),
+    "partition: a\nqos: b\npartition: c": (":partition: ", "'partition' is there twice"),
     "sbatch: !!python/name:os.system x": (": ", "not readable as YAML"),
 }
 

@@ -12,13 +12,14 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.yaml_text import parse_yaml
 from vjepa_scale.launch import profile_values as values
 from vjepa_scale.recipe.load import explain_invalid
 from vjepa_scale.recipe.sections import Section
@@ -103,15 +104,7 @@ class Profile(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values stay text; only an empty one is none. A key that stands twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    """Plain values stay text; only an empty one is none."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -132,11 +125,12 @@ def load_profile(name_or_path: str | None) -> Profile:
         return Profile()
     path = _path_of(name_or_path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError("no such profile", where=path, fix=_profiles_there()) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
+    tree = parse_yaml(text, _Loader, where=path)
     if tree is not None and not isinstance(tree, dict):
         raise UserError("a profile is a mapping of keys", where=path, fix="for example partition: gpu")
     try:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.yaml_text import parse_yaml
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -69,13 +70,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]
     if path.resolve() in seen:
         raise UserError("extends itself", where=path)
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        text = path.read_text()
     except FileNotFoundError:
         raise UserError(
             "no such recipe", where=path, fix="give the path of a YAML file, e.g. recipes/demo.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
+    tree = parse_yaml(text, _Loader, where=path)
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections", where=path)
     parent = tree.pop("extends", None)
@@ -135,10 +137,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override", where="command line", fix="write dotted.key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"{text!r} is not a YAML value", where=f"command line:{key}") from None
+    value = parse_yaml(text, _Loader, where="command line", key=key)
     *parents, last = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parents):
