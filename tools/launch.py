@@ -146,7 +146,8 @@ def _in_background(recipe: Recipe, stages: list[str], again: list[str]) -> int:
     history = stage_folder(recipe, stages[0]) / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):
         if (code := process.poll()) is not None:
-            print(log.read_bytes()[said:].decode(errors="replace"), end="", file=sys.stderr)
+            words = log.read_bytes()[said:].decode(errors="replace")
+            print(words or f"error: {log}: nothing was written: is the disk full?\n", end="", file=sys.stderr)
             return code
         time.sleep(0.1)
     print(

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import write_atomic
+from vjepa_scale.core.files import write_atomic, writing
 
 _BLOCK = 2**20  # bytes: a chunk is never held whole here
 
@@ -34,8 +34,10 @@ class ChunkWriter(FileSystemWriter):
         self.places: dict[str, set[tuple[int, int]]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
-        for result in written.wait():
+        with writing(Path(self.path)):
+            written = super().write_data(plan, planner)
+            results = written.wait()
+        for result in results:
             stored = result.storage_data
             self.places.setdefault(stored.relative_path, set()).add((stored.offset, stored.length))
         return written

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.files import fsync_path
+from vjepa_scale.core.files import fsync_path, writing
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 
@@ -49,7 +49,7 @@ def write_safetensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
             file.write(header)
             for name, shape, dtype in ordered:
                 _write_tensor(file, name, shape, dtype, read(name))

@@ -20,11 +20,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -55,6 +55,8 @@ __all__ = [
     "verify",
 ]
 
+T = TypeVar("T")
+
 _planners = itertools.count()
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|replaced|removing)")
 
@@ -78,34 +80,46 @@ def save(
     group:    all processes, for who saves while they talk of other things (see saver.py)
     planner:  of ``planner()``, one for all saves of the same tensors
 
-    One of the same step (from before a restart, or damaged) is replaced.
+    One of the same step (from before a restart, or damaged) is replaced. Raises OSError on all ranks where one of them
+    cannot write its part; nothing is left of the checkpoint then.
     """
     rank, world_size = _rank_and_world_size()
     final = folder / name_of(step)
     temporary = folder / f".{final.name}.tmp"
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
-    _gathered(None, group)
+
+    def begin() -> None:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+
+    def describe() -> dict[str, Any]:
+        shards = sorted(temporary.glob(f"__{rank}_*.distcp"))
+        checksums, described = write_chunk_checksums(temporary, rank, shards, writer.places)
+        for path in [checksums, temporary / ".metadata"] if rank == 0 else [checksums]:
+            described[path.name] = describe_file(path)
+        return described
+
+    def publish() -> None:
+        if rank == 0:
+            files = {name: description for part in parts for name, description in part.items()}
+            mesh = _mesh_of(tensors)
+            write_manifest(temporary, step=step, world_size=world_size, mesh=mesh, files=files, extra=manifest)
+            _publish(temporary, final)
 
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
     writer = ChunkWriter(temporary)
-    with _causes():
-        dcp.save(detached, storage_writer=writer, planner=planner, process_group=group)
-    shards = sorted(temporary.glob(f"__{rank}_*.distcp"))
-    checksums, described = write_chunk_checksums(temporary, rank, shards, writer.places)
-    for path in [checksums, temporary / ".metadata"] if rank == 0 else [checksums]:
-        described[path.name] = describe_file(path)
-    parts = _gathered(described, group)
-
-    if rank == 0:
-        files = {name: description for part in parts for name, description in part.items()}
-        mesh = _mesh_of(tensors)
-        write_manifest(temporary, step=step, world_size=world_size, mesh=mesh, files=files, extra=manifest)
-        _publish(temporary, final)
-    _gathered(None, group)
+    try:
+        _on_all(begin, group)
+        with _causes():
+            dcp.save(detached, storage_writer=writer, planner=planner, process_group=group)
+        parts = _on_all(describe, group)
+        _on_all(publish, group)
+    except OSError:
+        if rank == 0:  # a full disk, maybe: what cannot be finished takes no room
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -292,6 +306,21 @@ def _form(shape: Any, dtype: Any) -> str:
 
 def _rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _on_all(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """What every rank's ``act`` gives, on every rank; an OSError of one of them is raised on all."""
+    failed: OSError | None = None
+    own: T | None = None
+    try:
+        own = act()
+    except OSError as error:
+        failed = error
+    every = _gathered((own, failed), group)
+    for _, theirs in every:
+        if theirs is not None:
+            raise theirs
+    return [value for value, _ in every]
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -1,10 +1,14 @@
 """The one exception for mistakes a user can mend, and how a command line reports it."""
 
+import errno
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+# What the system says of a write where the disk, the quota or the largest file that it allows is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # sysexits.h EX_TEMPFAIL: a rank obeyed a signal and has saved; the same command goes on.
 EXIT_SAVED = 75
 
@@ -48,12 +52,17 @@ def exit_code(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_USER_ERROR
     except OSError as error:  # a full disk, a folder that may not be written: the user's to mend, where it has a path
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        _say(f"error: {error.filename or 'a file cannot be written'}: {error.strerror}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # standard error may be a file on the disk that is full: the exit code stays
+        print(line, file=sys.stderr, flush=True)

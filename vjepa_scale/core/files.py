@@ -5,18 +5,41 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import FULL, UserError
+
+_RESERVE, _RESERVE_BYTES = ".reserve", 256 * 1024
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where a write inside fails, raise the system's error with the path: ``write`` and ``fsync`` do not know it.
+
+    PyTorch's writer raises a RuntimeError of its own after the system's, which is what is raised here then.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            cause = error.__cause__ or error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        if cause.filename is None:
+            cause.filename = str(path)
+        raise cause from None
 
 
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a rename inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with writing(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -30,14 +53,18 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file: under a temporary name, flushed, then renamed."""
+    """Write a whole file: under a temporary name, flushed, then renamed. Where that fails nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 
@@ -58,10 +85,12 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = False) -> None:
     """Append one JSON line with a single write, so that lines of several writers do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as file:
+    with writing(path), open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a kill: our line must not be part of it
-        file.write((b"\n" if torn else b"") + (json.dumps(row) + "\n").encode())
+        left = (b"\n" if torn else b"") + (json.dumps(row) + "\n").encode()
+        while left:  # a disk that fills up takes a part, and says so the next time
+            left = left[file.write(left) :]
         if durable:
             os.fsync(file.fileno())
 
@@ -78,6 +107,24 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 except ValueError:
                     continue
                 yield row
+
+
+def keep_reserve(folder: Path) -> None:
+    """Have a file in a folder that ``write_last_words`` may give up. Raises OSError where there is no room for it."""
+    path = folder / _RESERVE
+    if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
+        write_atomic(path, os.urandom(_RESERVE_BYTES))  # a file system that compresses would keep no room for zeros
+
+
+def write_last_words(folder: Path, write: Callable[[], object]) -> None:
+    """Call ``write``; where the disk is full, once more in the room of the folder's reserve."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        (folder / _RESERVE).unlink(missing_ok=True)  # or another process has just done so
+        write()
 
 
 def sha256_file(path: Path) -> str:

@@ -16,7 +16,8 @@ from types import FrameType
 import psutil
 import submitit
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
+from vjepa_scale.core.files import keep_reserve
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.restarts import Verdict, end_of_attempt
 from vjepa_scale.launch.task import run_launched
@@ -70,6 +71,8 @@ class LocalChain:
         for leftover in (*folder.glob("failures/*.json"), *folder.glob("rendezvous/*")):
             leftover.unlink()  # a local job's name is a process id, which may come again
         history = History(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_reserve(folder)
         job = self._start(stage)
         me = psutil.Process()
         history.add(
@@ -138,8 +141,9 @@ class LocalChain:
                 self._ask_to_save(job)
                 asked_at = time.monotonic()
             over = job.done()
-            warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ", stream=show)
-            said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over, stream=show)
+            with suppress(OSError):  # of ours, on a full disk: the lines are in the ranks' logs, and the run goes on
+                warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ", stream=show)
+                said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over, stream=show)
             if over:
                 show.close()
                 return
@@ -152,7 +156,7 @@ class LocalChain:
 
     def _failure(self, stage: str, verdict: Verdict, history: History) -> Exception:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
-        if verdict.user_error:
+        if verdict.user_error or failed["kind"] == PassingError.__name__:  # it did not pass
             return UserError(failed["message"])
         who = f"rank {failed['rank']} failed with " if failed["rank"] is not None else ""
         where = f"report in {failed['report']}, " if failed["report"] else ""

@@ -37,13 +37,18 @@ class Launch:
 def record_launch(recipe: Recipe, stages: list[str], *, cluster: str) -> Launch:
     """Write a launch down, and the run's own ``recipe.yaml``, before anything starts."""
     run = Path(recipe.run.dir).absolute()
-    launch = Launch(new_launch_folder(run), snapshot_code(run))
-    facts, patch = source_state()
-    write_json(launch.folder / "source.json", {"cluster": cluster, "stages": stages, **facts})
-    if patch:
-        write_atomic(launch.folder / "source.patch", patch)
-    for path in (launch.recipe, run / "recipe.yaml"):
-        write_atomic(path, recipe_yaml(recipe))
+    code = snapshot_code(run)
+    launch = Launch(new_launch_folder(run), code)
+    try:
+        facts, patch = source_state()
+        write_json(launch.folder / "source.json", {"cluster": cluster, "stages": stages, **facts})
+        if patch:
+            write_atomic(launch.folder / "source.patch", patch)
+        for path in (launch.recipe, run / "recipe.yaml"):
+            write_atomic(path, recipe_yaml(recipe))
+    except OSError:
+        launch.withdraw()
+        raise
     return launch
 
 

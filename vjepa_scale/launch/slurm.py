@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import write_atomic
+from vjepa_scale.core.files import keep_reserve, write_atomic
 from vjepa_scale.launch.profile import Profile, load_profile
 from vjepa_scale.launch.profile_job import python_command, srun_arguments
 from vjepa_scale.launch.record import Launch
@@ -49,6 +49,9 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
         write_atomic(launch.folder / f"{stage}.sbatch", executor.script())
         name = executor.parameters["job_name"]
         _refuse_twin(recipe, name)
+        folder = stage_folder(recipe, stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_reserve(folder)
         try:
             with undisturbed():  # a job that nobody has written down would get a twin by the next launch
                 job = executor.submit(run_launched, launch.recipe, stage)

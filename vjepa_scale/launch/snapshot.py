@@ -22,7 +22,7 @@ from typing import Any
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import publish_dir, remove_dir
+from vjepa_scale.core.files import publish_dir, remove_dir, writing
 
 GIT_TIMEOUT_S = 10.0
 PATCH_LIMIT = 16 * 2**20  # bytes
@@ -118,7 +118,8 @@ def _write(package: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         path = package / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with writing(path):
+            path.write_bytes(content)
 
 
 # -- the launch ------------------------------------------------------------------------------------

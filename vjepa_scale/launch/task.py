@@ -10,6 +10,7 @@ import argparse
 import atexit
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +20,7 @@ from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.launch.restarts import refuse_endless_restarts
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
-from vjepa_scale.training.failures import Progress, report_failure
+from vjepa_scale.training.failures import Progress, report_failure, told_as
 from vjepa_scale.training.history import History
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 
@@ -52,8 +53,13 @@ def run_stage(recipe: Recipe, stage: str) -> str:
         sys.exit(EXIT_SAVED)
     except BaseException as error:
         failures, logs = failures_folder(recipe, stage), logs_folder(recipe, stage)
-        report_failure(failures, ranks, progress.step, error, logs=logs)
-        atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
+        told = told_as(error)
+        try:
+            report_failure(failures, ranks, progress.step, error, logs=logs)
+        except OSError as unwritten:  # the error itself is what must be seen
+            with suppress(OSError):
+                print(f"error: {told}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
+        atexit.register(_leave, 2 if isinstance(told, UserError) else 1)
         raise
     _exit_at_the_end(0)
     return "done"
@@ -68,8 +74,9 @@ def _exit_at_the_end(code: int) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End a rank that has failed, reported and printed its traceback: nothing that may wait for its peers."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # logs on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import read_json, write_json
+from vjepa_scale.core.errors import FULL, PassingError, UserError
+from vjepa_scale.core.files import read_json, write_json, write_last_words
 from vjepa_scale.core.ranks import Ranks
 
 Report = dict[str, Any]
@@ -31,18 +31,29 @@ class Progress:
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
     """Write this rank's report. step: the one that was being computed, if training had begun."""
     log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
-    write_json(
-        folder / f"{_file_name(ranks.job)}.{ranks.rank}.json",
-        {
-            "rank": ranks.rank,
-            "step": step,
-            "kind": type(error).__name__,
-            "message": str(error),
-            "user_error": isinstance(error, UserError) and not isinstance(error, PassingError),
-            "bystander": _is_bystander(error),
-            "traceback": "".join(traceback.format_exception(error)),
-            "log": str(log) if log.exists() else None,
-        },
+    path = folder / f"{_file_name(ranks.job)}.{ranks.rank}.json"
+    told = told_as(error)
+    report = {
+        "rank": ranks.rank,
+        "step": step,
+        "kind": type(told).__name__,
+        "message": str(told),
+        "user_error": isinstance(told, UserError) and not isinstance(told, PassingError),
+        "bystander": _is_bystander(told),
+        "traceback": "".join(traceback.format_exception(error)),
+        "log": str(log) if log.exists() else None,
+    }
+    write_last_words(folder.parent, lambda: write_json(path, report))
+
+
+def told_as(error: BaseException) -> BaseException:
+    """The error, or what it means to a user: a full disk is theirs to mend, and may be so by the next attempt."""
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return error
+    return PassingError(
+        f"cannot be written: {error.strerror}",
+        where=error.filename or "a log or a file",
+        fix="with space there, the same launch goes on from the last checkpoint, which is whole",
     )
 
 

@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.files import append_jsonl, read_jsonl
+from vjepa_scale.core.files import append_jsonl, read_jsonl, write_last_words
 
 Row = dict[str, Any]
 
@@ -36,8 +36,9 @@ class History:
         self.path = stage_folder / "history.jsonl"
 
     def add(self, event: str, **values: Any) -> None:
-        """Append one row, durably."""
-        append_jsonl(self.path, {"time": time.time(), "event": event, **values}, durable=True)
+        """Append one row, durably, also where the disk has just filled up (``keep_reserve`` of the stage's folder)."""
+        row = {"time": time.time(), "event": event, **values}
+        write_last_words(self.path.parent, lambda: append_jsonl(self.path, row, durable=True))
 
     def rows(self) -> list[Row]:
         return list(read_jsonl(self.path))

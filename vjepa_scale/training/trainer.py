@@ -11,7 +11,7 @@ import torch
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import append_jsonl, write_atomic, write_json
+from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
 from vjepa_scale.data.decode import TORCHCODEC
@@ -122,6 +122,7 @@ class _Trainer:
 
     def _begin(self) -> MetricsLog:
         """Rank 0's books of this attempt."""
+        keep_reserve(self.folder)
         evaluation_file(self.recipe, self.stage_name).unlink(missing_ok=True)  # of probes that this one replaces
         of_run = Path(self.recipe.run.dir) / "recipe.yaml"
         for path in (self.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it

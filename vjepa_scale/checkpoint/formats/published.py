@@ -31,7 +31,7 @@ from vjepa_scale.checkpoint.formats.source import (
     read_config_file,
 )
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import write_json
+from vjepa_scale.core.files import write_json, writing
 from vjepa_scale.model.positions import Positions
 from vjepa_scale.recipe.schema import ModelConfig
 
@@ -329,5 +329,6 @@ def write_published(folder: Path, source: WeightSource) -> None:
         "lr": 0.0,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({**states, **beside}, folder / WEIGHTS_FILE)
+    with writing(folder / WEIGHTS_FILE), open(folder / WEIGHTS_FILE, "wb") as file:
+        torch.save({**states, **beside}, file)
     write_json(folder / CONFIG_FILE, source.config.model_dump(mode="json"))
