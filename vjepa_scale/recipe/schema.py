@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from vjepa_scale.recipe.mask_sections import MasksConfig
-from vjepa_scale.recipe.sections import Positive, PositiveInt, PositiveRange, Section, ShareRange, Size
+from vjepa_scale.recipe.sections import (
+    Blocks,
+    Channels,
+    Hidden,
+    Positive,
+    PositiveInt,
+    PositiveRange,
+    Section,
+    ShareRange,
+    Side,
+    Size,
+)
 from vjepa_scale.recipe.stage_sections import ActionStageConfig, OptimizerConfig, ProbeStageConfig, StageConfig
 
 # -- run, launch, engine ---------------------------------------------------------------------------
@@ -207,10 +218,10 @@ def _named_encoder(value: Any) -> Any:
 
 
 class _Transformer(Section):
-    width: PositiveInt = Field(description="channels of a token")
-    depth: PositiveInt = Field(description="blocks")
-    heads: PositiveInt = Field(description="attention heads; the published sizes have head size 64")
-    mlp_hidden: Annotated[int, Field(ge=0, strict=True)] = Field(
+    width: Channels = Field(description="channels of a token")
+    depth: Blocks = Field(description="blocks")
+    heads: Channels = Field(description="attention heads; the published sizes have head size 64")
+    mlp_hidden: Annotated[int, Field(ge=0, le=2**22, strict=True)] = Field(
         0, description="hidden channels of the MLP; 0 stands for 4 × width"
     )
 
@@ -237,11 +248,11 @@ class EncoderConfig(_Transformer):
 class PredictorConfig(_Transformer):
     """The pretraining predictor (docs/method.md 5)."""
 
-    width: PositiveInt = Field(384, description="channels of a token")
-    depth: PositiveInt = Field(12, description="blocks")
-    heads: PositiveInt = Field(12, description="attention heads")
-    mlp_hidden: PositiveInt = Field(1536, description="hidden channels of the MLP; if width is given: 4 × width")
-    mask_tokens: PositiveInt = Field(
+    width: Channels = Field(384, description="channels of a token")
+    depth: Blocks = Field(12, description="blocks")
+    heads: Channels = Field(12, description="attention heads")
+    mlp_hidden: Hidden = Field(1536, description="hidden channels of the MLP; if width is given: 4 × width")
+    mask_tokens: Blocks = Field(
         2, description="learned mask tokens; mask generator j uses token j mod this (see jepa.mask_token)"
     )
 
@@ -249,10 +260,10 @@ class PredictorConfig(_Transformer):
 class ActionPredictorConfig(_Transformer):
     """The action-conditioned predictor (docs/method.md 8)."""
 
-    width: PositiveInt = Field(1024, description="channels of a token")
-    depth: PositiveInt = Field(24, description="blocks")
-    heads: PositiveInt = Field(16, description="attention heads")
-    mlp_hidden: PositiveInt = Field(4096, description="hidden channels of the MLP; if width is given: 4 × width")
+    width: Channels = Field(1024, description="channels of a token")
+    depth: Blocks = Field(24, description="blocks")
+    heads: Channels = Field(16, description="attention heads")
+    mlp_hidden: Hidden = Field(4096, description="hidden channels of the MLP; if width is given: 4 × width")
     extrinsics: bool = Field(False, description="a third condition token per step: the camera's pose")
     grid: Size = Field(
         (16, 16), description="h and w of the pretraining grid: patch positions on another one are rescaled to it"
@@ -288,8 +299,8 @@ class ModelConfig(Section):
     encoder: Annotated[EncoderConfig, BeforeValidator(_named_encoder)]
     predictor: PredictorConfig = PredictorConfig()
     action_predictor: ActionPredictorConfig = ActionPredictorConfig()
-    patch: PositiveInt = Field(16, description="pixels per token side")
-    tubelet: PositiveInt = Field(2, description="frames per token")
+    patch: Side = Field(16, description="pixels per token side")
+    tubelet: Side = Field(2, description="frames per token")
     positions: Literal["rope", "sincos"] = Field(
         "rope",
         description="rope: rotated queries and keys; sincos: a fixed table added to the tokens (V-JEPA 1, I-JEPA)",

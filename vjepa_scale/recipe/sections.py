@@ -5,6 +5,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+# Sizes of networks. Far beyond any that has been trained, so that a slip of the keyboard, or a file of others with
+# absurd sizes, is an error and not a program that builds for ever.
+Blocks = Annotated[int, Field(gt=0, le=1024, strict=True)]
+Channels = Annotated[int, Field(gt=0, le=2**20, strict=True)]
+Hidden = Annotated[int, Field(gt=0, le=2**22, strict=True)]
+Side = Annotated[int, Field(gt=0, le=1024, strict=True)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
