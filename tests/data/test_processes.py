@@ -134,3 +134,28 @@ def test_shards_are_made_and_loaded_under_a_temporary_folder_of_100_bytes(tmp_pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "28"
     assert (tmp_path / "shards/manifest.json").exists()
+
+
+def _end(folder: str, how: str) -> None:
+    """A rank that has had workers, and ends as ranks do."""
+    from vjepa_scale.launch.task import _leave
+    from vjepa_scale.parallel.process_group import exit_cleanly
+
+    tempfile.tempdir = folder
+    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+    worker_context()
+    if how == "forked":  # the folder is another process's
+        if (pid := os.fork()) == 0:
+            _leave(0)
+        os.waitpid(pid, 0)
+        os._exit(len(os.listdir(folder)))
+    (exit_cleanly if how == "well" else _leave)(7)
+
+
+@pytest.mark.parametrize(("how", "code", "left"), [("well", 7, 0), ("failed", 7, 0), ("forked", 1, 1)])
+def test_a_rank_leaves_no_folder_of_sockets(how: str, code: int, left: int, tmp_path: Path) -> None:
+    rank = worker_context().Process(target=_end, args=(str(tmp_path), how))
+    rank.start()
+    rank.join(LIMIT_S)
+    assert rank.exitcode == code
+    assert len(list(tmp_path.iterdir())) == left

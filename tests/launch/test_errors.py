@@ -35,6 +35,13 @@ def test_each_mistake_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path
     error = refused(recipe, "--wait", "pretrain.global_batch=10")
     assert "pretrain.global_batch" in error
 
+    for word in ("init_from", "continue_from"):
+        weights = tmp_path / "w.pt"
+        given = (f"pretrain.{word}={weights}", "pretrain.phases.0.start_lr=1e-4", "cooldown=null")
+        error = refused(recipe, "--wait", *given)
+        assert error.startswith(f"error: {recipe}:pretrain.{word}: {weights}: no such file or folder (")
+        assert "checkpoints" not in error
+
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refused(recipe, "--wait", f"run.dir={tmp_path / 'file'}")
 

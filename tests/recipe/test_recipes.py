@@ -216,6 +216,21 @@ def test_bad_values_are_one_error_that_names_the_key(path: str, value: object, k
     assert "nput should" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["data.faults.decode_timeout_s=9999"], "{path}: data.faults.decode_timeout_s 9999 is not less than"),
+        (["engine.kind=deepspeed", "engine.replicate=3"], "command line:engine: replicate is FSDP2's"),
+        ([f"{stage}=null" for stage in ("pretrain", "cooldown", "action", "probe")], "{path}: no stage to run"),
+    ],
+)
+def test_an_error_about_several_keys_names_what_they_have_in_common(overrides: list[str], where: str) -> None:
+    path = RECIPES / "demo.yaml"
+    with pytest.raises(UserError) as raised:
+        load_recipe(path, overrides)
+    assert str(raised.value).startswith(where.format(path=path))
+
+
 def test_a_phase_takes_from_its_stage_what_it_leaves_out() -> None:
     phases = [{"name": "a", "start_lr": 0.1, "steps": 2}, {"name": "b", "clip": {"size": 64}}]
     recipe = validate_recipe(small_recipe(pretrain={"steps": 10, "phases": phases}), source="test")

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
@@ -96,6 +97,14 @@ def start_fork_server(*preload: str, deaf_to: Collection[signal.Signals]) -> Non
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)
+
+
+def remove_socket_folder() -> None:
+    """Remove this process's folder of workers' sockets, for one that ends by ``os._exit`` and not as Python does."""
+    for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
+        if finalizer._callback is util._remove_temp_dir:  # type: ignore[attr-defined]
+            with suppress(OSError):
+                finalizer()  # does nothing in a fork of the process that made the folder
 
 
 def start_worker() -> None:

@@ -1,6 +1,7 @@
 """What a launch will do, in words, before it does it."""
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ def errors_name(source: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.what, where=f"{source}:{error.where}", fix=error.fix) from None
+        where = source if error.where is None else f"{source}:{error.where}"
+        raise UserError(error.what, where=where, fix=error.fix) from None
 
 
 def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[str]:
@@ -254,7 +256,7 @@ def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[st
     holds no step of the stages.
     """
     first_text, colon, last_text = text.partition(":")
-    if not (colon and first_text.isdecimal() and last_text.isdecimal()):
+    if not (colon and all(re.fullmatch(r"\d{1,18}", part) for part in (first_text, last_text))):
         raise UserError(f"{text!r} is not a range of steps", where="--dump-order", fix="FIRST:LAST, for example 0:20")
     wanted = range(int(first_text), int(last_text))
     if not wanted:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
+from vjepa_scale.data.processes import remove_socket_folder
 from vjepa_scale.launch.restarts import refuse_endless_restarts
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
@@ -74,6 +75,7 @@ def _exit_at_the_end(code: int) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End a rank that has failed, reported and printed its traceback: nothing that may wait for its peers."""
+    remove_socket_folder()
     with suppress(OSError):  # logs on a full disk
         sys.stdout.flush()
         sys.stderr.flush()

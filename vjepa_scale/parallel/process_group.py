@@ -23,6 +23,7 @@ import torch.distributed as dist
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.core.ranks import Ranks, count_replicas
+from vjepa_scale.data.processes import remove_socket_folder
 from vjepa_scale.recipe.schema import EngineConfig
 
 POLL_S = 0.05
@@ -118,6 +119,7 @@ def exit_cleanly(code: int = 0) -> NoReturn:
     """
     stop()
     gc.collect()  # semaphores of the loaders' queues are unlinked when these are collected
+    remove_socket_folder()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -219,7 +219,8 @@ def explain_invalid(error: ValidationError, source: object, schema: type[BaseMod
     given = first.get("input")
     if not isinstance(given, (dict, list)) and first["type"] not in ("missing", "value_error"):
         what = f"{what}, not {given!r}"
-    return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}")
+    # Without a location: about several sections, which the words name.
+    return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}" if location else source)
 
 
 def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:

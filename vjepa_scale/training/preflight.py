@@ -209,6 +209,12 @@ def source_of(
         folder, must_end_at = checkpoints_folder(recipe, value), _end_of(recipe, value)
     else:
         path = Path(value)
+        if not path.exists():
+            raise UserError(
+                "no such file or folder",
+                where=f"{key}: {value}",
+                fix=f"a stage's folder, a checkpoint or weights by path, or a stage: {', '.join(recipe.stages())}",
+            )
         if (path / MANIFEST).exists():
             if verify is not None:
                 verify(path)
