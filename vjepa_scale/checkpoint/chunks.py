@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import write_atomic, writing
+from vjepa_scale.core.files import read_json, write_atomic, writing
 
 _BLOCK = 2**20  # bytes: a chunk is never held whole here
 
@@ -88,8 +88,13 @@ class ChunkChecksums:
         self._folder = folder
         self._of_file: dict[str, dict[tuple[int, int], str]] = {}
         for path in folder.glob("__*.sha256"):
-            for name, chunks in json.loads(path.read_text()).items():
-                self._of_file[name] = {(offset, length): digest for offset, length, digest in chunks}
+            try:
+                for name, chunks in read_json(path).items():
+                    self._of_file[name] = {(offset, length): digest for offset, length, digest in chunks}
+            except (AttributeError, TypeError, ValueError):
+                raise UserError(
+                    "no checksums of chunks", where=path, fix="use another checkpoint, or restore this one from a copy"
+                ) from None
 
     def verify(self, file: IO[bytes], name: str, offset: int, length: int) -> None:
         """Raise UserError where a chunk's bytes are not those that were written. file: open, of this name."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import sha256_file, write_atomic
+from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -70,7 +70,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     unusable = "this checkpoint is unfinished or damaged: use another"
     try:
         raw = path.read_bytes()
-        content = json.loads(raw)
+        content = parse_json(raw)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError("file not found", where=path, fix="give a folder checkpoints/step_XXXXXXXX") from None
     except IsADirectoryError:
@@ -79,7 +79,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         if error.errno not in _UNREADABLE:
             raise
         raise UserError(f"cannot be read: {error.strerror}", where=path, fix=unusable) from None
-    except (ValueError, RecursionError):  # not JSON, or not even text
+    except ValueError:  # not JSON, or not even text
         raise UserError("not valid JSON", where=path, fix=unusable) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"not a manifest of format {FORMAT}", where=path, fix=unusable)
@@ -89,6 +89,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     # Byte for byte, so that a change anywhere in the file is seen, even in what does not matter.
     if checksum != _checksum(content) or raw != _text(content | {"checksum": checksum}).encode():
         raise UserError("its checksum does not match its content", where=path, fix=unusable)
+    files = content.get("files")
+    if not isinstance(content.get("step"), int) or not isinstance(files, dict):
+        raise UserError("it says no step, or no files", where=path, fix=unusable)
+    if not all(isinstance(kept, dict) and kept.keys() >= {"bytes", "sha256"} for kept in files.values()):
+        raise UserError("it does not say size and checksum of each file", where=path, fix=unusable)
     return content
 
 

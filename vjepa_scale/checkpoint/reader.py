@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
 from vjepa_scale.checkpoint.chunks import ChunkChecksums
+from vjepa_scale.core.errors import UserError
+
+_OTHER = "use another checkpoint, or restore this one from a copy"
 
 # All that DCP's own index, the pickle ``.metadata``, is made of; beside these only torch's dtypes.
 _CLASSES = {
@@ -54,9 +60,38 @@ class CheckpointReader(FileSystemReader):
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
+        self._checkpoint = checkpoint
         with open(checkpoint / ".metadata", "rb") as file:
-            self.index: Metadata = _IndexUnpickler(file).load()
+            try:
+                index = _IndexUnpickler(file).load()
+                assert isinstance(index, Metadata)
+                assert all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 (bytes that are no such pickle fail in any way)
+                raise UserError(
+                    f"not the index of a checkpoint of tensors: {' '.join(str(error).split()) or type(error).__name__}",
+                    where=checkpoint / ".metadata",
+                    fix=_OTHER,
+                ) from None
+        self.index: Metadata = index
         self._checksums = ChunkChecksums(checkpoint)
+
+    def fill(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+        """Read the tensors that have these names into these.
+
+        alone: no process group, though there may be one; otherwise every rank of it calls this
+        Raises UserError where what is stored cannot be read as tensors.
+        """
+        try:
+            dcp.load(tensors, storage_reader=self, no_dist=alone)
+        except CheckpointException as error:  # DCP's own, about all ranks; the cause is what we can tell
+            causes = [cause for cause, _ in error.failures.values()]
+            known = next((cause for cause in causes if isinstance(cause, UserError | OSError)), None)
+            if known is not None:
+                raise known from None
+            said = " ".join(str(causes[0]).split())[:200] if causes else "of no rank"
+            raise UserError(f"its tensors cannot be read: {said}", where=self._checkpoint, fix=_OTHER) from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
@@ -69,6 +104,6 @@ class CheckpointReader(FileSystemReader):
         """Shape and dtype of every tensor in the checkpoint."""
         out = {}
         for name, entry in self.index.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
+            assert isinstance(entry, TensorStorageMetadata), "looked at when the index was read"
             out[name] = (entry.size, entry.properties.dtype)
         return out

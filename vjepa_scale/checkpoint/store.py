@@ -279,9 +279,7 @@ def load(
             where=checkpoint,
             fix="give a checkpoint of the same model and optimizer",
         )
-    targets = {name: tensor.detach() for name, tensor in tensors.items()}
-    with _causes():
-        dcp.load(targets, storage_reader=reader)
+    reader.fill({name: tensor.detach() for name, tensor in tensors.items()})
     return LoadReport(len(matching), unexpected=tuple(unexpected))
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
@@ -42,7 +41,7 @@ def is_probe_stage(folder: Path) -> bool:
 
 def load_probe(folder: Path) -> TrainedProbe:
     """The best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
-    result = read_json(folder / EVALUATION)
+    result = _evaluation(folder / EVALUATION)
     checkpoint = folder / CHECKPOINTS / name_of(result["step"])
     store.verify(checkpoint)
     recipe = validate_recipe(store.read_manifest(checkpoint)["recipe"], source=checkpoint / store.MANIFEST)
@@ -51,8 +50,20 @@ def load_probe(folder: Path) -> TrainedProbe:
     probe = probe_of(recipe.model, recipe.probe, classes=len(classes))
     best = result["best"]["probe"]
     tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
-    dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=True)  # into the probe's own
+    CheckpointReader(checkpoint).fill(tensors, alone=True)  # into the probe's own
     return TrainedProbe(probe.eval(), classes, checkpoint, recipe.model, result)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """What a probe stage wrote at its end. Raises UserError where it is damaged."""
+    result = read_json(path)
+    best = result.get("best") if isinstance(result, dict) else None
+    whole = isinstance(best, dict) and isinstance(best.get("probe"), str) and isinstance(result.get("step"), int)
+    if not whole or not isinstance(result.get("class_names"), list) or not isinstance(result.get("origin"), dict):
+        raise UserError(
+            "not the result of a probe stage", where=path, fix="remove it, and launch the run again: it is made anew"
+        )
+    return result
 
 
 def export_classifier(folder: Path, out: Path) -> TrainedProbe:
@@ -78,7 +89,7 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
     config = config.model_copy(update={"frames": manifest["frames"], "size": tuple(manifest["size"])})
     for name, shape, dtype in source.only(("encoder",)).entries:
         beside: dict[str, Tensor] = {name: torch.empty(shape)}
-        dcp.load(beside, storage_reader=CheckpointReader(trained.checkpoint), no_dist=True)
+        CheckpointReader(trained.checkpoint).fill(beside, alone=True)
         if not torch.equal(beside[name].to(dtype), source.read(name)):
             raise UserError(f"{name} is not the one that the probe was trained on", where=origin, fix="restore it")
     write_video_classifier(out, replace(source, config=config), trained.probe, trained.classes)

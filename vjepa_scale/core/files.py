@@ -72,13 +72,21 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, of which every failure is a ValueError: of text nested too deeply it is a RecursionError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a UserError names the file where it is absent or damaged."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError("file not found", where=path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # bytes that are no text are one, too
         raise UserError(f"not valid JSON: {error}", where=path) from None
 
 
@@ -101,12 +109,17 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
+            if (row := row_of(line)) is not None:
                 yield row
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line with its end; None where the line is anything else."""
+    try:
+        row = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def keep_reserve(folder: Path) -> None:

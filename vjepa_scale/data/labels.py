@@ -1,12 +1,12 @@
 """What is known of a record beside its pictures: its class, its JSON; and a few labels of each class."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import parse_json
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.order import Ints
@@ -59,7 +59,7 @@ def few_labels(labels: Ints, *, per_class: int, seed: int, skip: int = 0) -> Int
 def metadata_of(manifest: Manifest, record: int) -> dict[str, Any]:
     """The JSON of a record (docs/shards.md); empty for an indexed sample that has none. Raises UserError."""
     try:
-        known = json.loads(manifest.read(record, "json") or b"{}")
+        known = parse_json(manifest.read(record, "json") or b"{}")
     except ValueError:
         known = None
     if not isinstance(known, dict):

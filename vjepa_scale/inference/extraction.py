@@ -35,6 +35,7 @@ from vjepa_scale.data.ingest.probing import probe_sources
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.sources import folder_source, list_sources
 from vjepa_scale.data.ingest.work import Settings as ShardSettings
+from vjepa_scale.data.labels import metadata_of
 from vjepa_scale.data.loader import Prefetched, past_lost_clips
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.data.pictures import picture_count, stream_pictures
@@ -142,7 +143,7 @@ class _Shards:
         manifest = self._manifest
         label = int(manifest.column("label")[record])
         # Shards that others have made may say nothing about a record, or not where it is from.
-        told = json.loads(manifest.read(record, "json")) if manifest.column("json.size")[record] else {}
+        told = metadata_of(manifest, record)
         path = told.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
         known = {
             "source": path,

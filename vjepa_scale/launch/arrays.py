@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -201,8 +200,10 @@ def _folder(out: Path) -> Path:
 def _submitted(folder: Path) -> dict[str, Job]:
     if not (folder / "jobs.json").exists():
         return {}
-    tree: dict[str, Any] = read_json(folder / "jobs.json")
-    return {step: Job(**row) for step, row in tree.items()}
+    try:
+        return {step: Job(**row) for step, row in read_json(folder / "jobs.json").items()}
+    except (AttributeError, TypeError):
+        raise UserError("not the jobs of make_shards", where=folder / "jobs.json", fix="remove it") from None
 
 
 def _at_work(out: Path) -> list[str]:

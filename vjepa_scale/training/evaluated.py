@@ -1,5 +1,6 @@
 """A probe stage is done when its probes are evaluated, not when they are trained."""
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import evaluation_file
@@ -12,5 +13,8 @@ def is_evaluated(recipe: Recipe, stage_name: str, *, step: int) -> bool:
     """
     if stage_name != "probe":
         return True
-    file = evaluation_file(recipe, stage_name)
-    return bool(file.exists() and read_json(file)["step"] == step)
+    try:
+        result = read_json(evaluation_file(recipe, stage_name))
+    except UserError:  # absent or damaged: the probes are evaluated again
+        return False
+    return isinstance(result, dict) and result.get("step") == step

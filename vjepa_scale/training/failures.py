@@ -6,6 +6,8 @@ Light: it does not import torch.
 """
 
 import traceback
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ Report = dict[str, Any]
 
 # What a rank sees when another one has gone: less telling than that one's own exception.
 _BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_KEYS = {"rank", "step", "kind", "message", "user_error", "bystander", "log"}
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 
@@ -64,8 +67,17 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
     A user's mistake comes first, then an exception of a rank's own, then those that only lost a peer.
     """
-    reports = [{**read_json(path), "report": str(path)} for path in folder.glob(f"{_file_name(job)}.*.json")]
+    paths = folder.glob(f"{_file_name(job)}.*.json")
+    reports = [{**report, "report": str(path)} for path in paths for report in _read(path)]
     return min(reports, key=lambda report: (_rank_of_evidence(report), report["rank"]), default=None)
+
+
+def _read(path: Path) -> Iterator[Report]:
+    """The report in a file; nothing where the file is damaged, or no report."""
+    with suppress(UserError):
+        found = read_json(path)
+        if isinstance(found, dict) and found.keys() >= _KEYS and isinstance(found["rank"], int):
+            yield found
 
 
 def _rank_of_evidence(report: Report) -> int:

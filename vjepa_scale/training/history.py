@@ -28,6 +28,38 @@ from vjepa_scale.core.files import append_jsonl, read_jsonl, write_last_words
 
 Row = dict[str, Any]
 
+_NUMBER, _STEP, _TEXT = (int, float), (int, type(None)), (str, type(None))
+# What a row of an event must have to be read here, and of what type: a line that has not is no row of ours.
+_ALWAYS: dict[str, Any] = {"time": _NUMBER, "event": str}
+_OF_EVENT: dict[str, dict[str, Any]] = {
+    "submitted": {"cluster": str, "job_id": (str, int)},
+    "started": {"job": str, "kind": str, "step": int},
+    "saved": {"step": int},
+    "interrupted": {"signal": str, "step": _STEP},
+    "failed": {
+        "kind": str,
+        "message": str,
+        "rank": _STEP,
+        "step": _STEP,
+        "user_error": bool,
+        "log": _TEXT,
+        "report": _TEXT,
+    },
+    "gave_up": {"reason": str},
+    "done": {"step": int},
+}
+
+
+# And of what type these are where they are there.
+_MAY_HAVE: dict[str, Any] = {"job": str, "job_id": (str, int), "name": _TEXT, "created": _NUMBER}
+
+
+def _is_row(row: Row) -> bool:
+    wanted = _ALWAYS | (_OF_EVENT.get(row["event"], {}) if isinstance(row.get("event"), str) else {})
+    if not all(isinstance(row[key], kind) for key, kind in _MAY_HAVE.items() if key in row):
+        return False
+    return all(key in row and isinstance(row[key], kind) for key, kind in wanted.items())
+
 
 class History:
     """The history of one stage."""
@@ -41,7 +73,7 @@ class History:
         write_last_words(self.path.parent, lambda: append_jsonl(self.path, row, durable=True))
 
     def rows(self) -> list[Row]:
-        return list(read_jsonl(self.path))
+        return [row for row in read_jsonl(self.path) if _is_row(row)]
 
     def since_submission(self) -> list[Row]:
         """The rows of the last launch, its ``submitted`` row first; all rows where there was no launch."""

@@ -21,6 +21,7 @@ from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe.schema import FaultsConfig
 
 NAME = "ledger.jsonl"
+_NUMBERS = ("step", "slot", "record")
 _NAMED = 4  # clips that an error names
 
 
@@ -34,6 +35,13 @@ class Ledger:
         self.path, self._stage = run_dir / NAME, stage
         rows = [row for row in read_jsonl(self.path) if row.get("event") == "substituted" and row.get("stage") == stage]
         names = [field.name for field in fields(Accident)]
+        for row in rows:
+            if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
+                raise UserError(
+                    f"a row of {stage!r} that is not whole: {row}",
+                    where=self.path,
+                    fix="restore this file from a copy: the numbers of the run depend on it",
+                )
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
         self._accidents = {accident.place: accident for accident in (Accident(**row) for row in read)}
 

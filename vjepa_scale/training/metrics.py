@@ -19,7 +19,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
         self._path, self._last, self._every = path, last_step, console_every
         self._held: deque[dict[str, Any]] = deque()
-        rows = list(read_jsonl(path)) if path.exists() else []
+        rows = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
         kept = [row for row in rows if row["step"] < step]
         self.repeated = len(rows) - len(kept)
         if path.exists():

@@ -28,7 +28,7 @@ def who_runs(files: StageFiles, ask: Ask) -> tuple[str, JobState | None]:
         alive = jobs.local_launcher(submitted)
         return ("unknown" if alive is None else "alive" if alive else "gone"), None
     if submitted is not None:
-        job_id, name = str(submitted["job_id"]), submitted["name"]
+        job_id, name = str(submitted["job_id"]), submitted.get("name")
     elif started is not None and _slurm_restart(started["job"]) is not None:
         job_id, name = started["job"].partition(".")[0], None  # by a site's own sbatch script
     else:

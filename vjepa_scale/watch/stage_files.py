@@ -1,6 +1,5 @@
 """What the files of one stage say about it: its history, metrics, checkpoints, and the reports of its ranks."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from vjepa_scale.checkpoint.finding import newest
 from vjepa_scale.checkpoint.manifest import MANIFEST
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import row_of
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
 from vjepa_scale.training.evaluated import is_evaluated
@@ -191,10 +191,11 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         file.seek(max(0, size - TAIL_BYTES))
         content = file.read()
     whole = content if size <= TAIL_BYTES else content.partition(b"\n")[2]
-    rows = []
-    for line in whole.splitlines(keepends=True):
-        try:
-            rows.append(json.loads(line if line.endswith(b"\n") else b""))
-        except ValueError:  # cut short by a kill, or being written
-            continue
-    return rows
+    rows = (row_of(line) for line in whole.splitlines(keepends=True))
+    return [row for row in rows if row is not None and _is_of_a_step(row)]
+
+
+def _is_of_a_step(row: dict[str, Any]) -> bool:
+    """Has it what is read of it here? A line of something else is left out, like one that is cut short."""
+    kinds: dict[str, Any] = {"step": int, "phase": str, "loss": (int, float), "clips_per_s": (int, float)}
+    return all(isinstance(row.get(key), kind) for key, kind in kinds.items())

@@ -87,6 +87,7 @@ def _judge_those_to_come(stages: Sequence[StageStatus], last: StageStatus, plann
 def _source(run_folder: Path, launch: str) -> dict[str, Any]:
     """What the launch wrote down about itself; empty where it did not."""
     try:
-        return read_json(run_folder / "launches" / launch / "source.json")
+        told = read_json(run_folder / "launches" / launch / "source.json")
     except UserError:
         return {}
+    return told if isinstance(told, dict) and isinstance(told.get("stages", []), list) else {}

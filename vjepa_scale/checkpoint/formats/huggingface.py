@@ -11,7 +11,6 @@ Their model has the tiled layout of rotary positions only, on one square grid: t
 ``crop_size``, whatever the size of the clip.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from vjepa_scale.checkpoint.formats.source import (
 )
 from vjepa_scale.checkpoint.safetensors_writer import Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json, write_atomic, write_json
+from vjepa_scale.core.files import parse_json, read_json, write_atomic, write_json
 from vjepa_scale.model.blocks import LAYER_NORM_EPS
 from vjepa_scale.recipe.networks import refuse_other_model
 from vjepa_scale.recipe.schema import ModelConfig
@@ -106,7 +105,7 @@ def expected_shapes(config: ModelConfig, networks: tuple[str, ...]) -> dict[str,
 def is_huggingface(folder: Path) -> bool:
     """Whether config.json in a folder is that of a model of theirs, of any family. Ours says ``format``."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_bytes())
+        content = parse_json((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "model_type" in content
@@ -192,47 +191,70 @@ def _model_config(theirs: dict[str, Any], where: Path) -> ModelConfig:
         if get(key) != value:
             raise UserError(f"{get(key)!r}; this program has {value!r} only", where=f"{where}:{key}")
     patch = get("patch_size")
-    sides = {*patch} if isinstance(patch, list) else {patch}
-    if len(sides) != 1:
+    if isinstance(patch, list) and patch and all(side == patch[0] for side in patch):
+        patch = patch[0]
+    if isinstance(patch, list):
         raise UserError(f"{patch}: patches are square here", where=f"{where}:patch_size")
+    tree: dict[str, Any] = {network: {} for network in _SIZES}
+    for network, keys in _SIZES.items():
+        for ours, key in keys.items():
+            tree[network][ours] = get(key)
+    for network, (width, ratio) in _RATIOS.items():
+        for key in (width, ratio):
+            if isinstance(get(key), bool) or not isinstance(get(key), int | float) or not 0 < get(key) < 2**40:
+                raise UserError(f"{get(key)!r}: not a size", where=f"{where}:{key}")
+        tree[network]["mlp_hidden"] = int(get(width) * get(ratio))
+    tree |= {"patch": patch, "tubelet": get("tubelet_size"), "rope": {"layout": "tiled"}}
     try:
-        return ModelConfig.model_validate(
-            {
-                "encoder": {
-                    "width": get("hidden_size"),
-                    "depth": get("num_hidden_layers"),
-                    "heads": get("num_attention_heads"),
-                    "mlp_hidden": int(get("hidden_size") * get("mlp_ratio")),
-                },
-                "predictor": {
-                    "width": get("pred_hidden_size"),
-                    "depth": get("pred_num_hidden_layers"),
-                    "heads": get("pred_num_attention_heads"),
-                    "mlp_hidden": int(get("pred_hidden_size") * get("pred_mlp_ratio")),
-                    "mask_tokens": get("pred_num_mask_tokens"),
-                },
-                "patch": sides.pop(),
-                "tubelet": get("tubelet_size"),
-                "rope": {"layout": "tiled"},
-            }
-        )
-    except (ValidationError, TypeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(reason, where=where) from None
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _invalid(error, where) from None
+
+
+# Our keys of a network -> theirs; and theirs of its width and of its MLP's hidden channels over that.
+_SIZES = {
+    "encoder": {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
+    "predictor": {
+        "width": "pred_hidden_size",
+        "depth": "pred_num_hidden_layers",
+        "heads": "pred_num_attention_heads",
+        "mask_tokens": "pred_num_mask_tokens",
+    },
+}
+_RATIOS = {"encoder": ("hidden_size", "mlp_ratio"), "predictor": ("pred_hidden_size", "pred_mlp_ratio")}
+_OTHERS = {"patch": "patch_size", "tubelet": "tubelet_size", "frames": "frames_per_clip", "size": "crop_size"}
+
+
+def _invalid(error: ValidationError, where: Path) -> UserError:
+    """A value of theirs that cannot be, by their key."""
+    first = error.errors()[0]
+    ours = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
+    network, key = (ours[0], ours[-1]) if ours else ("", "")
+    theirs = _RATIOS[network][1] if key == "mlp_hidden" else _SIZES.get(network, {}).get(key) or _OTHERS.get(network)
+    given = first.get("input")
+    shown = f", not {given!r}" if not isinstance(given, dict | list | tuple) else ""
+    return UserError(f"{first['msg']}{shown}", where=f"{where}:{theirs or '.'.join(ours)}" if ours else where)
 
 
 def _foreign_config(folder: Path, theirs: dict[str, Any], model: ModelConfig) -> ConsolidatedConfig:
     get = {**DEFAULTS, **theirs}.__getitem__
     processor = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).exists() else {}
-    return ConsolidatedConfig(
-        model=model,
-        origin=str(folder.resolve()),
-        mean=processor.get("image_mean", published_model.MEAN),
-        std=processor.get("image_std", published_model.STD),
-        frames=get("frames_per_clip"),
-        size=(get("crop_size"), get("crop_size")),
-        fps=published_model.FPS,
-    )
+    if not isinstance(processor, dict):
+        raise UserError("not a JSON object", where=folder / PROCESSOR_FILE)
+    clip = {"frames": get("frames_per_clip"), "size": (get("crop_size"), get("crop_size")), "fps": published_model.FPS}
+    colours = {
+        "mean": processor.get("image_mean", published_model.MEAN),
+        "std": processor.get("image_std", published_model.STD),
+    }
+    about = {"model": model, "origin": str(folder.resolve())}
+    try:
+        return ConsolidatedConfig.model_validate(about | clip | colours)
+    except ValidationError as error:
+        if (key := str(error.errors()[0]["loc"][0])) in colours:
+            raise UserError(
+                f"{colours[key]!r}: not three numbers", where=f"{folder / PROCESSOR_FILE}:image_{key}"
+            ) from None
+        raise _invalid(error, folder / CONFIG_FILE) from None
 
 
 # VJEPA2Config's own, for keys that a config.json leaves out.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from vjepa_scale.checkpoint.formats.source import (
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import write_json
+from vjepa_scale.core.files import parse_json, write_json
 from vjepa_scale.recipe.load import validate_recipe
 
 WEIGHTS_FILE = "model.safetensors"
@@ -92,7 +91,7 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
 def _refuse_shards(folder: Path) -> None:
     """A folder of shards has a manifest.json too; it is not a damaged checkpoint."""
     try:
-        content = json.loads((folder / store.MANIFEST).read_bytes())
+        content = parse_json((folder / store.MANIFEST).read_bytes())
     except (OSError, ValueError):
         return  # the store says what is wrong with it
     if isinstance(content, dict) and content.keys() >= {"shards", "columns"}:
@@ -154,7 +153,7 @@ def _read_sharded(reader: CheckpointReader, name: str) -> Tensor:
     whole = {name: torch.empty(shape, dtype=dtype)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+        reader.fill(whole, alone=True)
     return whole[name]
 
 
@@ -184,7 +183,13 @@ def read_native_config(file: Path) -> ConsolidatedConfig:
             where=file,
             fix="give a file written by tools/consolidate.py, or a Hugging Face folder with its config.json",
         )
-    return parse_config(json.loads(metadata[METADATA_KEY]), f"{file}:{METADATA_KEY}")
+    try:
+        content = parse_json(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise UserError(
+            f"not valid JSON: {error}", where=f"{file}:{METADATA_KEY}", fix="consolidate the checkpoint again"
+        ) from None
+    return parse_config(content, f"{file}:{METADATA_KEY}")
 
 
 def open_consolidated(file: Path) -> WeightSource:

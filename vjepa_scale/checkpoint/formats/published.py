@@ -235,7 +235,7 @@ def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = N
     source = open_published(path, model=model, weights="both", networks=networks)
     content = _load(path)
     opt = content.get("opt")
-    if not isinstance(opt, Mapping) or not {"state", "param_groups"} <= opt.keys():
+    if not isinstance(opt, Mapping) or not isinstance(opt.get("state"), Mapping) or "param_groups" not in opt:
         raise UserError(
             "it holds no optimiser state (opt)", where=path, fix="start from its weights only, with init_from"
         )
@@ -244,8 +244,8 @@ def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = N
     where = f"{path}:opt"
     names = _parameter_groups(content, source.config.model, path)
     try:
-        numbers = [list(group["params"]) for group in opt["param_groups"]]
-    except (TypeError, KeyError):
+        numbers = [[int(number) for number in group["params"]] for group in opt["param_groups"]]
+    except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError("its param_groups are not those of an optimiser", where=where) from None
     counts, expected = [len(group) for group in numbers], [len(group) for group in names]
     if counts != expected:
@@ -296,7 +296,10 @@ def _parameter_state(state: Any, name: str, shape: torch.Size, where: str) -> di
         if not isinstance(state[key], Tensor) or state[key].shape != shape:
             found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
             raise UserError(f"{key} of {name} is {found}, not {list(shape)}", where=where)
-    return {key: state[key] for key in moments} | {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
+    step = state["step"]
+    if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
+        raise UserError(f"step of {name} is no number", where=where)
+    return {key: state[key] for key in moments} | {"step": torch.as_tensor(step, dtype=torch.float32)}
 
 
 # -- writing -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The neutral thing between all formats: tensors under canonical names, read one at a time, and what they are."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import parse_json
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.action_predictor import build_action_predictor
 from vjepa_scale.recipe.networks import NETWORKS, Network
 from vjepa_scale.recipe.schema import ModelConfig
-from vjepa_scale.recipe.sections import Section
+from vjepa_scale.recipe.sections import Positive, PositiveInt, Section
 
 FORMAT: Final = "vjepa_scale.consolidated"
 VERSION: Final = 1
@@ -28,7 +28,7 @@ Weights = Literal["target", "context", "both"]
 
 # Of our names and Hugging Face's, behind their network's or alone.
 _BLOCK = re.compile(
-    r"^(?:(encoder|target_encoder|predictor|action_predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d+)\."
+    r"^(?:(encoder|target_encoder|predictor|action_predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d{1,18})\."
 )
 
 
@@ -57,9 +57,9 @@ class ConsolidatedConfig(Section):
     origin: str | None = None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    frames: int
-    size: tuple[int, int]
-    fps: float
+    frames: PositiveInt
+    size: tuple[PositiveInt, PositiveInt]
+    fps: Positive
     assumed: tuple[Literal["frames", "size"], ...] = ()
     dtype: Literal["float32", "bfloat16"] | None = None
     classes: tuple[str, ...] = ()
@@ -91,13 +91,13 @@ def parse_config(content: Any, where: object) -> ConsolidatedConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(problem["msg"], where=f"{where}.{key}") from None
+        raise UserError(problem["msg"], where=f"{where}.{key}" if key else where) from None
 
 
 def read_config_file(path: Path) -> ConsolidatedConfig:
     """The configuration in a JSON file of its own, beside a .pt or in a Hugging Face folder."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError:
         raise UserError("not valid JSON", where=path, fix="write the weights again with tools/consolidate.py") from None
     return parse_config(content, f"{path}:config")

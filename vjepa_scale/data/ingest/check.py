@@ -1,7 +1,6 @@
 """Is a folder of shards still what its manifest says? Everything that is not is named."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import sha256_file
+from vjepa_scale.core.files import parse_json, sha256_file
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.index import SILENCE_S
 from vjepa_scale.data.ingest.planning import FACTS
@@ -160,7 +159,7 @@ def _check_beside(manifest: Manifest, record: int, candidates: list[dict[tuple[i
 
 def _check_known(manifest: Manifest, record: int, facts: dict[str, Any]) -> list[str]:
     try:
-        known = json.loads(manifest.read(record, "json"))
+        known = parse_json(manifest.read(record, "json"))
     except ValueError as error:
         return [f"its JSON cannot be read: {error}"]
     if "indexed" in manifest.source:

@@ -10,7 +10,6 @@ Both files are strangers' (see data.md): of a path in the metadata only the last
 plain arrays inside the file are read: a link in it could lead to any file of this machine.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from vjepa_scale.core.files import parse_json
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.trajectories import EXTRINSICS, STATE, StateLog, check_log
 
@@ -57,7 +57,7 @@ def read_view(folder: Path, view: str) -> View:
         names = ", ".join(path.name for path in found)
         raise DecodeError("no metadata", f"there are {names}" if names else f"no {METADATA}")
     try:
-        known = json.loads(found[0].read_bytes())
+        known = parse_json(found[0].read_bytes())
     except ValueError as error:
         raise DecodeError("no metadata", f"{found[0].name} is not JSON: {error}") from None
     if not isinstance(known, dict):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json, write_atomic
+from vjepa_scale.core.files import parse_json, read_json, write_atomic
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Rejected
@@ -135,7 +135,7 @@ def _look(file: Any, sample: Sample) -> _Found:
         label = read(sample.members["cls"]).decode("utf-8", "replace").strip()
     elif known.size:
         try:
-            tree = json.loads(read(known))
+            tree = parse_json(read(known))
         except ValueError as error:
             raise DecodeError("not valid JSON", str(error)) from None
         label = tree.get("label") if isinstance(tree, dict) else None

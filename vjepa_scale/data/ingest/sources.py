@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import parse_json
 
 _NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
 
@@ -205,7 +206,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
