@@ -11,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.chain import launch, write_recipe
+from tests.chain import launch, tool, write_recipe
 from tests.processes import run_processes
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.formats import published
@@ -25,6 +26,7 @@ from vjepa_scale.core import files
 from vjepa_scale.core.errors import FULL, PassingError, UserError, exit_code
 from vjepa_scale.core.files import append_jsonl, keep_reserve, read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.data.manifest import write_manifest
 from vjepa_scale.launch import task
 from vjepa_scale.launch.local import LocalChain
 from vjepa_scale.launch.record import Launch, record_launch
@@ -73,6 +75,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "store.save": lambda folder: store.save(folder, 1, WEIGHTS, {}),
     "store.save, its manifest": lambda folder: store.save(folder, 1, {"w": torch.ones(1)}, {"text": "x" * 20_000}),
     "snapshot_code": snapshot_code,
+    "a data set's manifest": lambda folder: write_manifest(
+        folder, shards=[], classes=[], columns={"key": np.zeros(5000)}, source={}
+    ),
 }
 
 
@@ -100,6 +105,17 @@ def test_a_row_is_written_whole_or_an_error(tmp_path: Path) -> None:
     assert raised.value.filename == str(path)
     append_jsonl(path, {"row": 3})
     assert list(read_jsonl(path)) == [{"row": 1}, {"row": 3}]
+
+
+def test_make_shards_on_a_full_disk_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    videos, out = two_data_sets["left"].parent / "left", tmp_path / "out"
+    with no_file_larger_than(1000):
+        done = tool("make_shards", videos, out, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/")
+    assert done.stderr.endswith(": File too large\n")
+    assert done.stderr.count("\n") == 1
+    assert not (out / "manifest.json").exists()  # with space there, the same command goes on
 
 
 def _one_rank_fails(ranks: Ranks, folder: str) -> str:
@@ -179,8 +195,8 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_last_words_are_written_in_the_reserve(disk: Path) -> None:
-    History(disk).add("failed", kind="PassingError")
-    assert [row["event"] for row in History(disk).rows()] == ["failed"]
+    History(disk).add("gave_up", reason="the disk is full")
+    assert [row["reason"] for row in History(disk).rows()] == ["the disk is full"]
     keep_reserve(disk)  # there is space again
     assert (disk / ".reserve").stat().st_size == 256 * 1024
 
@@ -205,7 +221,7 @@ def test_a_rank_that_finds_the_disk_full_reports_it(
     assert report["message"].startswith(f"{disk / 'metrics.jsonl'}: cannot be written: No space left on device (")
 
     # When it does not pass, the launcher ends with 2 and that line.
-    History(disk).add("failed", **{key: report[key] for key in ("kind", "message", "rank")}, report=None)
+    History(disk).add("failed", **report, report=None)
     chain = LocalChain(recipe, Launch(tmp_path, tmp_path))
     failure = chain._failure("pretrain", Verdict("stop", "it failed", "twice"), History(disk))
     assert isinstance(failure, UserError)

@@ -57,7 +57,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except OSError as error:  # a full disk, a folder that may not be written: the user's to mend, where it has a path
         if error.filename is None and error.errno not in FULL:
             raise
-        _say(f"error: {error.filename or 'a file cannot be written'}: {error.strerror}")
+        _say(f"error: {error.filename or 'a file cannot be written'}: {error.strerror or error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130

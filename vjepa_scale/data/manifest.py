@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json
+from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -207,14 +207,18 @@ def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str
     path.parent.mkdir(exist_ok=True)
     temporary = temporary_beside(path)
     digest = hashlib.sha256()
-    with open(temporary, "wb") as file:
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-        blocks = (np.ascontiguousarray(values[i : i + _BLOCK]).tobytes() for i in range(0, len(values), _BLOCK))
-        for block in chain([header.getvalue()], blocks):
-            file.write(block)
-            digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+            blocks = (np.ascontiguousarray(values[i : i + _BLOCK]).tobytes() for i in range(0, len(values), _BLOCK))
+            for block in chain([header.getvalue()], blocks):
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": digest.hexdigest()}

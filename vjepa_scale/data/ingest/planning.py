@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json
+from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.decode import NOT_A_VIDEO
 from vjepa_scale.data.ingest.probing import probed
@@ -102,8 +102,9 @@ def plan(work: Work) -> None:
     temporary = temporary_beside(planned(work))
     try:
         temporary.mkdir()
-        labels = _gather(work, temporary)
-        _decide(work, temporary, labels)
+        with writing(temporary):
+            labels = _gather(work, temporary)
+            _decide(work, temporary, labels)
         publish_folder(temporary, planned(work))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from vjepa_scale.core.files import append_jsonl, temporary_beside
+from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
 from vjepa_scale.data.accidents import CRASH, TIME_LIMIT
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.cut import Cut, checked_cut, plan_cuts
@@ -140,7 +140,8 @@ def _merge(work: Work, chunk: int) -> None:
         if len(lines) != work.files_in(chunk):
             raise FileNotFoundError(errno.ENOENT, "verdicts were removed meanwhile", str(final))
         temporary = temporary_beside(final)
-        temporary.write_bytes(b"".join(lines[number] for number in sorted(lines)))
+        with writing(final):
+            temporary.write_bytes(b"".join(lines[number] for number in sorted(lines)))
         publish(temporary, final)
     for path in final.parent.glob(f"{chunk:06d}.*.part"):
         path.unlink(missing_ok=True)

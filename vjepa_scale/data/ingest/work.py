@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_path, read_json, write_json
+from vjepa_scale.core.files import fsync_path, read_json, write_json, writing
 from vjepa_scale.data.ingest.droid import LOG
 from vjepa_scale.data.ingest.sources import Source, find_sources, folder_source
 from vjepa_scale.data.ingest.trajectories import find_trajectories
@@ -280,7 +280,8 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
         sources, number = chain(front, sources), 0
         while rows := list(islice(sources, chunk)):
             lines = (json.dumps(_told(source)) + "\n" for source in rows)
-            _chunk(temporary, number).write_text("".join(lines))
+            with writing(_chunk(temporary, number)):
+                _chunk(temporary, number).write_text("".join(lines))
             number += 1
         asked: dict[str, Any] = {
             "version": VERSION,
