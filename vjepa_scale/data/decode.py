@@ -21,6 +21,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from vjepa_scale.data.display import orientation_of
+
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
 NOT_A_VIDEO = "not a video"
@@ -192,9 +194,7 @@ def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.ND
     """A decoded picture as uint8 RGB [H, W, 3]. Raises DecodeError."""
     with ffmpeg_errors("pixels that cannot be converted"):
         array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
-    # The display matrix's rotation is counter-clockwise, as numpy's is.
-    turns = round(picture.rotation / 90)
-    return np.ascontiguousarray(np.rot90(array, k=turns)) if turns else array
+    return np.ascontiguousarray(orientation_of(picture).of(array))
 
 
 def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:

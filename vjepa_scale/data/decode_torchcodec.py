@@ -3,7 +3,7 @@
 What is a video, which of its streams, and which frame is on screen when stay PyAV's word: so a playlist never reaches
 torchcodec, which would open the files that it names, and times mean the same. Of the frame numbers that come out of
 that, torchcodec gives the pictures, or an error where it does not count or time the frames alike: each brings an FFmpeg
-of its own, and damaged headers are read differently.
+of its own, and damaged headers are read differently. It turns pictures, but mirrors none: PyAV does.
 """
 
 from bisect import bisect_right
@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import DecodeError, Media, frames_by_packet, open_video, ticks_of, time_base
+from vjepa_scale.data.decode import (
+    DecodeError,
+    Media,
+    decoding_from,
+    frames_by_packet,
+    open_video,
+    ticks_of,
+    time_base,
+)
+from vjepa_scale.data.display import orientation_of
 
 # In other containers (MPEG streams, AVI) its seeks led to other pictures, with the right timestamps.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -49,6 +58,8 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
     if any(frame.damaged for frame in frames[: on_screen[-1] + 1]):
         raise DecodeError("does not decode to the end", "damaged packet")
     wanted = sorted(set(on_screen))
+    if _mirrored(data, times_s[0]):
+        return None
     with nullcontext(data) if isinstance(data, bytes) else open(data, "rb") as source:
         with _errors("unreadable"):
             decoder = decoders.VideoDecoder(
@@ -70,6 +81,12 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
             )
     pictures = dict(zip(wanted, found.data.numpy(), strict=True))
     return [pictures[i] for i in on_screen]
+
+
+def _mirrored(data: Media, time_s: float) -> bool:
+    """Whether the picture at a time is. One is decoded for that: containers do not tell."""
+    with decoding_from(data, time_s) as (_, _, frames):
+        return orientation_of(next(frames)).mirrored
 
 
 @contextmanager

@@ -151,6 +151,8 @@ def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFac
     shown = np.flatnonzero(inside)
     if part.digests != [decoded.digests[i] for i in shown]:
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not decode to the same pictures")
+    if part.orientation != decoded.orientation:
+        raise DecodeError(REASON, f"a .{cut.extension} of this codec does not say how pictures are turned")
     late = part.times_s - decoded.times_s[shown]
     if np.abs(late - late[0]).max() > _TIME_TOLERANCE_S:
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not keep the times")

@@ -26,6 +26,7 @@ from vjepa_scale.data.decode import (
     time_base,
     timed_frames,
 )
+from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
 from vjepa_scale.data.ingest.probe import decode_whole, picture_digest
 from vjepa_scale.data.ingest.transcode import Transcode, clock, digest_of, facts_of, middles
 from vjepa_scale.data.processes import beat
@@ -131,9 +132,8 @@ class _Converter:
         self._colours: tuple[int, int, int] | None = None
 
     def __call__(self, picture: av.VideoFrame) -> av.VideoFrame:
-        turns = round(picture.rotation / 90) % 4  # counter-clockwise, as numpy's
-        size = (self._part.width, self._part.height)
-        width, height = size[::-1] if turns % 2 else size
+        orientation = orientation_of(picture)
+        width, height = orientation.size(self._part.width, self._part.height)
         if self._colours is None:
             matrix = _MATRIX_601 if picture.colorspace == _MATRIX_RGB else picture.colorspace
             self._colours = (matrix, picture.color_primaries, picture.color_trc)
@@ -150,20 +150,21 @@ class _Converter:
                 threads=1,
             )
         # A frame of its own: the source's would hand its type (a forced keyframe) and captions to the encoder.
-        frame = av.VideoFrame.from_ndarray(_turned(np.asarray(small.to_ndarray(), np.uint8), turns), format="yuv420p")
+        planes = _as_shown(np.asarray(small.to_ndarray(), np.uint8), orientation)
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         frame.color_range, frame.colorspace = ColorRange.MPEG, matrix
         frame.color_primaries, frame.color_trc = primaries, transfer
         return frame
 
 
-def _turned(planes: npt.NDArray[np.uint8], turns: int) -> npt.NDArray[np.uint8]:
-    """Planes of yuv420p, [H * 3/2, W], by so many quarter turns counter-clockwise."""
-    if not turns:
+def _as_shown(planes: npt.NDArray[np.uint8], orientation: Orientation) -> npt.NDArray[np.uint8]:
+    """Planes of yuv420p, [H * 3/2, W], turned and mirrored."""
+    if orientation == UPRIGHT:
         return planes
     height, width = planes.shape[0] * 2 // 3, planes.shape[1]
     chroma = planes[height:].reshape(2, height // 2, width // 2)
-    turned = [np.rot90(plane, turns) for plane in (planes[:height], *chroma)]
-    return np.concatenate([plane.ravel() for plane in turned]).reshape(-1, turned[0].shape[1])
+    shown = [orientation.of(plane) for plane in (planes[:height], *chroma)]
+    return np.concatenate([plane.ravel() for plane in shown]).reshape(-1, shown[0].shape[1])
 
 
 def _index_first(data: bytes) -> bytes:
@@ -220,4 +221,4 @@ class _Thumbnailer:
             small = self._reformatter.reformat(
                 picture, width=_THUMB, height=_THUMB, format="rgb24", interpolation=_AVERAGING, threads=1
             )
-        return np.rot90(np.asarray(small.to_ndarray(), np.uint8), k=round(picture.rotation / 90))
+        return orientation_of(picture).of(np.asarray(small.to_ndarray(), np.uint8))

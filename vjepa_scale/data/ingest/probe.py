@@ -33,6 +33,7 @@ from vjepa_scale.data.decode import (
     timed_frames,
     upright_rgb,
 )
+from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
 from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
@@ -60,13 +61,15 @@ class VideoFacts:
 class Decoded:
     """A video decoded in order.
 
-    times_s: of every frame, from the stream's start, in whole ticks of tick_s; digests: 8 bytes of each picture
+    times_s: of every frame, from the stream's start, in whole ticks of tick_s
+    digests: 8 bytes of each picture as it is stored; orientation: how the last is shown
     """
 
     facts: VideoFacts
     times_s: npt.NDArray[np.float64]
     digests: list[bytes]
     tick_s: float = 1.0
+    orientation: Orientation = UPRIGHT
 
 
 def probe_video(data: Media) -> VideoFacts:
@@ -92,7 +95,7 @@ def decode_whole(data: Media, *, images: bool = False) -> Decoded:
 def _decode_video(data: Media) -> Decoded:
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
-        ticks, digests, keys, facts = _decode_all(container, stream)
+        ticks, digests, keys, facts, orientation = _decode_all(container, stream)
         start = stream_start(stream)
         if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
             keys = []
@@ -101,7 +104,7 @@ def _decode_video(data: Media) -> Decoded:
         found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
         if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
-    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests, seconds)
+    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests, seconds, orientation)
 
 
 def _sought_picture(data: Media, time_s: float) -> VideoFrame:
@@ -126,8 +129,10 @@ def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
     return sorted({frames // 2, frames - 1, *(keys[i] for i in spread)} - {0})
 
 
-def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[int], list[bytes], list[int], VideoFacts]:
-    """Ticks and digest of every frame, in order, which ones are keyframes, and the facts."""
+def _decode_all(
+    container: InputContainer, stream: VideoStream
+) -> tuple[list[int], list[bytes], list[int], VideoFacts, Orientation]:
+    """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and how the last is shown."""
     seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
@@ -143,7 +148,7 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[in
             keys.append(len(ticks))
         ticks.append(pts_of(last))
         digests.append(picture_digest(reformatter, last))
-        turned = round(last.rotation / 90) % 2
+        orientation = orientation_of(last)
     if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
     end_s = end_of_video(stream, first_tick=ticks[0], last=last, frames=len(ticks))
@@ -152,8 +157,8 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> tuple[list[in
         raise DecodeError("zero length", f"{len(ticks)} frames, no duration")
     spread = (ticks[-1] - ticks[0]) * seconds
     fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
-    width, height = size[::-1] if turned else size
-    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height)
+    width, height = orientation.size(*size)
+    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height), orientation
 
 
 def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:

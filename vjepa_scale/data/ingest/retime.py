@@ -46,6 +46,8 @@ def checked_retimed(video: Path, decoded: Decoded, times_s: Floats) -> tuple[byt
     seen = decode_whole(data)
     if seen.digests != decoded.digests:
         raise DecodeError(REASON, "the copy does not decode to the same pictures")
+    if seen.orientation != decoded.orientation:
+        raise DecodeError(REASON, f"a .{extension} of this codec does not say how pictures are turned")
     early = times_s - seen.times_s
     if early.min() < -1e-6 or early.max() > float(_TICK_S[extension]) + 1e-6:
         raise DecodeError(REASON, f"frames of the copy are {early.min():.6f} to {early.max():.6f} s early")
