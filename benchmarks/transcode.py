@@ -73,8 +73,8 @@ def _clips_per_second(data: bytes, seconds: int, clips: int) -> float:
 
 def _clip(data: bytes, start_s: float) -> list[np.ndarray]:
     reformatter = VideoReformatter()
-    pictures = pictures_at(data, [start_s + k / _FPS for k in range(_FRAMES)])
-    return [upright_rgb(reformatter, picture) for picture in pictures]
+    pictures, aspect = pictures_at(data, [start_s + k / _FPS for k in range(_FRAMES)])
+    return [upright_rgb(reformatter, picture, aspect) for picture in pictures]
 
 
 def _timed(function: Callable[[], _T]) -> tuple[float, _T]:

@@ -56,11 +56,19 @@ def timeline(path: Path) -> Timeline:
 
 
 def pictures(path: Path, wanted: Collection[int]) -> dict[int, npt.NDArray[np.uint8]]:
-    """Upright RGB [H, W, 3] of the frames of these numbers, by decoding from the first."""
+    """RGB [H, W, 3], upright and of square pixels, of the frames of these numbers, by decoding from the first."""
     turns = turns_clockwise(path)
     with av.open(str(path)) as container:
-        numbered = enumerate(_frames(container, container.streams.video[0]))
-        return {i: np.rot90(f.to_ndarray(format="rgb24"), k=-turns) for i, f in numbered if i in wanted}
+        stream = container.streams.video[0]
+        aspect, found = stream.sample_aspect_ratio or 1, {}
+        for i, frame in enumerate(_frames(container, stream)):
+            if i not in wanted:
+                continue
+            if aspect != 1:  # of the width as shown
+                side = {"height": int(frame.height / aspect)} if turns % 2 else {"width": int(frame.width * aspect)}
+                frame = frame.reformat(format="rgb24", interpolation="BICUBIC", **side)
+            found[i] = np.rot90(frame.to_ndarray(format="rgb24"), k=-turns)
+        return found
 
 
 def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:

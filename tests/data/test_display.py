@@ -1,8 +1,13 @@
-"""Pictures as they are shown: all eight ways of turning and mirroring, judged by Pillow and by ffmpeg's command."""
+"""Pictures as they are shown.
+
+Upright, judged by Pillow and by ffmpeg's command; with square pixels, judged by FFmpeg's scale filter.
+"""
 
 import io
 import shutil
 import subprocess
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -11,7 +16,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
-from vjepa_scale.data.decode import PYAV, TORCHCODEC, decode_clip
+from vjepa_scale.data.decode import PYAV, TORCHCODEC, DecodeError, decode_clip
+from vjepa_scale.data.ingest.check import _check_video
 from vjepa_scale.data.ingest.cut import checked_cut, plan_cuts
 from vjepa_scale.data.ingest.encode import transcode
 from vjepa_scale.data.ingest.probe import decode_whole
@@ -51,19 +57,30 @@ def drawn(number: int = 0, height: int = 48, width: int = 80) -> Picture:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def video(orientation: int = 1, *, frames: int = 8, container: str = "mp4", codec: str = "h264") -> bytes:
-    """A video of ``drawn``, ten pictures a second, every fourth a keyframe."""
+def video(
+    orientation: int = 1,
+    *,
+    aspect: Fraction | None = None,
+    frames: int = 8,
+    container: str = "mp4",
+    codec: str = "h264",
+    size: tuple[int, int] = (48, 80),
+) -> bytes:
+    """A video of ``drawn``, ten pictures a second, every fourth a keyframe. aspect: of its pixels."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         stream.codec_context.gop_size, stream.codec_context.thread_count = 4, 1
         stream.codec_context.max_b_frames = 0
         if orientation != 1:
             a, b, c, d = (n << 16 for n in MATRICES[orientation])
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         for i in range(frames):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(i), format="rgb24")))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(i, *size), format="rgb24")))
         out.mux(stream.encode())
     return buffer.getvalue()
 
@@ -78,6 +95,12 @@ def by_pillow(pictures: list[Picture], orientation: int) -> list[Picture]:
     if orientation == 1:
         return pictures
     return [np.asarray(Image.fromarray(picture).transpose(TRANSPOSED[orientation])) for picture in pictures]
+
+
+def assert_alike(found: list[Picture], expected: list[Picture], *, mean: float) -> None:
+    """Of the same sizes, and so many of 255 levels apart in the mean."""
+    assert [picture.shape for picture in found] == [picture.shape for picture in expected]
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(found, expected, strict=True)) < mean
 
 
 def cut(data: bytes, path: Path, *, segment_s: float) -> list[bytes]:
@@ -117,19 +140,14 @@ def test_ffmpegs_command_shows_the_same(tmp_path: Path) -> None:
         (tmp_path / "a.mp4").write_bytes(data)
         command = ["ffmpeg", "-v", "error", "-i", "a.mp4", "-f", "image2pipe", "-c:v", "png", "-"]
         png = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
-        expected, found = np.asarray(Image.open(io.BytesIO(png))), decode_clip(data, times_s=[0.0])[0]
-        assert found.shape == expected.shape
-        assert np.abs(found.astype(int) - expected).mean() < 2
+        assert_alike(decode_clip(data, times_s=[0.0]), [np.asarray(Image.open(io.BytesIO(png)))], mean=2)
 
 
 @pytest.mark.parametrize("orientation", MATRICES)
 def test_a_new_video_is_upright(orientation: int) -> None:
     data = video(orientation)
     (part,) = plan_transcodes(decode_whole(data), short_side=None)
-    made = stored(transcode(data, part))
-    for found, expected in zip(made, by_pillow(stored(data), orientation), strict=True):
-        assert found.shape == expected.shape
-        assert np.abs(found.astype(int) - expected).mean() < 3
+    assert_alike(stored(transcode(data, part)), by_pillow(stored(data), orientation), mean=3)
 
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "h264"), ("webm", "libvpx")])  # parts in MP4, in Matroska
@@ -141,6 +159,174 @@ def test_parts_stay_turned_and_mirrored(orientation: int, container: str, codec:
     assert len(parts) == 2
     for number, part in enumerate(parts):
         assert_equal(decode_clip(part, times_s=[0.05, 0.35]), [shown[4 * number], shown[4 * number + 3]])
+
+
+# -- pixels that are not square --------------------------------------------------------------------
+
+WIDE, NARROW = Fraction(16, 15), Fraction(10, 11)
+# The first three say it in the video itself, the others in the container alone.
+ANAMORPHIC = {
+    "h264": {"container": "mp4"},
+    "mpeg2video": {"container": "mpegts"},
+    "mpeg4": {"container": "avi"},
+    "libvpx-vp9": {"container": "mp4"},
+    "libsvtav1": {"container": "mp4", "size": (64, 96)},
+}
+
+# Their decoders say that colour is sampled at the left of two pixels, which the filter minds and plain conversion
+# (also that of square pixels) does not.
+LEFT = ("h264", "mpeg2video", "mpeg4")
+
+
+def by_scale_filter(data: bytes, command: str = "scale=iw*sar:ih") -> list[Picture]:
+    """All pictures of a video, as FFmpeg's filter scales them."""
+    with av.open(io.BytesIO(data)) as container:
+        stream, found = container.streams.video[0], []
+        for frame in container.decode(stream):
+            graph, aspect = av.filter.Graph(), stream.sample_aspect_ratio or 1
+            size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/10"
+            nodes = [graph.add("buffer", f"{size}:pixel_aspect={aspect.numerator}/{aspect.denominator}")]
+            for name, arguments in (part.partition("=")[::2] for part in (*command.split(","), "format=rgb24")):
+                nodes.append(graph.add(name, arguments))
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+            graph.push(frame)
+            found.append(graph.pull().to_ndarray(format="rgb24"))
+        return found
+
+
+@pytest.mark.parametrize("decoder", [PYAV, pytest.param(TORCHCODEC, marks=pytest.mark.system("torchcodec"))])
+@pytest.mark.parametrize("aspect", [WIDE, NARROW, Fraction(4, 3), Fraction(3, 4)])
+@pytest.mark.parametrize("codec", ANAMORPHIC)
+def test_the_width_is_multiplied_by_the_aspect_of_pixels(codec: str, aspect: Fraction, decoder: str) -> None:
+    data = video(aspect=aspect, codec=codec, **ANAMORPHIC[codec])
+    expected = by_scale_filter(data)
+    height, width = ANAMORPHIC[codec].get("size", (48, 80))
+    assert abs(expected[0].shape[1] / width - aspect) < 0.1  # MPEG-2 knows few
+    found = list(stream_pictures(data, fps=10))
+    assert_equal(decode_clip(data, times_s=TIMES_S, decoder=decoder), [found[i] for i in (0, 3, 7)])
+    if codec in LEFT:
+        assert_alike(found, expected, mean=0.6)
+    else:
+        assert_equal(found, expected)
+    facts = decode_whole(data).facts
+    assert (facts.height, facts.width, 3) == expected[0].shape == (height, facts.width, 3)
+
+
+def test_it_is_the_width_as_shown() -> None:
+    """As ffmpeg does, whose filters see pictures that are turned."""
+    for orientation, filters in ((3, "hflip,vflip"), (6, "transpose=clock"), (7, "transpose=clock_flip")):
+        data = video(orientation, aspect=Fraction(4, 3))
+        expected = by_scale_filter(data, f"{filters},scale=iw*sar:ih")
+        assert expected[0].shape == ((48, 106, 3) if orientation == 3 else (80, 36, 3))
+        assert_alike(list(stream_pictures(data, fps=10)), expected, mean=1.5)
+        facts = decode_whole(data).facts
+        assert (facts.height, facts.width, 3) == expected[0].shape
+
+
+@pytest.mark.system
+def test_ffmpegs_command_scales_the_same(tmp_path: Path) -> None:
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs FFmpeg's command: apt-get install ffmpeg")
+    for orientation, aspect in ((1, WIDE), (6, NARROW), (7, Fraction(4, 3))):
+        data = video(orientation, aspect=aspect, frames=1)
+        (tmp_path / "a.mp4").write_bytes(data)
+        command = [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-i",
+            "a.mp4",
+            "-vf",
+            "scale=iw*sar:ih",
+            "-f",
+            "image2pipe",
+            "-c:v",
+            "png",
+            "-",
+        ]
+        png = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+        assert_alike(decode_clip(data, times_s=[0.0]), [np.asarray(Image.open(io.BytesIO(png)))], mean=2)
+
+
+@pytest.mark.parametrize(
+    "aspect", [None, Fraction(1), Fraction(640, 639), Fraction(135, 136), Fraction(10**6), Fraction(1, 99)]
+)
+def test_square_pixels_are_not_resampled(aspect: Fraction | None) -> None:
+    """Nor nearly square ones, which are what is left of a rounded size, nor where the header is absurd."""
+    data = video(aspect=aspect)
+    assert_equal(list(stream_pictures(data, fps=10)), stored(data))
+    assert_equal(decode_clip(data, times_s=[0.7]), stored(data)[-1:])
+    assert (decode_whole(data).facts.width, decode_whole(data).facts.height) == (80, 48)
+
+
+@pytest.mark.parametrize("short_side", [None, 24])
+def test_a_new_video_has_square_pixels(short_side: int | None) -> None:
+    for orientation, aspect, size in (
+        (1, Fraction(4, 3), (48, 106)),
+        (7, Fraction(4, 3), (80, 36)),
+        (1, NARROW, (48, 72)),
+    ):
+        data = video(orientation, aspect=aspect)
+        (part,) = plan_transcodes(decode_whole(data), short_side=short_side)
+        made = transcode(data, part)
+        with av.open(io.BytesIO(made)) as container:
+            assert container.streams.video[0].sample_aspect_ratio in (None, 1)
+        height, width = stored(made)[0].shape[:2]
+        assert abs(width / height - size[1] / size[0]) < 0.05
+        assert short_side or (height, width) == size
+        shown = [Image.fromarray(picture) for picture in stream_pictures(data, fps=10)]
+        small = [np.asarray(picture.resize((width, height), Image.Resampling.BOX)) for picture in shown]
+        assert_alike(stored(made), small, mean=3)
+
+
+def test_parts_keep_the_aspect_of_pixels(tmp_path: Path) -> None:
+    for codec, more in ANAMORPHIC.items():
+        data = video(aspect=WIDE, codec=codec, **more)
+        parts = cut(data, tmp_path / "a", segment_s=0.4)
+        pictures = [picture for part in parts for picture in stream_pictures(part, fps=10)]
+        assert len(parts) == 2
+        assert_equal(pictures, list(stream_pictures(data, fps=10)))
+        assert_alike(pictures, by_scale_filter(data), mean=0.6)
+
+
+def test_a_part_that_cannot_keep_it_is_no_part(tmp_path: Path) -> None:
+    """Of ProRes, parts are in Matroska, to whose header PyAV gives no aspect."""
+    assert len(cut(video(codec="prores_ks", container="mov"), tmp_path / "a", segment_s=0.4)) == 2
+    with pytest.raises(DecodeError, match=r"cannot be cut by copying: .*does not say how wide pixels are"):
+        cut(video(aspect=WIDE, codec="prores_ks", container="mov"), tmp_path / "a", segment_s=0.4)
+
+
+def test_pixels_that_change_their_shape_are_refused() -> None:
+    """Broadcasts that change between 4:3 and 16:9 at one stored size."""
+    buffer, ticks = io.BytesIO(), iter(range(20))
+    with av.open(buffer, "w", format="mpegts") as out:
+        stream = out.add_stream("h264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        for aspect in (WIDE, Fraction(64, 45)):
+            encoder = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = 80, 48, "yuv420p"
+            encoder.time_base, encoder.sample_aspect_ratio = Fraction(1, 10), aspect
+            encoder.max_b_frames = 0
+            for tick in [next(ticks) for _ in range(10)]:
+                frame = av.VideoFrame.from_ndarray(drawn(tick), format="rgb24")
+                frame.pts = tick
+                for packet in encoder.encode(frame):
+                    packet.stream = stream
+                    out.mux(packet)
+            for packet in encoder.encode(None):
+                packet.stream = stream
+                out.mux(packet)
+    with pytest.raises(DecodeError, match=r"the picture size changes inside the video: .*64/45"):
+        decode_whole(buffer.getvalue())
+
+
+def test_shards_of_before_are_still_sound() -> None:
+    """Columns then had the size without the aspect of pixels."""
+    data = video(6, aspect=WIDE)
+    facts = decode_whole(data).facts
+    assert not _check_video(data, asdict(facts))
+    assert not _check_video(data, asdict(replace(facts, width=48)))
+    assert _check_video(data, asdict(replace(facts, width=49)))
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -212,7 +212,11 @@ def test_torchcodec_shows_the_same(name: str, turns: int, tmp_path: Path, record
         frame = judge.get_frame_played_at(float((Fraction(offset) + start) * line.tick_s))
         assert round(frame.pts_seconds / float(line.tick_s)) - start == line.ticks[line.frame_at(offset)]
         (picture,) = ours(path, [float(offset) * float(line.tick_s)])
-        furthest = max(furthest, float(np.abs(picture.astype(np.int64) - frame.data.numpy()).mean()))
+        as_stored = av.VideoFrame.from_ndarray(frame.data.numpy(), format="rgb24")
+        size = {"height": picture.shape[0], "width": picture.shape[1]}  # torchcodec leaves pixels as they are stored
+        same_size = as_stored.reformat(interpolation="BICUBIC", **size).to_ndarray()
+        furthest = max(furthest, float(np.abs(picture.astype(np.int64) - same_size).mean()))
     # It may use another FFmpeg, and what is lost of a damaged slice (hello.avi) each version paints in its own way.
-    assert furthest < 1
+    # Where pixels are not square, ours are scaled in YUV, the judge's in RGB.
+    assert furthest < (1 if picture.shape == frame.data.shape else 2)
     record_property("measured", f"{name}: up to {furthest:.2f} of 255 on average")

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.display import orientation_of
+from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
@@ -119,19 +119,19 @@ def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -
             found = torchcodec_pictures(data, times_s)
             if found is not None:
                 return found
-        pictures = pictures_at(data, times_s)
+        pictures, aspect = pictures_at(data, times_s)
     except DecodeError as error:
         still = still_picture(data) if error.reason == NOT_A_VIDEO else None
         if still is None:
             raise
-        pictures = [still] * len(times_s)
+        pictures, aspect = [still] * len(times_s), SQUARE
     reformatter = VideoReformatter()
     rgb: list[npt.NDArray[np.uint8]] = []
     for k, picture in enumerate(pictures):
         if k and picture is pictures[k - 1]:
             rgb.append(rgb[-1])
             continue
-        rgb.append(upright_rgb(reformatter, picture))
+        rgb.append(upright_rgb(reformatter, picture, aspect))
     if any(array.shape != rgb[0].shape for array in rgb):
         raise DecodeError("the picture size changes inside the video")
     return rgb
@@ -190,17 +190,28 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
         return picture
 
 
-def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame) -> npt.NDArray[np.uint8]:
-    """A decoded picture as uint8 RGB [H, W, 3]. Raises DecodeError."""
+def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame, aspect: Fraction) -> npt.NDArray[np.uint8]:
+    """A decoded picture as it is shown, uint8 RGB [H, W, 3]. Raises DecodeError.
+
+    aspect: of its pixels; where they are not square, the picture is scaled to them by FFmpeg's bicubic filter
+    """
+    orientation = orientation_of(picture)
+    shown = shown_size(picture.width, picture.height, orientation, aspect)
+    width, height = orientation.size(*shown)
+    scaling = Interpolation.BICUBIC if (width, height) != (picture.width, picture.height) else None
     with ffmpeg_errors("pixels that cannot be converted"):
-        array = np.asarray(reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray(), np.uint8)
-    return np.ascontiguousarray(orientation_of(picture).of(array))
+        rgb = reformatter.reformat(picture, width, height, "rgb24", interpolation=scaling, threads=1)
+        array = np.asarray(rgb.to_ndarray(), np.uint8)
+    return np.ascontiguousarray(orientation.of(array))
 
 
-def pictures_at(data: Media, times_s: Sequence[float]) -> list[av.VideoFrame]:
-    """The frame on screen at each of some ascending times, decoding from the keyframe before the first."""
+def pictures_at(data: Media, times_s: Sequence[float]) -> tuple[list[av.VideoFrame], Fraction]:
+    """The frame on screen at each of some ascending times, decoding from the keyframe before the first.
+
+    With them: the aspect of their pixels.
+    """
     with decoding_from(data, times_s[0]) as (_, stream, frames):
-        return list(on_screen(frames, ticks_of(stream, times_s)))
+        return list(on_screen(frames, ticks_of(stream, times_s))), pixel_aspect(stream)
 
 
 def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:

@@ -3,7 +3,8 @@
 What is a video, which of its streams, and which frame is on screen when stay PyAV's word: so a playlist never reaches
 torchcodec, which would open the files that it names, and times mean the same. Of the frame numbers that come out of
 that, torchcodec gives the pictures, or an error where it does not count or time the frames alike: each brings an FFmpeg
-of its own, and damaged headers are read differently. It turns pictures, but mirrors none: PyAV does.
+of its own, and damaged headers are read differently. Mirrored pictures, and pixels that are not square, are left to
+PyAV: torchcodec would show them as they are stored.
 """
 
 from bisect import bisect_right
@@ -24,7 +25,7 @@ from vjepa_scale.data.decode import (
     ticks_of,
     time_base,
 )
-from vjepa_scale.data.display import orientation_of
+from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect
 
 # In other containers (MPEG streams, AVI) its seeks led to other pictures, with the right timestamps.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -58,7 +59,7 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
     if any(frame.damaged for frame in frames[: on_screen[-1] + 1]):
         raise DecodeError("does not decode to the end", "damaged packet")
     wanted = sorted(set(on_screen))
-    if _mirrored(data, times_s[0]):
+    if not _only_turned(data, times_s[0]):
         return None
     with nullcontext(data) if isinstance(data, bytes) else open(data, "rb") as source:
         with _errors("unreadable"):
@@ -83,10 +84,10 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
     return [pictures[i] for i in on_screen]
 
 
-def _mirrored(data: Media, time_s: float) -> bool:
-    """Whether the picture at a time is. One is decoded for that: containers do not tell."""
-    with decoding_from(data, time_s) as (_, _, frames):
-        return orientation_of(next(frames)).mirrored
+def _only_turned(data: Media, time_s: float) -> bool:
+    """Whether that is all that has to be done to pictures. One is decoded for that: containers do not always tell."""
+    with decoding_from(data, time_s) as (_, stream, frames):
+        return not orientation_of(next(frames)).mirrored and pixel_aspect(stream) == SQUARE
 
 
 @contextmanager

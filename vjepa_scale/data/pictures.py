@@ -21,6 +21,7 @@ from vjepa_scale.data.decode import (
     timed_frames,
     upright_rgb,
 )
+from vjepa_scale.data.display import SQUARE, pixel_aspect
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
 # Of a picture: a time this close to the end of the video is not in it.
@@ -55,7 +56,7 @@ def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterato
                 while ticks_of(stream, [start_s + until / fps])[0] < pts_of(following):
                     until += 1
             if until > taken:
-                rgb = upright_rgb(reformatter, current)
+                rgb = upright_rgb(reformatter, current, pixel_aspect(stream))
                 if shape not in (None, rgb.shape):
                     raise DecodeError("the picture size changes inside the video")
                 shape = rgb.shape
@@ -69,4 +70,4 @@ def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterato
 def decode_image(data: Media) -> npt.NDArray[np.uint8] | None:
     """An image file's picture, uint8 RGB [H, W, 3], upright; None where it is something else. Raises DecodeError."""
     picture = still_picture(data)
-    return None if picture is None else upright_rgb(VideoReformatter(), picture)
+    return None if picture is None else upright_rgb(VideoReformatter(), picture, SQUARE)

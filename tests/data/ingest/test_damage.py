@@ -49,7 +49,7 @@ def test_a_lost_packet_after_which_index_and_order_disagree() -> None:
     assert len(shown) == len(numbers) - 1
     # Plain PyAV, too, seeks to a picture that is not the one in order there.
     at = next(i for i in range(45, 60) if i % 5 == 0)
-    (sought,) = pictures_at(damaged, [times[at] + 0.01])
+    (sought,), _ = pictures_at(damaged, [times[at] + 0.01])
     assert not np.array_equal(sought.to_ndarray(format="rgb24"), shown[at])
     with pytest.raises(DecodeError) as caught:
         probe_video(damaged)

@@ -29,6 +29,7 @@ from vjepa_scale.data.decode import (
     stream_start,
     time_base,
 )
+from vjepa_scale.data.display import aspect_of, pixel_aspect
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.processes import beat
 
@@ -130,6 +131,8 @@ def muxed(
             copy = out.add_stream_from_template(stream, opaque=True)
         except ValueError as error:  # a codec that the new file cannot hold either: Sorenson's, of old FLVs
             raise DecodeError(REASON, str(error)) from None
+        if pixel_aspect(stream) != aspect_of(stream.codec_context.sample_aspect_ratio):  # the container's own word
+            copy.sample_aspect_ratio = pixel_aspect(stream)
         if tick_s is not None:
             copy.time_base = tick_s
         for packet, pts, dts in zip(packets, ticks, _decoding_times(ticks), strict=True):
@@ -153,6 +156,8 @@ def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFac
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not decode to the same pictures")
     if part.orientation != decoded.orientation:
         raise DecodeError(REASON, f"a .{cut.extension} of this codec does not say how pictures are turned")
+    if part.aspect != decoded.aspect:
+        raise DecodeError(REASON, f"a .{cut.extension} of this codec does not say how wide pixels are")
     late = part.times_s - decoded.times_s[shown]
     if np.abs(late - late[0]).max() > _TIME_TOLERANCE_S:
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not keep the times")

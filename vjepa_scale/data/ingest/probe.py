@@ -8,6 +8,7 @@ malformed files decoders return garbage after a seek, with no error).
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ from vjepa_scale.data.decode import (
     timed_frames,
     upright_rgb,
 )
-from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
+from vjepa_scale.data.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 
@@ -47,7 +48,7 @@ class VideoFacts:
 
     duration: seconds from the stream's start to the end of the last frame
     fps:      mean rate over the frames
-    width, height: as shown (after rotation), in pixels
+    width, height: as shown (turned, and with square pixels), in pixels
     """
 
     duration: float
@@ -62,7 +63,8 @@ class Decoded:
     """A video decoded in order.
 
     times_s: of every frame, from the stream's start, in whole ticks of tick_s
-    digests: 8 bytes of each picture as it is stored; orientation: how the last is shown
+    digests: 8 bytes of each picture as it is stored
+    orientation: how the last is shown; aspect: of the pixels; unscaled: width and height without it
     """
 
     facts: VideoFacts
@@ -70,6 +72,8 @@ class Decoded:
     digests: list[bytes]
     tick_s: float = 1.0
     orientation: Orientation = UPRIGHT
+    aspect: Fraction = SQUARE
+    unscaled: tuple[int, int] | None = None
 
 
 def probe_video(data: Media) -> VideoFacts:
@@ -88,15 +92,15 @@ def decode_whole(data: Media, *, images: bool = False) -> Decoded:
         still = still_picture(data, strict=True) if images and error.reason == NOT_A_VIDEO else None
         if still is None:
             raise
-    height, width, _ = upright_rgb(VideoReformatter(), still).shape
+    height, width, _ = upright_rgb(VideoReformatter(), still, SQUARE).shape
     return Decoded(VideoFacts(duration=0.0, fps=0.0, frames=1, width=width, height=height), np.zeros(1), [])
 
 
 def _decode_video(data: Media) -> Decoded:
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
-        ticks, digests, keys, facts, orientation = _decode_all(container, stream)
-        start = stream_start(stream)
+        ticks, digests, keys, facts, last = _decode_all(container, stream)
+        start, orientation, aspect = stream_start(stream), orientation_of(last), pixel_aspect(stream)
         if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
             keys = []
     for index in _places_to_seek(len(ticks), keys):
@@ -104,7 +108,8 @@ def _decode_video(data: Media) -> Decoded:
         found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
         if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
-    return Decoded(facts, (np.array(ticks, np.float64) - start) * seconds, digests, seconds, orientation)
+    times_s, unscaled = (np.array(ticks, np.float64) - start) * seconds, orientation.size(last.width, last.height)
+    return Decoded(facts, times_s, digests, seconds, orientation, aspect, unscaled)
 
 
 def _sought_picture(data: Media, time_s: float) -> VideoFrame:
@@ -131,14 +136,14 @@ def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
 
 def _decode_all(
     container: InputContainer, stream: VideoStream
-) -> tuple[list[int], list[bytes], list[int], VideoFacts, Orientation]:
-    """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and how the last is shown."""
+) -> tuple[list[int], list[bytes], list[int], VideoFacts, VideoFrame]:
+    """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and the last frame."""
     seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
     digests: list[bytes] = []
     keys: list[int] = []
-    size, last = None, None
+    size, last, first_aspect = None, None, None
     for last in sound_frames(container, stream):
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
@@ -148,7 +153,10 @@ def _decode_all(
             keys.append(len(ticks))
         ticks.append(pts_of(last))
         digests.append(picture_digest(reformatter, last))
-        orientation = orientation_of(last)
+        first_aspect = first_aspect or _codecs_aspect(stream)
+        if _codecs_aspect(stream) != first_aspect == pixel_aspect(stream):
+            wide = f"about frame {len(ticks) - 1}, where pixels become {_codecs_aspect(stream)} times as wide as high"
+            raise DecodeError("the picture size changes inside the video", wide)
     if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
     end_s = end_of_video(stream, first_tick=ticks[0], last=last, frames=len(ticks))
@@ -157,8 +165,13 @@ def _decode_all(
         raise DecodeError("zero length", f"{len(ticks)} frames, no duration")
     spread = (ticks[-1] - ticks[0]) * seconds
     fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
-    width, height = orientation.size(*size)
-    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height), orientation
+    width, height = shown_size(*size, orientation_of(last), pixel_aspect(stream))
+    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height), last
+
+
+def _codecs_aspect(stream: VideoStream) -> Fraction:
+    """Of the pixels that were decoded last, where the container says nothing else."""
+    return aspect_of(stream.codec_context.sample_aspect_ratio)
 
 
 def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:

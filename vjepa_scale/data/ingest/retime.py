@@ -48,6 +48,8 @@ def checked_retimed(video: Path, decoded: Decoded, times_s: Floats) -> tuple[byt
         raise DecodeError(REASON, "the copy does not decode to the same pictures")
     if seen.orientation != decoded.orientation:
         raise DecodeError(REASON, f"a .{extension} of this codec does not say how pictures are turned")
+    if seen.aspect != decoded.aspect:
+        raise DecodeError(REASON, f"a .{extension} of this codec does not say how wide pixels are")
     early = times_s - seen.times_s
     if early.min() < -1e-6 or early.max() > float(_TICK_S[extension]) + 1e-6:
         raise DecodeError(REASON, f"frames of the copy are {early.min():.6f} to {early.max():.6f} s early")
