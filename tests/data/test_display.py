@@ -332,7 +332,7 @@ def test_shards_of_before_are_still_sound() -> None:
 # -- pictures --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "MPO"])
 def test_pictures_are_shown_as_pillow_shows_them(form: str) -> None:
     for orientation in MATRICES:
         image, buffer = Image.fromarray(drawn()), io.BytesIO()
@@ -346,3 +346,57 @@ def test_pictures_are_shown_as_pillow_shows_them(form: str) -> None:
         facts = decode_whole(buffer.getvalue(), images=True).facts
         assert (facts.height, facts.width, 3) == expected.shape
         assert_equal([decode_image(buffer.getvalue())], [found])
+
+
+def tiff(mode: str = "RGB", **more: str | int) -> tuple[bytes, Picture]:
+    """A TIFF that is on its side and has tags that have nothing to do with its pixels; and what Pillow shows of it."""
+    image, buffer = Image.fromarray(drawn()).convert(mode), io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(buffer, "TIFF", exif=exif, copyright="of nobody", software="Pillow", dpi=(204, 98), **more)
+    return buffer.getvalue(), np.asarray(ImageOps.exif_transpose(Image.open(buffer)).convert("RGB"))
+
+
+TIFFS = {
+    "plain": {},
+    "LZW": {"compression": "tiff_lzw"},
+    "deflate": {"compression": "tiff_adobe_deflate"},
+    "packed": {"compression": "packbits"},
+    "fax": {"mode": "1", "compression": "group4"},
+    "grey": {"mode": "L"},
+    "palette": {"mode": "P"},
+    "alpha": {"mode": "RGBA"},
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_a_tiff_may_have_any_tags(kind: str, tmp_path: Path) -> None:
+    data, expected = tiff(**TIFFS[kind])
+    (tmp_path / "a.tif").write_bytes(data)
+    for source in (data, tmp_path / "a.tif"):
+        facts = decode_whole(source, images=True).facts
+        assert (facts.height, facts.width, 3) == expected.shape == (80, 48, 3)
+        assert_equal(decode_clip(source, times_s=[0.0]), [expected])
+
+
+@pytest.mark.parametrize("kind", ["LZW", "fax"])
+def test_damage_inside_a_tiff_is_found(kind: str) -> None:
+    data, _ = tiff(**TIFFS[kind])
+    for damaged in (data[: len(data) // 2], data[:60] + bytes(60) + data[120:]):
+        with pytest.raises(DecodeError, match="does not decode to the end"):
+            decode_whole(damaged, images=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"compression": "jpeg"}, "JPEG inside TIFF"),  # FFmpeg makes noise of it, and says nothing
+        ({"tiffinfo": {254: 1}}, "a camera's raw data"),  # a smaller copy of what is behind it: NEF, ARW
+        ({"tiffinfo": {50706: b"\1\4\0\0"}}, "a camera's raw data"),  # DNG
+    ],
+)
+def test_a_tiff_that_is_not_the_picture_is_refused(more: dict, said: str) -> None:
+    data, _ = tiff(**more)
+    for look in (decode_image, lambda data: decode_whole(data, images=True)):
+        with pytest.raises(DecodeError, match=said):
+            look(data)

@@ -22,6 +22,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
+from vjepa_scale.data.image_files import tiff_of_pixels, wrong_in_tiff
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
@@ -177,17 +178,30 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
     with open_container(data) as container:
         if not is_image(container) or not container.streams.video or container.format.name == "tty":
             return None
-        context = container.streams.video[0].codec_context
-        if context is None:
-            raise DecodeError("unreadable", "no decoder for its codec")
-        context.thread_count = 1
-        if strict:
-            context.options = {"err_detect": "explode"}
-        with ffmpeg_errors("does not decode to the end" if strict else "unreadable"):
-            picture = next(container.decode(video=0), None)
-        if picture is None:
-            raise DecodeError("zero length", "no frame decodes")
-        return picture
+        if container.format.name != "tiff_pipe":
+            return _only_picture(container, strict=strict)
+    whole = data if isinstance(data, bytes) else data.read_bytes()
+    if wrong := wrong_in_tiff(whole):
+        raise DecodeError("unreadable", wrong)
+    if strict:
+        with open_container(tiff_of_pixels(whole)) as container:
+            _only_picture(container, strict=True)
+    with open_container(whole) as container:
+        return _only_picture(container, strict=False)
+
+
+def _only_picture(container: InputContainer, *, strict: bool) -> av.VideoFrame:
+    context = container.streams.video[0].codec_context
+    if context is None:
+        raise DecodeError("unreadable", "no decoder for its codec")
+    context.thread_count = 1
+    if strict:
+        context.options = {"err_detect": "explode"}
+    with ffmpeg_errors("does not decode to the end" if strict else "unreadable"):
+        picture = next(container.decode(video=0), None)
+    if picture is None:
+        raise DecodeError("zero length", "no frame decodes")
+    return picture
 
 
 def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame, aspect: Fraction) -> npt.NDArray[np.uint8]:
