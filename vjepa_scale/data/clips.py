@@ -1,6 +1,6 @@
 """Which seconds of which video each slot of a step shows; from the manifests alone, nothing is decoded."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.decode import PYAV, DecodeError, decode_clip, times_of_frames
+from vjepa_scale.data.decode import NOT_A_VIDEO, PYAV, DecodeError, decode_clip, times_of_frames
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
@@ -125,8 +125,18 @@ def pictures_of(
 ) -> list[npt.NDArray[np.uint8]]:
     """The pictures of a clip, T of uint8 [H, W, 3], from its video's bytes. Raises DecodeError."""
     with timed.decoding(ref) if timed is not None else nullcontext():
-        times_s = ref.times_s if ref.numbers is None else times_of_frames(data, ref.numbers)
-        return decode_clip(data, times_s=times_s, decoder=decoder)
+        return decode_clip(data, times_s=_times_of(ref, data), decoder=decoder)
+
+
+def _times_of(ref: ClipRef, data: bytes) -> Sequence[float]:
+    if ref.numbers is None:
+        return ref.times_s
+    try:
+        return times_of_frames(data, ref.numbers)
+    except DecodeError as error:
+        if error.reason != NOT_A_VIDEO:
+            raise
+        return ref.times_s  # an AVIF that earlier versions took for a video
 
 
 def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserError:

@@ -22,7 +22,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
-from vjepa_scale.data.image_files import tiff_of_pixels, wrong_in_tiff
+from vjepa_scale.data.image_files import heif_picture, tiff_of_pixels, wrong_in_tiff
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
@@ -81,7 +81,21 @@ def open_container(data: Media) -> Iterator[InputContainer]:
 def is_image(container: InputContainer) -> bool:
     """Whether it is a picture (or a text that FFmpeg would draw) and no video."""
     name = container.format.name
-    return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS
+    return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS or is_heif(container)
+
+
+def is_heif(container: InputContainer) -> bool:
+    """Whether it is a file of coded pictures without time (HEIC, AVIF)."""
+    return bool(container.streams.video) and all(map(_is_item, container.streams.video))
+
+
+def _is_item(stream: VideoStream) -> bool:
+    """Whether a stream is a coded picture of a HEIF file, to which FFmpeg gives a second that nothing says."""
+    return stream.container.format.name.startswith("mov,") and (stream.time_base, stream.duration, stream.frames) == (
+        1,
+        None,
+        1,
+    )
 
 
 @contextmanager
@@ -93,8 +107,8 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
     with open_container(data) as container:
         name = container.format.name
         if is_image(container):
-            raise DecodeError(NOT_A_VIDEO, f"format {name}")
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            raise DecodeError(NOT_A_VIDEO, f"format {'heif' if is_heif(container) else name}")
+        streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
         if not streams:
             raise DecodeError("no video stream", f"format {name}")
         stream = streams[0]
@@ -178,9 +192,12 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
     with open_container(data) as container:
         if not is_image(container) or not container.streams.video or container.format.name == "tty":
             return None
-        if container.format.name != "tiff_pipe":
+        tiff = container.format.name == "tiff_pipe"
+        if not (tiff or is_heif(container)):
             return _only_picture(container, strict=strict)
-    whole = data if isinstance(data, bytes) else data.read_bytes()
+        whole = data if isinstance(data, bytes) else data.read_bytes()
+        if not tiff:
+            return _heif_picture(container, whole, strict=strict)
     if wrong := wrong_in_tiff(whole):
         raise DecodeError("unreadable", wrong)
     if strict:
@@ -188,6 +205,32 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
             _only_picture(container, strict=True)
     with open_container(whole) as container:
         return _only_picture(container, strict=False)
+
+
+def _heif_picture(container: InputContainer, data: bytes, *, strict: bool) -> av.VideoFrame:
+    """The main picture of a HEIF file, upright, of the coded items that FFmpeg gives as streams."""
+    reason = "does not decode to the end" if strict else "unreadable"
+    try:
+        layout = heif_picture(data)
+        streams = [stream for stream in container.streams.video if stream.id in layout.tiles]
+        for stream in streams:
+            if stream.codec_context is None:
+                raise DecodeError("unreadable", "no decoder for its codec")
+            stream.codec_context.thread_count = 1
+            if strict:
+                stream.codec_context.options = {"err_detect": "explode"}
+        reformatter, tiles = VideoReformatter(), {}
+        with ffmpeg_errors(reason):
+            for packet in container.demux(streams):
+                for picture in packet.decode():
+                    assert isinstance(picture, av.VideoFrame), "of video streams"
+                    rgb = reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray()
+                    tiles[packet.stream.id] = np.asarray(rgb, np.uint8)
+        if missing := [item for item in layout.tiles if item not in tiles]:
+            raise DecodeError(reason, f"{len(missing)} of {len(layout.tiles)} tiles")
+        return av.VideoFrame.from_ndarray(layout.of(tiles), format="rgb24")
+    except ValueError as error:
+        raise DecodeError("unreadable", f"HEIF: {error}") from None
 
 
 def _only_picture(container: InputContainer, *, strict: bool) -> av.VideoFrame:

@@ -1,6 +1,14 @@
-"""What FFmpeg does not make of image files: TIFFs with tags that it does not know."""
+"""What FFmpeg leaves undone of image files: TIFFs with tags that it does not know, and the pictures of HEIF files, of
+which it gives the coded items: tiles, thumbnails, and borders that are not shown.
+"""
 
+import math
 import struct
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 # A TIFF's pixels depend on these (TIFF 6.0, sections 3 to 22): of those among them that FFmpeg does not know (how YCbCr
 # is coded, say) pixels would be wrong.
@@ -45,3 +53,168 @@ def _tiff_directory(data: bytes) -> tuple[int, list[tuple[int, bytes]]]:
     (count,) = struct.unpack_from(f"{order}H", data, start)
     entries = [data[at : at + 12] for at in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12)]
     return start, [(struct.unpack_from(f"{order}H", entry)[0], entry) for entry in entries]
+
+
+# -- HEIF: HEIC, AVIF ------------------------------------------------------------------------------
+
+
+class HeifPicture(NamedTuple):
+    """How the main picture of a HEIF file is put together (ISO 23008-12).
+
+    tiles:         numbers of the coded items, by rows
+    columns:       tiles in a row; 1 where there is one tile
+    width, height: of what they give together, before the changes; tiles may be larger
+    changes:       ("clap" | "irot" | "imir", what its box holds), in their order
+    """
+
+    tiles: list[int]
+    columns: int
+    width: int
+    height: int
+    changes: list[tuple[str, bytes]]
+
+    def of(self, tiles: Mapping[int, npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+        """The picture as it is shown, [H, W, 3], of its tiles. Raises ValueError."""
+        rows = [self.tiles[at : at + self.columns] for at in range(0, len(self.tiles), self.columns)]
+        whole = np.concatenate([np.concatenate([tiles[item] for item in row], axis=1) for row in rows])
+        if len(self.tiles) > 1 and (whole.shape[0] < self.height or whole.shape[1] < self.width):
+            raise ValueError(f"{whole.shape[1]} by {whole.shape[0]} pixels of {self.width} by {self.height}")
+        shown = whole[: self.height, : self.width]
+        for kind, box in self.changes:
+            if kind == "clap":
+                shown = _cleaned(shown, box)
+            elif kind == "irot":
+                shown = np.rot90(shown, box[0] & 3)
+            else:
+                shown = shown[:, ::-1] if box[0] & 1 else shown[::-1]
+        return np.ascontiguousarray(shown)
+
+
+def heif_picture(data: bytes) -> HeifPicture:
+    """Of the main item of a HEIF file. Raises ValueError where it is put together in ways that are not known."""
+    try:
+        return _heif_picture(data)
+    except (struct.error, KeyError, IndexError) as error:
+        raise ValueError(f"the description of its items is damaged ({type(error).__name__})") from None
+
+
+def _heif_picture(data: bytes) -> HeifPicture:
+    meta = dict(_boxes(dict(_boxes(data))["meta"][4:]))
+    version, number = meta["pitm"][0], meta["pitm"][4:]
+    (main,) = struct.unpack_from(">I" if version else ">H", number)
+    kind = _item_kinds(meta["iinf"])[main]
+    properties = _properties(meta["iprp"], main)
+    changes = [(name, box) for name, box in properties if name in ("clap", "irot", "imir")]
+    if kind != "grid":
+        if kind not in ("hvc1", "av01", "avc1", "jpeg"):
+            raise ValueError(f"an item of the kind {kind!r}")
+        width, height = struct.unpack_from(">II", dict(properties)["ispe"], 4)
+        return HeifPicture([main], 1, width, height, changes)
+    grid = _content(data, meta, main)
+    width, height = struct.unpack_from(">II" if grid[1] & 1 else ">HH", grid, 4)
+    tiles = _references(meta["iref"], main)
+    columns = grid[3] + 1
+    if len(set(tiles)) != (grid[2] + 1) * columns:
+        raise ValueError(f"{len(set(tiles))} tiles for {grid[2] + 1} rows of {columns}")
+    return HeifPicture(tiles, columns, width, height, changes)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(kind, what is in it) of each box (ISO 14496-12)."""
+    at = 0
+    while at + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        header = 8
+        if size == 1:
+            (size,), header = struct.unpack_from(">Q", data, at + 8), 16
+        if size == 0:
+            size = len(data) - at
+        if size < header:
+            raise ValueError(f"a box of {size} bytes")
+        yield kind.decode("latin-1"), data[at + header : at + size]
+        at += size
+
+
+def _item_kinds(iinf: bytes) -> dict[int, str]:
+    kinds = {}
+    for _, infe in _boxes(iinf[6:] if iinf[0] == 0 else iinf[8:]):
+        number = ">I" if infe[0] == 3 else ">H"
+        (item,) = struct.unpack_from(number, infe, 4)
+        at = 4 + struct.calcsize(number) + 2  # behind the index of its protection
+        kinds[item] = infe[at : at + 4].decode("latin-1")
+    return kinds
+
+
+def _properties(iprp: bytes, item: int) -> list[tuple[str, bytes]]:
+    """(kind, box) of an item's properties, in its order."""
+    every, found = list(_boxes(dict(_boxes(iprp))["ipco"])), []
+    for kind, ipma in _boxes(iprp):
+        if kind != "ipma":
+            continue
+        (count,), at = struct.unpack_from(">I", ipma, 4), 8
+        for _ in range(count):
+            number = ">I" if ipma[0] else ">H"
+            (owner,) = struct.unpack_from(number, ipma, at)
+            at += struct.calcsize(number)
+            wide, associations = ipma[3] & 1, ipma[at]
+            at += 1
+            for _ in range(associations):
+                index = struct.unpack_from(">H", ipma, at)[0] & 0x7FFF if wide else ipma[at] & 0x7F
+                at += 2 if wide else 1
+                if owner == item and index:
+                    found.append(every[index - 1])
+    return found
+
+
+def _references(iref: bytes, item: int) -> list[int]:
+    """The items that an item is derived from, in its order."""
+    number = ">I" if iref[0] else ">H"
+    size = struct.calcsize(number)
+    for kind, box in _boxes(iref[4:]):
+        if kind == "dimg" and struct.unpack_from(number, box)[0] == item:
+            (count,) = struct.unpack_from(">H", box, size)
+            return [struct.unpack_from(number, box, size + 2 + size * k)[0] for k in range(count)]
+    return []
+
+
+def _content(data: bytes, meta: Mapping[str, bytes], item: int) -> bytes:
+    """The bytes of an item (a grid's few), as its location says."""
+    iloc, at = meta["iloc"], 6
+    version, sizes = iloc[0], [iloc[4] >> 4, iloc[4] & 15, iloc[5] >> 4, iloc[5] & 15]
+
+    def take(size: int) -> int:
+        nonlocal at
+        at += size
+        if at > len(iloc):
+            raise IndexError
+        return int.from_bytes(iloc[at - size : at], "big")
+
+    offset_size, length_size, base_size, index_size = sizes if version else [*sizes[:3], 0]
+    number = 4 if version == 2 else 2
+    for _ in range(take(number)):
+        owner, method = take(number), take(2) & 15 if version else 0
+        file, base, extents = take(2), take(base_size), take(2)
+        if owner != item:
+            take(extents * (index_size + offset_size + length_size))
+            continue
+        if file or method > 1 or extents != 1:
+            raise ValueError("a grid that is described elsewhere, or in pieces")
+        take(index_size)
+        start = base + take(offset_size)
+        return (meta["idat"] if method == 1 else data)[start : start + take(length_size)]
+    raise KeyError(item)
+
+
+def _cleaned(picture: npt.NDArray[np.uint8], clap: bytes) -> npt.NDArray[np.uint8]:
+    """A picture's clean aperture: a size, and how far its middle lies from the picture's. Raises ValueError."""
+    width_n, width_d, height_n, height_d = struct.unpack_from(">4I", clap)
+    right_n, right_d, down_n, down_d = struct.unpack_from(">iIiI", clap, 16)
+    if not (width_d and height_d and right_d and down_d):
+        raise ValueError("a clean aperture without size")
+    height, width = picture.shape[:2]
+    new_width, new_height = round(width_n / width_d), round(height_n / height_d)
+    left = math.floor((width - new_width) / 2 + right_n / right_d + 0.25)
+    top = math.floor((height - new_height) / 2 + down_n / down_d + 0.25)
+    if not (new_width and new_height and 0 <= left <= width - new_width and 0 <= top <= height - new_height):
+        raise ValueError("a clean aperture outside the picture")
+    return picture[top : top + new_height, left : left + new_width]

@@ -31,7 +31,7 @@ _VIDEO = {
     "gif",
     "video",
 }
-_IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"}
+_IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"}
 _WRITTEN_BACK = 2**24  # bytes
 MEDIA_EXTENSIONS = frozenset(_VIDEO | _IMAGE)
 
