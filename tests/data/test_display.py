@@ -5,7 +5,9 @@ Upright, judged by Pillow and by ffmpeg's command; with square pixels, judged by
 
 import io
 import shutil
+import struct
 import subprocess
+import zlib
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -404,6 +406,26 @@ def test_a_tiff_that_is_not_the_picture_is_refused(more: dict, said: str) -> Non
     for look in (decode_image, lambda data: decode_whole(data, images=True)):
         with pytest.raises(DecodeError, match=said):
             look(data)
+
+
+@pytest.mark.parametrize("kind", ["prefixed", "empty", "zeros", "short"])
+def test_a_png_may_have_any_exif(kind: str) -> None:
+    """What is in it counts also behind the prefix that only JPEG has; what nobody can read does not matter."""
+    image, buffer = Image.fromarray(drawn()), io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(buffer, "PNG")
+    written = exif.tobytes()
+    assert written.startswith(b"Exif\0\0")
+    content = {"prefixed": written, "empty": b"", "zeros": bytes(30), "short": written[6:18]}[kind]
+    chunk, at = b"eXIf" + content, 33  # behind the header
+    whole = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = buffer.getvalue()[:at] + whole + buffer.getvalue()[at:]
+    (expected,) = by_pillow([drawn()], 6 if kind == "prefixed" else 1)
+    assert_equal([decode_image(data), *decode_clip(data, times_s=[0.0])], [expected] * 2)
+    assert decode_whole(data, images=True).facts.height == expected.shape[0]
+    with pytest.raises(DecodeError):
+        decode_whole(data[:200], images=True)
 
 
 # -- HEIC and AVIF ---------------------------------------------------------------------------------

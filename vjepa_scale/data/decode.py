@@ -22,7 +22,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
-from vjepa_scale.data.image_files import heif_picture, tiff_of_pixels, wrong_in_tiff
+from vjepa_scale.data.image_files import heif_picture, pngs_of_other_exif, tiff_of_pixels, wrong_in_tiff
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
@@ -192,18 +192,30 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
     with open_container(data) as container:
         if not is_image(container) or not container.streams.video or container.format.name == "tty":
             return None
-        tiff = container.format.name == "tiff_pipe"
-        if not (tiff or is_heif(container)):
+        if is_heif(container):
+            return _heif_picture(container, _whole(data), strict=strict)
+        if container.format.name == "tiff_pipe":
+            return _tiff_picture(_whole(data), strict=strict)
+        try:
             return _only_picture(container, strict=strict)
-        whole = data if isinstance(data, bytes) else data.read_bytes()
-        if not tiff:
-            return _heif_picture(container, whole, strict=strict)
-    if wrong := wrong_in_tiff(whole):
+        except DecodeError:
+            for other in pngs_of_other_exif(_whole(data)):
+                with suppress(DecodeError), open_container(other) as reopened:
+                    return _only_picture(reopened, strict=strict)
+            raise
+
+
+def _whole(data: Media) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _tiff_picture(data: bytes, *, strict: bool) -> av.VideoFrame:
+    if wrong := wrong_in_tiff(data):
         raise DecodeError("unreadable", wrong)
     if strict:
-        with open_container(tiff_of_pixels(whole)) as container:
+        with open_container(tiff_of_pixels(data)) as container:
             _only_picture(container, strict=True)
-    with open_container(whole) as container:
+    with open_container(data) as container:
         return _only_picture(container, strict=False)
 
 

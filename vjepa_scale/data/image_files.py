@@ -1,11 +1,14 @@
-"""What FFmpeg leaves undone of image files: TIFFs with tags that it does not know, and the pictures of HEIF files, of
-which it gives the coded items: tiles, thumbnails, and borders that are not shown.
+"""What FFmpeg leaves undone of image files.
+
+TIFFs with tags that it does not know, PNGs with EXIF that it cannot read; and HEIF files, of which it gives the coded
+items: tiles, thumbnails, and borders that are not shown.
 """
 
 import math
 import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,7 @@ import numpy.typing as npt
 _REDUCED, _JPEG_TABLES, _DNG_VERSION = 254, 347, 50706
 _TIFF_STRUCTURE = frozenset([*range(254, 267), 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 339])
 _TIFF_STRUCTURE |= {_JPEG_TABLES, *range(512, 522), *range(529, 533)}
+_PNG_SIGNATURE, _EXIF_PREFIX = b"\x89PNG\r\n\x1a\n", b"Exif\0\0"
 _TIFF_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 
 
@@ -53,6 +57,27 @@ def _tiff_directory(data: bytes) -> tuple[int, list[tuple[int, bytes]]]:
     (count,) = struct.unpack_from(f"{order}H", data, start)
     entries = [data[at : at + 12] for at in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12)]
     return start, [(struct.unpack_from(f"{order}H", entry)[0], entry) for entry in entries]
+
+
+def pngs_of_other_exif(data: bytes) -> Iterator[bytes]:
+    """A PNG with EXIF as FFmpeg wants it, without the prefix that some programs write; then without any.
+
+    For EXIF that it cannot read FFmpeg refuses the whole picture. Nothing where there is none, or no PNG.
+    """
+    at = len(_PNG_SIGNATURE)
+    while data.startswith(_PNG_SIGNATURE) and at + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + size
+        if kind == b"eXIf":
+            exif = data[at + 8 : end - 4]
+            if exif.startswith(_EXIF_PREFIX):
+                chunk = b"eXIf" + exif.removeprefix(_EXIF_PREFIX)
+                yield (
+                    data[:at] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", crc32(chunk)) + data[end:]
+                )
+            yield data[:at] + data[end:]
+            return
+        at = end
 
 
 # -- HEIF: HEIC, AVIF ------------------------------------------------------------------------------
