@@ -5,10 +5,11 @@ frame with pts <= t, whatever the frame rate does. Second 0 is the video stream'
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,6 +32,10 @@ PYAV, TORCHCODEC = "pyav", "torchcodec"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
+# Streams that accompany the film.
+_NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
+# Of all video streams together: a film has a second one among them.
+_FIRST_PACKETS = 64
 
 
 # A media file: its bytes, or where it lies (a long one is read as it is decoded, never held whole).
@@ -100,7 +105,7 @@ def _is_item(stream: VideoStream) -> bool:
 
 @contextmanager
 def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream (cover art of audio files is none), single-threaded.
+    """The container and the video stream that players show (cover art of audio files is none), single-threaded.
 
     Raises DecodeError where there is none, or while FFmpeg cannot go on inside the ``with`` block.
     """
@@ -108,15 +113,47 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
         name = container.format.name
         if is_image(container):
             raise DecodeError(NOT_A_VIDEO, f"format {'heif' if is_heif(container) else name}")
-        streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
-        if not streams:
+        stream = shown_stream(container, data)
+        if stream is None:
             raise DecodeError("no video stream", f"format {name}")
-        stream = streams[0]
         if stream.codec_context is None:
             raise DecodeError("unreadable", "no decoder for its codec")
         stream.codec_context.thread_count = 1
         with ffmpeg_errors("does not decode to the end"):
             yield container, stream
+
+
+def shown_stream(container: InputContainer, data: Media) -> VideoStream | None:
+    """Of the video streams of a media file, the one that players show; None where there is none.
+
+    A film comes before a still picture or a stream that only adds to another (cameras write a JPEG before the film),
+    then what FFmpeg can decode, then what the file shows by default, then the largest, then the first.
+    """
+    streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
+    if len(streams) < 2:
+        return streams[0] if streams else None
+    stills = _stills(streams, data)
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
+        context = stream.codec_context
+        film = stream.index not in stills and not stream.disposition & _NO_FILM
+        size = 0 if context is None else context.width * context.height
+        return film, context is not None, bool(stream.disposition & Disposition.default), size
+
+    return max(streams, key=rank)
+
+
+def _stills(streams: Sequence[VideoStream], data: Media) -> set[int]:
+    """Indices of the streams with one picture. Where the file declares no counts its first packets tell."""
+    uncounted = {s.index for s in streams if s.frames < 2}  # of a fragmented file only the first fragment may count
+    if not uncounted:
+        return set()
+    found = Counter[int]()
+    # Opened once more: reading changes where a container stands.
+    with open_container(data) as container, suppress(av.FFmpegError, IndexError):
+        for packet in islice(container.demux([container.streams[s.index] for s in streams]), _FIRST_PACKETS):
+            found[packet.stream_index] += packet.size > 0
+    return {index for index in uncounted if found[index] < 2}
 
 
 def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
