@@ -21,7 +21,7 @@ setup(
         "pyyaml>=6",
         "einops>=0.8",
         "webdataset>=1.0",
-        "av>=14",
+        "av>=17",
         "submitit>=1.5",
         "psutil>=6",
         "safetensors>=0.5",

@@ -87,7 +87,11 @@ def _no_compiler() -> str:
 
 # What ``@pytest.mark.system("…")`` may name: a test for it that says what is missing. Other needs (Slurm, a package of
 # Debian's with videos) are the test's own to find missing: ``@pytest.mark.system``.
-_NEEDS: dict[str, Callable[[], str]] = {"torchcodec": cache(_no_torchcodec), "compiler": cache(_no_compiler)}
+_NEEDS: dict[str, Callable[[], str]] = {
+    "torchcodec": cache(_no_torchcodec),
+    "compiler": cache(_no_compiler),
+    "ffmpeg": lambda: "" if shutil.which("ffmpeg") else "the command ffmpeg: apt-get install ffmpeg",
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

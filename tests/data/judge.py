@@ -97,6 +97,28 @@ def turned(data: bytes, turns: int) -> bytes:
     return data[:place] + b"".join(n.to_bytes(4, "big", signed=True) for n in rows) + data[place + 20 :]
 
 
+def edited(data: bytes, *edits: tuple[int, int]) -> bytes:
+    """An MP4 or MOV with one track and its index at the end, with this edit list: what is played, in this order.
+
+    edits: how long (in the movie's units, here milliseconds), and from which tick of the track; -1: nothing is shown
+    """
+    begin, end, parents = 0, len(data), list[int]()
+    for kind in (b"moov", b"trak", b"edts", b"elst"):
+        while data[begin + 4 : begin + 8] != kind:
+            begin += int.from_bytes(data[begin : begin + 4], "big")
+            assert begin < end, f"no {kind.decode()}"
+        parents.append(begin)
+        begin, end = begin + 8, begin + int.from_bytes(data[begin : begin + 4], "big")
+    rows = [n.to_bytes(4, "big", signed=True) for edit in edits for n in (*edit, 1 << 16)]
+    box = b"elst" + bytes(4) + len(edits).to_bytes(4, "big") + b"".join(rows)
+    out = bytearray(data[: parents[-1]] + (len(box) + 4).to_bytes(4, "big") + box + data[end:])
+    longer = len(out) - len(data)
+    for place in parents[:-1]:
+        size = int.from_bytes(out[place : place + 4], "big") + longer
+        out[place : place + 4] = size.to_bytes(4, "big")
+    return bytes(out)
+
+
 def matrix_place(data: bytes) -> int | None:
     """Where the matrix of the first video track's header begins; None in a file that is not made of boxes."""
     if data[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):

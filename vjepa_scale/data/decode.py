@@ -195,7 +195,7 @@ def times_of_frames(data: Media, numbers: Sequence[int]) -> list[float]:
     Past the end it is the last one's time. Nothing is decoded: a frame is a packet. Raises DecodeError.
     """
     with open_video(data) as (container, stream):
-        frames = frames_by_packet(container, stream)
+        frames, _ = frames_by_packet(container, stream)
         start, tick_s = stream_start(stream), float(time_base(stream))
     return [(frames[min(number, len(frames) - 1)].tick - start) * tick_s for number in numbers]
 
@@ -207,18 +207,23 @@ class PacketedFrame(NamedTuple):
     damaged: bool
 
 
-def frames_by_packet(container: InputContainer, stream: VideoStream) -> list[PacketedFrame]:
-    """All frames of a stream that nothing was read of yet, in the order of display. Raises DecodeError."""
-    frames = []
+def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[list[PacketedFrame], int]:
+    """All frames of a stream that nothing was read of yet, in the order of display; and how many more are hidden.
+
+    Hidden ones are decoded for the sake of others: what an edit list cuts off. Raises DecodeError.
+    """
+    frames, hidden = list[PacketedFrame](), 0
     for packet in all_packets(container, stream):
-        if packet.size and not packet.is_discard:
+        if packet.is_discard:
+            hidden += 1
+        elif packet.size:
             tick = packet.pts if packet.pts is not None else packet.dts
             if tick is None:
                 raise DecodeError("frames without timestamps")
             frames.append(PacketedFrame(tick, packet.is_corrupt))
     if not frames:
         raise DecodeError("zero length", "no packets")
-    return sorted(frames)
+    return sorted(frames), hidden
 
 
 def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:

@@ -54,7 +54,10 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
         if container.format.name not in _CONTAINERS:
             return None
         number, tick_s = stream.index, float(time_base(stream))
-        frames, ticks = frames_by_packet(container, stream), ticks_of(stream, times_s)
+        frames, hidden = frames_by_packet(container, stream)
+        if hidden:  # it does not find the frames that need them
+            return None
+        ticks = ticks_of(stream, times_s)
     on_screen = [max(0, bisect_right(frames, tick, key=lambda frame: frame.tick) - 1) for tick in ticks]
     if any(frame.damaged for frame in frames[: on_screen[-1] + 1]):
         raise DecodeError("does not decode to the end", "damaged packet")

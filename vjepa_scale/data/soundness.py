@@ -44,12 +44,19 @@ def _mean_gap(stream: VideoStream, first_tick: int, last_tick: int, frames: int)
     return round(1 / (stream.average_rate * time_base(stream))) if stream.average_rate else 0
 
 
+def _frames_to_show(container: InputContainer, stream: VideoStream) -> int:
+    """How many of its frames a file wants to be shown: an edit list hides what lies outside a trimmed MP4 or MOV."""
+    if not container.format.name.startswith("mov,"):
+        return stream.frames
+    return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
+
+
 def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
     """Refuse a file that ends before what its header promises (formats that stop without an error)."""
     # AVI counts the times a picture is shown: one that stays on screen for seven ticks is there seven times.
     shown = round(end_s / float(time_base(stream))) if container.format.name == "avi" else frames
-    if shown < 0.95 * stream.frames:
-        raise DecodeError("does not decode to the end", f"truncated: {shown} of {stream.frames} frames")
+    if shown < 0.95 * stream.frames and shown < 0.95 * (wanted := _frames_to_show(container, stream)):
+        raise DecodeError("does not decode to the end", f"truncated: {shown} of {wanted} frames")
     declared_s = None
     if stream.duration is not None:
         declared_s = float(stream.duration * time_base(stream))

@@ -106,7 +106,20 @@ def _from_keyframe(path: Path, cut: Cut) -> bytes | None:
 
 
 def _part(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
+    packets = without_hidden_end(packets, cut.zero)
     return muxed(stream, packets, [shown_at(packet) - cut.zero for packet in packets], cut.extension)
+
+
+def without_hidden_end(packets: list[Packet], zero: int, *, reason: str = REASON) -> list[Packet]:
+    """Packets, in the order of the file, less those behind the last that an edit list shows. Raises DecodeError.
+
+    zero: tick of the first picture shown. What is hidden before it is kept: others need it, and negative times hide it
+    in the new file, too. Nothing hides frames between or behind others there.
+    """
+    end = max((i for i, packet in enumerate(packets) if not packet.is_discard), default=-1) + 1
+    if any(packet.is_discard and shown_at(packet) >= zero for packet in packets[:end]):
+        raise DecodeError(reason, "an edit list hides frames inside it")
+    return packets[:end]
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
@@ -177,7 +190,9 @@ def _dividing_keyframes(path: Path) -> tuple[list[tuple[int, int, float]], int, 
     With them: how many packets there are, and the extension of parts.
     """
     with open_video(path) as (container, stream):
-        rows = [(shown_at(packet), packet.is_keyframe) for packet in packets_of(container, stream)]
+        rows = [
+            (shown_at(packet), packet.is_keyframe and not packet.is_discard) for packet in packets_of(container, stream)
+        ]
         seconds, start = float(time_base(stream)), stream_start(stream)
         extension = extension_for(stream)
     pts = np.array([tick for tick, _ in rows], np.int64)

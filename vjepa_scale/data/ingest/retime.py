@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vjepa_scale.data.decode import DecodeError, open_video, whole_ticks
-from vjepa_scale.data.ingest.cut import extension_for, muxed, packets_of, shown_at
+from vjepa_scale.data.decode import DecodeError, open_video, stream_start, whole_ticks
+from vjepa_scale.data.ingest.cut import extension_for, muxed, packets_of, shown_at, without_hidden_end
 from vjepa_scale.data.ingest.probe import Decoded, decode_whole
 from vjepa_scale.data.trajectories import Floats, step_s
 
@@ -25,14 +25,17 @@ def retimed(video: Path, times_s: Floats) -> tuple[bytes, str]:
     times_s: [frames], rising from 0: when each frame comes on screen, up to a tick before
     """
     with open_video(video) as (container, stream):
-        packets = list(packets_of(container, stream))
-        if len(packets) != len(times_s):
-            raise DecodeError(REASON, f"{len(packets)} packets for {len(times_s)} frames")
+        packets = without_hidden_end(list(packets_of(container, stream)), stream_start(stream), reason=REASON)
+        hidden = sum(packet.is_discard for packet in packets)
+        if len(packets) - hidden != len(times_s):
+            raise DecodeError(REASON, f"{len(packets) - hidden} packets for {len(times_s)} frames")
         extension = extension_for(stream)
         tick_s = _TICK_S[extension]
         # Never late: at its own time a frame is to be on screen.
         rising = whole_ticks(times_s, float(tick_s))
-        lasting = np.append(np.diff(rising), max(1, round(step_s(times_s) / float(tick_s))))
+        last = max(1, round(step_s(times_s) / float(tick_s)))
+        lasting = np.concatenate([np.full(hidden, last), np.diff(rising), [last]])
+        rising = np.concatenate([last * np.arange(-hidden, 0), rising])
         ticks = np.zeros(len(packets), np.int64)
         for frame, number in enumerate(np.argsort([shown_at(packet) for packet in packets], kind="stable")):
             packets[number].time_base, packets[number].duration = tick_s, int(lasting[frame])
