@@ -51,6 +51,9 @@ def timeline(path: Path) -> Timeline:
         seen = [(frame.pts, frame.duration, frame.format.name) for frame in _frames(container, stream)]
         start, tick_s = stream.start_time or 0, stream.time_base
         ticks = [pts - start for pts, _, _ in seen]
+        if container.format.name == "avi":  # times of packets: the first picture takes the first, and so on
+            container.seek(0)
+            ticks = [packet.dts - start for packet in container.demux(stream) if packet.size]
         end = ticks[-1] + (seen[-1][1] or (ticks[-1] - ticks[-2]))
         return Timeline(ticks, tick_s, float(end * tick_s), stream.codec_context.name, seen[0][2])
 

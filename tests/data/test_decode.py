@@ -25,12 +25,20 @@ FILES = {
 
 
 def sequential(data: bytes) -> tuple[list[float], list[np.ndarray]]:
-    """Every frame's time from the stream's start and its pixels, by decoding in order."""
+    """Every frame's time from the stream's start and its pixels, by decoding in order.
+
+    AVI has times of packets: the first picture that comes out takes the first, and so on.
+    """
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         frames = list(container.decode(stream))
         start = stream.start_time * stream.time_base
-        return [float(f.pts * f.time_base - start) for f in frames], [f.to_ndarray(format="rgb24") for f in frames]
+        ticks = [f.pts for f in frames]
+        if container.format.name == "avi":
+            container.seek(0)
+            ticks = [packet.dts for packet in container.demux(stream) if packet.size]
+        times = [float(tick * stream.time_base - start) for tick in ticks]
+        return times, [f.to_ndarray(format="rgb24") for f in frames]
 
 
 WINDOWS = [(0, 4, 8), (0, 30, 16), (0.61, 4, 4), (1.3, 10, 6), (1.9, 4, 9)]

@@ -5,9 +5,9 @@ frame with pts <= t, whatever the frame rate does. Second 0 is the video stream'
 """
 
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +17,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
+from av.container.core import Flags
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -32,6 +33,10 @@ PYAV, TORCHCODEC = "pyav", "torchcodec"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
+_MOST_HELD_BACK = 32  # frames: more than any codec lets come out of order
+# Formats that tell when packets are decoded, and not when their pictures come on screen; of Matroska's some do.
+_DECODING_TIMES = ("avi", "asf", "mpegvideo")
+_MATROSKA = "matroska,webm"
 # Streams that accompany the film.
 _NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
 # Of all video streams together: a film has a second one among them.
@@ -79,6 +84,8 @@ def open_container(data: Media) -> Iterator[InputContainer]:
         with ffmpeg_errors("unreadable"):
             # This file only: a playlist inside a shard must not open other files or addresses.
             container = av.open(_Nameless(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
+        if container.format.name in (*_DECODING_TIMES, _MATROSKA):
+            container.flags &= ~Flags.gen_pts.value  # FFmpeg's guesses are in another order, or late
         with container:
             yield container
 
@@ -207,23 +214,24 @@ class PacketedFrame(NamedTuple):
     damaged: bool
 
 
-def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[list[PacketedFrame], int]:
-    """All frames of a stream that nothing was read of yet, in the order of display; and how many more are hidden.
+def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[list[PacketedFrame], bool]:
+    """All frames of a stream that nothing was read of yet, in the order of display, and whether this is plain to see.
 
-    Hidden ones are decoded for the sake of others: what an edit list cuts off. Raises DecodeError.
+    That is so where every packet is a frame that is shown, and tells when. It is not where an edit list hides some,
+    which are decoded for the sake of others, or where only decoding times are told. Raises DecodeError.
     """
-    frames, hidden = list[PacketedFrame](), 0
+    frames, plain = list[PacketedFrame](), True
     for packet in all_packets(container, stream):
-        if packet.is_discard:
-            hidden += 1
-        elif packet.size:
+        if packet.size:
+            plain = plain and packet.pts is not None and not packet.is_discard
+        if packet.size and not packet.is_discard:
             tick = packet.pts if packet.pts is not None else packet.dts
             if tick is None:
                 raise DecodeError("frames without timestamps")
             frames.append(PacketedFrame(tick, packet.is_corrupt))
     if not frames:
         raise DecodeError("zero length", "no packets")
-    return sorted(frames), hidden
+    return sorted(frames), plain
 
 
 def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
@@ -326,12 +334,59 @@ def pictures_at(data: Media, times_s: Sequence[float]) -> tuple[list[av.VideoFra
 
 
 def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames as they come, each with a timestamp."""
+    """Frames as they come, each with a timestamp. Nothing was read yet, or a seek has led to a keyframe."""
+    decoder = TimedDecoder(container, stream)
     for packet in filled_packets(container, stream):
-        for frame in packet.decode():
-            if frame.pts is None:
-                raise DecodeError("frames without timestamps")
+        yield from decoder.frames_of(packet)
+
+
+class TimedDecoder:
+    """Decodes a stream's packets, one after the other from a keyframe on, and says when frames come on screen.
+
+    Where a container has presentation times, frames have them. AVI, ASF, bare MPEG and what Matroska copied of AVI have
+    one tick for each packet, in the order of decoding. A decoder gives frames in the order of display, each as many
+    packets after its turn as it holds frames back: so a frame's tick is that of the packet so many before the one with
+    which it comes out. This holds after a seek, too, where frames that need earlier ones are left out.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream, first: Packet | None = None) -> None:
+        self._container, self._context = container, stream.codec_context
+        self._decoding_times = None if first is None else tells_decoding_times(container, first)
+        self._ticks = deque[int](maxlen=_MOST_HELD_BACK)  # of packets
+
+    def frames_of(self, packet: Packet) -> Iterator[av.VideoFrame]:
+        """The frames that come out with a packet, with timestamps. Raises DecodeError."""
+        for frame, tick in self.decoded(packet):
+            frame.pts = tick
             yield frame
+
+    def decoded(self, packet: Packet) -> Iterator[tuple[av.VideoFrame, int]]:
+        """The frames that come out with a packet, as they are, and when they come on screen. Raises DecodeError."""
+        if self._decoding_times is None:
+            self._decoding_times = tells_decoding_times(self._container, packet)
+        if self._decoding_times and packet.size:
+            self._ticks.append(self._tick_of(packet))
+        for late, frame in enumerate(packet.decode()):
+            if self._decoding_times:
+                # When the stream has ended, each frame takes the turn of a packet that there is not.
+                behind = self._context.reorder_depth - (0 if packet.size else late + 1)
+                yield frame, self._ticks[max(0, len(self._ticks) - 1 - behind)]
+            elif frame.pts is None:
+                raise DecodeError("frames without timestamps")
+            else:
+                yield frame, frame.pts
+
+    def _tick_of(self, packet: Packet) -> int:
+        if packet.dts is not None:
+            return packet.dts
+        if not self._ticks:
+            raise DecodeError("frames without timestamps")
+        return self._ticks[-1] + (packet.duration or 0)  # after a seek ASF leaves one out
+
+
+def tells_decoding_times(container: InputContainer, first: Packet) -> bool:
+    """Whether a stream that begins with this packet tells only when packets are decoded."""
+    return container.format.name in _DECODING_TIMES or first.pts is None
 
 
 def filled_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
@@ -370,7 +425,10 @@ def decoding_from(
             (tick,) = ticks_of(stream, [start_s])
             from_start = start_s - back_s <= 0 or not sought(container, stream, start_s - back_s)
             frames = frames_of(container, stream)
-            first = next((frame for frame in frames if from_start or frame.key_frame), None)
+            first = None
+            # A keyframe's packet may hold another picture (packed B-frames), which needs what lies before.
+            with nullcontext() if from_start else suppress(av.FFmpegError):
+                first = next((frame for frame in frames if from_start or frame.key_frame), None)
             if first is not None and (from_start or pts_of(first) <= tick):
                 yield container, stream, chain([first], frames)
                 return

@@ -54,8 +54,8 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
         if container.format.name not in _CONTAINERS:
             return None
         number, tick_s = stream.index, float(time_base(stream))
-        frames, hidden = frames_by_packet(container, stream)
-        if hidden:  # it does not find the frames that need them
+        frames, plain = frames_by_packet(container, stream)
+        if not plain:  # its seeks and times go by packets
             return None
         ticks = ticks_of(stream, times_s)
     on_screen = [max(0, bisect_right(frames, tick, key=lambda frame: frame.tick) - 1) for tick in ticks]

@@ -8,24 +8,22 @@ from av import VideoFrame
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, filled_packets, pts_of, stream_start, time_base
+from vjepa_scale.data.decode import DecodeError, TimedDecoder, filled_packets, pts_of, stream_start, time_base
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Every frame in order; DecodeError at the first sign of damage."""
-    count, before = 0, None
+    count, before, decoder = 0, None, TimedDecoder(container, stream)
     for packet in filled_packets(container, stream):
         if packet.is_corrupt:
             raise DecodeError("does not decode to the end", f"damaged packet after {count} frames")
-        for frame in packet.decode():
-            if frame.pts is None:
-                raise DecodeError("frames without timestamps", f"frame {count}")
+        for frame in decoder.frames_of(packet):
             if frame.is_corrupt:
                 raise DecodeError("does not decode to the end", f"damaged frame {count}")
-            if before is not None and frame.pts <= before:
+            if before is not None and pts_of(frame) <= before:
                 raise DecodeError("timestamps go backwards", f"frame {count}")
             yield frame
-            count, before = count + 1, frame.pts
+            count, before = count + 1, pts_of(frame)
 
 
 def end_of_video(stream: VideoStream, *, first_tick: int, last: VideoFrame, frames: int) -> float:

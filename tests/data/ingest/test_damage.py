@@ -61,7 +61,7 @@ def test_streams_that_begin_inside_the_file_do_not_matter() -> None:
 
     class Stumbling:
         def __init__(self, container: InputContainer) -> None:
-            self._container = container
+            self._container, self.format = container, container.format
 
         def demux(self, stream: VideoStream) -> Iterator[Packet]:
             yield from self._container.demux(stream)

@@ -7,10 +7,11 @@ Sound and subtitles are left out. The new file is MP4, or Matroska for a codec t
 """
 
 import io
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import dropwhile, islice, pairwise
+from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
 
 import av
@@ -22,11 +23,14 @@ from av.video.stream import VideoStream
 
 from vjepa_scale.data.decode import (
     DecodeError,
+    TimedDecoder,
     all_packets,
     ffmpeg_errors,
     open_video,
+    pts_of,
     sought,
     stream_start,
+    tells_decoding_times,
     time_base,
 )
 from vjepa_scale.data.display import aspect_of, pixel_aspect
@@ -123,11 +127,37 @@ def without_hidden_end(packets: list[Packet], zero: int, *, reason: str = REASON
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """All packets of a video, in the order of the file."""
-    for packet in all_packets(container, stream):
+    """All packets of a video, in the order of the file, each with the time when its picture comes on screen."""
+    packets = all_packets(container, stream)
+    first = next(packets, None)
+    if first is None:
+        return
+    if tells_decoding_times(container, first):
+        packets = _shown(TimedDecoder(container, stream, first), chain([first], packets))
+    else:
+        packets = chain([first], packets)
+    for packet in packets:
         beat()
         if packet.size:
             yield packet
+
+
+def _shown(decoder: TimedDecoder, packets: Iterator[Packet]) -> Iterator[Packet]:
+    """Packets that have decoding times only (AVI), with those of display: pictures come out with their numbers."""
+    waiting, ticks = deque[tuple[int, Packet]](), dict[int, int]()
+    for number, packet in enumerate(packets):
+        if packet.size:
+            packet.pts = number
+            waiting.append((number, packet))
+        elif packet.dts is not None:
+            continue
+        ticks |= {pts_of(frame): tick for frame, tick in decoder.decoded(packet)}
+        while waiting and waiting[0][0] in ticks:
+            known, packet = waiting.popleft()
+            packet.pts = ticks.pop(known)
+            yield packet
+    if waiting:
+        raise DecodeError(REASON, "packets without timestamps")
 
 
 def muxed(
