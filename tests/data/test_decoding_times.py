@@ -98,6 +98,9 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "mpeg2 alone": made("mpeg2video", "mpeg2video", bf="2"),
     "mpeg1 alone": made("mpeg1video", "mpeg1video", bf="2"),
     "wmv2 in ASF": made("asf", "wmv2"),
+    "vp8 in IVF, whose header counts milliseconds": lambda: encoded(
+        FRAMES, pts_ms=[i * 1000 // RATE for i in range(FRAMES)], container="ivf", codec="libvpx"
+    ),
 }
 
 

@@ -1,8 +1,11 @@
 """data.sampling: stride takes the frames that the published code takes."""
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -12,7 +15,8 @@ from tests.data.test_loader import recipe_for
 from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.data.accidents import substitute
 from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
-from vjepa_scale.data.decode import DecodeError, times_of_frames
+from vjepa_scale.data.decode import DecodeError, decode_clip, times_of_frames
+from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
@@ -52,6 +56,68 @@ def test_times_of_frames_are_those_of_decoding_in_order(container: str) -> None:
         assert times_of_frames(data, [len(times) + 5]) == pytest.approx(times[-1:], abs=1e-6)
     with pytest.raises(DecodeError):
         times_of_frames(still_image(), [0])
+
+
+def remuxed(source: bytes, container: str, change: Callable[[list[av.Packet]], list[av.Packet]]) -> bytes:
+    """The packets of a video, changed."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(source)) as opened, av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream_from_template(opened.streams.video[0])
+        for packet in change([packet for packet in opened.demux(video=0) if packet.size]):
+            packet.stream = stream
+            out.mux(packet)
+    return buffer.getvalue()
+
+
+def with_references(packets: list[av.Packet]) -> list[av.Packet]:
+    """Before every fifth picture of a VP8 another one that is not shown (show_frame is bit 4: RFC 6386, 9.1)."""
+    out = []
+    for i, packet in enumerate(packets):
+        if i % 5 == 2:
+            other = bytearray(bytes(packets[-1 - i]))
+            other[0] &= ~0x10
+            hidden = av.Packet(bytes(other))
+            hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+            hidden.is_keyframe = True
+            out.append(hidden)
+        out.append(packet)
+    return out
+
+
+def vp8_with_references() -> bytes:
+    vp8 = encoded(30, rate=25, gop=1, container="webm", codec="libvpx", options={"auto-alt-ref": "0", "cpu-used": "8"})
+    return remuxed(vp8, "webm", with_references)
+
+
+def h264_from_between_keyframes() -> bytes:
+    h264 = encoded(40, rate=25, gop=12, container="matroska", options={"bf": "0", "x264-params": "scenecut=0"})
+    return remuxed(h264, "matroska", lambda packets: packets[5:])
+
+
+# Files with more packets than frames, and the pictures that decoding gives.
+MORE_PACKETS = {vp8_with_references: [*range(30)], h264_from_between_keyframes: [*range(12, 40)]}
+
+
+@pytest.mark.parametrize("decoder", ["pyav", pytest.param("torchcodec", marks=pytest.mark.system("torchcodec"))])
+@pytest.mark.parametrize("make", MORE_PACKETS)
+def test_packets_are_not_frames(make: Callable[[], bytes], decoder: str) -> None:
+    """Numbers are of decoded frames, as the manifest counts them."""
+    data, shown = make(), MORE_PACKETS[make]
+    times, pictures = sequential(data)
+    assert [number_of(picture) for picture in pictures] == shown
+    with av.open(io.BytesIO(data)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) > len(shown)
+    facts = probe_video(data)
+    assert facts.frames == len(shown)
+    numbers = tuple(range(0, len(shown), 3))
+    assert times_of_frames(data, numbers, frames=facts.frames) == pytest.approx([times[i] for i in numbers])
+    if make is vp8_with_references:  # its packets say so
+        assert times_of_frames(data, numbers) == pytest.approx([times[i] for i in numbers])
+    ref = ClipRef(0, 0, "a", 0, (0.0,) * len(numbers), 4.0, numbers, facts.frames)
+    clip = pictures_of(ref, data, decoder=decoder)
+    assert [number_of(picture) for picture in clip] == [shown[i] for i in numbers]
+    clip = decode_clip(data, times_s=[time_s + 0.01 for time_s in times], decoder=decoder)
+    assert [number_of(picture) for picture in clip] == shown
 
 
 @pytest.fixture(scope="module")

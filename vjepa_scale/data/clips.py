@@ -28,6 +28,7 @@ class ClipRef:
     times_s: seconds into the video, ascending: what each of its frames shows
     fps:     frames per second that were asked for, with the slot's jitter
     numbers: of the video's frames, where the recipe samples by stride; times_s are then theirs if the rate is constant
+    source_frames: how many frames the video has, where numbers are given
     """
 
     step: int
@@ -37,6 +38,7 @@ class ClipRef:
     times_s: tuple[float, ...]
     fps: float
     numbers: tuple[int, ...] | None = None
+    source_frames: int | None = None
 
     @property
     def start_s(self) -> float:
@@ -89,10 +91,12 @@ def with_window(ref: ClipRef, manifest: Manifest, draw: float, *, frames: int, s
     """A clip with the window that a uniform draw in [0, 1) gives it. sampling: data.sampling; a picture has none."""
     source_fps = float(manifest.column("fps")[ref.record])
     if sampling == "time" or source_fps == 0:
-        return replace(ref, times_s=window(manifest, ref.record, draw, fps=ref.fps, frames=frames), numbers=None)
+        times_s = window(manifest, ref.record, draw, fps=ref.fps, frames=frames)
+        return replace(ref, times_s=times_s, numbers=None, source_frames=None)
     source_frames = int(manifest.column("frames")[ref.record])
     numbers = strided_frames(draw, source_frames=source_frames, source_fps=source_fps, fps=ref.fps, frames=frames)
-    return replace(ref, times_s=tuple(number / source_fps for number in numbers), numbers=numbers)
+    times_s = tuple(number / source_fps for number in numbers)
+    return replace(ref, times_s=times_s, numbers=numbers, source_frames=source_frames)
 
 
 def window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: int) -> tuple[float, ...]:
@@ -132,7 +136,7 @@ def _times_of(ref: ClipRef, data: bytes) -> Sequence[float]:
     if ref.numbers is None:
         return ref.times_s
     try:
-        return times_of_frames(data, ref.numbers)
+        return times_of_frames(data, ref.numbers, frames=ref.source_frames)
     except DecodeError as error:
         if error.reason != NOT_A_VIDEO:
             raise

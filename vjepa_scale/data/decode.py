@@ -33,7 +33,7 @@ PYAV, TORCHCODEC = "pyav", "torchcodec"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
-_MOST_HELD_BACK = 32  # frames: more than any codec lets come out of order
+MOST_HELD_BACK = 32  # frames: more than any codec lets come out of order
 # Formats that tell when packets are decoded, and not when their pictures come on screen; of Matroska's some do.
 _DECODING_TIMES = ("avi", "asf", "mpegvideo")
 _MATROSKA = "matroska,webm"
@@ -196,15 +196,22 @@ def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -
     return rgb
 
 
-def times_of_frames(data: Media, numbers: Sequence[int]) -> list[float]:
+def times_of_frames(data: Media, numbers: Sequence[int], *, frames: int | None = None) -> list[float]:
     """When frames, numbered from 0 in the order of display, come on screen: seconds from the stream's start.
 
-    Past the end it is the last one's time. Nothing is decoded: a frame is a packet. Raises DecodeError.
+    frames: how many decoding gives, where that is known
+    Past the end it is the last one's time. Nothing is decoded where there are as many packets as frames. Else (fields
+    in packets of their own, frames that a decoder leaves out) the video is, up to the last number. Raises DecodeError.
     """
     with open_video(data) as (container, stream):
-        frames, _ = frames_by_packet(container, stream)
         start, tick_s = stream_start(stream), float(time_base(stream))
-    return [(frames[min(number, len(frames) - 1)].tick - start) * tick_s for number in numbers]
+        ticks = [frame.tick for frame in frames_by_packet(container, stream)[0]]
+    if frames is not None and len(ticks) != frames:
+        with open_video(data) as (container, stream):
+            ticks = [pts_of(frame) for frame in islice(timed_frames(container, stream), max(numbers) + 1)]
+    if not ticks:
+        raise DecodeError("zero length", "no frame decodes")
+    return [(ticks[min(number, len(ticks) - 1)] - start) * tick_s for number in numbers]
 
 
 class PacketedFrame(NamedTuple):
@@ -217,21 +224,31 @@ class PacketedFrame(NamedTuple):
 def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[list[PacketedFrame], bool]:
     """All frames of a stream that nothing was read of yet, in the order of display, and whether this is plain to see.
 
-    That is so where every packet is a frame that is shown, and tells when. It is not where an edit list hides some,
-    which are decoded for the sake of others, or where only decoding times are told. Raises DecodeError.
+    That is so where every packet up to the last frame is a frame that is shown, and tells when. It is not where an edit
+    list or VP8 hides some, which are decoded for the sake of others, or where only decoding times are told. Raises
+    DecodeError.
     """
-    frames, plain = list[PacketedFrame](), True
+    frames, hidden, plain = list[PacketedFrame](), list[int](), True
     for packet in all_packets(container, stream):
-        if packet.size:
-            plain = plain and packet.pts is not None and not packet.is_discard
-        if packet.size and not packet.is_discard:
-            tick = packet.pts if packet.pts is not None else packet.dts
-            if tick is None:
-                raise DecodeError("frames without timestamps")
+        if not packet.size:
+            continue
+        tick = packet.pts if packet.pts is not None else packet.dts
+        if tick is None:
+            raise DecodeError("frames without timestamps")
+        plain = plain and packet.pts is not None
+        if packet.is_discard or _is_reference(stream, packet):
+            hidden.append(tick)
+        else:
             frames.append(PacketedFrame(tick, packet.is_corrupt))
     if not frames:
         raise DecodeError("zero length", "no packets")
-    return sorted(frames), plain
+    frames.sort()
+    return frames, plain and all(tick > frames[-1].tick for tick in hidden)
+
+
+def _is_reference(stream: VideoStream, packet: Packet) -> bool:
+    """Whether a packet is one of VP8's alternate references, which are never shown (RFC 6386, 9.1)."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
@@ -352,7 +369,7 @@ class TimedDecoder:
     def __init__(self, container: InputContainer, stream: VideoStream, first: Packet | None = None) -> None:
         self._container, self._context = container, stream.codec_context
         self._decoding_times = None if first is None else tells_decoding_times(container, first)
-        self._ticks = deque[int](maxlen=_MOST_HELD_BACK)  # of packets
+        self._ticks = deque[int](maxlen=MOST_HELD_BACK)  # of packets
 
     def frames_of(self, packet: Packet) -> Iterator[av.VideoFrame]:
         """The frames that come out with a packet, with timestamps. Raises DecodeError."""

@@ -51,8 +51,8 @@ def _frames_to_show(container: InputContainer, stream: VideoStream) -> int:
 
 def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
     """Refuse a file that ends before what its header promises (formats that stop without an error)."""
-    # AVI counts the times a picture is shown: one that stays on screen for seven ticks is there seven times.
-    shown = round(end_s / float(time_base(stream))) if container.format.name == "avi" else frames
+    # AVI and IVF count ticks: a picture that stays on screen for seven of them is there seven times.
+    shown = round(end_s / float(time_base(stream))) if container.format.name in ("avi", "ivf") else frames
     if shown < 0.95 * stream.frames and shown < 0.95 * (wanted := _frames_to_show(container, stream)):
         raise DecodeError("does not decode to the end", f"truncated: {shown} of {wanted} frames")
     declared_s = None

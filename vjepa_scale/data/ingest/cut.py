@@ -22,6 +22,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vjepa_scale.data.decode import (
+    MOST_HELD_BACK,
     DecodeError,
     TimedDecoder,
     all_packets,
@@ -152,12 +153,11 @@ def _shown(decoder: TimedDecoder, packets: Iterator[Packet]) -> Iterator[Packet]
         elif packet.dts is not None:
             continue
         ticks |= {pts_of(frame): tick for frame, tick in decoder.decoded(packet)}
-        while waiting and waiting[0][0] in ticks:
-            known, packet = waiting.popleft()
-            packet.pts = ticks.pop(known)
-            yield packet
-    if waiting:
-        raise DecodeError(REASON, "packets without timestamps")
+        # At the end, or after so long, there is no picture (VP8's references): such a packet keeps its own time.
+        while waiting and (waiting[0][0] in ticks or not packet.size or len(waiting) > MOST_HELD_BACK):
+            first, known = waiting.popleft()
+            known.pts = ticks.pop(first, known.dts)
+            yield known
 
 
 def muxed(
