@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import VARIABLE_MS, quiet  # 14 frames, 4.52 a second, at times that no constant rate has
+from tests.data.fields import field_packets
 from tests.data.test_decode import sequential
 from tests.data.test_loader import recipe_for
 from tests.data.videos import encoded, number_of, still_image
@@ -21,6 +22,7 @@ from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.pictures import stream_pictures
 from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import resolve_phases
 
@@ -94,8 +96,26 @@ def h264_from_between_keyframes() -> bytes:
     return remuxed(h264, "matroska", lambda packets: packets[5:])
 
 
+def mp4_of_fields() -> bytes:
+    return field_packets(20, "mp4")
+
+
+def transport_stream_of_fields() -> bytes:
+    return field_packets(20, "mpegts")
+
+
+def matroska_of_fields() -> bytes:
+    return field_packets(20, "matroska")
+
+
 # Files with more packets than frames, and the pictures that decoding gives.
-MORE_PACKETS = {vp8_with_references: [*range(30)], h264_from_between_keyframes: [*range(12, 40)]}
+MORE_PACKETS = {
+    vp8_with_references: [*range(30)],
+    h264_from_between_keyframes: [*range(12, 40)],
+    mp4_of_fields: [*range(20)],
+    matroska_of_fields: [*range(20)],
+    transport_stream_of_fields: [*range(20)],
+}
 
 
 @pytest.mark.parametrize("decoder", ["pyav", pytest.param("torchcodec", marks=pytest.mark.system("torchcodec"))])
@@ -116,8 +136,19 @@ def test_packets_are_not_frames(make: Callable[[], bytes], decoder: str) -> None
     ref = ClipRef(0, 0, "a", 0, (0.0,) * len(numbers), 4.0, numbers, facts.frames)
     clip = pictures_of(ref, data, decoder=decoder)
     assert [number_of(picture) for picture in clip] == [shown[i] for i in numbers]
-    clip = decode_clip(data, times_s=[time_s + 0.01 for time_s in times], decoder=decoder)
-    assert [number_of(picture) for picture in clip] == shown
+    for i, time_s in enumerate(times):  # between fields, too; each alone, so that it is sought
+        clip = decode_clip(data, times_s=[time_s + 0.01, time_s + 0.03], decoder=decoder)
+        assert [number_of(picture) for picture in clip] == [shown[i]] * 2
+        assert number_of(decode_clip(data, times_s=[time_s + 0.03], decoder=decoder)[0]) == shown[i]
+
+
+def test_a_file_of_fields_that_breaks_off_is_refused() -> None:
+    """Its header counts fields; half of them gone is not a frame for each."""
+    data = field_packets(60, "mp4")
+    assert [*stream_pictures(data, fps=25.0)][-1].shape == (64, 64, 3)
+    index = data.index(b"moov") - 4
+    with pytest.raises(DecodeError, match="does not decode to the end"):
+        probe_video(data[: index // 2] + bytes(index - index // 2) + data[index:])
 
 
 @pytest.fixture(scope="module")

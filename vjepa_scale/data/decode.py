@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -350,10 +350,17 @@ def pictures_at(data: Media, times_s: Sequence[float]) -> tuple[list[av.VideoFra
         return list(on_screen(frames, ticks_of(stream, times_s))), pixel_aspect(stream)
 
 
-def timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames as they come, each with a timestamp. Nothing was read yet, or a seek has led to a keyframe."""
-    decoder = TimedDecoder(container, stream)
-    for packet in filled_packets(container, stream):
+def timed_frames(
+    container: InputContainer, stream: VideoStream, *, from_keyframe: bool = False
+) -> Iterator[av.VideoFrame]:
+    """Frames as they come, each with a timestamp. Nothing was read since the container was opened, or sought in.
+
+    from_keyframe: leave out packets before the first keyframe's: a second field would be taken with the next first one
+    """
+    decoder, packets = TimedDecoder(container, stream), filled_packets(container, stream)
+    if from_keyframe:
+        packets = dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets)
+    for packet in packets:
         yield from decoder.frames_of(packet)
 
 
@@ -426,11 +433,11 @@ def all_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pack
 def decoding_from(
     data: Media,
     start_s: float,
-    frames_of: Callable[[InputContainer, VideoStream], Iterator[av.VideoFrame]] = timed_frames,
+    frames_of: Callable[..., Iterator[av.VideoFrame]] = timed_frames,
 ) -> Iterator[tuple[InputContainer, VideoStream, Iterator[av.VideoFrame]]]:
     """An open video and its frames, beginning with one that is on screen at a time or before it.
 
-    frames_of: how frames are decoded
+    frames_of: how frames are decoded; as ``timed_frames``, where start_s is not 0 or before it
 
     A seek can land late (indices count decoding time, or are broken) or between keyframes. Frames before the
     first keyframe are dropped, and where that comes too late it starts further back, in the end from the
@@ -441,7 +448,7 @@ def decoding_from(
         with open_video(data) as (container, stream):
             (tick,) = ticks_of(stream, [start_s])
             from_start = start_s - back_s <= 0 or not sought(container, stream, start_s - back_s)
-            frames = frames_of(container, stream)
+            frames = frames_of(container, stream) if from_start else frames_of(container, stream, from_keyframe=True)
             first = None
             # A keyframe's packet may hold another picture (packed B-frames), which needs what lies before.
             with nullcontext() if from_start else suppress(av.FFmpegError):

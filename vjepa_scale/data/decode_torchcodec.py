@@ -10,6 +10,7 @@ PyAV: torchcodec would show them as they are stored.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +25,7 @@ from vjepa_scale.data.decode import (
     open_video,
     ticks_of,
     time_base,
+    timed_frames,
 )
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect
 
@@ -49,6 +51,21 @@ def import_torchcodec() -> ModuleType:
 
 def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint8]] | None:
     """``decode_clip`` by torchcodec; None where that is left to PyAV. Raises DecodeError."""
+    try:
+        return _pictures(data, times_s)
+    except DecodeError:
+        if _may_be_of_fields(data):
+            return None
+        raise
+
+
+def _may_be_of_fields(data: Media) -> bool:
+    """Whether packets may be fields: torchcodec takes each for a frame."""
+    with open_video(data) as (container, stream):
+        return any(frame.interlaced_frame for frame in islice(timed_frames(container, stream), 1))
+
+
+def _pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint8]] | None:
     decoders = import_torchcodec()
     with open_video(data) as (container, stream):
         if container.format.name not in _CONTAINERS:

@@ -49,7 +49,7 @@ def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterato
             if following is None:
                 end_s = end_of_video(stream, first_tick=first_tick, last=current, frames=decoded)
                 if whole:
-                    check_declared(container, stream, decoded, end_s)
+                    check_declared(container, stream, frames=decoded, last=current, end_s=end_s)
                 until = picture_count(end_s - start_s, fps)
             else:
                 until = taken

@@ -8,7 +8,15 @@ from av import VideoFrame
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import DecodeError, TimedDecoder, filled_packets, pts_of, stream_start, time_base
+from vjepa_scale.data.decode import (
+    DecodeError,
+    TimedDecoder,
+    all_packets,
+    filled_packets,
+    pts_of,
+    stream_start,
+    time_base,
+)
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -49,12 +57,26 @@ def _frames_to_show(container: InputContainer, stream: VideoStream) -> int:
     return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
 
 
-def check_declared(container: InputContainer, stream: VideoStream, frames: int, end_s: float) -> None:
-    """Refuse a file that ends before what its header promises (formats that stop without an error)."""
+def _packets(container: InputContainer, stream: VideoStream) -> int:
+    """How many packets a stream has that are shown, which was read to its end."""
+    container.seek(0)
+    return sum(packet.size > 0 and not packet.is_discard for packet in all_packets(container, stream))
+
+
+def check_declared(
+    container: InputContainer, stream: VideoStream, *, frames: int, last: VideoFrame, end_s: float
+) -> None:
+    """Refuse a file that ends before what its header promises (formats that stop without an error).
+
+    frames, last, end_s: what was decoded, to the end of the file: how many, the last one, and when it leaves the screen
+    """
     # AVI and IVF count ticks: a picture that stays on screen for seven of them is there seven times.
     shown = round(end_s / float(time_base(stream))) if container.format.name in ("avi", "ivf") else frames
-    if shown < 0.95 * stream.frames and shown < 0.95 * (wanted := _frames_to_show(container, stream)):
-        raise DecodeError("does not decode to the end", f"truncated: {shown} of {wanted} frames")
+    if shown < 0.95 * stream.frames:
+        wanted = _frames_to_show(container, stream)
+        # Interlaced H.264 may have a packet for each field.
+        if shown < 0.95 * wanted and not (last.interlaced_frame and _packets(container, stream) >= 0.95 * wanted):
+            raise DecodeError("does not decode to the end", f"truncated: {shown} of {wanted} frames")
     declared_s = None
     if stream.duration is not None:
         declared_s = float(stream.duration * time_base(stream))

@@ -118,8 +118,8 @@ def _sought_picture(data: Media, time_s: float) -> VideoFrame:
         return next(on_screen(frames, ticks_of(stream, [time_s])))
 
 
-def _frames_beating(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for frame in timed_frames(container, stream):
+def _frames_beating(container: InputContainer, stream: VideoStream, **how: bool) -> Iterator[VideoFrame]:
+    for frame in timed_frames(container, stream, **how):
         beat()
         yield frame
 
@@ -160,7 +160,7 @@ def _decode_all(
     if size is None or last is None:
         raise DecodeError(*_nothing_decoded(container, stream))
     end_s = end_of_video(stream, first_tick=ticks[0], last=last, frames=len(ticks))
-    check_declared(container, stream, len(ticks), end_s)
+    check_declared(container, stream, frames=len(ticks), last=last, end_s=end_s)
     if end_s <= 0:
         raise DecodeError("zero length", f"{len(ticks)} frames, no duration")
     spread = (ticks[-1] - ticks[0]) * seconds
