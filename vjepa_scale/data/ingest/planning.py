@@ -222,7 +222,12 @@ def _copies(
         record, original = (_record_at(work, *(int(raw[name][i]) for name in _PLACE)) for i in (copy, first))
         part = "" if record.part is None else f", from {record.part[0]:.3f} s on"
         path = record.path if record.trajectory is None else record.trajectory.folder
-        yield Rejected(path, "duplicate", f"of {original.path}{part}")
+        detail = f"of {original.path}{part}"
+        if record.label != original.label:  # which one is right is not known
+            detail += f", whose label is {original.label!r}; this one's is {record.label!r}"
+            yield Rejected(path, "duplicate with another label", detail)
+        else:
+            yield Rejected(path, "duplicate", detail)
 
 
 def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:
