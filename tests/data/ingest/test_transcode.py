@@ -523,9 +523,10 @@ def test_a_source_that_changes_before_it_is_written_is_named(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # of the same length
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"changed since it was probed.*remove OUT"):
+    with pytest.raises(UserError, match=r"changed since it was probed.*run the command again"):
         write(work, Part(0, 1), workers=1, progress=quiet)
     assert not list((tmp_path / "out").glob("*.tar*"))
+    assert make_shards(tmp_path / "videos", tmp_path / "out", Settings(transcode=True), workers=1, progress=quiet).clips
 
 
 def test_what_cannot_be_encoded_is_rejected_and_the_others_are_written(

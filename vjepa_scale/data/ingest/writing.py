@@ -198,8 +198,12 @@ def _write_shard(work: Work, shard: int) -> Path:
                     places.append((place.offset, place.size))
                 records += 1
             tar.close()
+        work.check()
         if records:
             os.replace(temporary, path)  # the manifest makes it last through a power cut: one wait for all
+    except _SourceChanged:
+        work.source_changed()
+        raise
     except OSError as error:
         raise UserError(f"cannot write the shard: {error.strerror}", where=path) from None
     finally:
@@ -319,11 +323,17 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot be read any more: {error.strerror}", where=path, fix="restore it") from None
+        fix = "restore it; or run the command again, to go on without it"
+        raise UserError(f"cannot be read any more: {error.strerror}", where=path, fix=fix) from None
+
+
+class _SourceChanged(UserError):
+    """A file is not what was probed."""
 
 
 def _changed(path: Path) -> UserError:
-    return UserError("the file has changed since it was probed", where=path, fix="remove OUT and run again")
+    fix = "run the command again: it goes on with what is known of the others"
+    return _SourceChanged("the file has changed since it was probed", where=path, fix=fix)
 
 
 def _extension(path: str) -> str:
