@@ -6,6 +6,7 @@ what the source shows. Whatever fails is a DecodeError and never a record.
 
 import io
 from fractions import Fraction
+from functools import partial
 
 import av
 import numpy as np
@@ -30,6 +31,7 @@ from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
 from vjepa_scale.data.ingest.probe import decode_whole, picture_digest
 from vjepa_scale.data.ingest.transcode import Transcode, clock, digest_of, facts_of, middles
 from vjepa_scale.data.processes import beat
+from vjepa_scale.data.soundness import frames_stamped_anew
 
 REASON = "cannot be transcoded"
 KEYFRAME_EVERY = 30
@@ -55,7 +57,8 @@ _TOLERANCE = 6.0
 
 def transcode(source: Media, part: Transcode) -> bytes:
     """The new video, an MP4: always the same bytes. source: what was decoded for the plan. Raises DecodeError."""
-    for from_s in sorted({part.start_s, 0.0}, reverse=True):  # where seeking misleads, decode from the beginning
+    # Where seeking misleads, decode from the beginning; and where frames get their times by being counted.
+    for from_s in sorted({part.start_s, 0.0} if part.stamped is None else {0.0}, reverse=True):
         data, shown, thumbs = _encoded(source, part, from_s)
         if shown == part.shown:
             break
@@ -75,11 +78,12 @@ def _encoded(source: Media, part: Transcode, from_s: float) -> tuple[bytes, str,
     rate, buffer = Fraction(part.rate), io.BytesIO()
     tick_s, gap = clock(rate)
     options = {"fflags": "+bitexact", "video_track_timescale": str(tick_s.denominator)}
+    frames_of = timed_frames if part.stamped is None else partial(frames_stamped_anew, fps=Fraction(part.stamped))
     digester, thumbnailer = VideoReformatter(), _Thumbnailer(part)
     digests: list[bytes] = []
     thumbs: dict[int, npt.NDArray[np.uint8]] = {}
     with (
-        decoding_from(source, from_s) as (_, stream, frames),
+        decoding_from(source, from_s, frames_of) as (_, stream, frames),
         ffmpeg_errors(REASON),
         av.open(buffer, "w", format="mp4", options=options) as out,
     ):

@@ -174,7 +174,7 @@ def _probe_source(root: str, source: Source, settings: Settings) -> Verdict:
         if (why := _no_file(path)) is not None:
             return Verdict([], [Rejected(source.path, "unreadable", why)])
         before = path.stat()
-        decoded = decode_whole(path, images=settings.images)
+        decoded = decode_whole(path, images=settings.images, in_order=settings.transcode)
         whole = (source.start_s, source.end_s, settings.segment_s) == (None, None, None)
         still = decoded.facts.duration == 0
         if settings.transcode and not still:
