@@ -291,6 +291,9 @@ def report(out: Path, summary: Summary) -> None:
     rates = {f"{rate:g}" if rate else "still": count for rate, count in summary.rates.items()}
     print(f"resolutions: {_most(sizes)}")
     print(f"frames a second: {_most(rates)}")
+    if summary.classes or summary.unlabelled:
+        without = f"; {summary.unlabelled} clips without a label" if summary.unlabelled else ""
+        print(f"classes: {summary.classes}{without}")
     if summary.seconds is not None:
         shortest, median, longest = summary.seconds
         line = f"seconds: {shortest:.3g} to {longest:.3g}, half of them at most {median:.3g}"

@@ -76,6 +76,15 @@ def test_where_it_is_not_known_what_belongs_together_the_sample_is_rejected(tmp_
     assert rejected == ["x.tar: unreadable member", "x.tar:2: not one video", "z.tar:1: members lie apart"]
 
 
+def test_labels_that_lie_in_another_tar_are_told(tmp_path: Path, clips: list[bytes]) -> None:
+    packed(tmp_path / "labels.tar", [("a.cls", b"x"), ("b.cls", b"y")])
+    packed(tmp_path / "videos.tar", [("a.mp4", clips[0]), ("b.mp4", clips[1])])
+    summary = index_shards(tmp_path, workers=1, progress=quiet)
+    assert (summary.clips, summary.classes, summary.unlabelled) == (2, 0, 2)
+    details = [row["detail"] for row in read_jsonl(tmp_path / "rejected.jsonl")]
+    assert details == ["members: cls; a video of this key must be in this tar"] * 2
+
+
 def test_what_is_named_as_a_tar_and_is_no_file_is_told(tmp_path: Path, clips: list[bytes]) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(UserError, match=r"pipe\.tar is not a file"):

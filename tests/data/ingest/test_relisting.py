@@ -10,7 +10,7 @@ from tests.data.ingest.test_shards import contents
 from tests.data.ingest.test_shards_inputs import samples
 from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.ingest import probing
+from vjepa_scale.data.ingest import probing, writing
 from vjepa_scale.data.ingest import work as work_module
 from vjepa_scale.data.ingest.shards import Part, Settings, Work, begin, make_shards, plan, probe, write
 
@@ -133,9 +133,15 @@ def test_a_process_of_the_old_listing_changes_nothing(videos: Path, tmp_path: Pa
     plan(old)
     (videos / "empty.mp4").unlink()
     new = begun(videos, tmp_path / "out")
-    with pytest.raises(UserError, match="listed anew"):
-        old.check()
-    new.check()
+    probe(new, WHOLE, workers=1, progress=quiet)
+    plan(new)
+    before = contents(tmp_path / "out")
+    asked = probing._Unknown(old, range(1))
+    asked._asked[0] = probing._Begun(0, 1, tmp_path / "out/.work/probed/000000.late.part"), 0, old.sources(0)[0]
+    for late in (lambda: asked.tell(0, probing.Verdict([], [])), lambda: writing._write_shard(old, 0)):
+        with pytest.raises(UserError, match="listed anew"):
+            late()
+    assert contents(tmp_path / "out") == before
     as_from_nothing(videos, tmp_path / "out")
 
 

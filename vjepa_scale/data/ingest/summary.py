@@ -22,6 +22,7 @@ class Summary:
     resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
     reason. The most frequent come first.
     trajectories: of robots: statistics of states and actions (data/statistics.py)
+    classes, unlabelled: classes, and clips of none
     seconds: shortest, median and longest video (images are none); short: how many are shorter than a clip of so many
              frames at FPS, which would repeat their last picture
     """
@@ -37,6 +38,8 @@ class Summary:
     existed: bool = False
     seconds: tuple[float, float, float] | None = None
     short: dict[int, int] = field(default_factory=dict)
+    classes: int = 0
+    unlabelled: int = 0
 
 
 def summarize(out: Path, existed: bool = False) -> Summary:
@@ -59,6 +62,8 @@ def summarize(out: Path, existed: bool = False) -> Summary:
         trajectories=manifest.trajectories,
         existed=existed,
         seconds=(float(lasting.min()), float(np.median(lasting)), float(lasting.max())) if len(lasting) else None,
+        classes=len(manifest.classes),
+        unlabelled=int((manifest.column("label") < 0).sum()),
         short={frames: int((lasting <= (frames - 1) / FPS).sum()) for frames in CLIP_FRAMES},
     )
 
