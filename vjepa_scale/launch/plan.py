@@ -72,12 +72,17 @@ def check(
     damaged: dict[str, Damage] = {}
     for name in stages:
         with errors_name(source):
-            if is_finished(recipe, name):
+            finished = is_finished(recipe, name)
+            if finished:
                 check_finished(recipe, name)
-                damage = damage_of(recipe, name, say=repair) if repair is not None else None
-                if damage is None:
-                    continue
-                damaged[name] = damage
+        if finished:
+            if repair is None:
+                continue
+            refuse_if_at_work(recipe)  # before minutes of reading
+            if (damage := damage_of(recipe, name, say=repair)) is None:
+                continue
+            damaged[name] = damage
+        with errors_name(source):
             preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
         remaining.append(name)
     refuse_if_at_work(recipe)
