@@ -26,7 +26,7 @@ from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.data.ingest.check import check_shards
 from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Settings, make_shards
-from vjepa_scale.data.ingest.summary import Summary
+from vjepa_scale.data.ingest.summary import FPS, Summary
 from vjepa_scale.data.ingest.trajectories import LAYOUTS
 from vjepa_scale.data.ingest.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 from vjepa_scale.data.statistics import NUMBERS
@@ -291,6 +291,16 @@ def report(out: Path, summary: Summary) -> None:
     rates = {f"{rate:g}" if rate else "still": count for rate, count in summary.rates.items()}
     print(f"resolutions: {_most(sizes)}")
     print(f"frames a second: {_most(rates)}")
+    if summary.classes or summary.unlabelled:
+        without = f"; {summary.unlabelled} clips without a label" if summary.unlabelled else ""
+        print(f"classes: {summary.classes}{without}")
+    if summary.seconds is not None:
+        shortest, median, longest = summary.seconds
+        line = f"seconds: {shortest:.3g} to {longest:.3g}, half of them at most {median:.3g}"
+        if any(summary.short.values()):
+            counts = (f"{count} ({count / summary.clips:.1%}) than {n} frames" for n, count in summary.short.items())
+            line += f"; shorter {', '.join(counts)} at {FPS:g} a second, so that clips repeat their last picture"
+        print(line)
     if summary.trajectories is not None:  # each has two states or more, and so an action
         for kind, what in (("states", "states, from"), ("actions", "actions, step by step, from")):
             told = summary.trajectories[kind]

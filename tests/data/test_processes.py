@@ -56,6 +56,37 @@ def test_only_the_rank_hears_a_signal_to_all(tmp_path: Path) -> None:
     assert done.stdout == "100 SIGUSR2\n", done.stderr
 
 
+# -- a current folder with modules that are named as the standard library's ---------------------------------
+
+
+SHADOWED = """
+import os
+import signal
+from vjepa_scale.data.processes import map_in_workers, start_fork_server
+
+if __name__ == "__main__":
+    os.chdir("shadows")
+    if {early}:
+        start_fork_server("concurrent.futures.thread", deaf_to=[signal.SIGUSR2])
+    print(list(map_in_workers(abs, [-3], workers=1)), os.environ.get("PYTHONSAFEPATH"))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("early", [False, True])
+def test_workers_do_not_import_from_the_current_folder(tmp_path: Path, early: bool) -> None:
+    (tmp_path / "shadows").mkdir()
+    for name in ("queue", "signal", "concurrent"):  # what workers, the resource tracker and the fork server import
+        (tmp_path / f"shadows/{name}.py").write_text("raise AttributeError('not the standard library')")
+    script = tmp_path / "shadowed.py"
+    script.write_text(SHADOWED.format(early=early))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.stdout, done.stderr) == ("[(0, 3)] None\n", "")
+
+
 # -- folders of many letters: a Unix socket's path has at most 107 bytes -----------------------------------
 
 

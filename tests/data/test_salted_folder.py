@@ -94,7 +94,7 @@ def test_every_file_of_a_salted_folder_is_accounted_for(salted, tmp_path: Path, 
         "pipe.mp4": "unreadable",
         **({"locked.mp4": "unreadable"} if os.geteuid() else {}),
     }
-    assert rejected["folder.mp4/z copy of bikes.mp4"]["reason"] == "duplicate"
+    assert rejected["folder.mp4/z copy of bikes.mp4"]["reason"] == "duplicate with another label"
     for name, data in kept.items():
         assert data == (folder / name).read_bytes()
     unseen = sorted(name for name in kept if name.startswith("broken/"))

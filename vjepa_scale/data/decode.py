@@ -4,13 +4,11 @@ A frame is on screen from its own timestamp until the next frame's. So the pictu
 frame with pts <= t, whatever the frame rate does. Second 0 is the video stream's start time.
 """
 
-import io
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -25,6 +23,7 @@ from av.video.stream import VideoStream
 
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.data.image_files import heif_picture, pngs_of_other_exif, tiff_of_pixels, wrong_in_tiff
+from vjepa_scale.data.media import Media, open_media
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
@@ -41,10 +40,6 @@ _MATROSKA = "matroska,webm"
 _NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
 # Of all video streams together: a film has a second one among them.
 _FIRST_PACKETS = 64
-
-
-# A media file: its bytes, or where it lies (a long one is read as it is decoded, never held whole).
-Media = bytes | Path
 
 
 class DecodeError(Exception):
@@ -77,7 +72,7 @@ class _Nameless:
 @contextmanager
 def open_container(data: Media) -> Iterator[InputContainer]:
     """What FFmpeg finds in a media file. Raises DecodeError."""
-    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+    with open_media(data) as file:
         if not file.read(1):
             raise DecodeError("zero length", "the file is empty")
         file.seek(0)
@@ -273,7 +268,8 @@ def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
 
 
 def _whole(data: Media) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+    with open_media(data) as file:
+        return file.read()
 
 
 def _tiff_picture(data: bytes, *, strict: bool) -> av.VideoFrame:

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.decode import (
     DecodeError,
-    Media,
     decoding_from,
     frames_by_packet,
     open_video,
@@ -28,6 +27,7 @@ from vjepa_scale.data.decode import (
     timed_frames,
 )
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect
+from vjepa_scale.data.media import Media, open_media
 
 # In other containers (MPEG streams, AVI) its seeks led to other pictures, with the right timestamps.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -81,7 +81,7 @@ def _pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint
     wanted = sorted(set(on_screen))
     if not _only_turned(data, times_s[0]):
         return None
-    with nullcontext(data) if isinstance(data, bytes) else open(data, "rb") as source:
+    with nullcontext(data) if isinstance(data, bytes) else open_media(data) as source:
         with _errors("unreadable"):
             decoder = decoders.VideoDecoder(
                 source,

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
@@ -48,14 +48,34 @@ class Silent:
 def worker_context(*preload: str) -> ForkServerContext:
     """The start method of all worker processes.
 
-    preload: modules that the server imports, where it does not run yet
+    preload: modules that the fork server imports; it is started here where it does not run yet
     Raises UserError where no folder is short enough for their sockets.
     """
     _choose_socket_folder()
     context = multiprocessing.get_context("forkserver")
     if preload:
         context.set_forkserver_preload(list(preload))
+        with _safe_path():
+            forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Python processes started inside do not import from the current folder.
+
+    multiprocessing starts its server and its resource tracker by ``python -c``, which would: a ``queue.py`` among a
+    user's videos would stand for the standard library's.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _choose_socket_folder() -> None:
@@ -89,12 +109,12 @@ def start_fork_server(*preload: str, deaf_to: Collection[signal.Signals]) -> Non
     its workers. Signals that arrive meanwhile reach this process when the server is up. (Not ignored, but
     blocked: that is inherited without a moment in which this process would ignore them too.)
     """
-    worker_context(*preload)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
-        resource_tracker.ensure_running()
+        with _safe_path():
+            resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)  # Python has just unblocked SIGTERM
-        forkserver.ensure_running()
+        worker_context(*preload)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)
 

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 from av import VideoFrame
 from av.container import InputContainer
@@ -32,6 +33,23 @@ def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vid
                 raise DecodeError("timestamps go backwards", f"frame {count}")
             yield frame
             count, before = count + 1, pts_of(frame)
+
+
+def frames_stamped_anew(container: InputContainer, stream: VideoStream, fps: Fraction) -> Iterator[VideoFrame]:
+    """Every frame in the order in which the decoder gives them (that of display), at a constant rate from the start.
+
+    For files whose own timestamps are wrong. Raises DecodeError at the first sign of other damage.
+    """
+    count, gap = 0, 1 / (fps * time_base(stream))
+    for packet in filled_packets(container, stream):
+        if packet.is_corrupt:
+            raise DecodeError("does not decode to the end", f"damaged packet after {count} frames")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise DecodeError("does not decode to the end", f"damaged frame {count}")
+            frame.pts = stream_start(stream) + round(count * gap)
+            yield frame
+            count += 1
 
 
 def end_of_video(stream: VideoStream, *, first_tick: int, last: VideoFrame, frames: int) -> float:

@@ -1,11 +1,15 @@
 """Which frames the published code takes: at equal distances, whatever their times (``data.sampling: stride``)."""
 
-import math
-
 import numpy as np
+import numpy.typing as npt
 
 # A rate that is measured from rounded timestamps (30.004) is not 31.
 _RATE_TOLERANCE = 0.01
+
+
+def strides(source_fps: float | npt.NDArray[np.float64], fps: float) -> npt.NDArray[np.int64]:
+    """Frames from one of a clip to the next, of videos of these rates, before they are spread over the window."""
+    return np.asarray(np.maximum(1, np.ceil(np.asarray(source_fps) - _RATE_TOLERANCE) // fps), np.int64)
 
 
 def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: float, frames: int) -> tuple[int, ...]:
@@ -19,7 +23,7 @@ def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: f
     its length holds strides, and its last frame fills the rest. The published code fails where the stride is 0; here
     it is 1 at least.
     """
-    stride = max(1, int(math.ceil(source_fps - _RATE_TOLERANCE) // fps))
+    stride = int(strides(source_fps, fps))
     length = frames * stride
     if source_frames > length:
         first = int(draw * (source_frames - length))

@@ -80,7 +80,7 @@ def make_shards_on_slurm(videos: Path, out: Path, settings: Settings, asked: Ask
     script = scripts(out, asked)["probe"]
     if not _at_work(out) and (said := objection(script)):  # before the sources are listed, which may take long
         raise _refused("probe", said, asked)
-    work = begin(videos, out, settings)
+    work = begin(videos, out, settings, relist=not _at_work(out))
     if work is None:
         _tidy(out)
         return summarize(out, existed=True)

@@ -11,6 +11,7 @@ from vjepa_scale.checkpoint.finding import set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import DUMPED, dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.data.short_videos import short_videos
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
 from vjepa_scale.model import flops
@@ -71,12 +72,17 @@ def check(
     damaged: dict[str, Damage] = {}
     for name in stages:
         with errors_name(source):
-            if is_finished(recipe, name):
+            finished = is_finished(recipe, name)
+            if finished:
                 check_finished(recipe, name)
-                damage = damage_of(recipe, name, say=repair) if repair is not None else None
-                if damage is None:
-                    continue
-                damaged[name] = damage
+        if finished:
+            if repair is None:
+                continue
+            refuse_if_at_work(recipe)  # before minutes of reading
+            if (damage := damage_of(recipe, name, say=repair)) is None:
+                continue
+            damaged[name] = damage
+        with errors_name(source):
             preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
         remaining.append(name)
     refuse_if_at_work(recipe)
@@ -184,6 +190,7 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
     yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}; " + (
         "parameters: " + ", ".join(f"{name} {size / 1e6:,.1f} M" for name, size in sizes.items())
     )
+    manifests = dict[str, Manifest]()
     used = {name for stage in stages for name in stage_sets(recipe, stage)}
     for name, data_set in recipe.data.sets.items():
         if name not in used:
@@ -191,7 +198,7 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
         held, problem = "", "  (no manifest there yet)"
         if (Path(data_set.path) / MANIFEST).exists():
             try:
-                manifest = Manifest.open(data_set.path)
+                manifest = manifests[name] = Manifest.open(data_set.path)
                 held, problem = f", {manifest.records} records in {len(manifest.shards)} shards", ""
             except UserError as error:  # a plan shows what is wrong; a launch refuses it
                 problem = f"  (error: {error})"
@@ -209,6 +216,13 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
         yield f"{name}: {stage.steps} steps, {origin}"
         for phase in resolve_phases(recipe, name, first=planned_first(recipe, name)):
             yield "  " + _phase_line(recipe, phase, world_size)
+            short, share = short_videos(recipe, phase, manifests)
+            if short:
+                counts = ", ".join(
+                    f"{s.records} of {s.of} of {set_name} (shorter than {s.frames} frames at {s.fps:g} a second)"
+                    for set_name, s in short.items()
+                )
+                yield f"    repeat their last picture: {counts}: {share:.1%} of the clips"
 
 
 def site(recipe: Recipe) -> str:

@@ -6,7 +6,9 @@ from statistics import mean
 from typing import Any
 
 from vjepa_scale.core.files import read_json, read_jsonl
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.data.short_videos import short_videos
+from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.folders import EVALUATION, evaluation_file, stage_folder
 from vjepa_scale.report.held_out import NAMES
 
@@ -25,6 +27,7 @@ def summarise(
     attentive = {name: found["accuracy"] for name, found in (("trained", own), ("untrained", other)) if found}
     return {
         "stages": {name: _stage(stage_folder(recipe, name) / "metrics.jsonl") for name in recipe.stages()},
+        "short_videos": _short_videos(recipe),
         "probe": held_out["linear_probe"],
         "attentive_probe": attentive,
         "attentive_labels_per_class": own["labels_per_class"] if own else None,
@@ -46,6 +49,24 @@ def _stage(metrics: Path) -> dict[str, Any]:
         "effective_rank_end": ranks[-1] if ranks else None,
         "clips_per_s": mean(row["clips_per_s"] for row in rows),
     }
+
+
+def _short_videos(recipe: Recipe) -> dict[str, Any]:
+    """By stage and phase with any: how many records of each data set clips repeat the last picture of, and the share
+    of the phase's clips.
+    """
+    stages = {name: resolve_phases(recipe, name) for name in recipe.stages()}
+    names = {name for phases in stages.values() for phase in phases for name in phase.mixture}
+    folders = {name: Path(recipe.data.sets[name].path) for name in names}
+    manifests = {name: Manifest.open(path) for name, path in folders.items() if (path / MANIFEST).exists()}
+    found = dict[str, Any]()
+    for phases in stages.values():
+        for phase in phases:
+            short, share = short_videos(recipe, phase, manifests)
+            if short:
+                sets = {name: {"records": s.records, "of": s.of} for name, s in short.items()}
+                found[f"{phase.stage}.{phase.name}"] = {"share": share, "sets": sets}
+    return found
 
 
 def table(summary: dict[str, Any]) -> Iterator[str]:
@@ -110,5 +131,11 @@ def _meanings(summary: dict[str, Any]) -> Iterator[str]:
             f"impossible motion surprises more in {surprise['pairs_right']:.0%} of {surprise['pairs']} pairs "
             f"(untrained: {surprise['untrained']:.0%})"
         )
+    if short := summary.get("short_videos"):
+        shares = ", ".join(
+            f"{found['share']:.1%} of {name} ({sum(s['records'] for s in found['sets'].values())} videos)"
+            for name, found in short.items()
+        )
+        rows["short videos"] = f"clips that repeat their last picture, since their video is shorter: {shares}"
     for name, meaning in rows.items():
         yield f"{name:<17}{meaning}"

@@ -102,7 +102,8 @@ def test_shards_of_a_list(tmp_path: Path) -> None:
     assert [known["label"] for known, _ in made] == ["0", "1", "0"]
     assert [known["metadata"] for known, _ in made] == [{"robot": {"arm": i}} for i in range(3)]
     assert Manifest.open(tmp_path / "out").classes == ["0", "1"]
-    assert rejected(tmp_path / "out") == {str(tmp_path / "clip 0.mp4"): "duplicate", "nowhere.mp4": "unreadable"}
+    again = "duplicate with another label"
+    assert rejected(tmp_path / "out") == {str(tmp_path / "clip 0.mp4"): again, "nowhere.mp4": "unreadable"}
 
 
 # -- images ---------------------------------------------------------------------------------------

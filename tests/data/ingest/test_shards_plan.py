@@ -130,6 +130,22 @@ def test_what_is_the_same_is_told_by_its_bytes_and_the_first_is_named(tmp_path: 
     assert [known["path"] for known, _ in samples(tmp_path / "out")] == ["0.mp4", "1.mp4", "3.mp4"]
 
 
+def test_a_copy_in_another_class_is_told_from_one_in_the_same(tmp_path: Path) -> None:
+    clip, videos = encoded(8), tmp_path / "videos"
+    for name in ("run/a.mp4", "run/b.mp4", "walk/a.mp4", "z.mp4"):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).write_bytes(clip)
+    summary = make_shards(videos, tmp_path / "out", Settings(), workers=1, progress=quiet)
+    rows = {row["path"]: (row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "rejected.jsonl")}
+    other = "duplicate with another label"
+    assert rows == {
+        "run/b.mp4": ("duplicate", "of run/a.mp4"),
+        "walk/a.mp4": (other, "of run/a.mp4, whose label is 'run'; this one's is 'walk'"),
+        "z.mp4": (other, "of run/a.mp4, whose label is 'run'; this one's is None"),
+    }
+    assert summary.rejected == {other: 2, "duplicate": 1}
+
+
 # -- writing --------------------------------------------------------------------------------------
 
 

@@ -71,3 +71,18 @@ def test_the_closing_summary(tool: ModuleType, capsys: pytest.CaptureFixture[str
         "      12  duplicate",
         "       1  too short",
     ]
+
+
+@pytest.mark.parametrize(
+    ("classes", "unlabelled", "line"),
+    [
+        (0, 5, "classes: 0; 5 clips without a label"),
+        (3, 0, "classes: 3"),
+        (3, 1, "classes: 3; 1 clips without a label"),
+    ],
+)
+def test_clips_without_a_label_are_counted(
+    classes: int, unlabelled: int, line: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.report(Path("out"), Summary(5, 1, 0.1, 1000, {}, {}, {}, classes=classes, unlabelled=unlabelled))
+    assert line in capsys.readouterr().out.splitlines()

@@ -21,11 +21,12 @@ from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.decode import DecodeError
-from vjepa_scale.data.ingest import encode
+from vjepa_scale.data.ingest import encode, writing
 from vjepa_scale.data.ingest.check import check_shards
 from vjepa_scale.data.ingest.encode import transcode
+from vjepa_scale.data.ingest.planning import Plan
 from vjepa_scale.data.ingest.probe import decode_whole, probe_video
-from vjepa_scale.data.ingest.shards import Part, Settings, begin, make_shards, plan, probe, write
+from vjepa_scale.data.ingest.shards import Part, Settings, begin, finish, make_shards, plan, probe, write
 from vjepa_scale.data.ingest.transcode import Transcode, facts_of, plan_transcodes, standard_rate
 from vjepa_scale.data.manifest import Manifest
 
@@ -522,9 +523,62 @@ def test_a_source_that_changes_before_it_is_written_is_named(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # of the same length
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"changed since it was probed.*remove OUT"):
+    with pytest.raises(UserError, match=r"changed since it was probed.*run the command again"):
         write(work, Part(0, 1), workers=1, progress=quiet)
     assert not list((tmp_path / "out").glob("*.tar*"))
+    assert make_shards(tmp_path / "videos", tmp_path / "out", Settings(transcode=True), workers=1, progress=quiet).clips
+
+
+def test_what_cannot_be_encoded_is_rejected_and_the_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of four is a shard of its own, and a class."""
+    for n in range(4):
+        (tmp_path / f"videos/class {n // 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"videos/class {n // 2}/{n}.mp4").write_bytes(encoded(10 + n, rate=10))
+    settings = Settings(transcode=True, shard_records=1)
+    make_shards(tmp_path / "videos", tmp_path / "whole", settings, workers=1, progress=quiet)
+    whole = {known["path"]: clip for known, clip in samples(tmp_path / "whole")}
+    work = begin(tmp_path / "videos", tmp_path / "out", replace(settings, shard_records=2))
+    assert work is not None
+    probe(work, Part(0, 1), workers=1, progress=quiet)
+    plan(work)
+    order = [record.path for shard in range(2) for _, record in Plan.open(work).records(shard)]
+    spoilt = {order[0], *(path for path in order if path.startswith("class 1"))}
+    sound = writing.transcode
+
+    def fails(path: Path, part: Transcode) -> bytes:
+        if str(path.relative_to(tmp_path / "videos")) in spoilt:
+            raise DecodeError("cannot be transcoded", "picture 0 differs by 9.9 of 255 levels")
+        return sound(path, part)
+
+    monkeypatch.setattr(writing, "transcode", fails)
+    for shard in range(2):
+        writing._write_shard(work, shard)
+    summary = finish(work)
+    kept = [path for path in order if path not in spoilt]
+    assert [(known["path"], clip) for known, clip in samples(tmp_path / "out")] == [(p, whole[p]) for p in sorted(kept)]
+    assert summary.rejected == {"cannot be transcoded": len(spoilt)}
+    assert sorted(row["path"] for row in read_jsonl(tmp_path / "out/rejected.jsonl")) == sorted(spoilt)
+    manifest = Manifest.open(tmp_path / "out")
+    assert [manifest.read(r) for r in range(manifest.records)] == [whole[path] for path in kept]
+    assert manifest.classes == ["class 0"]
+    assert manifest.column("label").tolist() == [0] * len(kept)
+    assert check_shards(tmp_path / "out", decode=True, workers=1, progress=quiet) == []
+
+
+def test_where_nothing_can_be_encoded_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_bytes(encoded(10, rate=10))
+    work = begin(tmp_path / "videos", tmp_path / "out", Settings(transcode=True))
+    assert work is not None
+    probe(work, Part(0, 1), workers=1, progress=quiet)
+    plan(work)
+    monkeypatch.setattr(encode, "_TOLERANCE", -1.0)
+    writing._write_shard(work, 0)
+    with pytest.raises(UserError, match="none of 1 files can be used: 1 cannot be transcoded"):
+        finish(work)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_are_filled_by_an_estimate(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.tars import list_tar
 from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard
+from vjepa_scale.data.media import FileSlice, Media
 from vjepa_scale.data.processes import Silent, map_in_workers
 from vjepa_scale.data.trajectories import MEMBERS, read_trajectory
 
@@ -138,7 +139,7 @@ def _check_record(
         wrong += _check_known(manifest, record, facts)
     wrong += _check_beside(manifest, record, candidates)
     if task.decode:
-        wrong += _check_video(manifest.read(record), facts)
+        wrong += _check_video(FileSlice(task.folder / task.shard.name, *place["video"]), facts)
     return wrong
 
 
@@ -173,7 +174,7 @@ def _check_known(manifest: Manifest, record: int, facts: dict[str, Any]) -> list
     ]
 
 
-def _check_video(data: bytes, facts: dict[str, Any]) -> list[str]:
+def _check_video(data: Media, facts: dict[str, Any]) -> list[str]:
     try:
         decoded = decode_whole(data, images=True)
     except DecodeError as error:

@@ -6,6 +6,7 @@ what the source shows. Whatever fails is a DecodeError and never a record.
 
 import io
 from fractions import Fraction
+from functools import partial
 
 import av
 import numpy as np
@@ -30,6 +31,7 @@ from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
 from vjepa_scale.data.ingest.probe import decode_whole, picture_digest
 from vjepa_scale.data.ingest.transcode import Transcode, clock, digest_of, facts_of, middles
 from vjepa_scale.data.processes import beat
+from vjepa_scale.data.soundness import frames_stamped_anew
 
 REASON = "cannot be transcoded"
 KEYFRAME_EVERY = 30
@@ -41,19 +43,22 @@ _X264 = {
     ":threads=1:lookahead-threads=1:sliced-threads=0:cpu-independent=1",
 }
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-_AVERAGING = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+# Codecs of which FFmpeg says that 4:2:0 chroma lies at the left of two pixels, as it takes it of what is written here.
+_LEFT_SITED = ("h264", "hevc", "mpeg2video", "mpeg4")
 _MATRIX_RGB, _MATRIX_601 = 0, 6  # AVCOL_SPC_RGB: the pictures have no matrix; AVCOL_SPC_SMPTE170M
-# Pictures are compared as 16 by 16 averages of their RGB, in which what an encoder changes (detail, noise, colour
-# between two pixels) cancels out: at most 1.5 of 255 levels in the mean on real videos, 2.3 on noise, 5.7 on lines of
-# one pixel in red and white. Garbage, a foreign picture, a swapped plane differ by far more, and so does full range
-# taken for limited, unless there is nearly nothing to see.
-_THUMB = 16
+# Pictures are compared as averages over 16 by 16 cells (fewer where those would be small), in which what an encoder
+# changes (detail, noise, colour between two pixels) cancels out: at most 1.6 of 255 levels in the mean on real videos,
+# 2 on noise, 3 on lines of one pixel in red and white, 4 on a patchwork of saturated colours. Garbage, a foreign
+# picture, a swapped plane differ by far more, and so does full range taken for limited, unless there is nearly nothing
+# to see.
+_CELLS, _CELL = 16, 10  # at most so many in a row, of at least so many pixels
 _TOLERANCE = 6.0
 
 
 def transcode(source: Media, part: Transcode) -> bytes:
     """The new video, an MP4: always the same bytes. source: what was decoded for the plan. Raises DecodeError."""
-    for from_s in sorted({part.start_s, 0.0}, reverse=True):  # where seeking misleads, decode from the beginning
+    # Where seeking misleads, decode from the beginning; and where frames get their times by being counted.
+    for from_s in sorted({part.start_s, 0.0} if part.stamped is None else {0.0}, reverse=True):
         data, shown, thumbs = _encoded(source, part, from_s)
         if shown == part.shown:
             break
@@ -73,14 +78,16 @@ def _encoded(source: Media, part: Transcode, from_s: float) -> tuple[bytes, str,
     rate, buffer = Fraction(part.rate), io.BytesIO()
     tick_s, gap = clock(rate)
     options = {"fflags": "+bitexact", "video_track_timescale": str(tick_s.denominator)}
-    converter, digester, thumbnailer = _Converter(part), VideoReformatter(), _Thumbnailer()
+    frames_of = timed_frames if part.stamped is None else partial(frames_stamped_anew, fps=Fraction(part.stamped))
+    digester, thumbnailer = VideoReformatter(), _Thumbnailer(part)
     digests: list[bytes] = []
     thumbs: dict[int, npt.NDArray[np.uint8]] = {}
     with (
-        decoding_from(source, from_s) as (_, stream, frames),
+        decoding_from(source, from_s, frames_of) as (_, stream, frames),
         ffmpeg_errors(REASON),
         av.open(buffer, "w", format="mp4", options=options) as out,
     ):
+        converter = _Converter(part, left_sited=stream.codec_context.codec.canonical_name in _LEFT_SITED)
         encoder, before, picture = None, None, None
         ticks = ticks_of(stream, middles(part.start_s, rate, part.frames).tolist())
         for k, shown in enumerate(on_screen(frames, ticks)):
@@ -126,45 +133,53 @@ class _Converter:
     the colours of its first, since a file can say only one.
     """
 
-    def __init__(self, part: Transcode) -> None:
-        self._part = part
-        self._reformatter = VideoReformatter()
+    def __init__(self, part: Transcode, *, left_sited: bool) -> None:
+        self._part, self._left_sited = part, left_sited
+        self._reformatter, self._weaver = VideoReformatter(), VideoReformatter()
         self._colours: tuple[int, int, int] | None = None
 
     def __call__(self, picture: av.VideoFrame) -> av.VideoFrame:
         orientation = orientation_of(picture)
-        width, height = orientation.size(self._part.width, self._part.height)
         if self._colours is None:
             matrix = _MATRIX_601 if picture.colorspace == _MATRIX_RGB else picture.colorspace
             self._colours = (matrix, picture.color_primaries, picture.color_trc)
         matrix, primaries, transfer = self._colours
         with ffmpeg_errors("pixels that cannot be converted"):
-            small = self._reformatter.reformat(
-                picture,
-                width=width,
-                height=height,
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU601 if matrix == _MATRIX_601 else matrix,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=_SCALING,
-                threads=1,
-            )
+            upright = orientation == UPRIGHT and not picture.interlaced_frame
+            if self._left_sited and upright and "420" in picture.format.name:
+                planes = self._scaled(picture, "yuv420p", matrix, orientation).to_ndarray()
+            else:
+                if picture.interlaced_frame:  # its fields would be scaled one by one
+                    picture = _whole_planes(self._weaver, picture)
+                scaled = self._scaled(picture, "yuv444p", matrix, orientation).to_ndarray()
+                planes = _subsampled(np.stack([orientation.of(plane) for plane in scaled]))
         # A frame of its own: the source's would hand its type (a forced keyframe) and captions to the encoder.
-        planes = _as_shown(np.asarray(small.to_ndarray(), np.uint8), orientation)
         frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         frame.color_range, frame.colorspace = ColorRange.MPEG, matrix
         frame.color_primaries, frame.color_trc = primaries, transfer
         return frame
 
+    def _scaled(self, picture: av.VideoFrame, pixels: str, matrix: int, orientation: Orientation) -> av.VideoFrame:
+        width, height = orientation.size(self._part.width, self._part.height)
+        return self._reformatter.reformat(
+            picture,
+            width=width,
+            height=height,
+            format=pixels,
+            dst_colorspace=Colorspace.ITU601 if matrix == _MATRIX_601 else matrix,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_SCALING,
+            threads=1,
+        )
 
-def _as_shown(planes: npt.NDArray[np.uint8], orientation: Orientation) -> npt.NDArray[np.uint8]:
-    """Planes of yuv420p, [H * 3/2, W], turned and mirrored."""
-    if orientation == UPRIGHT:
-        return planes
-    height, width = planes.shape[0] * 2 // 3, planes.shape[1]
-    chroma = planes[height:].reshape(2, height // 2, width // 2)
-    shown = [orientation.of(plane) for plane in (planes[:height], *chroma)]
-    return np.concatenate([plane.ravel() for plane in shown]).reshape(-1, shown[0].shape[1])
+
+def _subsampled(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """yuv444p [3, H, W], both even -> yuv420p [H * 3/2, W], with chroma where H.264 has it: left, between two rows."""
+    width = planes.shape[2]
+    padded = np.pad(planes[1:], ((0, 0), (0, 0), (1, 0)), mode="edge").astype(np.uint16)
+    columns = padded[:, :, :width:2] + 2 * padded[:, :, 1::2] + padded[:, :, 2::2]
+    chroma = ((columns[:, ::2] + columns[:, 1::2] + 4) // 8).astype(np.uint8)
+    return np.concatenate([planes[0].ravel(), chroma.ravel()]).reshape(-1, width)
 
 
 def _index_first(data: bytes) -> bytes:
@@ -197,7 +212,7 @@ def _check(data: bytes, part: Transcode, thumbs: dict[int, npt.NDArray[np.uint8]
     found = decode_whole(data)
     if found.facts != facts_of(part):
         raise DecodeError(REASON, f"{_name(part)}: it decodes to {found.facts} in place of {facts_of(part)}")
-    thumbnailer, (tick_s, gap) = _Thumbnailer(), clock(Fraction(part.rate))
+    thumbnailer, (tick_s, gap) = _Thumbnailer(part), clock(Fraction(part.rate))
     with open_video(data) as (container, stream):
         for k, picture in enumerate(timed_frames(container, stream)):
             if pts_of(picture) * time_base(stream) != k * gap * tick_s:
@@ -213,12 +228,45 @@ def _apart(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
 class _Thumbnailer:
     """Averages over a picture, upright, as RGB. (Averaged first, so that what one of both clips does not count.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, part: Transcode) -> None:
+        self._cells = max(2, min(_CELLS, min(part.width, part.height) // _CELL))
         self._reformatter = VideoReformatter()
 
     def __call__(self, picture: av.VideoFrame) -> npt.NDArray[np.uint8]:
         with ffmpeg_errors("pixels that cannot be converted"):
-            small = self._reformatter.reformat(
-                picture, width=_THUMB, height=_THUMB, format="rgb24", interpolation=_AVERAGING, threads=1
-            )
-        return orientation_of(picture).of(np.asarray(small.to_ndarray(), np.uint8))
+            planes = _whole_planes(self._reformatter, picture)
+            averages = np.stack([_averages(plane, self._cells) for plane in planes.to_ndarray()])
+            small = av.VideoFrame.from_ndarray(averages, format="yuv444p")
+            small.color_range, small.colorspace = planes.color_range, planes.colorspace
+            rgb = self._reformatter.reformat(small, format="rgb24", threads=1)
+        return orientation_of(picture).of(np.asarray(rgb.to_ndarray(), np.uint8))
+
+
+def _whole_planes(reformatter: VideoReformatter, picture: av.VideoFrame) -> av.VideoFrame:
+    """A picture with a colour of its own for every pixel: yuv444p in limited range, with the matrix that it has."""
+    matrix = _MATRIX_601 if picture.colorspace == _MATRIX_RGB else picture.colorspace
+    planes = reformatter.reformat(
+        picture,
+        format="yuv444p",
+        dst_colorspace=Colorspace.ITU601 if matrix == _MATRIX_601 else matrix,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=_SCALING,
+        threads=1,
+    )
+    whole = av.VideoFrame.from_ndarray(planes.to_ndarray(), format="yuv444p")
+    whole.color_range, whole.colorspace = ColorRange.MPEG, matrix
+    return whole
+
+
+def _averages(plane: npt.NDArray[np.uint8], cells: int) -> npt.NDArray[np.uint8]:
+    """[H, W] -> [cells, cells]: the mean of each, to which a pixel on an edge counts in part."""
+    total = plane.astype(np.float64)
+    for axis in (0, 1):
+        length = total.shape[axis]
+        edges = np.linspace(0, length, cells + 1)
+        whole = np.minimum(edges.astype(int), length - 1)
+        before = np.insert(total.cumsum(axis), 0, 0.0, axis)
+        part = np.expand_dims(edges - whole, 1 - axis)
+        summed = before.take(whole, axis) + part * total.take(whole, axis)
+        total = np.diff(summed, axis=axis) * (cells / length)
+    return total.round().astype(np.uint8)

@@ -1,7 +1,7 @@
 """A manifest for shards that others have made, beside them: the tars stay as they are.
 
-A sample is a video (or an image), and maybe ``json`` and ``cls``. Its label is what ``cls`` holds, or else ``label`` in
-its JSON. What cannot be used is named in rejected.jsonl and is not in the manifest.
+A sample is a video (or an image), and maybe ``json`` and ``cls``, wherever they lie in its tar. Its label is what
+``cls`` holds, or else ``label`` in its JSON. What cannot be used is named in rejected.jsonl and not in the manifest.
 """
 
 import hashlib
@@ -21,12 +21,15 @@ from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.summary import Summary, summarize
 from vjepa_scale.data.ingest.sums import sha256_beating
-from vjepa_scale.data.ingest.tars import MEDIA_EXTENSIONS, Member, Sample, list_tar
+from vjepa_scale.data.ingest.tars import Member, Sample, list_tar
 from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
+from vjepa_scale.data.media import FileSlice, open_media
 from vjepa_scale.data.processes import Silent, map_in_workers
 
 SILENCE_S = 600.0  # a decoder that gives no new frame for so long hangs; storage may be slow
+_LONGEST_TEXT = 2**26  # bytes of a member that is not a video: held whole
+_TORN = "several videos, and other members apart from them: sort what is packed (tar --sort=name)"
 _PLACES = ("video.offset", "video.size", "json.offset", "json.size")
 
 
@@ -54,9 +57,11 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, fix="give a folder of .tar files")
-    tars = sorted(folder.glob("*.tar"))
+    named = sorted(folder.glob("*.tar"))
+    tars = [tar for tar in named if tar.is_file()]  # opening a pipe would wait for ever
     if not tars:
-        raise UserError("no .tar files in this folder", where=folder, fix="give a folder of uncompressed tars")
+        what = f"{named[0].name} is not a file" if named else "no .tar files in this folder"
+        raise UserError(what, where=folder, fix="give a folder of uncompressed tars")
     listing = hashlib.sha256("".join(f"{tar.name!r} {tar.stat().st_size}\n" for tar in tars).encode())
     source = {"indexed": len(tars), "listing": listing.hexdigest()}
     if (folder / MANIFEST).exists():
@@ -74,7 +79,8 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
         progress("indexing", done, len(tars))
     indexed = [result for result in results if result is not None]
     found = [sample for result in indexed for sample in result.found]
-    rejected = [row for result in indexed for row in result.rejected]
+    rejected = [Rejected(path.name, "unreadable", "not a file") for path in named if path not in tars]
+    rejected += [row for result in indexed for row in result.rejected]
     if not found:
         first = f": {rejected[0].path}: {rejected[0].reason}" if rejected else ""
         raise UserError(f"no sample that can be used in {len(tars)} shards{first}", where=folder)
@@ -104,38 +110,48 @@ def _columns(found: Sequence[_Found]) -> tuple[list[str], dict[str, npt.NDArray[
 
 
 def _index(path: Path) -> _Indexed:
+    try:
+        return _indexed(path)
+    except OSError as error:
+        raise UserError(f"cannot read the shard: {error.strerror}", where=path, fix="make it readable") from None
+
+
+def _indexed(path: Path) -> _Indexed:
     contents = list_tar(path)
     found, rejected = list[_Found](), [Rejected(path.name, "unreadable member", text) for text in contents.problems]
     if contents.damage is not None:
         rejected.append(Rejected(path.name, "damaged shard", contents.damage))
-    with open(path, "rb") as file:
-        for sample in contents.samples:
-            try:
-                found.append(_look(file, sample))
-            except DecodeError as error:
-                rejected.append(Rejected(f"{path.name}:{sample.key}", error.reason, error.detail))
+    rejected += [Rejected(f"{path.name}:{key}", "members lie apart", _TORN) for key in contents.torn]
+    for sample in contents.samples:
+        try:
+            found.append(_look(path, sample))
+        except DecodeError as error:
+            rejected.append(Rejected(f"{path.name}:{sample.key}", error.reason, error.detail))
     return _Indexed(Shard(path.name, len(found), path.stat().st_size, sha256_beating(path)), found, rejected)
 
 
-def _look(file: Any, sample: Sample) -> _Found:
+def _look(path: Path, sample: Sample) -> _Found:
     """Raises DecodeError."""
 
-    def read(member: Member) -> bytes:
-        file.seek(member.offset)
-        return bytes(file.read(member.size))
+    def read(name: str) -> bytes:
+        member = sample.members[name]
+        if member.size > _LONGEST_TEXT:
+            raise DecodeError("a member is too long", f"{name}: {member.size} bytes, not over {_LONGEST_TEXT}")
+        with open_media(FileSlice(path, member.offset, member.size)) as file:
+            return file.read()
 
-    pictured = [name for name in sample.members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
-    if len(pictured) != 1:
-        raise DecodeError("not one video", f"members: {', '.join(sample.members)}")
-    video = sample.members[pictured[0]]
-    facts = decode_whole(read(video), images=True).facts
+    if len(sample.media) != 1:
+        told = f"members: {', '.join(sample.members)}"
+        raise DecodeError("not one video", told if sample.media else f"{told}; a video of this key must be in this tar")
+    video = sample.members[sample.media[0]]
+    facts = decode_whole(FileSlice(path, video.offset, video.size), images=True).facts
     known = sample.members.get("json", Member(0, 0))
     label: Any = None
     if "cls" in sample.members:
-        label = read(sample.members["cls"]).decode("utf-8", "replace").strip()
+        label = read("cls").decode("utf-8", "replace").strip()
     elif known.size:
         try:
-            tree = parse_json(read(known))
+            tree = parse_json(read("json"))
         except ValueError as error:
             raise DecodeError("not valid JSON", str(error)) from None
         label = tree.get("label") if isinstance(tree, dict) else None

@@ -137,10 +137,15 @@ def _gather(work: Work, folder: Path) -> dict[str, int]:
             file.close()
     if not found:
         work.remove()
-        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        fix = "--images takes pictures as clips that stand still" if reasons[NOT_A_VIDEO] else None
-        raise UserError(f"none of {work.files} files can be used: {counts}", where=work.videos, fix=fix)
+        raise none_usable(work, reasons)
     return labels
+
+
+def none_usable(work: Work, reasons: Counter[str]) -> UserError:
+    """That all sources were rejected."""
+    counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    fix = "--images takes pictures as clips that stand still" if reasons[NOT_A_VIDEO] else None
+    return UserError(f"none of {work.files} files can be used: {counts}", where=work.videos, fix=fix)
 
 
 def _lines(work: Work, chunk: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,7 +185,7 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
     order = np.flatnonzero(kept)
     order = order[Draws(work.settings.seed, "shards.deal").shuffled(len(order))]
     np.save(folder / "ends.npy", shard_ends(raw["size"][order], work.settings))
-    classes, label = _classes(raw["label"][order], labels)
+    classes, label = used_classes(raw["label"][order], labels)
     write_json(folder / "classes.json", classes)
     np.save(folder / "label.npy", label)
     for name in (*_PLACE, *FACTS):
@@ -222,7 +227,12 @@ def _copies(
         record, original = (_record_at(work, *(int(raw[name][i]) for name in _PLACE)) for i in (copy, first))
         part = "" if record.part is None else f", from {record.part[0]:.3f} s on"
         path = record.path if record.trajectory is None else record.trajectory.folder
-        yield Rejected(path, "duplicate", f"of {original.path}{part}")
+        detail = f"of {original.path}{part}"
+        if record.label != original.label:  # which one is right is not known
+            detail += f", whose label is {original.label!r}; this one's is {record.label!r}"
+            yield Rejected(path, "duplicate with another label", detail)
+        else:
+            yield Rejected(path, "duplicate", detail)
 
 
 def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:
@@ -239,8 +249,11 @@ def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[
     return np.array(ends[1:], np.int64)
 
 
-def _classes(found: npt.NDArray[np.int32], labels: dict[str, int]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Names of the classes that are left, sorted, and every record's among them (-1 for none)."""
+def used_classes(found: npt.NDArray[Any], labels: dict[str, int]) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Names of the classes that are left, sorted, and every record's among them (-1 for none).
+
+    found: the number, in labels, of every record's class
+    """
     used = np.zeros(len(labels) + 1, bool)
     used[found] = True  # none, -1, is the last
     classes = sorted(name for name, number in labels.items() if used[number])

@@ -36,9 +36,11 @@ from vjepa_scale.data.decode import (
 )
 from vjepa_scale.data.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.data.processes import beat
-from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
+from vjepa_scale.data.soundness import check_declared, end_of_video, frames_stamped_anew, sound_frames
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
+_MENDED_BY_STAMPS = ("timestamps go backwards", "frames without timestamps")
+_SLOWEST, _FASTEST = Fraction(1, 60), Fraction(1000)  # frames a second that a file may be believed to have
 _KEYS_SOUGHT = 8  # keyframes per video that are compared after a seek
 
 
@@ -65,6 +67,7 @@ class Decoded:
     times_s: of every frame, from the stream's start, in whole ticks of tick_s
     digests: 8 bytes of each picture as it is stored
     orientation: how the last is shown; aspect: of the pixels; unscaled: width and height without it
+    stamped: frames a second where the file's own timestamps are wrong, and times_s others (frames_stamped_anew)
     """
 
     facts: VideoFacts
@@ -74,6 +77,7 @@ class Decoded:
     orientation: Orientation = UPRIGHT
     aspect: Fraction = SQUARE
     unscaled: tuple[int, int] | None = None
+    stamped: Fraction | None = None
 
 
 def probe_video(data: Media) -> VideoFacts:
@@ -81,13 +85,14 @@ def probe_video(data: Media) -> VideoFacts:
     return decode_whole(data).facts
 
 
-def decode_whole(data: Media, *, images: bool = False) -> Decoded:
+def decode_whole(data: Media, *, images: bool = False, in_order: bool = False) -> Decoded:
     """What ``probe_video`` looks at, frame by frame. Raises DecodeError.
 
-    images: an image is a clip without time: one frame (of which there is no digest), duration and fps 0
+    images:   an image is a clip without time: one frame (of which there is no digest), duration and fps 0
+    in_order: the video will be decoded in order and encoded anew: seeking need not work, nor timestamps rise
     """
     try:
-        return _decode_video(data)
+        return _decode_video(data, in_order)
     except DecodeError as error:
         still = still_picture(data, strict=True) if images and error.reason == NOT_A_VIDEO else None
         if still is None:
@@ -96,20 +101,39 @@ def decode_whole(data: Media, *, images: bool = False) -> Decoded:
     return Decoded(VideoFacts(duration=0.0, fps=0.0, frames=1, width=width, height=height), np.zeros(1), [])
 
 
-def _decode_video(data: Media) -> Decoded:
+def _decode_video(data: Media, in_order: bool) -> Decoded:
+    try:
+        return _decode_stamped(data, in_order, None)
+    except DecodeError as error:
+        stamped = _constant_rate(data) if in_order and error.reason in _MENDED_BY_STAMPS else None
+        if stamped is None:
+            raise
+    return _decode_stamped(data, in_order, stamped)
+
+
+def _constant_rate(data: Media) -> Fraction | None:
+    """Frames a second as the file declares them; None where it does not."""
+    with open_video(data) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        # Faster than the clock of its file, it would be in no order.
+        return rate if rate and _SLOWEST <= rate <= min(_FASTEST, 1 / time_base(stream)) else None
+
+
+def _decode_stamped(data: Media, in_order: bool, stamped: Fraction | None) -> Decoded:
     with open_video(data) as (container, stream):
         seconds = float(time_base(stream))
-        ticks, digests, keys, facts, last = _decode_all(container, stream)
+        frames = sound_frames(container, stream) if stamped is None else frames_stamped_anew(container, stream, stamped)
+        ticks, digests, keys, facts, last = _decode_all(container, stream, frames)
         start, orientation, aspect = stream_start(stream), orientation_of(last), pixel_aspect(stream)
         if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
             keys = []
-    for index in _places_to_seek(len(ticks), keys):
+    for index in [] if in_order else _places_to_seek(len(ticks), keys):
         # Half a tick later, so that the frame is on screen whatever the rounding.
         found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
         if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
     times_s, unscaled = (np.array(ticks, np.float64) - start) * seconds, orientation.size(last.width, last.height)
-    return Decoded(facts, times_s, digests, seconds, orientation, aspect, unscaled)
+    return Decoded(facts, times_s, digests, seconds, orientation, aspect, unscaled, stamped)
 
 
 def _sought_picture(data: Media, time_s: float) -> VideoFrame:
@@ -135,7 +159,7 @@ def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
 
 
 def _decode_all(
-    container: InputContainer, stream: VideoStream
+    container: InputContainer, stream: VideoStream, frames: Iterator[VideoFrame]
 ) -> tuple[list[int], list[bytes], list[int], VideoFacts, VideoFrame]:
     """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and the last frame."""
     seconds = float(time_base(stream))
@@ -144,7 +168,7 @@ def _decode_all(
     digests: list[bytes] = []
     keys: list[int] = []
     size, last, first_aspect = None, None, None
-    for last in sound_frames(container, stream):
+    for last in frames:
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
         size = (last.width, last.height)

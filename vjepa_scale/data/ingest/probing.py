@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.cut import Cut, checked_cut, plan_cuts
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Record, Rejected, Verdict, verdict_tree
+from vjepa_scale.data.ingest.relisting import stamp_of
 from vjepa_scale.data.ingest.sources import Source
 from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.trajectories import probe_trajectory
@@ -103,6 +104,7 @@ class _Unknown:
 
     def tell(self, index: int, result: Verdict | Crashed | Silent) -> None:
         begun, number, source = self._asked.pop(index)
+        self._work.check()
         append_jsonl(begun.part, verdict_tree(number, _verdict(source, self._work.settings, result)))
         self.known += 1
         begun.left -= 1
@@ -160,7 +162,11 @@ def _verdict(source: Source, settings: Settings, result: Verdict | Crashed | Sil
 
 def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
     """What becomes of one source: a record, or several where it is cut; or why not. Task: root, source, settings."""
-    root, source, settings = task
+    stamp = stamp_of(Path(task[0]), task[1])  # before it is read
+    return replace(_probe_source(*task), stamp=stamp)
+
+
+def _probe_source(root: str, source: Source, settings: Settings) -> Verdict:
     path = Path(root) / source.path
     try:
         if source.trajectory is not None:
@@ -168,7 +174,7 @@ def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
         if (why := _no_file(path)) is not None:
             return Verdict([], [Rejected(source.path, "unreadable", why)])
         before = path.stat()
-        decoded = decode_whole(path, images=settings.images)
+        decoded = decode_whole(path, images=settings.images, in_order=settings.transcode)
         whole = (source.start_s, source.end_s, settings.segment_s) == (None, None, None)
         still = decoded.facts.duration == 0
         if settings.transcode and not still:

@@ -48,10 +48,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one source. Several records where it is cut."""
+    """What became of one source. Several records where it is cut. stamp: of its files (relisting.stamp_of)."""
 
     records: list[Record]
     rejected: list[Rejected]
+    stamp: str | None = None
 
 
 def verdict_tree(number: int, verdict: Verdict) -> dict[str, Any]:

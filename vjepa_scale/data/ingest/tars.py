@@ -51,14 +51,23 @@ class Sample:
     key: str
     members: dict[str, Member] = field(default_factory=dict)
 
+    @property
+    def media(self) -> list[str]:
+        """The extensions of its videos and images: a sample that can be used has one."""
+        return [name for name in self.members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
+
 
 @dataclass
 class Contents:
-    """A tar's samples in order. problems: of single members; damage: where reading had to stop, if it had."""
+    """A tar's samples in order. problems: of single members; damage: where reading had to stop, if it had.
+
+    torn: keys of several videos with other members apart from them: what belongs to which is not known
+    """
 
     samples: list[Sample]
     problems: list[str]
     damage: str | None = None
+    torn: list[str] = field(default_factory=list)
 
 
 def list_tar(path: Path) -> Contents:
@@ -88,7 +97,33 @@ def list_tar(path: Path) -> Contents:
                 found[extension.lower()] = Member(member.offset_data, member.size)
     except (tarfile.TarError, UnicodeDecodeError, ValueError) as error:
         contents.damage = str(error) or type(error).__name__
+    _join(contents)
     return contents
+
+
+def _join(contents: Contents) -> None:
+    """Make one sample of a key's members that lie apart: ``tar cf`` packs files in the order of the disk.
+
+    Where several stretches of a key have a video each, they are samples each (tars that were appended to each other),
+    unless others have none: it is not known whose those are.
+    """
+    stretches: dict[str, list[Sample]] = {}
+    for sample in contents.samples:
+        stretches.setdefault(sample.key, []).append(sample)
+    contents.samples = []
+    for key, parts in stretches.items():
+        filmed = sum(bool(part.media) for part in parts)
+        if filmed <= 1:
+            for part in parts[1:]:
+                twice = part.members.keys() & parts[0].members.keys()
+                contents.problems += [f"{f'{key}.{name}'!r} occurs twice" for name in sorted(twice)]
+                parts[0].members = part.members | parts[0].members
+            contents.samples.append(parts[0])
+        elif filmed == len(parts):
+            contents.samples += parts
+        else:
+            contents.torn.append(key)
+    contents.samples.sort(key=lambda sample: min(member.offset for member in sample.members.values()))
 
 
 class TarWriter:

@@ -42,6 +42,7 @@ class Transcode:
     start_s, end_s: what it shows, in seconds of the source
     rate: frames a second, as a fraction: "30000/1001"; frames, width, height: upright, of the new video
     shown: a digest of the source's pictures that it shows, in order
+    stamped: the rate, a fraction, at which the source's frames follow each other, if not by its own timestamps
     """
 
     start_s: float
@@ -51,6 +52,7 @@ class Transcode:
     width: int
     height: int
     shown: str
+    stamped: str | None = None
 
 
 def plan_transcodes(
@@ -124,7 +126,8 @@ def _part(decoded: Decoded, start_s: float, end_s: float, rate: Fraction, width:
     wanted = whole_ticks(middles(start_s, rate, frames), decoded.tick_s)
     shown = np.maximum(np.searchsorted(ticks, wanted, side="right") - 1, 0)
     digest = digest_of(decoded.digests[i] for i in shown.tolist())
-    return Transcode(start_s, end_s, f"{rate.numerator}/{rate.denominator}", frames, width, height, digest)
+    stamped = None if decoded.stamped is None else str(decoded.stamped)
+    return Transcode(start_s, end_s, f"{rate.numerator}/{rate.denominator}", frames, width, height, digest, stamped)
 
 
 def middles(start_s: float, rate: Fraction, frames: int) -> npt.NDArray[np.float64]:

@@ -6,6 +6,8 @@
     OUT/.work/plan/                  which record goes where (planning.py)
     OUT/.work/written/               a receipt per finished shard (writing.py)
 
+Where the sources have changed since, they are listed anew, with what is known of those that have not (relisting.py).
+
 Any number of processes may work on it at once, on any machines that see the folder. Nothing is locked: a file
 appears whole under its name or not at all, its bytes do not depend on who wrote it, and the first to write it wins.
 What one process does alone is a chunk of the sources, or a shard.
@@ -26,11 +28,14 @@ from typing import Any
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, read_json, write_json, writing
 from vjepa_scale.data.ingest.droid import LOG
+from vjepa_scale.data.ingest.relisting import Known
 from vjepa_scale.data.ingest.sources import Source, find_sources, folder_source
 from vjepa_scale.data.ingest.trajectories import find_trajectories
-from vjepa_scale.data.manifest import MANIFEST
+from vjepa_scale.data.manifest import MANIFEST, REJECTED
 
 WORK = ".work"
+_BEFORE = ".work.before"  # the work of an earlier listing, while the new one takes its place
+_CHANGED = "changed"  # in the work: a source was found to be another than was probed
 JOBS = ".slurm"  # launch/arrays.py: beside the work, since its jobs write logs until after its end
 CHUNK = 1000  # sources of a long listing
 SHORT = 64_000  # sources: a listing of fewer is held until its length is known
@@ -85,6 +90,7 @@ class Work:
 
     files: how many sources there are; chunk: how many to a file
     made_out: OUT was made for this, and goes with it if nothing comes of it
+    listed: tells this listing from another
     """
 
     out: Path
@@ -95,6 +101,7 @@ class Work:
     files: int
     chunk: int
     made_out: bool
+    listed: str | None = None
 
     @classmethod
     def open(cls, out: Path) -> "Work":
@@ -109,7 +116,8 @@ class Work:
             )
         settings = Settings(**tree["settings"])
         paths = Path(tree["videos"]), Path(tree["root"])
-        return cls(out, *paths, settings, tree["source"], tree["files"], tree["chunk"], tree["made_out"])
+        known = tree["source"], tree["files"], tree["chunk"], tree["made_out"], tree.get("listed")
+        return cls(out, *paths, settings, *known)
 
     @property
     def folder(self) -> Path:
@@ -128,6 +136,15 @@ class Work:
         with open(_chunk(self.folder, chunk), "rb") as file:
             return [Source(**json.loads(line)) for line in file]
 
+    def check(self) -> None:
+        """Raises UserError where another process has listed the sources anew: what this one does is of the old ones."""
+        if Work.open(self.out).listed != self.listed:
+            raise UserError("the sources were listed anew meanwhile", where=self.out, fix="run the same command again")
+
+    def source_changed(self) -> None:
+        """Let the next run look at the sources again."""
+        (self.folder / _CHANGED).touch()
+
     def remove(self) -> None:
         """Forget all that is known, and OUT where it was made for this and nothing else is in it."""
         tidy(self.out)
@@ -136,23 +153,28 @@ class Work:
                 self.out.rmdir()
 
 
-def begin(videos: Path, out: Path, settings: Settings) -> Work | None:
+def begin(videos: Path, out: Path, settings: Settings, *, relist: bool | None = None) -> Work | None:
     """List the sources, or find that this data set was begun; None: it is finished.
 
     videos: a folder, or a list (see sources.py)
+    relist: whether sources that have changed may be listed anew; default: unless a cluster's jobs may be at work
     Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
     holds something else.
     """
+    if relist is None:
+        relist = not (out / JOBS).exists()
     try:
-        return _begin(videos, out, settings)
+        return _begin(videos, out, settings, relist)
     except (UserError, FileNotFoundError):
         if not (out / MANIFEST).exists():
             raise
         # Another process may have finished it meanwhile, and removed the work, this one's listing with it.
-        return _begin(videos, out, settings)
+        return _begin(videos, out, settings, relist)
 
 
-def _begin(videos: Path, out: Path, settings: Settings) -> Work | None:
+def _begin(videos: Path, out: Path, settings: Settings, relist: bool) -> Work | None:
+    if (out / _BEFORE).exists() and not (out / WORK).exists():  # killed between two names
+        os.rename(out / _BEFORE, out / WORK)
     root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
     listing = _Listing(root, sources)
     if not _held(out):
@@ -165,7 +187,14 @@ def _begin(videos: Path, out: Path, settings: Settings) -> Work | None:
         tidy(out)
         return None
     work = Work.open(out)
-    _same(work.folder / "source.json", listing.describe(settings))
+    asked = listing.describe(settings)
+    other = {name for name in asked.keys() | work.source.keys() if asked.get(name) != work.source.get(name)}
+    if relist and other <= {"files", "listing"} and (other or (work.folder / _CHANGED).exists()):
+        root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
+        _relist(_Listing(root, sources), work, videos, settings)
+        work = Work.open(out)
+    else:
+        _same(work.folder / "source.json", asked)
     return replace(work, videos=videos, root=root)
 
 
@@ -265,42 +294,79 @@ def _same(path: Path, source: dict[str, Any]) -> None:
         )
 
 
+def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> None:
+    """Put work on the sources as they are now, with what is known of them, in the place of work that was begun.
+
+    Raises UserError where fewer than half of the sources are still there: those may be another data set.
+    """
+    out, known = work.out, Known(work.folder)
+    temporary = _temporary(out)
+    try:
+        _write_listing(temporary, listing, videos, settings, made_out=work.made_out, known=known)
+        if 2 * known.kept < known.sources:
+            _same(work.folder / "source.json", listing.describe(settings))
+        work.check()  # another process may have been first
+        for made in (*out.glob("shard-*.tar"), out / REJECTED):  # of the old plan
+            made.unlink(missing_ok=True)
+        os.rename(work.folder, out / _BEFORE)
+        publish_folder(temporary, work.folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(out / _BEFORE, ignore_errors=True)
+    print(f"{out}: the sources have changed: {known.carried} of {listing.files} are known from before", flush=True)
+
+
 def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings) -> None:
     """Write all sources and what was asked for: under a temporary name, then renamed."""
-    sources = iter(listing)
-    first = next(sources)  # before OUT is made: where there is none, this raises
     made_out = not out.exists()
     temporary = _temporary(out)
     try:
-        (temporary / "sources").mkdir(parents=True)
-        for name in ("probed", "written"):
-            (temporary / name).mkdir()
-        front = [first, *islice(sources, SHORT - 1)]
-        chunk = CHUNK if len(front) == SHORT else -(-len(front) // SHARES)
-        sources, number = chain(front, sources), 0
-        while rows := list(islice(sources, chunk)):
-            lines = (json.dumps(_told(source)) + "\n" for source in rows)
-            with writing(_chunk(temporary, number)):
-                _chunk(temporary, number).write_text("".join(lines))
-            number += 1
-        asked: dict[str, Any] = {
-            "version": VERSION,
-            "source": listing.describe(settings),
-            "settings": asdict(settings),
-            "videos": str(videos.absolute()),  # for jobs that start in another folder
-            "root": str(listing.root.absolute()),
-            "files": listing.files,
-            "chunk": chunk,
-            "made_out": made_out,
-        }
-        write_json(temporary / "source.json", asked)
+        asked = _write_listing(temporary, listing, videos, settings, made_out=made_out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if made_out and out.exists() and not any(out.iterdir()):
             out.rmdir()
         raise
     publish_folder(temporary, out / WORK)
-    _same(out / WORK / "source.json", asked["source"])  # another process may have begun it, otherwise
+    _same(out / WORK / "source.json", asked)  # another process may have begun it, otherwise
+
+
+def _write_listing(
+    folder: Path, listing: _Listing, videos: Path, settings: Settings, *, made_out: bool, known: Known | None = None
+) -> dict[str, Any]:
+    """All sources, what is known of them, and what was asked for, in a new folder. Returns what identifies it."""
+    sources = iter(listing)
+    first = next(sources)  # before OUT is made: where there is none, this raises
+    (folder / "sources").mkdir(parents=True)
+    for name in ("probed", "written"):
+        (folder / name).mkdir()
+    front = [first, *islice(sources, SHORT - 1)]
+    chunk = CHUNK if len(front) == SHORT else -(-len(front) // SHARES)
+    sources, number = chain(front, sources), 0
+    while rows := list(islice(sources, chunk)):
+        lines = [json.dumps(_told(source)) + "\n" for source in rows]
+        with writing(_chunk(folder, number)):
+            _chunk(folder, number).write_text("".join(lines))
+        if known is not None:
+            carried = folder / "probed" / f"{number:06d}.carried.part"
+            with writing(carried):
+                carried.write_text("".join(known.carry(listing.root, rows, lines)))
+        number += 1
+    source = listing.describe(settings)
+    asked: dict[str, Any] = {
+        "version": VERSION,
+        "source": source,
+        "settings": asdict(settings),
+        "videos": str(videos.absolute()),  # for jobs that start in another folder
+        "root": str(listing.root.absolute()),
+        "files": listing.files,
+        "chunk": chunk,
+        "made_out": made_out,
+        "listed": secrets.token_hex(8),
+    }
+    write_json(folder / "source.json", asked)
+    return source
 
 
 def _told(source: Source) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The plan's shards, and the manifest at last.
 
     OUT/shard-000000.tar                     under a temporary name, then renamed
-    OUT/.work/written/shard-000000.json      its receipt: bytes, sha256, and where its members lie
+    OUT/.work/written/shard-000000.json      its receipt: bytes, sha256, where its members lie, and what was left out
 
 A shard is a function of the plan, so a run goes on with the shards that have no receipt, and two processes on one
-shard write the same bytes. Held meanwhile: a block of one file per worker (a part that is cut, in whole).
+shard write the same bytes. What cannot be encoded is rejected as its shard is written, which then has fewer records.
+Held meanwhile: a block of one file per worker (a part that is cut, in whole).
 """
 
 import hashlib
@@ -12,9 +13,10 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json, sha256_file, temporary_beside, write_atomic
+from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
 from vjepa_scale.data.decode import DecodeError
 from vjepa_scale.data.ingest.cut import copy_cut
 from vjepa_scale.data.ingest.droid import LOG
 from vjepa_scale.data.ingest.encode import transcode
-from vjepa_scale.data.ingest.planning import FACTS, Plan, planned
-from vjepa_scale.data.ingest.records import Record
+from vjepa_scale.data.ingest.planning import FACTS, Plan, none_usable, planned, used_classes
+from vjepa_scale.data.ingest.records import Record, Rejected
 from vjepa_scale.data.ingest.summary import Summary, summarize
 from vjepa_scale.data.ingest.sums import Sha256
 from vjepa_scale.data.ingest.tars import Member, TarWriter
@@ -66,16 +68,31 @@ def finish(work: Work) -> Summary:
     if missing:
         what = f"{missing} of {plan.shards} shards are not written yet"
         raise UserError(what, where=work.out, fix="run the same command again, or the jobs that are missing")
+    written = _receipts(work, plan)
+    if not written.shards:
+        rejected = list(read_jsonl(planned(work) / REJECTED)) + written.rejected
+        work.remove()
+        raise none_usable(work, Counter(row["reason"] for row in rejected))
     temporary = temporary_beside(work.out / REJECTED)
     shutil.copyfile(planned(work) / REJECTED, temporary)
+    with open(temporary, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in written.rejected)
     publish(temporary, work.out / REJECTED)
-    shards, places, trajectories = _receipts(work, plan)
     columns: dict[str, npt.NDArray[Any]] = {"key": keys(len(plan.column("label")))}
-    for role, place in places.items():
-        columns |= {f"{role}.offset": place[:, 0], f"{role}.size": place[:, 1]}
     columns |= {name: plan.column(name) for name in (*FACTS, "label")}
+    classes = plan.classes
+    if written.left_out:
+        columns = {name: np.delete(column, written.left_out) for name, column in columns.items()}
+        classes, columns["label"] = used_classes(columns["label"], {name: i for i, name in enumerate(classes)})
+    for role, place in written.places.items():
+        columns |= {f"{role}.offset": place[:, 0], f"{role}.size": place[:, 1]}
     write_manifest(
-        work.out, shards=shards, classes=plan.classes, columns=columns, source=work.source, trajectories=trajectories
+        work.out,
+        shards=written.shards,
+        classes=classes,
+        columns=columns,
+        source=work.source,
+        trajectories=written.trajectories,
     )
     tidy(work.out)
     return summarize(work.out)
@@ -105,62 +122,96 @@ def _receipt(work: Work, shard: int) -> Path:
 
 
 def _is_written(work: Work, shard: int) -> bool:
-    return _receipt(work, shard).exists() and _shard(work, shard).exists()
+    if not _receipt(work, shard).exists():
+        return False
+    return _shard(work, shard).exists() or not read_json(_receipt(work, shard))["bytes"]
 
 
-def _receipts(work: Work, plan: Plan) -> tuple[list[Shard], dict[str, npt.NDArray[np.int64]], dict[str, Any] | None]:
-    """The shards, where members lie in them (by role, offset and size [records, 2], zeros where there is none), and
-    statistics of trajectories.
+@dataclass(frozen=True)
+class _Written:
+    """All shards. places: of members, by role, offset and size [records, 2], zeros where there is none.
+
+    left_out: numbers of planned records; rejected: the rows that say why
+    """
+
+    shards: list[Shard]
+    places: dict[str, npt.NDArray[np.int64]]
+    trajectories: dict[str, Any] | None
+    left_out: list[int]
+    rejected: list[dict[str, Any]]
+
+
+def _receipts(work: Work, plan: Plan) -> _Written:
+    """What the receipts say of all shards.
 
     16 bytes a record and role are held.
     """
-    shards, places, first = list[Shard](), dict[str, npt.NDArray[np.int64]](), 0
-    moved = list[dict[str, Any]]()
+    shards, places, first, begin = list[Shard](), dict[str, npt.NDArray[np.int64]](), 0, 0
+    moved, left_out, rejected = list[dict[str, Any]](), list[int](), list[dict[str, Any]]()
     for number, end in enumerate(plan.ends.tolist()):
         receipt, path = read_json(_receipt(work, number)), _shard(work, number)
+        lost = receipt.get("left_out", [])
+        left_out += [index for index, _ in lost]
+        rejected += [row for _, row in lost]
+        records, begin = end - begin - len(lost), end
+        if not records:
+            continue
         if path.stat().st_size != receipt["bytes"]:
             raise UserError("other bytes than were written", where=path, fix="remove it and run the command again")
-        shards.append(Shard(path.name, end - first, receipt["bytes"], receipt["sha256"]))
+        shards.append(Shard(path.name, records, receipt["bytes"], receipt["sha256"]))
         moved += [receipt["trajectories"]] if receipt["trajectories"] else []
         for role, place in receipt["members"].items():
             if role not in places:
                 places[role] = np.zeros((int(plan.ends[-1]), 2), np.int64)
-            places[role][first:end] = place
-        first = end
-    return shards, places, merged(moved) if moved else None
+            places[role][first : first + records] = place
+        first += records
+    held = {role: place[:first] for role, place in places.items()}
+    return _Written(shards, held, merged(moved) if moved else None, left_out, rejected)
 
 
 # -- one shard -------------------------------------------------------------------------------------
 
 
 def _write_shard(work: Work, shard: int) -> Path:
-    """One shard and its receipt."""
+    """One shard, unless all its records are rejected, and its receipt."""
     path, plan = _shard(work, shard), Plan.open(work)
     temporary = temporary_beside(path)
     members: dict[str, list[tuple[int, int]]] = {}
     moved: dict[str, Any] | None = None
+    records, left_out = 0, list[tuple[int, dict[str, Any]]]()
     try:
         with open(temporary, "wb") as file:
             tar = TarWriter(file)
-            for number, (index, record) in enumerate(plan.records(shard)):
+            for index, record in plan.records(shard):
                 beside = _beside(work.root, record)
+                try:
+                    added = _add_sample(tar, work.root, index, record, beside)
+                except DecodeError as error:
+                    left_out.append((index, asdict(Rejected(record.path, error.reason, error.detail))))
+                    continue
                 if "states" in beside:
                     own = log_statistics(np.load(io.BytesIO(beside["states"]), allow_pickle=False))
                     moved = own if moved is None else merged([moved, own])
-                for role, place in _add_sample(tar, work.root, index, record, beside).items():
+                for role, place in added.items():
                     places = members.setdefault(role, [])
-                    places += [(0, 0)] * (number - len(places))
+                    places += [(0, 0)] * (records - len(places))
                     places.append((place.offset, place.size))
+                records += 1
             tar.close()
-        os.replace(temporary, path)  # the manifest makes it last through a power cut: one wait for all
+        work.check()
+        if records:
+            os.replace(temporary, path)  # the manifest makes it last through a power cut: one wait for all
+    except _SourceChanged:
+        work.source_changed()
+        raise
     except OSError as error:
         raise UserError(f"cannot write the shard: {error.strerror}", where=path) from None
     finally:
         temporary.unlink(missing_ok=True)
-    records = int(plan.ends[shard]) - (int(plan.ends[shard - 1]) if shard else 0)
     for places in members.values():
         places += [(0, 0)] * (records - len(places))
-    receipt = {"bytes": tar.size, "sha256": tar.sha256, "members": members, "trajectories": moved}
+    receipt = {"bytes": tar.size if records else 0, "sha256": tar.sha256, "members": members, "trajectories": moved}
+    receipt |= {"left_out": left_out} if left_out else {}
     write_atomic(_receipt(work, shard), json.dumps(receipt))
     return path
 
@@ -169,6 +220,7 @@ def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: 
     """Write a record's members, in the order of their names. Returns where they lie, by role: video, json, states, …
 
     beside: further members, by role
+    Raises DecodeError, with nothing written, where it cannot be encoded.
     """
     known = {"path": record.path, "label": record.label, **asdict(record.facts)}
     if record.part is not None:
@@ -222,7 +274,7 @@ def _made_as(record: Record) -> str | None:
 
 
 def _made(root: Path, record: Record) -> bytes:
-    """A clip that is made of its file, whole. Raises UserError where it is not what it was."""
+    """A clip that is made of its file, whole. Raises UserError where it is not what it was; DecodeError."""
     path = root / record.path
     if record.transcode is not None:
         return _transcoded(path, record, record.transcode)
@@ -245,10 +297,7 @@ def _transcoded(path: Path, record: Record, part: Transcode) -> bytes:
         now = path.stat()
         if digest_of_part(_source_sha256(path, now.st_size, now.st_mtime_ns), part) != record.sha256:
             raise _changed(path)
-        try:
-            return transcode(path, part)
-        except DecodeError as error:
-            raise UserError(str(error), where=path, fix="make the shards without this file") from None
+        return transcode(path, part)
 
 
 @lru_cache
@@ -274,11 +323,17 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot be read any more: {error.strerror}", where=path, fix="restore it") from None
+        fix = "restore it; or run the command again, to go on without it"
+        raise UserError(f"cannot be read any more: {error.strerror}", where=path, fix=fix) from None
+
+
+class _SourceChanged(UserError):
+    """A file is not what was probed."""
 
 
 def _changed(path: Path) -> UserError:
-    return UserError("the file has changed since it was probed", where=path, fix="remove OUT and run again")
+    fix = "run the command again: it goes on with what is known of the others"
+    return _SourceChanged("the file has changed since it was probed", where=path, fix=fix)
 
 
 def _extension(path: str) -> str:
