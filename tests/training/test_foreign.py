@@ -151,7 +151,7 @@ def test_an_encoder_alone_needs_permission(
         ({"model.encoder": "{width: 48, depth: 2, heads: 4}"}, "2 heads in the file, 4 in the recipe"),
         ({"model.rope.layout": "interleaved"}, "rope.layout tiled in the file, interleaved in the recipe"),
         ({"pretrain.init_from": "null", "pretrain.continue_from": "THEIRS"}, "it holds no optimiser state"),
-        ({"pretrain.init_from": "nowhere"}, "'nowhere' has no checkpoint"),
+        ({"pretrain.init_from": "nowhere"}, "nowhere: no such file or folder"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(

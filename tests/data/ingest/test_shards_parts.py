@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,21 @@ def test_two_runs_at_once_end_with_the_same_bytes(
             run.kill()
     for out in ("listed", "begun"):
         assert contents(tmp_path / out) == whole
+
+
+def test_another_process_puts_the_work_aside_while_this_one_does(
+    videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, out = shutil.rmtree, tmp_path / "out"
+
+    def slower(folder: Path, **how: Any) -> None:
+        usual(folder, **how)
+        (out / ".work.another.tmp").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(work_module.shutil, "rmtree", slower)
+    make_shards(videos, out, SETTINGS, workers=1, progress=quiet)
+    usual(out / ".work.another.tmp")
+    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("place", ["_chunk", "publish_folder", "_same"])

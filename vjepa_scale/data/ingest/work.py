@@ -206,7 +206,8 @@ def tidy(out: Path) -> None:
     for left in out.glob(f"{WORK}.*"):
         shutil.rmtree(left, ignore_errors=True)
     for left in (*out.glob(".*.tmp"), *(out / "columns").glob(".*.tmp")):
-        left.unlink(missing_ok=True)
+        if not left.name.startswith(WORK):  # a folder: another process does the same, and will remove it
+            left.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
