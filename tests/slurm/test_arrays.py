@@ -132,11 +132,16 @@ def test_a_terminal_that_goes_away_and_one_that_attaches(
     cluster: Cluster, videos: Path, local: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
+    others = cluster.sbatch("--nodes=3", "--exclusive", wrap="sleep 600")
+    cluster.wait_for(others, ("RUNNING",))
     first, probe = started(cluster, videos, out)
+    cluster.run(["scontrol", "hold", submitted(out, "finish")])  # however fast it is, it does not end before the signal
+    cluster.scancel(others)
     second = cluster.popen(command(videos, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     cluster.wait_until(lambda: known(out) >= 1, PATIENCE_S, "it is probed")
     first.send_signal(signal.SIGINT)
     said, error = first.communicate(timeout=PATIENCE_S)
+    cluster.run(["scontrol", "release", submitted(out, "finish")])
     assert first.returncode == 130
     assert "the jobs run on; the same command follows them again" in said
     assert "Traceback" not in error
