@@ -46,7 +46,7 @@ test: dev
 
 # What make test leaves out: kills, Slurm, long runs; and again what it may have skipped for want of a system package.
 test-full: dev
-	$(PYTEST) --numprocesses 2 -m "slow or slurm or system" --timeout 1800
+	$(PYTEST) --numprocesses 3 -m "slow or slurm or system" --timeout 1800
 
 lint: dev
 	$(BIN)/python -m ruff check .
