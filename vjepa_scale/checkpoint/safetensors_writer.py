@@ -6,7 +6,6 @@ shape and byte range, then the bytes. Names, shapes and dtypes must be known fir
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.files import fsync_path, writing
+from vjepa_scale.core.files import open_atomic
 
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 
@@ -46,20 +45,10 @@ def write_safetensors(
     """
     ordered = sorted(entries, key=lambda entry: -entry[2].itemsize)
     header = _header(ordered, metadata or {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path), open(temporary, "wb") as file:
-            file.write(header)
-            for name, shape, dtype in ordered:
-                _write_tensor(file, name, shape, dtype, read(name))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+    with open_atomic(path) as file:
+        file.write(header)
+        for name, shape, dtype in ordered:
+            _write_tensor(file, name, shape, dtype, read(name))
 
 
 def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:

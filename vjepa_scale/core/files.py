@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vjepa_scale.core.errors import FULL, UserError
 
@@ -52,13 +52,14 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file: under a temporary name, flushed, then renamed. Where that fails nothing is left of it."""
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written whole: under a temporary name, then renamed. An error inside leaves nothing of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         with writing(path), open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -66,6 +67,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    with open_atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

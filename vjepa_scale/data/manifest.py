@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
+from vjepa_scale.core.files import open_atomic, read_json, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -187,7 +187,6 @@ def write_manifest(
     trajectories: of robots: how their states and actions are spread (statistics.log_statistics)
     """
     described = [_write_column(folder, name, values) for name, values in columns.items()]
-    fsync_path(folder / "columns")
     tree = {
         "version": VERSION,
         "records": sum(shard.records for shard in shards),
@@ -204,21 +203,11 @@ def write_manifest(
 def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str, str]:
     """One column as numpy.save would write it, block by block: it may be larger than memory. Returns what it is."""
     path = folder / "columns" / f"{name}.npy"
-    path.parent.mkdir(exist_ok=True)
-    temporary = temporary_beside(path)
-    digest = hashlib.sha256()
-    try:
-        with writing(path), open(temporary, "wb") as file:
-            header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-            blocks = (np.ascontiguousarray(values[i : i + _BLOCK]).tobytes() for i in range(0, len(values), _BLOCK))
-            for block in chain([header.getvalue()], blocks):
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    digest, header = hashlib.sha256(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    blocks = (np.ascontiguousarray(values[i : i + _BLOCK]).tobytes() for i in range(0, len(values), _BLOCK))
+    with open_atomic(path) as file:
+        for block in chain([header.getvalue()], blocks):
+            file.write(block)
+            digest.update(block)
     return {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": digest.hexdigest()}
