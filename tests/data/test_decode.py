@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.data.videos import audio_only, encoded, number_of
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip
 from vjepa_scale.data.ingest.probe import probe_video
 
 VARIABLE_MS = [0, 20, 70, 170, 190, 400, 420, 430, 900, 1300, 1333, 1350, 1500, 2100, 2105, 2200, 2950, 3000]

@@ -12,7 +12,8 @@ from tests.data.test_decode import FILES, VARIABLE_MS, WINDOWS, regular, rotated
 from tests.data.test_loader import assert_same, batches, recipe_for
 from tests.data.videos import audio_only, encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip
 from vjepa_scale.data.decode_torchcodec import import_torchcodec, torchcodec_pictures
 from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.manifest import Manifest

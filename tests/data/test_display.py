@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 
 from tests.data.heif import heic
 from vjepa_scale.data.clips import ClipRef, pictures_of
-from vjepa_scale.data.decode import PYAV, TORCHCODEC, DecodeError, decode_clip
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import PYAV, TORCHCODEC, decode_clip
 from vjepa_scale.data.ingest.check import _check_video
 from vjepa_scale.data.ingest.cut import checked_cut, plan_cuts
 from vjepa_scale.data.ingest.encode import transcode

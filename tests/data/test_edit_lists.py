@@ -9,7 +9,8 @@ import pytest
 from tests.data.judge import edited
 from tests.data.test_decode import sequential
 from tests.data.videos import encoded, number_of
-from vjepa_scale.data.decode import DecodeError, decode_clip, times_of_frames
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip, times_of_frames
 from vjepa_scale.data.ingest.cut import checked_cut, plan_cuts
 from vjepa_scale.data.ingest.encode import transcode
 from vjepa_scale.data.ingest.probe import decode_whole, probe_video

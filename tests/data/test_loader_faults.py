@@ -25,7 +25,7 @@ from vjepa_scale.data import limits
 from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs
-from vjepa_scale.data.decode import open_video
+from vjepa_scale.data.container import open_video
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.loader import PhaseLoader, Prefetched
 from vjepa_scale.data.manifest import Manifest

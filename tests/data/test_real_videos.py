@@ -14,7 +14,8 @@ import pytest
 
 from tests.data.judge import Timeline, pictures, timeline, turned, turns_clockwise
 from tests.data.real_videos import PACKAGES, real_video
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip
 from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.ingest.probe import probe_video
 

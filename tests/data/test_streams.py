@@ -9,7 +9,8 @@ import pytest
 from av.stream import Disposition
 
 from tests.data.videos import number_of, picture
-from vjepa_scale.data.decode import decode_clip, open_container, shown_stream, times_of_frames
+from vjepa_scale.data.container import open_container, shown_stream
+from vjepa_scale.data.decode import decode_clip, times_of_frames
 from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.pictures import stream_pictures
 

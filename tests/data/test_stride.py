@@ -16,7 +16,8 @@ from tests.data.test_loader import recipe_for
 from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.data.accidents import substitute
 from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
-from vjepa_scale.data.decode import DecodeError, decode_clip, times_of_frames
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip, times_of_frames
 from vjepa_scale.data.ingest.probe import probe_video
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader

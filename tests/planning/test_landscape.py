@@ -10,7 +10,7 @@ import torch
 from tests.chain import tool
 from tests.planning.worlds import Bowl, some_states
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import still_picture
+from vjepa_scale.data.stills import still_picture
 from vjepa_scale.planning.landscape import Landscape, draw_landscape, energy_landscape
 
 BEST = torch.tensor([[0.0, 0.0, 0.0, 0, 0, 0, 0.0], [0.02, 0.01, -0.03, 0, 0, 0, 0.5]])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
 from vjepa_scale.data.clips import ClipRef, Timed, pictures_of, undecodable, with_window
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.recipe.schema import DataConfig

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.decode import NOT_A_VIDEO, PYAV, DecodeError, decode_clip, times_of_frames
+from vjepa_scale.data.container import NOT_A_VIDEO, DecodeError
+from vjepa_scale.data.decode import PYAV, decode_clip, times_of_frames
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames

@@ -4,158 +4,32 @@ A frame is on screen from its own timestamp until the next frame's. So the pictu
 frame with pts <= t, whatever the frame rate does. Second 0 is the video stream's start time.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
-from av.container.core import Flags
 from av.packet import Packet
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from vjepa_scale.data.container import DECODING_TIMES, NOT_A_VIDEO, DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect, shown_size
-from vjepa_scale.data.image_files import heif_picture, pngs_of_other_exif, tiff_of_pixels, wrong_in_tiff
-from vjepa_scale.data.media import Media, open_media
+from vjepa_scale.data.media import Media
+from vjepa_scale.data.stills import still_picture
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
-NOT_A_VIDEO = "not a video"
 PYAV, TORCHCODEC = "pyav", "torchcodec"
-_NOT_VIDEO_FORMATS = ("image2", "tty")
 # After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
 _SEEKS_BADLY = ("mpeg",)
 MOST_HELD_BACK = 32  # frames: more than any codec lets come out of order
-# Formats that tell when packets are decoded, and not when their pictures come on screen; of Matroska's some do.
-_DECODING_TIMES = ("avi", "asf", "mpegvideo")
-_MATROSKA = "matroska,webm"
-# Streams that accompany the film.
-_NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
-# Of all video streams together: a film has a second one among them.
-_FIRST_PACKETS = 64
-
-
-class DecodeError(Exception):
-    """A file that is not, or not in whole, a video. ``reason`` is one of few; ``detail`` is the particular."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-
-    def __reduce__(self) -> tuple:
-        return DecodeError, (self.reason, self.detail)
-
-
-@contextmanager
-def ffmpeg_errors(reason: str) -> Iterator[None]:
-    """What FFmpeg raises inside becomes a DecodeError with this reason."""
-    try:
-        yield
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise DecodeError(reason, " ".join(str(getattr(error, "strerror", None) or error).split())) from None
-
-
-class _Nameless:
-    """An open file without its name, by which FFmpeg would also guess what is inside."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-@contextmanager
-def open_container(data: Media) -> Iterator[InputContainer]:
-    """What FFmpeg finds in a media file. Raises DecodeError."""
-    with open_media(data) as file:
-        if not file.read(1):
-            raise DecodeError("zero length", "the file is empty")
-        file.seek(0)
-        with ffmpeg_errors("unreadable"):
-            # This file only: a playlist inside a shard must not open other files or addresses.
-            container = av.open(_Nameless(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
-        if container.format.name in (*_DECODING_TIMES, _MATROSKA):
-            container.flags &= ~Flags.gen_pts.value  # FFmpeg's guesses are in another order, or late
-        with container:
-            yield container
-
-
-def is_image(container: InputContainer) -> bool:
-    """Whether it is a picture (or a text that FFmpeg would draw) and no video."""
-    name = container.format.name
-    return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS or is_heif(container)
-
-
-def is_heif(container: InputContainer) -> bool:
-    """Whether it is a file of coded pictures without time (HEIC, AVIF)."""
-    return bool(container.streams.video) and all(map(_is_item, container.streams.video))
-
-
-def _is_item(stream: VideoStream) -> bool:
-    """Whether a stream is a coded picture of a HEIF file, to which FFmpeg gives a second that nothing says."""
-    return stream.container.format.name.startswith("mov,") and (stream.time_base, stream.duration, stream.frames) == (
-        1,
-        None,
-        1,
-    )
-
-
-@contextmanager
-def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and the video stream that players show (cover art of audio files is none), single-threaded.
-
-    Raises DecodeError where there is none, or while FFmpeg cannot go on inside the ``with`` block.
-    """
-    with open_container(data) as container:
-        name = container.format.name
-        if is_image(container):
-            raise DecodeError(NOT_A_VIDEO, f"format {'heif' if is_heif(container) else name}")
-        stream = shown_stream(container, data)
-        if stream is None:
-            raise DecodeError("no video stream", f"format {name}")
-        if stream.codec_context is None:
-            raise DecodeError("unreadable", "no decoder for its codec")
-        stream.codec_context.thread_count = 1
-        with ffmpeg_errors("does not decode to the end"):
-            yield container, stream
-
-
-def shown_stream(container: InputContainer, data: Media) -> VideoStream | None:
-    """Of the video streams of a media file, the one that players show; None where there is none.
-
-    A film comes before a still picture or a stream that only adds to another (cameras write a JPEG before the film),
-    then what FFmpeg can decode, then what the file shows by default, then the largest, then the first.
-    """
-    streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
-    if len(streams) < 2:
-        return streams[0] if streams else None
-    stills = _stills(streams, data)
-
-    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
-        context = stream.codec_context
-        film = stream.index not in stills and not stream.disposition & _NO_FILM
-        size = 0 if context is None else context.width * context.height
-        return film, context is not None, bool(stream.disposition & Disposition.default), size
-
-    return max(streams, key=rank)
-
-
-def _stills(streams: Sequence[VideoStream], data: Media) -> set[int]:
-    """Indices of the streams with one picture. Where the file declares no counts its first packets tell."""
-    uncounted = {s.index for s in streams if s.frames < 2}  # of a fragmented file only the first fragment may count
-    if not uncounted:
-        return set()
-    found = Counter[int]()
-    # Opened once more: reading changes where a container stands.
-    with open_container(data) as container, suppress(av.FFmpegError, IndexError):
-        for packet in islice(container.demux([container.streams[s.index] for s in streams]), _FIRST_PACKETS):
-            found[packet.stream_index] += packet.size > 0
-    return {index for index in uncounted if found[index] < 2}
 
 
 def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
@@ -246,82 +120,6 @@ def _is_reference(stream: VideoStream, packet: Packet) -> bool:
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
-    """The picture of an image file; None where it is something else. Raises DecodeError.
-
-    strict: damage that the decoder could paint over (the missing half of a JPEG) is an error too
-    """
-    with open_container(data) as container:
-        if not is_image(container) or not container.streams.video or container.format.name == "tty":
-            return None
-        if is_heif(container):
-            return _heif_picture(container, _whole(data), strict=strict)
-        if container.format.name == "tiff_pipe":
-            return _tiff_picture(_whole(data), strict=strict)
-        try:
-            return _only_picture(container, strict=strict)
-        except DecodeError:
-            for other in pngs_of_other_exif(_whole(data)):
-                with suppress(DecodeError), open_container(other) as reopened:
-                    return _only_picture(reopened, strict=strict)
-            raise
-
-
-def _whole(data: Media) -> bytes:
-    with open_media(data) as file:
-        return file.read()
-
-
-def _tiff_picture(data: bytes, *, strict: bool) -> av.VideoFrame:
-    if wrong := wrong_in_tiff(data):
-        raise DecodeError("unreadable", wrong)
-    if strict:
-        with open_container(tiff_of_pixels(data)) as container:
-            _only_picture(container, strict=True)
-    with open_container(data) as container:
-        return _only_picture(container, strict=False)
-
-
-def _heif_picture(container: InputContainer, data: bytes, *, strict: bool) -> av.VideoFrame:
-    """The main picture of a HEIF file, upright, of the coded items that FFmpeg gives as streams."""
-    reason = "does not decode to the end" if strict else "unreadable"
-    try:
-        layout = heif_picture(data)
-        streams = [stream for stream in container.streams.video if stream.id in layout.tiles]
-        for stream in streams:
-            if stream.codec_context is None:
-                raise DecodeError("unreadable", "no decoder for its codec")
-            stream.codec_context.thread_count = 1
-            if strict:
-                stream.codec_context.options = {"err_detect": "explode"}
-        reformatter, tiles = VideoReformatter(), {}
-        with ffmpeg_errors(reason):
-            for packet in container.demux(streams):
-                for picture in packet.decode():
-                    assert isinstance(picture, av.VideoFrame), "of video streams"
-                    rgb = reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray()
-                    tiles[packet.stream.id] = np.asarray(rgb, np.uint8)
-        if missing := [item for item in layout.tiles if item not in tiles]:
-            raise DecodeError(reason, f"{len(missing)} of {len(layout.tiles)} tiles")
-        return av.VideoFrame.from_ndarray(layout.of(tiles), format="rgb24")
-    except ValueError as error:
-        raise DecodeError("unreadable", f"HEIF: {error}") from None
-
-
-def _only_picture(container: InputContainer, *, strict: bool) -> av.VideoFrame:
-    context = container.streams.video[0].codec_context
-    if context is None:
-        raise DecodeError("unreadable", "no decoder for its codec")
-    context.thread_count = 1
-    if strict:
-        context.options = {"err_detect": "explode"}
-    with ffmpeg_errors("does not decode to the end" if strict else "unreadable"):
-        picture = next(container.decode(video=0), None)
-    if picture is None:
-        raise DecodeError("zero length", "no frame decodes")
-    return picture
-
-
 def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame, aspect: Fraction) -> npt.NDArray[np.uint8]:
     """A decoded picture as it is shown, uint8 RGB [H, W, 3]. Raises DecodeError.
 
@@ -406,7 +204,7 @@ class TimedDecoder:
 
 def tells_decoding_times(container: InputContainer, first: Packet) -> bool:
     """Whether a stream that begins with this packet tells only when packets are decoded."""
-    return container.format.name in _DECODING_TIMES or first.pts is None
+    return container.format.name in DECODING_TIMES or first.pts is None
 
 
 def filled_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:

@@ -17,15 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import (
-    DecodeError,
-    decoding_from,
-    frames_by_packet,
-    open_video,
-    ticks_of,
-    time_base,
-    timed_frames,
-)
+from vjepa_scale.data.container import DecodeError, open_video
+from vjepa_scale.data.decode import decoding_from, frames_by_packet, ticks_of, time_base, timed_frames
 from vjepa_scale.data.display import SQUARE, orientation_of, pixel_aspect
 from vjepa_scale.data.media import Media, open_media
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips, view_crops
 from vjepa_scale.data.clips import ClipRef, decode_ref, undecodable, window
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import ClipsLost, Prefetched
 from vjepa_scale.data.manifest import Manifest

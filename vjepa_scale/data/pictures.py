@@ -11,18 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from vjepa_scale.data.decode import (
-    DecodeError,
-    Media,
-    decoding_from,
-    pts_of,
-    still_picture,
-    ticks_of,
-    timed_frames,
-    upright_rgb,
-)
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import Media, decoding_from, pts_of, ticks_of, timed_frames, upright_rgb
 from vjepa_scale.data.display import SQUARE, pixel_aspect
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
+from vjepa_scale.data.stills import still_picture
 
 # Of a picture: a time this close to the end of the video is not in it.
 _COUNT_TOLERANCE = 1e-6

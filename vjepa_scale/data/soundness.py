@@ -9,15 +9,8 @@ from av import VideoFrame
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vjepa_scale.data.decode import (
-    DecodeError,
-    TimedDecoder,
-    all_packets,
-    filled_packets,
-    pts_of,
-    stream_start,
-    time_base,
-)
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import TimedDecoder, all_packets, filled_packets, pts_of, stream_start, time_base
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

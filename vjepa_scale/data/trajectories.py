@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.manifest import Manifest
 
 STATE, EXTRINSICS = 7, 6  # numbers per step

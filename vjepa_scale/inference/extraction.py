@@ -30,7 +30,8 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.data.accidents import Known
 from vjepa_scale.data.clips import ClipRef
-from vjepa_scale.data.decode import DecodeError, Media
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import Media
 from vjepa_scale.data.ingest.probing import probe_sources
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.sources import folder_source, list_sources

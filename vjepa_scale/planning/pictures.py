@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.pictures import decode_image
 from vjepa_scale.inference.clips import rgb_array
 

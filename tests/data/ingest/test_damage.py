@@ -14,7 +14,8 @@ from av.video.stream import VideoStream
 
 from tests.data.test_decode import sequential
 from tests.data.videos import encoded, picture
-from vjepa_scale.data.decode import DecodeError, open_video, pictures_at, timed_frames
+from vjepa_scale.data.container import DecodeError, open_video
+from vjepa_scale.data.decode import pictures_at, timed_frames
 from vjepa_scale.data.ingest.probe import decode_whole, probe_video
 
 

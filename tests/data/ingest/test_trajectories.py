@@ -26,7 +26,8 @@ from tests.data.droid import (
     write,
 )
 from tests.data.videos import encoded, number_of
-from vjepa_scale.data.decode import DecodeError, decode_clip
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import decode_clip
 from vjepa_scale.data.ingest.droid import read_log, read_view
 from vjepa_scale.data.ingest.trajectories import Found, members, probe_trajectory, retimed_video
 

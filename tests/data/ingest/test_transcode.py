@@ -20,7 +20,7 @@ from tests.data.test_decode import VARIABLE_MS, rotated, sequential
 from tests.data.videos import encoded, number_of, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest import encode, writing
 from vjepa_scale.data.ingest.check import check_shards
 from vjepa_scale.data.ingest.encode import transcode

@@ -9,7 +9,7 @@ import numpy as np
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.index import SILENCE_S
 from vjepa_scale.data.ingest.planning import FACTS
 from vjepa_scale.data.ingest.probe import decode_whole

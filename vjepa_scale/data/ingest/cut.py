@@ -21,13 +21,11 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from vjepa_scale.data.container import DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.decode import (
     MOST_HELD_BACK,
-    DecodeError,
     TimedDecoder,
     all_packets,
-    ffmpeg_errors,
-    open_video,
     pts_of,
     sought,
     stream_start,

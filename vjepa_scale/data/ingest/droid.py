@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.files import parse_json
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.trajectories import EXTRINSICS, STATE, StateLog, check_log
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, read_json, write_atomic
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Rejected
 from vjepa_scale.data.ingest.summary import Summary, summarize

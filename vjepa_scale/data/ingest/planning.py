@@ -24,7 +24,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
 from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.decode import NOT_A_VIDEO
+from vjepa_scale.data.container import NOT_A_VIDEO
 from vjepa_scale.data.ingest.probing import probed
 from vjepa_scale.data.ingest.records import Record, Rejected, record_of
 from vjepa_scale.data.ingest.work import Settings, Work, publish_folder

@@ -17,17 +17,13 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from vjepa_scale.data.container import NOT_A_VIDEO, DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.decode import (
-    NOT_A_VIDEO,
-    DecodeError,
     Media,
     decoding_from,
-    ffmpeg_errors,
     on_screen,
-    open_video,
     pts_of,
     sought,
-    still_picture,
     stream_start,
     ticks_of,
     time_base,
@@ -37,6 +33,7 @@ from vjepa_scale.data.decode import (
 from vjepa_scale.data.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, frames_stamped_anew, sound_frames
+from vjepa_scale.data.stills import still_picture
 
 _THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
 _MENDED_BY_STAMPS = ("timestamps go backwards", "frames without timestamps")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
 from vjepa_scale.data.accidents import CRASH, TIME_LIMIT
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.cut import Cut, checked_cut, plan_cuts
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Record, Rejected, Verdict, verdict_tree

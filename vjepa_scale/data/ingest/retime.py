@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vjepa_scale.data.decode import DecodeError, open_video, stream_start, whole_ticks
+from vjepa_scale.data.container import DecodeError, open_video
+from vjepa_scale.data.decode import stream_start, whole_ticks
 from vjepa_scale.data.ingest.cut import extension_for, muxed, packets_of, shown_at, without_hidden_end
 from vjepa_scale.data.ingest.probe import Decoded, decode_whole
 from vjepa_scale.data.trajectories import Floats, step_s

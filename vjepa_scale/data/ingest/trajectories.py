@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.droid import LOG, METADATA, VIDEOS, read_log, read_view
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
 from vjepa_scale.data.ingest.retime import checked_retimed, retimed

@@ -21,7 +21,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.data.decode import DecodeError, whole_ticks
+from vjepa_scale.data.container import DecodeError
+from vjepa_scale.data.decode import whole_ticks
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts
 
 SHORTEST_SIDE = 16  # pixels: one patch

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
-from vjepa_scale.data.decode import DecodeError
+from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.cut import copy_cut
 from vjepa_scale.data.ingest.droid import LOG
 from vjepa_scale.data.ingest.encode import transcode
