@@ -4,7 +4,6 @@ Upright, judged by Pillow and by ffmpeg's command; with square pixels, judged by
 """
 
 import io
-import shutil
 import struct
 import subprocess
 import zlib
@@ -138,10 +137,8 @@ def test_videos_are_shown_as_their_matrix_says(orientation: int, container: str,
     assert (facts.height, facts.width, 3) == expected[0].shape
 
 
-@pytest.mark.system
+@pytest.mark.system("ffmpeg")
 def test_ffmpegs_command_shows_the_same(tmp_path: Path) -> None:
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("needs FFmpeg's command: apt-get install ffmpeg")
     for orientation in MATRICES:
         data = video(orientation, frames=1)
         (tmp_path / "a.mp4").write_bytes(data)
@@ -230,10 +227,8 @@ def test_it_is_the_width_as_shown() -> None:
         assert (facts.height, facts.width, 3) == expected[0].shape
 
 
-@pytest.mark.system
+@pytest.mark.system("ffmpeg")
 def test_ffmpegs_command_scales_the_same(tmp_path: Path) -> None:
-    if shutil.which("ffmpeg") is None:
-        pytest.skip("needs FFmpeg's command: apt-get install ffmpeg")
     for orientation, aspect in ((1, WIDE), (6, NARROW), (7, Fraction(4, 3))):
         data = video(orientation, aspect=aspect, frames=1)
         (tmp_path / "a.mp4").write_bytes(data)

@@ -20,7 +20,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.model import rope
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel.engine import build_engine
+from vjepa_scale.parallel.engine import Engine, build_engine
 from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.schema import EngineConfig
@@ -76,14 +76,20 @@ def _is_group(one: torch.ScriptObject) -> bool:
     return "ProcessGroup" in one._type().qualified_name()
 
 
+def after_a_step(recipe: Recipe, ranks: Ranks) -> tuple[Jepa, Engine]:
+    """The first step sets things up."""
+    engine = build_engine(recipe.engine, ranks)
+    objective = Jepa(recipe, engine)
+    engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
+    training_step(objective, engine, [batch()], lr=1e-4)
+    return objective, engine
+
+
 def _counted(_: Ranks, update: dict[str, Any]) -> tuple[Counter[Any], Counter[Any], dict[str, int]]:
-    """Of the second step (the first one sets things up); and the bytes of networks in bf16, padded to the shards."""
+    """Of the second step; and the bytes of networks in bf16, padded to the shards."""
     recipe = recipe_of(BF16.model_copy(update=update))
     with one_of_many(5, WORLD) as ranks:
-        engine = build_engine(recipe.engine, ranks)
-        objective = Jepa(recipe, engine)
-        engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
-        training_step(objective, engine, [batch()], lr=1e-4)
+        objective, engine = after_a_step(recipe, ranks)
         with Collectives() as seen:
             training_step(objective, engine, [batch()], lr=1e-4)
         shards = {"auto": NODE, 1: WORLD, "all": 1}[recipe.engine.replicate]
@@ -138,10 +144,7 @@ def _gathered(_: Ranks, ahead: int) -> dict[str, int]:
     recipe = recipe_of(BF16.model_copy(update={"prefetch": ahead}))
     found: dict[str, int] = {}
     with one_of_many(5, WORLD) as ranks:
-        engine = build_engine(recipe.engine, ranks)
-        objective = Jepa(recipe, engine)
-        engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
-        training_step(objective, engine, [batch()], lr=1e-4)
+        objective, engine = after_a_step(recipe, ranks)
         with Collectives() as seen:
 
             def note(name: str) -> None:
@@ -178,10 +181,7 @@ def _waits(_: Ranks) -> list[str]:
     """What a step reads from tensors, outside the optimiser, which on a GPU is one kernel that reads nothing."""
     recipe = recipe_of(ENGINE)
     with one_of_many(5, WORLD) as ranks:
-        engine = build_engine(recipe.engine, ranks)
-        objective = Jepa(recipe, engine)
-        engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
-        training_step(objective, engine, [batch()], lr=1e-4)
+        objective, engine = after_a_step(recipe, ranks)
         found: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             for name in ("tolist", "item", "cpu", "__float__", "__int__", "__bool__", "numpy"):

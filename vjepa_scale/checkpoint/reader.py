@@ -64,8 +64,11 @@ class CheckpointReader(FileSystemReader):
         with open(checkpoint / ".metadata", "rb") as file:
             try:
                 index = _IndexUnpickler(file).load()
-                assert isinstance(index, Metadata)
-                assert all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
+                if not isinstance(index, Metadata):
+                    raise TypeError(f"a {type(index).__name__}")
+                for name, entry in index.state_dict_metadata.items():
+                    if not isinstance(entry, TensorStorageMetadata):
+                        raise TypeError(f"{name} is no tensor")
             except OSError:
                 raise
             except Exception as error:  # noqa: BLE001 (bytes that are no such pickle fail in any way)

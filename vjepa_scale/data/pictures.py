@@ -12,8 +12,9 @@ import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
 from vjepa_scale.data.container import DecodeError
-from vjepa_scale.data.decode import Media, decoding_from, pts_of, ticks_of, timed_frames, upright_rgb
+from vjepa_scale.data.decode import decoding_from, pts_of, ticks_of, timed_frames, upright_rgb
 from vjepa_scale.data.display import SQUARE, pixel_aspect
+from vjepa_scale.data.media import Media
 from vjepa_scale.data.soundness import check_declared, end_of_video, sound_frames
 from vjepa_scale.data.stills import still_picture
 

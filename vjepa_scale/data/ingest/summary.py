@@ -10,6 +10,7 @@ import numpy as np
 
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.data.manifest import REJECTED, Manifest
+from vjepa_scale.data.short_videos import repeats_last
 
 CLIP_FRAMES, FPS = (16, 64), 4.0  # the paper's clips: of pretraining, of cooldown
 _BLOCK = 2**20  # records
@@ -64,7 +65,7 @@ def summarize(out: Path, existed: bool = False) -> Summary:
         seconds=(float(lasting.min()), float(np.median(lasting)), float(lasting.max())) if len(lasting) else None,
         classes=len(manifest.classes),
         unlabelled=int((manifest.column("label") < 0).sum()),
-        short={frames: int((lasting <= (frames - 1) / FPS).sum()) for frames in CLIP_FRAMES},
+        short={n: int(repeats_last(manifest, frames=n, fps=FPS, sampling="time").sum()) for n in CLIP_FRAMES},
     )
 
 
