@@ -48,7 +48,7 @@ from gpu_rows import (
 )
 
 from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,8 +31,8 @@ from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.synthetic import World, write_videos
+from vjepa_scale.distributed import process_group
 from vjepa_scale.model.flops import jepa_step
-from vjepa_scale.parallel import process_group
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.training.step import training_step
 

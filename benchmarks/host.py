@@ -1,7 +1,7 @@
 """What a step costs the host at many ranks, of which one is here (PyTorch's fake group stands for the others).
 
     optimiser   AdamW on one rank's shards of a model: on DTensors, as PyTorch does it by itself, and on plain tensors
-                over the same memory, as parallel/fsdp.py does. Its arithmetic is in both
+                over the same memory, as distributed/fsdp.py does. Its arithmetic is in both
     plan        rank 0's plan of a save: of the shards of all ranks, and where the plan of the save before is kept
     rank        what a step waits for the effective rank: for its eigenvalues, and where a thread computes them
     tables      rotary tables of a micro-batch's five forward passes: computed anew, and kept
@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.model import rope
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel.engine import Engine, build_engine
 from vjepa_scale.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Recipe, load_recipe, resolve_phases
 
 ROOT = Path(__file__).parents[1]

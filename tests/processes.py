@@ -16,7 +16,7 @@ from typing import Any
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.processes import worker_context
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import EngineConfig
 
 # Children import the test's module by its name, so they need the folder above tests/.
@@ -37,8 +37,8 @@ PRELOAD = [
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.tensor.debug",
-    "vjepa_scale.parallel.engine",
-    "vjepa_scale.parallel.fsdp",
+    "vjepa_scale.distributed.engine",
+    "vjepa_scale.distributed.fsdp",
     "vjepa_scale.data.loader",
     "vjepa_scale.launch.task",
     "vjepa_scale.training.trainer",

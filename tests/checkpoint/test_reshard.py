@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.parallel.jepa_shape import MODEL, batch, start
+from tests.distributed.jepa_shape import MODEL, batch, start
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.model.encoder import Encoder
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 

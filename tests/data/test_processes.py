@@ -169,8 +169,8 @@ def test_shards_are_made_and_loaded_under_a_temporary_folder_of_100_bytes(tmp_pa
 
 def _end(folder: str, how: str) -> None:
     """A rank that has had workers, and ends as ranks do."""
+    from vjepa_scale.distributed.process_group import exit_cleanly
     from vjepa_scale.launch.task import _leave
-    from vjepa_scale.parallel.process_group import exit_cleanly
 
     tempfile.tempdir = folder
     multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.distributed import attention_backend
+from vjepa_scale.distributed.attention_backend import set_kernel
 from vjepa_scale.model import kernels
 from vjepa_scale.model.attention import Attention
-from vjepa_scale.parallel import attention
-from vjepa_scale.parallel.attention import set_kernel
 
 CPU = torch.device("cpu")
 HEAD_SIZES = (32, 48, 64, 88)
@@ -55,7 +55,7 @@ def test_kernels_that_run_on_cpu(head_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernel", [kernels.torch_flash, kernels.torch_varlen, kernels.fa3, kernels.fa4])
 def test_kernels_on_a_gpu(kernel: kernels.Kernel, head_size: int) -> None:
     device = torch.device("cuda")
-    if problem := attention._problem(kernel, head_size, device, torch.bfloat16):
+    if problem := attention_backend._problem(kernel, head_size, device, torch.bfloat16):
         assert kernel in (kernels.fa3, kernels.fa4), problem
         pytest.skip(f"{kernel.__name__}: {problem}")
     of_kernel = errors(kernel, head_size, device, torch.bfloat16)
@@ -122,7 +122,9 @@ def test_other_flash_kernels_are_put_in_place_of_pytorchs(
 
     asked.clear()
     monkeypatch.setattr(registry, "activate_flash_attention_impl", absent)
-    assert attention._problem(kernel, 64, torch.device("cuda"), torch.bfloat16) == "No module named 'flash_attn'"
+    assert (
+        attention_backend._problem(kernel, 64, torch.device("cuda"), torch.bfloat16) == "No module named 'flash_attn'"
+    )
     with pytest.raises(UserError, match=r"engine.attention: FlashAttention-\d cannot run on cpu .* it needs a GPU"):
         set_kernel(Attention(64, 2), choice, device=CPU, dtype=torch.bfloat16)
 
@@ -154,7 +156,9 @@ def test_what_is_chosen() -> None:
 def test_what_auto_takes(major: int, right: set[str], kernel: kernels.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
     monkeypatch.setattr(
-        attention, "_problem", lambda kernel, *_: "" if kernel.__name__ in {"sdpa", *right} else "it is not installed"
+        attention_backend,
+        "_problem",
+        lambda kernel, *_: "" if kernel.__name__ in {"sdpa", *right} else "it is not installed",
     )
     layer = Attention(64, 2)
     set_kernel(layer, "auto", device=torch.device("cuda"), dtype=torch.bfloat16)
@@ -175,7 +179,7 @@ def test_what_auto_takes(major: int, right: set[str], kernel: kernels.Kernel, mo
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_runs_and_is_wrong_is_found(wrong: kernels.Kernel, problem: str, dtype: torch.dtype) -> None:
-    found = attention._problem(wrong, 88, CPU, dtype)
+    found = attention_backend._problem(wrong, 88, CPU, dtype)
     assert found.startswith(problem)
     assert bool(found) == bool(problem)
 
@@ -183,11 +187,11 @@ def test_a_kernel_that_runs_and_is_wrong_is_found(wrong: kernels.Kernel, problem
 def test_what_was_activated_for_a_trial_that_failed_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not what another network uses already."""
     done: list[str] = []
-    monkeypatch.setattr(attention, "_largest_error", lambda *_: 1.0)
+    monkeypatch.setattr(attention_backend, "_largest_error", lambda *_: 1.0)
     monkeypatch.setattr(kernels, "deactivate", lambda: done.append("undone"))
     for active in (True, False):
         monkeypatch.setattr(kernels, "activate", lambda _, active=active: not active)
-        assert "wrong by 100%" in attention._problem(kernels.fa3, 64, torch.device("cuda"), torch.bfloat16)
+        assert "wrong by 100%" in attention_backend._problem(kernels.fa3, 64, torch.device("cuda"), torch.bfloat16)
     assert done == ["undone"]
 
 

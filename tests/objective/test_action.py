@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.objective.action import ActionConditioned
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.schema import EngineConfig

@@ -11,11 +11,11 @@ from tests.processes import run_processes
 from tests.training.probe_material import CLASSES, probe_recipe
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.objective.probe import Probes
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Recipe
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])

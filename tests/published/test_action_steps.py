@@ -21,9 +21,9 @@ from tests.published import inputs
 from tests.published.results import MODEL, action_steps, relative
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.fsdp import FsdpEngine
+from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.objective.action import ActionConditioned
-from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import StepResult, training_step

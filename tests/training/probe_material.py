@@ -17,7 +17,7 @@ from tests.processes import LIMIT_S
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training import probe_evaluation

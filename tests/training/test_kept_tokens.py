@@ -27,11 +27,11 @@ from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.limits import shared_memory_needed
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.objective.probe import Probes
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.training import probe_rounds
 from vjepa_scale.training.preflight import data_order, open_data

@@ -15,7 +15,7 @@ from tests.processes import killed_when
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.training.ledger import Ledger

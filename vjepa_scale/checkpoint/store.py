@@ -39,7 +39,7 @@ from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, read_manife
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, remove_dir
-from vjepa_scale.parallel.process_group import from_rank_0
+from vjepa_scale.distributed.process_group import from_rank_0
 
 __all__ = [
     "MANIFEST",

@@ -67,7 +67,7 @@ def run_stage(recipe: Recipe, stage: str) -> str:
 
 
 def _exit_at_the_end(code: int) -> None:
-    from vjepa_scale.parallel import process_group
+    from vjepa_scale.distributed import process_group
 
     # Only now that the work is done, and only at exit: submitit has a result to write first.
     atexit.register(partial(process_group.exit_cleanly, code))

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
-from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe.schema import Recipe
 
 # Enough to see a collapse; all 18,432 tokens of a 64-frame clip would cost more than they tell.

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import Engine
+from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.parallel.engine import Engine
-from vjepa_scale.parallel.optim import GroupSetting
 from vjepa_scale.recipe.schema import Recipe
 
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.kept import task_of
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.distributed.engine import Engine
+from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.objective import Objective, pooled
-from vjepa_scale.parallel.engine import Engine
-from vjepa_scale.parallel.optim import GroupSetting
 from vjepa_scale.recipe import Recipe, resolve_phases
 
 

@@ -14,8 +14,8 @@ from vjepa_scale.checkpoint.formats import published
 from vjepa_scale.checkpoint.formats.opening import open_weights
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.parallel.fsdp import fill_shard
-from vjepa_scale.parallel.optim import MOMENTS
+from vjepa_scale.distributed.fsdp import fill_shard
+from vjepa_scale.distributed.optim import MOMENTS
 from vjepa_scale.recipe.networks import networks_from
 from vjepa_scale.recipe.phases import MASKED
 from vjepa_scale.recipe.schema import Recipe

@@ -17,7 +17,7 @@ from pathlib import Path
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, read_jsonl
 from vjepa_scale.data.accidents import TIME_LIMIT, Accident, Place
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import FaultsConfig
 
 NAME = "ledger.jsonl"

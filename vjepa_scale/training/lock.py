@@ -23,7 +23,7 @@ def only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterato
     patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose
     processes end only when they notice that their peers are gone.
     """
-    from vjepa_scale.parallel import process_group  # PyTorch, which launchers do without
+    from vjepa_scale.distributed import process_group  # PyTorch, which launchers do without
 
     with open(folder / ".lock", "a") as lock:
         if not process_group.from_rank_0(ranks.is_main and _locked(lock, patience_s)):

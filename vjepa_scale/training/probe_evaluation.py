@@ -15,9 +15,9 @@ from vjepa_scale.data.evaluation import LabelledClips
 from vjepa_scale.data.kept import choice_records, records_of_draw
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.objective.probe import Probes, task_classes
-from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.training.probe_rounds import padded_rounds
 

@@ -16,9 +16,9 @@ from vjepa_scale.data.augment import empty_clips
 from vjepa_scale.data.evaluation import LabelledClips, evaluation_clips
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.objective.probe import Probes, task_classes
-from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.engine import Engine
 from vjepa_scale.recipe import Phase, Recipe
 
 # What tokens may take of the memory that is free: workers, checkpoints and the page cache live beside them.

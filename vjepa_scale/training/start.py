@@ -15,7 +15,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.finding import is_foreign, set_aside
 from vjepa_scale.checkpoint.manifest import identity
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import checkpoints_folder
 from vjepa_scale.training.foreign import check_foreign

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.objective import Objective
-from vjepa_scale.parallel.engine import Engine
 
 
 class NonFiniteLossError(RuntimeError):

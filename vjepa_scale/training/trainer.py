@@ -19,10 +19,10 @@ from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.kept import keeps_tokens, kept_records
 from vjepa_scale.data.limits import check_limits, raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.objective.build import build_objective
 from vjepa_scale.objective.probe import Probes
-from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.engine import build_engine
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, evaluation_file, stage_folder
 from vjepa_scale.training.evaluated import is_evaluated

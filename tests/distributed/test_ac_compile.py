@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parallel.jepa_shape import MODEL
+from tests.distributed.jepa_shape import MODEL
+from vjepa_scale.distributed.ac_compile import blocks_of, checkpoint_activations, prepare_blocks
 from vjepa_scale.model.blocks import Block
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import rope_tables
-from vjepa_scale.parallel.blocks import blocks_of, checkpoint_activations, prepare_blocks
 from vjepa_scale.recipe.schema import EngineConfig
 
 

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parallel.test_real_recipes import one_of_many
+from tests.distributed.test_real_recipes import one_of_many
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.model import rope
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.parallel.engine import Engine, build_engine
-from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.training.step import training_step

@@ -13,8 +13,8 @@ import torch.distributed.run
 from tests.processes import ENGINE, LIMIT_S, run_processes
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.parallel import process_group
-from vjepa_scale.parallel.mesh import build_mesh
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.mesh import build_mesh
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,7 @@ import sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from vjepa_scale.core.ranks import detect_ranks
-from vjepa_scale.parallel import process_group
+from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import EngineConfig
 ranks = detect_ranks()
 process_group.start(ranks, EngineConfig(device="cpu", timeout_s=60), rendezvous=Path("never/used"))

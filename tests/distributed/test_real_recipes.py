@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from tests.chain import tool
 from tests.processes import run_processes
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.ac_compile import blocks_of
+from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.launch.plan import chosen_stages, describe
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.parallel.blocks import blocks_of
-from vjepa_scale.parallel.engine import Engine, build_engine
-from vjepa_scale.parallel.optim import named_parameters
 from vjepa_scale.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -177,7 +177,7 @@ def test_a_step_of_vit_g_blocks_on_one_of_128_ranks() -> None:
 
 
 def _partition_with_zero(_: Ranks, stage: int) -> None:
-    from vjepa_scale.parallel.zero import ZeroEngine
+    from vjepa_scale.distributed.zero import ZeroEngine
 
     recipe = load_recipe(
         RECIPES / "vitg_384.yaml",

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tests.parallel.jepa_shape import MODEL, batch, start
+from tests.distributed.jepa_shape import MODEL, batch, start
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.fsdp import FsdpEngine
+from vjepa_scale.distributed.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 

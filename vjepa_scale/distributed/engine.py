@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.attention_backend import set_kernel
+from vjepa_scale.distributed.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
+from vjepa_scale.distributed.process_group import pick_device
 from vjepa_scale.model.init import initial_value
-from vjepa_scale.parallel.attention import set_kernel
-from vjepa_scale.parallel.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
-from vjepa_scale.parallel.process_group import pick_device
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
@@ -200,9 +200,9 @@ def checked_start(value: InitialValue, name: str, shape: torch.Size, *, seed: in
 def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:
     """The engine that the recipe asks for. Raises UserError where its library is not installed."""
     if cfg.kind == "deepspeed":
-        from vjepa_scale.parallel.zero import ZeroEngine
+        from vjepa_scale.distributed.zero import ZeroEngine
 
         return ZeroEngine(cfg, ranks)
-    from vjepa_scale.parallel.fsdp import FsdpEngine
+    from vjepa_scale.distributed.fsdp import FsdpEngine
 
     return FsdpEngine(cfg, ranks)

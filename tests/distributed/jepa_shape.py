@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.distributed.optim import TOGETHER
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.parallel.engine import Engine, build_engine
-from vjepa_scale.parallel.optim import TOGETHER
 from vjepa_scale.recipe.schema import EncoderConfig, EngineConfig, ModelConfig, PredictorConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 

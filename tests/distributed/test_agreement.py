@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.parallel.jepa_shape import Outcome, train_plain, train_sharded
+from tests.distributed.jepa_shape import Outcome, train_plain, train_sharded
 from tests.processes import ENGINE, LIMIT_S, run_processes
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.parallel.engine import Engine
-from vjepa_scale.parallel.optim import TOGETHER
+from vjepa_scale.distributed.engine import Engine
+from vjepa_scale.distributed.optim import TOGETHER
 from vjepa_scale.recipe.schema import EngineConfig
 
 # Inductor's C++ compiles for minutes where nothing is cached and the machine is busy.

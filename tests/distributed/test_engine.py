@@ -11,18 +11,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tests.parallel.jepa_shape import MODEL, batch, loss_of, start, train_sharded
+from tests.distributed.jepa_shape import MODEL, batch, loss_of, start, train_sharded
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.engine import build_engine
+from vjepa_scale.distributed.fsdp import FsdpEngine
+from vjepa_scale.distributed.optim import TOGETHER
 from vjepa_scale.model import attention
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.model.rope import RopeTables
-from vjepa_scale.parallel.engine import build_engine
-from vjepa_scale.parallel.fsdp import FsdpEngine
-from vjepa_scale.parallel.optim import TOGETHER
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 from vjepa_scale.training.preflight import check_installed

@@ -23,11 +23,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.model.init import initial_value
-from vjepa_scale.parallel.blocks import prepare_blocks
-from vjepa_scale.parallel.engine import Engine, InitialValue, T, checked_start
-from vjepa_scale.parallel.mesh import build_mesh
-from vjepa_scale.parallel.optim import (
+from vjepa_scale.distributed.ac_compile import prepare_blocks
+from vjepa_scale.distributed.engine import Engine, InitialValue, T, checked_start
+from vjepa_scale.distributed.mesh import build_mesh
+from vjepa_scale.distributed.optim import (
     MOMENTS,
     GroupSetting,
     make_optimizer,
@@ -35,6 +34,7 @@ from vjepa_scale.parallel.optim import (
     set_rate,
     start_moments,
 )
+from vjepa_scale.model.init import initial_value
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
