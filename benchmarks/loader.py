@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.augment import random_box, random_crop
 from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.loader import PhaseLoader
@@ -250,7 +250,7 @@ def _published(folder: Path, frames: int, clips: int) -> Iterator[int]:
         stride = int(np.ceil(reader.get_avg_fps())) // FPS
         wanted = int(start_s * RATE) + stride * np.arange(frames)
         pictures = torch.tensor(reader.get_batch(wanted).asnumpy(), dtype=torch.float32).permute(3, 0, 1, 2)
-        top, left, height, width = random_box(augment, Draws(0, "crop", n), *pictures.shape[2:])
+        top, left, height, width = random_box(augment, KeyedRng(0, "crop", n), *pictures.shape[2:])
         crop = pictures[:, :, top : top + height, left : left + width]
         crop = functional.interpolate(crop, size=(CROP, CROP), mode="bilinear", align_corners=False)
         if n % 2:

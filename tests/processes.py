@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.processes import worker_context
+from vjepa_scale.core.worker_pool import worker_context
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import EngineConfig
 

@@ -80,7 +80,8 @@ def _launch(
     overrides: Sequence[str],
 ) -> int:
     from vjepa_scale.launch import plan
-    from vjepa_scale.launch.record import only_launcher_of, record_launch
+    from vjepa_scale.launch.record import record_launch
+    from vjepa_scale.run.lock import only_launcher_of
 
     run = Path(recipe.run.dir)
     remaining = plan.check(recipe, stages, source=arguments.recipe, cluster=cluster, repair=partial(print, flush=True))

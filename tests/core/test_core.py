@@ -14,8 +14,8 @@ from scipy import stats
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, read_json, read_jsonl, write_atomic
-from vjepa_scale.core.keyed import Draws, key64, mix64, permuted
 from vjepa_scale.core.ranks import count_replicas, detect_ranks
+from vjepa_scale.core.rng import KeyedRng, key64, mix64, permuted
 
 
 def test_mix64_is_the_published_splitmix64() -> None:
@@ -34,12 +34,12 @@ def test_permuted_is_a_permutation(n: int, key: int) -> None:
 
 
 def test_draws_are_uniform_and_independent_of_each_other() -> None:
-    draws = np.array([Draws(7, "crop", step, slot).uniform() for step in range(50) for slot in range(40)])
+    draws = np.array([KeyedRng(7, "crop", step, slot).uniform() for step in range(50) for slot in range(40)])
     assert stats.kstest(draws, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.08
     places = [int(permuted(0, 10, key64(1, "p", i))) for i in range(2000)]
     assert stats.chisquare(np.bincount(places, minlength=10)).pvalue > 1e-3
-    shuffles = np.array([Draws(1, "s", i).shuffled(5) for i in range(2000)])
+    shuffles = np.array([KeyedRng(1, "s", i).shuffled(5) for i in range(2000)])
     assert stats.chisquare(np.bincount(shuffles[:, 0], minlength=5)).pvalue > 1e-3
 
 
@@ -49,7 +49,7 @@ def test_a_draw_is_named_by_everything_in_its_key() -> None:
 
 
 def test_order_of_draws_does_not_depend_on_how_many_are_taken_at_once() -> None:
-    one, two = Draws(3, "x", 9), Draws(3, "x", 9)
+    one, two = KeyedRng(3, "x", 9), KeyedRng(3, "x", 9)
     assert one.uniforms(5).tolist() == [two.uniform() for _ in range(5)]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.augment import Box, center_box, center_crop, random_box, random_crop, view_boxes
 from vjepa_scale.recipe.schema import AugmentConfig
 
@@ -18,7 +18,7 @@ def noise(frames: int, height: int, width: int) -> list[np.ndarray]:
 
 
 def test_boxes_have_the_area_and_aspect_of_the_recipe_and_lie_in_the_picture() -> None:
-    boxes = [random_box(PLAIN, Draws(0, "crop", i, 0), 360, 640) for i in range(4000)]
+    boxes = [random_box(PLAIN, KeyedRng(0, "crop", i, 0), 360, 640) for i in range(4000)]
     area = np.array([b.height * b.width / (360 * 640) for b in boxes])
     aspect = np.array([b.width / b.height for b in boxes])
     assert all(b.top >= 0 and b.left >= 0 and b.top + b.height <= 360 and b.left + b.width <= 640 for b in boxes)
@@ -26,7 +26,9 @@ def test_boxes_have_the_area_and_aspect_of_the_recipe_and_lie_in_the_picture() -
     assert area.max() < 1.01
     assert aspect.min() > 0.74
     assert aspect.max() < 1.36
-    small = [random_box(AugmentConfig(area=0.3), Draws(1, "crop", i, 0), 360, 640) for i in range(4000)]  # always fit
+    small = [
+        random_box(AugmentConfig(area=0.3), KeyedRng(1, "crop", i, 0), 360, 640) for i in range(4000)
+    ]  # always fit
     assert abs(np.mean([np.log(b.width / b.height) for b in small]) - np.log([0.75, 1.35]).mean()) < 0.01
     # Every corner is reached.
     assert min(b.left for b in boxes) == 0
@@ -36,8 +38,8 @@ def test_boxes_have_the_area_and_aspect_of_the_recipe_and_lie_in_the_picture() -
 
 
 def test_a_picture_too_narrow_for_any_crop_gets_the_centred_one() -> None:
-    assert random_box(AugmentConfig(area=(0.9, 1.0)), Draws(0, "crop", 0, 0), 100, 1000) == Box(0, 432, 100, 135)
-    assert random_box(AugmentConfig(area=(0.9, 1.0)), Draws(0, "crop", 0, 0), 1000, 75) == Box(450, 0, 100, 75)
+    assert random_box(AugmentConfig(area=(0.9, 1.0)), KeyedRng(0, "crop", 0, 0), 100, 1000) == Box(0, 432, 100, 135)
+    assert random_box(AugmentConfig(area=(0.9, 1.0)), KeyedRng(0, "crop", 0, 0), 1000, 75) == Box(450, 0, 100, 75)
 
 
 def test_center_boxes() -> None:
@@ -74,7 +76,7 @@ def test_pixels_are_to_the_bit_those_of_torch_on_the_stacked_pictures() -> None:
         pictures.insert(1, pictures[0])  # stays on screen
         size = tuple(rng.integers(1, 90, 2).tolist())
         for slot in range(3):
-            box = random_box(PLAIN, Draws(4, "crop", 2, slot), height, width)
+            box = random_box(PLAIN, KeyedRng(4, "crop", 2, slot), height, width)
             found = random_crop(pictures, size, NO_FLIP, seed=4, step=2, slot=slot)
             assert torch.equal(found, resized_by_torch(pictures, box, size))
             turned = random_crop(pictures, size, FLIP, seed=4, step=2, slot=slot)

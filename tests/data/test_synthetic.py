@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tests.chain import tool
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.synthetic import (
     LABELS,
     MOTIONS,
@@ -91,7 +91,7 @@ def test_one_frame_has_the_same_distribution_under_every_motion(clips):
 def test_noise_is_white_and_as_strong_as_it_says():
     """By numpy's own statistics, on a grey that no noise leaves the range of."""
     grey = np.full((40, 32, 32, 3), 128, np.uint8)
-    frames = noisy(grey, 0.1, Draws(0, "test"))
+    frames = noisy(grey, 0.1, KeyedRng(0, "test"))
     added = frames.astype(float) - 128
     assert (added == added[..., :1]).all()  # grey: film grain, not colour
     added = added[..., 0]

@@ -36,7 +36,7 @@ from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.recipe.schema import ModelConfig
-from vjepa_scale.training.history import History
+from vjepa_scale.run.events import History
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -243,7 +243,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(
         raise OSError(errno.ENOSPC, "No space left on device", "there")
 
     monkeypatch.setattr("vjepa_scale.training.trainer.train_stage", train_stage)
-    monkeypatch.setattr("vjepa_scale.training.failures.write_json", full)
+    monkeypatch.setattr("vjepa_scale.run.failures.write_json", full)
     monkeypatch.setattr(task, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
     monkeypatch.setattr(task.atexit, "register", lambda *_: None)
     with pytest.raises(ZeroDivisionError):

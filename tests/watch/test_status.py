@@ -20,7 +20,7 @@ from tests.chain import ROOT, write_recipe
 from tests.processes import LIMIT_S
 from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.training.history import Row
+from vjepa_scale.run.events import Row
 from vjepa_scale.watch import cancel as cancel_module
 from vjepa_scale.watch import follow as follow_module
 from vjepa_scale.watch.cancel import cancel

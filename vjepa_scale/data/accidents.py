@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.clips import ClipRef, Timed, pictures_of, undecodable, with_window
 from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.manifest import Manifest
@@ -121,8 +121,8 @@ def substitute(
     manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig, kept: Ints | None = None
 ) -> ClipRef:
     """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
-    draws = Draws(data.seed, "substitute", ref.step, ref.slot, attempt)
+    draws = KeyedRng(data.seed, "substitute", ref.step, ref.slot, attempt)
     record = draws.integer(manifest.records) if kept is None else int(kept[draws.integer(len(kept))])
-    draw = Draws(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
+    draw = KeyedRng(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
     ref = replace(ref, record=record)
     return with_window(ref, manifest, draw, frames=len(ref.times_s), sampling=data.sampling)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.recipe.schema import AugmentConfig
 
 _TRIES = 10
@@ -29,7 +29,7 @@ class Box(NamedTuple):
     width: int
 
 
-def random_box(cfg: AugmentConfig, draws: Draws, height: int, width: int) -> Box:
+def random_box(cfg: AugmentConfig, draws: KeyedRng, height: int, width: int) -> Box:
     """A random resized crop's box: area uniform, aspect (width/height) log-uniform.
 
     Ten tries to fit it into the picture; then the largest centred box with the nearest allowed aspect.
@@ -83,9 +83,9 @@ def random_crop(
     pictures: T of uint8 [H, W, 3], all of one size
     out:      where to put the result
     """
-    box = random_box(cfg, Draws(seed, "crop", step, slot), *pictures[0].shape[:2])
+    box = random_box(cfg, KeyedRng(seed, "crop", step, slot), *pictures[0].shape[:2])
     clip = _resized(pictures, box, size, out)
-    if Draws(seed, "flip", step, slot).uniform() < cfg.flip:
+    if KeyedRng(seed, "flip", step, slot).uniform() < cfg.flip:
         clip.copy_(clip.flip(-1))
     return clip
 

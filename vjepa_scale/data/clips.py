@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.container import NOT_A_VIDEO, DecodeError
 from vjepa_scale.data.decode import PYAV, decode_clip, times_of_frames
 from vjepa_scale.data.manifest import Manifest
@@ -66,8 +66,8 @@ def clip_refs(
     refs = []
     for slot in slots:
         name, record = order.names[datasets[slot]], int(records[slot])
-        fps = data.fps_of(name) * _jitter(data.augment.rate, Draws(seed, "rate", step, slot))
-        draw = Draws(seed, "window", step, slot).uniform()
+        fps = data.fps_of(name) * _jitter(data.augment.rate, KeyedRng(seed, "rate", step, slot))
+        draw = KeyedRng(seed, "window", step, slot).uniform()
         ref = ClipRef(step, slot, name, record, (), fps)
         frames = phase.frames_of(name)
         refs.append(with_window(ref, manifests[name], draw, frames=frames, sampling=data.sampling))
@@ -82,7 +82,7 @@ def data_of(recipe: Recipe, phase: Phase) -> DataConfig:
     return recipe.data.model_copy(update={"sampling": "time", "augment": augment})
 
 
-def _jitter(limits: tuple[float, float], draws: Draws) -> float:
+def _jitter(limits: tuple[float, float], draws: KeyedRng) -> float:
     """What a clip's rate is multiplied by: uniform between the limits."""
     low, high = limits
     return low if low == high else low + (high - low) * draws.uniform()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.synthetic import LABELS, MOTIONS, SHAPES, U8, Scene, World, noisy
 
 EVENTS = ("reverse", "turn", "jump", "shape", "vanish")
@@ -56,7 +56,7 @@ def render_impossible(world: World, seed: int, index: int, events: Sequence[str]
     event = events[index % len(events)]
     label = LABELS[index // len(events) % len(LABELS)]
     shape, motion = label.split("-")
-    draws = Draws(seed, "impossible", index)
+    draws = KeyedRng(seed, "impossible", index)
     first = frames // 3 + draws.integer(frames // 3)
     another = [name for name in SHAPES if name != shape][draws.integer(len(SHAPES) - 1)]
     side = (-1, 1)[draws.integer(2)]
@@ -76,7 +76,7 @@ def render_impossible(world: World, seed: int, index: int, events: Sequence[str]
         for k in range(frames):
             moved = scene.speed / world.fps * (k - (first - 1)) * direction
             video[k] = scene.picture(world, shown, _f32(moved + aside), _f32(moved / 2))
-    possible = noisy(possible, world.noise, Draws(seed, "impossible.noise", index))
+    possible = noisy(possible, world.noise, KeyedRng(seed, "impossible.noise", index))
     impossible = np.concatenate([possible[:, :first], possible[::-1, first:]], axis=1)
     return CrossedVideos(possible, impossible, event, label, first)
 

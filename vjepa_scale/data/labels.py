@@ -7,7 +7,7 @@ import numpy as np
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.order import Ints
 
@@ -52,7 +52,7 @@ def few_labels(labels: Ints, *, per_class: int, seed: int, skip: int = 0) -> Int
         members = np.flatnonzero(labels == label)
         if len(members) < skip + per_class:
             raise ValueError(f"class {label} has {len(members)} examples, fewer than {skip + per_class}")
-        chosen.append(members[Draws(seed, "labels", int(label)).shuffled(len(members))[skip : skip + per_class]])
+        chosen.append(members[KeyedRng(seed, "labels", int(label)).shuffled(len(members))[skip : skip + per_class]])
     return np.sort(np.concatenate(chosen))
 
 

@@ -15,13 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.accidents import Known, Place
 from vjepa_scale.data.batch import MicroBatch, StepBatch
 from vjepa_scale.data.kept import keeps_tokens, label_draws
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder, Ints
-from vjepa_scale.data.processes import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.silence import Board, SilenceWatch
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.recipe.phases import accumulation

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.poses import advance
 from vjepa_scale.data.robot_world import Range, RobotWorld, draw_scene, render
 from vjepa_scale.data.synthetic import SPLITS, U8
@@ -25,7 +25,7 @@ _TRIES = 1000
 
 def explore(world: RobotWorld, seed: int, split: str, index: int) -> Floats:
     """States of trajectory ``index`` of a split, at the world's rate: [steps, 7]."""
-    draws = Draws(seed, "robot path", SPLITS.index(split), index)
+    draws = KeyedRng(seed, "robot path", SPLITS.index(split), index)
     low, high = world.bounds
     state, rate, aim = low + (high - low) * draws.uniforms(STATE), np.zeros(STATE), np.zeros(STATE)
     left, second = np.zeros(STATE), 1 / world.fps
@@ -65,7 +65,7 @@ class Robot:
     def __init__(self, world: RobotWorld, reach: Reach, *, seed: int, episodes: Sequence[int]) -> None:
         self.world, self.reach, self.episodes = world, reach, list(episodes)
         self._scenes = [draw_scene(world, seed, "val", episode) for episode in episodes]
-        drawn = [_start_and_goal(world, reach, Draws(seed, "robot episode", episode)) for episode in episodes]
+        drawn = [_start_and_goal(world, reach, KeyedRng(seed, "robot episode", episode)) for episode in episodes]
         self.states, self.goals = np.stack([start for start, _ in drawn]), np.stack([goal for _, goal in drawn])
 
     def step(self, actions: Floats) -> Floats:
@@ -96,7 +96,7 @@ class Robot:
         return self.distances_m() <= self.reach.radius_m
 
 
-def _start_and_goal(world: RobotWorld, reach: Reach, draws: Draws) -> tuple[Floats, Floats]:
+def _start_and_goal(world: RobotWorld, reach: Reach, draws: KeyedRng) -> tuple[Floats, Floats]:
     """Both in the world's range, so far apart, in a direction without preference where the range allows it."""
     low, high = world.bounds
     for _ in range(_TRIES):

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.synthetic import F32, SPLITS, U8, Paint, World
 from vjepa_scale.data.trajectories import STATE, Floats
 
@@ -102,7 +102,7 @@ class Scene:
 
 def draw_scene(world: RobotWorld, seed: int, split: str, index: int) -> Scene:
     """The looks of trajectory ``index`` of a split."""
-    draws = Draws(seed, "robot scene", SPLITS.index(split), index)
+    draws = KeyedRng(seed, "robot scene", SPLITS.index(split), index)
     paints = World(tint=world.tint, texture=world.texture)
     wall = Paint.draw(draws, paints, (0.0, 0.25), (0.4, 1.0))
     table = Paint.draw(draws, paints, (0.25, 0.65), (0.2, 0.6))

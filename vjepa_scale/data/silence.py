@@ -15,9 +15,9 @@ from multiprocessing.process import BaseProcess
 
 from torch.utils.data import get_worker_info
 
+from vjepa_scale.core.worker_pool import worker_context
 from vjepa_scale.data.accidents import CRASH, TIME_LIMIT, Place
 from vjepa_scale.data.clips import ClipRef
-from vjepa_scale.data.processes import worker_context
 
 _LINE = 5  # serial number, step, slot, data set, record
 _POLL_S = 0.25

@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, read_json, remove_dir, write_json
-from vjepa_scale.core.keyed import Draws
-from vjepa_scale.data.processes import worker_context
+from vjepa_scale.core.rng import KeyedRng
+from vjepa_scale.core.worker_pool import worker_context
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -102,7 +102,9 @@ class Paint:
     phases: F32  # [W]
 
     @staticmethod
-    def draw(draws: Draws, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]) -> "Paint":
+    def draw(
+        draws: KeyedRng, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]
+    ) -> "Paint":
         """brightness: the layer's range, about which the two colours lie; wavelength: of the waves."""
         middle, span = sum(brightness) / 2, brightness[1] - brightness[0]
         tones = world.texture / 2 * (draws.uniforms(2)[:, None] - 0.5) + world.tint * (draws.uniforms(3) - 0.5)
@@ -138,7 +140,7 @@ class Scene:
     sheet_paint: Paint
 
     @staticmethod
-    def draw(draws: Draws, world: World) -> "Scene":
+    def draw(draws: KeyedRng, world: World) -> "Scene":
         radius = draws.uniform(*world.radius)
         period = radius * draws.uniform(*world.period)
         speed = draws.uniform(*world.speed)
@@ -181,15 +183,15 @@ def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, st
     """Clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels take turns."""
     label = LABELS[index % len(LABELS)]
     shape, motion = label.split("-")
-    scene = Scene.draw(Draws(seed, "world", SPLITS.index(split), index), world)
+    scene = Scene.draw(KeyedRng(seed, "world", SPLITS.index(split), index), world)
     frames = np.empty((world.frames, world.size, world.size, 3), np.uint8)
     for k in range(world.frames):
         x, y = (np.float32(scene.speed * k / world.fps * direction) for direction in MOTIONS[motion])
         frames[k] = scene.picture(world, shape, (x, y))
-    return noisy(frames, world.noise, Draws(seed, "world.noise", SPLITS.index(split), index)), label
+    return noisy(frames, world.noise, KeyedRng(seed, "world.noise", SPLITS.index(split), index)), label
 
 
-def noisy(frames: U8, noise: float, draws: Draws) -> U8:
+def noisy(frames: U8, noise: float, draws: KeyedRng) -> U8:
     """Frames [..., 3] with a grey value added to each pixel: ``World.noise``.
 
     The sum of four uniform 16-bit numbers, close to normal: whole numbers are the same on every machine.

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.core.ranks import Ranks, count_replicas
-from vjepa_scale.data.processes import remove_socket_folder
+from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.recipe.schema import EngineConfig
 
 POLL_S = 0.05

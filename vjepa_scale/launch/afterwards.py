@@ -23,7 +23,7 @@ from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, run_command  # 
 from vjepa_scale.launch.restarts import end_of_attempt  # noqa: E402
 from vjepa_scale.recipe import load_recipe  # noqa: E402
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder  # noqa: E402
-from vjepa_scale.training.history import History  # noqa: E402
+from vjepa_scale.run.events import History  # noqa: E402
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ Who follows changes nothing. What the jobs have done lies in OUT/.work, so any e
 all four again: what is done is found done.
 """
 
-import fcntl
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.file_lock import file_lock
 from vjepa_scale.core.files import read_json, write_json
 from vjepa_scale.data.ingest.summary import Summary, summarize
 from vjepa_scale.data.ingest.work import JOBS, Part, Progress, Settings, Work, begin
@@ -230,13 +231,7 @@ def _tidy(out: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process submits for the same OUT. The lock is the kernel's."""
+    """Wait until no other process submits for the same OUT."""
     folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"this file system has no locks: {error.strerror}", where=folder, fix="mount it with flock"
-            ) from None
+    with file_lock(folder / "lock", patience_s=math.inf):
         yield

@@ -23,7 +23,7 @@ from vjepa_scale.launch.restarts import Verdict, end_of_attempt
 from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
-from vjepa_scale.training.history import History
+from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
 from vjepa_scale.watch.follow import copy_lines
 from vjepa_scale.watch.live import LiveLines

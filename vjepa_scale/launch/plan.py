@@ -19,7 +19,7 @@ from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
-from vjepa_scale.training.lock import refuse_if_training
+from vjepa_scale.run.lock import refuse_if_training
 from vjepa_scale.training.preflight import (
     Damage,
     check_finished,

@@ -1,13 +1,9 @@
 """What a launch leaves behind: the resolved recipe that its jobs read, the code that they run, where both come from."""
 
-import fcntl
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import write_atomic, write_json
 from vjepa_scale.launch.snapshot import code_folder, new_launch_folder, snapshot_code, source_state
 from vjepa_scale.recipe import Recipe, recipe_yaml
@@ -57,31 +53,3 @@ def planned_launch(recipe: Recipe) -> Launch:
     run = Path(recipe.run.dir).absolute()
     taken = [int(path.name) for path in (run / "launches").glob("*") if path.name.isdigit()]
     return Launch(run / "launches" / f"{max(taken, default=0) + 1:04d}", code_folder(run))
-
-
-@contextmanager
-def only_launcher_of(run_folder: Path) -> Iterator[None]:
-    """Raise UserError while another process launches, or locally runs, the same run. The lock is the kernel's."""
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        file = open(run_folder / ".launch.lock", "a")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(
-            f"{run_folder} cannot be written: {error.strerror}",
-            where="run.dir",
-            fix="a folder on a file system that all nodes see",
-        ) from None
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "another launch of this run is at work",
-                where=run_folder,
-                fix=f"python tools/launch.py status '{run_folder}', or cancel instead of status",
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"this file system has no locks: {error.strerror}", where=run_folder, fix="mount it with flock"
-            ) from None
-        yield

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.training.failures import worst_failure
-from vjepa_scale.training.history import Attempt, History, Row, attempts
+from vjepa_scale.run.events import Attempt, History, Row, attempts
+from vjepa_scale.run.failures import worst_failure
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import time
 from types import FrameType
 
 from vjepa_scale.core.errors import EXIT_SAVED, run_command
+from vjepa_scale.core.worker_pool import start_fork_server
 from vjepa_scale.data.ingest.planning import plan
 from vjepa_scale.data.ingest.probing import probe
 from vjepa_scale.data.ingest.work import Part, Work, tidy
 from vjepa_scale.data.ingest.writing import finish, write
 from vjepa_scale.data.manifest import MANIFEST
-from vjepa_scale.data.processes import start_fork_server
 
 STEPS = ("probe", "plan", "write", "finish")
 

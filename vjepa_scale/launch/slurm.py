@@ -32,7 +32,7 @@ from vjepa_scale.launch.submission import (
 from vjepa_scale.launch.task import run_launched
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import LOGS, stage_folder
-from vjepa_scale.training.history import History
+from vjepa_scale.run.events import History
 from vjepa_scale.watch.jobs import SlurmUnavailable
 
 

@@ -17,12 +17,12 @@ from typing import NoReturn
 
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
-from vjepa_scale.data.processes import remove_socket_folder
+from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.launch.restarts import refuse_endless_restarts
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
-from vjepa_scale.training.failures import Progress, report_failure, told_as
-from vjepa_scale.training.history import History
+from vjepa_scale.run.events import History
+from vjepa_scale.run.failures import Progress, report_failure, told_as
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws, key64, words
+from vjepa_scale.core.rng import KeyedRng, key64, words
 from vjepa_scale.masking.subset import Mask
 from vjepa_scale.recipe.mask_sections import BlockMasksConfig
 
@@ -43,7 +43,7 @@ def drawn_block_size(
     generator: BlockMasksConfig, grid: Grid, *, seed: int, step: int, number: int
 ) -> tuple[int, int, int]:
     """The block size that every clip of a step shares, on all ranks."""
-    temporal, spatial, aspect = Draws(seed, "mask.size", step, number).uniforms(3).tolist()
+    temporal, spatial, aspect = KeyedRng(seed, "mask.size", step, number).uniforms(3).tolist()
     return block_size(generator, grid, temporal=temporal, spatial=spatial, aspect=aspect)
 
 

@@ -12,7 +12,7 @@ costs the encoder and the predictor nothing.
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.masking.blocks import Grid
 from vjepa_scale.masking.subset import Mask, random_ranks, subset
 from vjepa_scale.recipe.mask_sections import FrameDropoutMasksConfig, FrameMasksConfig, MultiRateMasksConfig
@@ -27,7 +27,7 @@ def frame_masks(
     """
     check_frames(generator, grid, number=number)
     t, h, w = grid
-    u = Draws(seed, "mask.frames", step, number).uniform()
+    u = KeyedRng(seed, "mask.frames", step, number).uniform()
     if isinstance(generator, FrameDropoutMasksConfig):
         steps = _steps(generator.dropped_share, u, t, most=t - 1)
         everything = np.ones((len(slots), t), np.bool_)

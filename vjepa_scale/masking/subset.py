@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.keyed import key64, mix64, words
+from vjepa_scale.core.rng import key64, mix64, words
 
 Mask = npt.NDArray[np.bool_]
 Ranks = npt.NDArray[np.uint64]

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from vjepa_scale.core.keyed import key64
+from vjepa_scale.core.rng import key64
 
 STD = 0.02
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.poses import GRIPPER
 
 
@@ -159,11 +159,11 @@ def _check_finite(energies_BS: Tensor) -> None:
 
 def _noise(seeds: Sequence[int], iteration: int, samples: int, horizon: int) -> Tensor:
     """Normal draws, float64 [B, S, H, 7]: the first samples are the same however many there are."""
-    own = {seed: _normals(Draws(seed, "plan", iteration), samples * horizon * 7) for seed in set(seeds)}
+    own = {seed: _normals(KeyedRng(seed, "plan", iteration), samples * horizon * 7) for seed in set(seeds)}
     return torch.from_numpy(np.stack([own[seed] for seed in seeds])).reshape(-1, samples, horizon, 7)
 
 
-def _normals(draws: Draws, count: int) -> np.ndarray:
+def _normals(draws: KeyedRng, count: int) -> np.ndarray:
     """Independent normal numbers, by Box and Muller."""
     radius_angle = draws.uniforms(count + count % 2).reshape(-1, 2)
     radius = np.sqrt(-2 * np.log1p(-radius_angle[:, 0]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.robot import Reach, Robot
 from vjepa_scale.data.robot_world import RobotWorld
 from vjepa_scale.data.trajectories import Floats
@@ -33,7 +33,7 @@ def planner(model: WorldModel, config: PlanConfig, robot: Robot, seed: int) -> P
 
     def first_actions(robot: Robot, step: int) -> Floats:
         # A seed for each episode and step: what one does must not depend on which others are played beside it.
-        seeds = [Draws(seed, "closed loop", step, episode).integer(2**31) for episode in robot.episodes]
+        seeds = [KeyedRng(seed, "closed loop", step, episode).integer(2**31) for episode in robot.episodes]
         plan = model.plan(robot.pictures(), robot.states, goals, config, seed=seeds)
         actions: Floats = plan.actions[:, 0].double().cpu().numpy()
         return actions
@@ -45,7 +45,7 @@ def at_random(config: PlanConfig, seed: int) -> Policy:
     """Uniform within the planner's limits."""
 
     def actions(robot: Robot, step: int) -> Floats:
-        draws = [Draws(seed, "random policy", step, episode).uniforms(7) for episode in robot.episodes]
+        draws = [KeyedRng(seed, "random policy", step, episode).uniforms(7) for episode in robot.episodes]
         return (2 * np.stack(draws) - 1) * np.array(config.limits)
 
     return actions

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.checkpoint.consolidated import load_encoder, read_config
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.labels import few_labels, labels_of
 from vjepa_scale.data.manifest import Manifest
@@ -26,7 +26,7 @@ from vjepa_scale.objective import frozen
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
-# Draws of labels, from a pool of so many clips of each class: more clips would only cost time.
+# KeyedRng of labels, from a pool of so many clips of each class: more clips would only cost time.
 LABEL_DRAWS, LABEL_POOL = 10, 20
 NAMES = ("trained", "untrained", "pixels")
 SHUFFLED = "frames shuffled"
@@ -56,7 +56,7 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
         for number, few in enumerate(draws):
             given = of_class[labels[few]]
             if deal:
-                given = given[Draws(number, "control.labels").shuffled(len(given))]
+                given = given[KeyedRng(number, "control.labels").shuffled(len(given))]
             tests = features[tested or shown]["val"]
             results.append(measure(rows[np.searchsorted(labelled, few)], given, tests, of_class[val_labels]))
         return results
@@ -135,7 +135,7 @@ def untrained_encoder(recipe: Recipe) -> Encoder:
 def in_another_order(clips: Tensor, records: Sequence[int]) -> Tensor:
     """Clips [n, 3, T, H, W] with the frames of each shuffled: a keyed draw for each record."""
     T = clips.shape[2]
-    orders = (Draws(0, "control.frames", record).shuffled(T) for record in records)
+    orders = (KeyedRng(0, "control.frames", record).shuffled(T) for record in records)
     return torch.stack([clip[:, torch.from_numpy(order)] for clip, order in zip(clips, orders, strict=True)])
 
 

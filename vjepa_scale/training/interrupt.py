@@ -7,7 +7,7 @@ after it; what it asks for is done after the step, by all ranks together (``trai
 import signal
 from types import FrameType
 
-from vjepa_scale.data.processes import start_fork_server
+from vjepa_scale.core.worker_pool import start_fork_server
 
 # USR2: Slurm before the time limit or a preemption (USR1 is NCCL's). TERM: sites that send only that.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)

@@ -3,6 +3,8 @@
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
@@ -25,15 +27,15 @@ from vjepa_scale.objective.build import build_objective
 from vjepa_scale.objective.probe import Probes
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, evaluation_file, stage_folder
+from vjepa_scale.run.events import History
+from vjepa_scale.run.failures import Progress
+from vjepa_scale.run.lock import HELD, stage_lock
+from vjepa_scale.run.metrics import MetricsLog, touch
 from vjepa_scale.training.evaluated import is_evaluated
-from vjepa_scale.training.failures import Progress
 from vjepa_scale.training.foreign import load_foreign
-from vjepa_scale.training.history import History
 from vjepa_scale.training.initial import load_initial
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.ledger import NAME, Ledger
-from vjepa_scale.training.lock import only_trainer_of
-from vjepa_scale.training.metrics import MetricsLog, touch
 from vjepa_scale.training.preflight import data_order, open_data
 from vjepa_scale.training.probe_evaluation import ProbeEvaluation, table
 from vjepa_scale.training.probe_rounds import keep_tokens
@@ -67,13 +69,26 @@ def train_stage(
     process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
     try:
         # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
-        with only_trainer_of(folder, ranks, patience_s=recipe.engine.timeout_s / 2):
+        with _only_trainer_of(folder, ranks, patience_s=recipe.engine.timeout_s / 2):
             _Trainer(recipe, stage_name, ranks, interrupt or Interrupt(), progress or Progress()).run()
     except SavedAndStopped:
         process_group.stop()
         raise
     # Not after an error: with NCCL it may wait for peers that wait for us, and nobody would report anything.
     process_group.stop()
+
+
+@contextmanager
+def _only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterator[None]:
+    """Rank 0 holds the stage's lock inside; every rank raises PassingError where another job holds it.
+
+    patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose processes end
+                only when they notice that their peers are gone.
+    """
+    with stage_lock(folder, patience_s=patience_s) if ranks.is_main else nullcontext(False) as held:
+        if not process_group.from_rank_0(held):
+            raise PassingError(HELD, where=folder, fix="wait for it, or end it")
+        yield
 
 
 class _Trainer:

@@ -12,7 +12,7 @@ import psutil
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import stage_folder
-from vjepa_scale.training.history import History, Row
+from vjepa_scale.run.events import History, Row
 from vjepa_scale.watch import jobs
 from vjepa_scale.watch.jobs import JobState, SlurmUnavailable
 from vjepa_scale.watch.states import StageStatus

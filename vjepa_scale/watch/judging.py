@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from vjepa_scale.training.history import Attempt
+from vjepa_scale.run.events import Attempt
 from vjepa_scale.watch import jobs
 from vjepa_scale.watch.jobs import JobState
 from vjepa_scale.watch.stage_files import StageFiles, is_over

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# What rank 0 prints of a step (training/metrics.py): stage/phase, step of steps, figures.
+# What rank 0 prints of a step (run/metrics.py): stage/phase, step of steps, figures.
 _STEP = re.compile(r"(?P<stage>[^\s/]+)/(?P<phase>\S+)  step (?P<step>\d+)/(?P<last>\d+)  (?P<figures>.*)")
 LOG_EVERY_S = 60.0
 

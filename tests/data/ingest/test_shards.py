@@ -16,9 +16,9 @@ from tests.data.conftest import quiet
 from tests.data.videos import encoded
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.core.worker_pool import Crashed, map_in_workers
 from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.processes import Crashed, map_in_workers
 
 GOOD = {f"up/clip {i}.mp4" for i in range(5)} | {f"down/deep/{i}.MKV" for i in range(3)} | {"no.class.avi"}
 

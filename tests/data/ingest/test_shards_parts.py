@@ -21,12 +21,12 @@ from tests.data.videos import encoded
 from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.core.worker_pool import Silent, beat, map_in_workers
 from vjepa_scale.data.ingest import work as work_module
 from vjepa_scale.data.ingest.index import index_shards
 from vjepa_scale.data.ingest.shards import Part, Settings, Work, begin, finish, make_shards, plan, probe, write
 from vjepa_scale.data.ingest.tars import TarWriter
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.processes import Silent, beat, map_in_workers
 
 SETTINGS = Settings(seed=3, shard_records=2)  # nine records: five shards
 

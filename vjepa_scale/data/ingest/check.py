@@ -9,6 +9,7 @@ import numpy as np
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file
+from vjepa_scale.core.worker_pool import Silent, map_in_workers
 from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.index import SILENCE_S
 from vjepa_scale.data.ingest.planning import FACTS
@@ -18,7 +19,6 @@ from vjepa_scale.data.ingest.tars import list_tar
 from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard
 from vjepa_scale.data.media import FileSlice, Media
-from vjepa_scale.data.processes import Silent, map_in_workers
 from vjepa_scale.data.trajectories import MEMBERS, read_trajectory
 
 _COLUMNS = frozenset(

@@ -21,6 +21,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from vjepa_scale.core.worker_pool import beat
 from vjepa_scale.data.container import DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.decode import (
     MOST_HELD_BACK,
@@ -34,7 +35,6 @@ from vjepa_scale.data.decode import (
 )
 from vjepa_scale.data.display import aspect_of, pixel_aspect
 from vjepa_scale.data.ingest.probe import Decoded, VideoFacts, decode_whole
-from vjepa_scale.data.processes import beat
 
 REASON = "cannot be cut by copying"
 _MP4_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")

@@ -15,13 +15,13 @@ from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from vjepa_scale.core.worker_pool import beat
 from vjepa_scale.data.container import DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.decode import decoding_from, on_screen, pts_of, ticks_of, time_base, timed_frames
 from vjepa_scale.data.display import UPRIGHT, Orientation, orientation_of
 from vjepa_scale.data.ingest.probe import decode_whole, picture_digest
 from vjepa_scale.data.ingest.transcode import Transcode, clock, digest_of, facts_of, middles
 from vjepa_scale.data.media import Media
-from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import frames_stamped_anew
 
 REASON = "cannot be transcoded"

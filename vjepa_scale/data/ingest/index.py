@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, read_json, write_atomic
+from vjepa_scale.core.worker_pool import Silent, map_in_workers
 from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.probe import VideoFacts, decode_whole
 from vjepa_scale.data.ingest.records import Rejected
@@ -25,7 +26,6 @@ from vjepa_scale.data.ingest.tars import Member, Sample, list_tar
 from vjepa_scale.data.ingest.work import Progress
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
 from vjepa_scale.data.media import FileSlice, open_media
-from vjepa_scale.data.processes import Silent, map_in_workers
 
 SILENCE_S = 600.0  # a decoder that gives no new frame for so long hangs; storage may be slow
 _LONGEST_TEXT = 2**26  # bytes of a member that is not a video: held whole

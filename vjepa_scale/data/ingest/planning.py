@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
-from vjepa_scale.core.keyed import Draws
+from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.container import NOT_A_VIDEO
 from vjepa_scale.data.ingest.probing import probed
 from vjepa_scale.data.ingest.records import Record, Rejected, record_of
@@ -183,7 +183,7 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
     kept = np.ones(len(raw["size"]), bool)
     kept[copies] = False
     order = np.flatnonzero(kept)
-    order = order[Draws(work.settings.seed, "shards.deal").shuffled(len(order))]
+    order = order[KeyedRng(work.settings.seed, "shards.deal").shuffled(len(order))]
     np.save(folder / "ends.npy", shard_ends(raw["size"][order], work.settings))
     classes, label = used_classes(raw["label"][order], labels)
     write_json(folder / "classes.json", classes)

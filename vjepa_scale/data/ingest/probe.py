@@ -17,6 +17,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from vjepa_scale.core.worker_pool import beat
 from vjepa_scale.data.container import NOT_A_VIDEO, DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.data.decode import (
     decoding_from,
@@ -31,7 +32,6 @@ from vjepa_scale.data.decode import (
 )
 from vjepa_scale.data.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.data.media import Media
-from vjepa_scale.data.processes import beat
 from vjepa_scale.data.soundness import check_declared, end_of_video, frames_stamped_anew, sound_frames
 from vjepa_scale.data.stills import still_picture
 

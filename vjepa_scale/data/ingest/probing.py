@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
+from vjepa_scale.core.worker_pool import Crashed, Silent, map_in_workers
 from vjepa_scale.data.accidents import CRASH, TIME_LIMIT
 from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.cut import Cut, checked_cut, plan_cuts
@@ -30,7 +31,6 @@ from vjepa_scale.data.ingest.sums import sha256_beating
 from vjepa_scale.data.ingest.trajectories import probe_trajectory
 from vjepa_scale.data.ingest.transcode import digest_of_part, facts_of, plan_transcodes, typical_bytes
 from vjepa_scale.data.ingest.work import Part, Progress, Settings, Work, publish
-from vjepa_scale.data.processes import Crashed, Silent, map_in_workers
 
 
 def probe(work: Work, part: Part, *, workers: int, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from vjepa_scale.data.processes import beat
+from vjepa_scale.core.worker_pool import beat
 
 _WORTH_A_THREAD = 2**16  # bytes
 _BLOCK = 2**20

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from vjepa_scale.core.worker_pool import beat
 from vjepa_scale.data.ingest.sums import Sha256
-from vjepa_scale.data.processes import beat
 
 _VIDEO = {
     "mp4",

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
+from vjepa_scale.core.worker_pool import map_in_workers
 from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.ingest.cut import copy_cut
 from vjepa_scale.data.ingest.droid import LOG
@@ -39,7 +40,6 @@ from vjepa_scale.data.ingest.trajectories import members, retimed_video
 from vjepa_scale.data.ingest.transcode import Transcode, digest_of_part
 from vjepa_scale.data.ingest.work import Part, Progress, Work, publish, tidy
 from vjepa_scale.data.manifest import REJECTED, Shard, write_manifest
-from vjepa_scale.data.processes import map_in_workers
 from vjepa_scale.data.statistics import log_statistics, merged
 
 _BLOCK = 2**22  # bytes of a file

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vjepa_scale.training.metrics import MetricsLog
+from vjepa_scale.run.metrics import MetricsLog
 
 
 def row(step: int, rank: Any = None) -> dict[str, Any]:

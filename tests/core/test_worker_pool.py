@@ -16,9 +16,9 @@ import pytest
 from tests.chain import ROOT
 from tests.data.videos import encoded
 from tests.processes import LIMIT_S
+from vjepa_scale.core import worker_pool
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data import processes
-from vjepa_scale.data.processes import worker_context
+from vjepa_scale.core.worker_pool import worker_context
 
 SIGNALLED = """
 import signal
@@ -62,7 +62,7 @@ def test_only_the_rank_hears_a_signal_to_all(tmp_path: Path) -> None:
 SHADOWED = """
 import os
 import signal
-from vjepa_scale.data.processes import map_in_workers, start_fork_server
+from vjepa_scale.core.worker_pool import map_in_workers, start_fork_server
 
 if __name__ == "__main__":
     os.chdir("shadows")
@@ -128,7 +128,7 @@ def test_no_folder_for_sockets_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         usual = _folder_of(120, Path(parent))
         monkeypatch.setattr(tempfile, "tempdir", str(usual))
-        monkeypatch.setattr(processes, "_SHORT_FOLDERS", (str(tmp_path / "absent"),))
+        monkeypatch.setattr(worker_pool, "_SHORT_FOLDERS", (str(tmp_path / "absent"),))
         with pytest.raises(UserError, match=rf"^TMPDIR {usual}: no folder for .* 107 bytes.* at most 75 bytes"):
             worker_context()
 

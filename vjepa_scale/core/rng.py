@@ -82,10 +82,10 @@ def permuted(index: npt.ArrayLike, n: npt.ArrayLike, key: npt.ArrayLike) -> npt.
     return x.astype(np.int64).reshape(np.broadcast_shapes(np.shape(index), np.shape(n), np.shape(key)))
 
 
-class Draws:
+class KeyedRng:
     """The sequence of draws that belongs to one key, consumed in order inside one function.
 
-    >>> Draws(0, "crop", 17, 3).uniform() == Draws(0, "crop", 17, 3).uniform()
+    >>> KeyedRng(0, "crop", 17, 3).uniform() == KeyedRng(0, "crop", 17, 3).uniform()
     True
     """
 

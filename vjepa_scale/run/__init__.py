@@ -1,0 +1,1 @@
+"""What a run writes down: events, metrics, failures. Without PyTorch: launchers and monitors read it."""

@@ -1,0 +1,48 @@
+"""One trainer per stage, and one launcher per run."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.file_lock import file_lock
+
+# The ranks of a run that was just killed may take a moment to be gone.
+PATIENCE_S = 10.0
+
+HELD = "another process is training this stage"
+
+
+def stage_lock(stage_folder: Path, *, patience_s: float) -> AbstractContextManager[bool]:
+    """Hold a stage's lock, as rank 0 does while it trains; yields whether this process has it."""
+    return file_lock(stage_folder / ".lock", patience_s=patience_s)
+
+
+def refuse_if_training(stage_folder: Path) -> None:
+    """Raise UserError if a stage is being trained now. For launchers, before they touch anything of it."""
+    if (stage_folder / ".lock").exists():
+        with stage_lock(stage_folder, patience_s=PATIENCE_S) as held:
+            if not held:
+                raise UserError(HELD, where=stage_folder, fix="wait for it, or end it")
+
+
+@contextmanager
+def only_launcher_of(run_folder: Path) -> Iterator[None]:
+    """Raise UserError while another process launches, or locally runs, the same run."""
+    with ExitStack() as stack:
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(file_lock(run_folder / ".launch.lock"))
+        except OSError as error:
+            raise UserError(
+                f"{run_folder} cannot be written: {error.strerror}",
+                where="run.dir",
+                fix="a folder on a file system that all nodes see",
+            ) from None
+        if not held:
+            raise UserError(
+                "another launch of this run is at work",
+                where=run_folder,
+                fix=f"python tools/launch.py status '{run_folder}', or cancel instead of status",
+            )
+        yield
