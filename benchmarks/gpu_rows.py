@@ -26,14 +26,14 @@ from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.data.batch import MicroBatch
-from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.data.synthetic import World, write_videos
+from vjepa_scale.demo.synthetic import World, write_videos
 from vjepa_scale.distributed import process_group
 from vjepa_scale.model.flops import jepa_step
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.step import training_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -46,12 +46,12 @@ import numpy as np
 import psutil
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.data.ingest.planning import Plan, plan
-from vjepa_scale.data.ingest.probe import VideoFacts
-from vjepa_scale.data.ingest.probing import probed
-from vjepa_scale.data.ingest.records import Record, Rejected, Verdict, verdict_tree
-from vjepa_scale.data.ingest.shards import Settings, Work, finish, make_shards
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.shards.make import Settings, Work, finish, make_shards
+from vjepa_scale.shards.plan import Plan, plan
+from vjepa_scale.shards.probe import probed
+from vjepa_scale.shards.records import Record, Rejected, Verdict, verdict_tree
+from vjepa_scale.video.inspect import VideoFacts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

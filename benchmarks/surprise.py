@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import mean
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.data.impossible import EVENTS
-from vjepa_scale.data.synthetic import world_of
+from vjepa_scale.demo.impossible import EVENTS
+from vjepa_scale.demo.surprise import PAIRS, surprise_of_pairs
+from vjepa_scale.demo.synthetic import world_of
 from vjepa_scale.inference.model import load_model
-from vjepa_scale.report.surprise import PAIRS, surprise_of_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,10 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.data.decode import pictures_at, upright_rgb
-from vjepa_scale.data.ingest.encode import transcode
-from vjepa_scale.data.ingest.probe import decode_whole
-from vjepa_scale.data.ingest.transcode import plan_transcodes
+from vjepa_scale.shards.encode import transcode
+from vjepa_scale.shards.transcode import plan_transcodes
+from vjepa_scale.video.decode import pictures_at, upright_rgb
+from vjepa_scale.video.inspect import decode_whole
 
 _RATE = 30
 _FRAMES, _FPS = 16, 4

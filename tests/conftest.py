@@ -14,8 +14,11 @@ import torch
 from tests.chain import launch, make_data, make_four_stage_data, write_four_stages, write_recipe
 from tests.processes import preload_once
 from tests.shared import made_once
+from tests.videos import VARIABLE_MS, audio_only, encoded, quiet
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode_torchcodec import import_torchcodec
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.shards.make import Settings, make_shards
+from vjepa_scale.video.torchcodec import import_torchcodec
 
 preload_once()
 
@@ -58,6 +61,34 @@ def four_stages(
         launch(write_four_stages(folder / "recipe.yaml", folder / "run", two_data_sets, four_stage_data))
 
     return made_once(tmp_path_factory, "four stages", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine good videos in two classes, and five bad files."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "up").mkdir()
+    (folder / "down" / "deep").mkdir(parents=True)
+    for i in range(5):
+        (folder / "up" / f"clip {i}.mp4").write_bytes(encoded(30 + 7 * i, rate=20, gop=8))
+    for i in range(3):
+        (folder / "down" / "deep" / f"{i}.MKV").write_bytes(
+            encoded(14, pts_ms=[ms + 10 * i for ms in VARIABLE_MS], gop=5, container="matroska")
+        )
+    (folder / "no.class.avi").write_bytes(encoded(50, rate=25, container="avi", codec="mpeg4"))
+    (folder / "up" / "empty.mp4").write_bytes(b"")
+    (folder / "up" / "notes.txt").write_text("not a video\n")
+    (folder / "up" / "sound.wav").write_bytes(audio_only())
+    (folder / "cut.mp4").write_bytes(encoded(60, faststart=True)[:-1200])
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    out = tmp_path_factory.mktemp("made") / "shards"
+    make_shards(videos, out, Settings(seed=3, shard_records=4), workers=2, progress=quiet)
+    return Manifest.open(out)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.ranks import usable_cores
-from vjepa_scale.data.ingest.check import check_shards
-from vjepa_scale.data.ingest.index import index_shards
-from vjepa_scale.data.ingest.shards import Settings, make_shards
-from vjepa_scale.data.ingest.summary import FPS, Summary
-from vjepa_scale.data.ingest.trajectories import LAYOUTS
-from vjepa_scale.data.ingest.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 from vjepa_scale.data.statistics import NUMBERS
+from vjepa_scale.shards.check import check_shards
+from vjepa_scale.shards.index import index_shards
+from vjepa_scale.shards.make import Settings, make_shards
+from vjepa_scale.shards.summary import FPS, Summary
+from vjepa_scale.shards.trajectories import LAYOUTS
+from vjepa_scale.shards.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 
 _SECONDS_PER_LINE = 30
 _CPUS_PER_JOB = 8

@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.data.robot_world import RobotWorld
-from vjepa_scale.data.synthetic import World, write_videos
+from vjepa_scale.demo.robot_world import RobotWorld
+from vjepa_scale.demo.synthetic import World, write_videos
 
 SHAPES_CLIPS, ROBOT_CLIPS = (2048, 640), (256, 32)
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("only for moving shapes", where=f"--{' and --'.join(looks)}", fix="leave it out with --robot")
     counts = {"seed": args.seed, "train": train, "val": val, "workers": args.workers}
     if args.robot:
-        from vjepa_scale.data.robot_files import write_trajectories  # PyTorch
+        from vjepa_scale.demo.robot_files import write_trajectories  # PyTorch
 
         progress = write_trajectories(args.out, RobotWorld(size=size, fps=fps, seconds=seconds), **counts)
     else:

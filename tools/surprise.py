@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _files(given: Path) -> list[Path]:
-    from vjepa_scale.data.ingest.sources import list_sources
+    from vjepa_scale.shards.sources import list_sources
 
     if given.is_dir():
         return [given / path for path in list_sources(given, given.resolve().parent)]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT
-from tests.data.videos import encoded
 from tests.processes import LIMIT_S
+from tests.videos import encoded
 from vjepa_scale.core import worker_pool
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.worker_pool import worker_context

@@ -7,7 +7,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from tests.data.videos import encoded
+from tests.videos import encoded
 
 STEPS, HZ = 45, 15
 SERIALS = {"wrist": "18026681", "ext1": "22008760", "ext2": "24400334"}

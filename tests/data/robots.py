@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.data.conftest import quiet
 from tests.data.droid import EXTRINSICS, READ_START, STEPS, good, jittered_ms, world, write
-from tests.data.videos import encoded
-from vjepa_scale.data.ingest.shards import Settings, make_shards
+from tests.videos import encoded, quiet
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.shards.make import Settings, make_shards
 
 PLAIN = "plain"  # 20 steps at 20 Hz, no extrinsics
 UNEVEN = "uneven"  # a log with a pause in it, and a video that was given its times

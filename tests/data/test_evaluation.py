@@ -8,13 +8,12 @@ import pytest
 import torch
 import webdataset
 
-from tests.data.conftest import quiet
-from tests.data.videos import encoded, number_of, still_image
+from tests.videos import encoded, number_of, quiet, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import evaluation_clips, segment_draws
-from vjepa_scale.data.ingest.index import index_shards
-from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.shards.index import index_shards
+from vjepa_scale.shards.make import Settings, make_shards
 
 GEOMETRY = {"frames": 2, "size": (48, 64), "fps": 4.0}
 

@@ -18,19 +18,19 @@ import torch
 
 from tests.data.faulty import with_faulty_decoder
 from tests.data.test_loader import as_global, recipe_for
-from tests.data.videos import encoded
 from tests.processes import LIMIT_S
+from tests.videos import encoded
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data import limits
 from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs
-from vjepa_scale.data.container import open_video
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.loader import PhaseLoader, Prefetched
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.video.container import open_video
 
 WHOLE = {"area": 1.0, "aspect": 4 / 3, "flip": 0.0}  # the crop is the picture
 SIZE = (48, 64)

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import quiet
-from tests.data.videos import encoded, number_of, still_image
+from tests.videos import encoded, number_of, quiet, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data import limits
 from vjepa_scale.data.accidents import Place
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs, dump_order
-from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.launch.plan import describe
@@ -24,6 +22,7 @@ from vjepa_scale.model import flops
 from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.preflight import data_order, preflight
 
 FRAMES = {"pictures": 2, "videos": 4, "slow": 8}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.chain import tool
-from tests.data.judge import timeline
-from tests.data.real_videos import real_video
-from tests.data.test_real_videos import VERDICTS, assert_same_pictures
-from tests.data.videos import still_image
+from tests.video.judge import timeline
+from tests.video.real_videos import real_video
+from tests.video.test_real_videos import VERDICTS, assert_same_pictures
+from tests.videos import still_image
 from vjepa_scale.core.files import read_jsonl
 
 WHOLE = ["realshort.mp4", "motion.mov", "hello.avi", "hello.mpeg", "hello.ogg", "newtonscradle.gif", "bikes.mp4"]

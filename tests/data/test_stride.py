@@ -9,23 +9,28 @@ import av
 import numpy as np
 import pytest
 
-from tests.data.conftest import VARIABLE_MS, quiet  # 14 frames, 4.52 a second, at times that no constant rate has
-from tests.data.fields import field_packets
-from tests.data.test_decode import sequential
 from tests.data.test_loader import recipe_for
-from tests.data.videos import encoded, number_of, still_image
+from tests.video.fields import field_packets
+from tests.video.test_decode import sequential
+from tests.videos import (  # 14 frames, 4.52 a second, at times that no constant rate has
+    VARIABLE_MS,
+    encoded,
+    number_of,
+    quiet,
+    still_image,
+)
 from vjepa_scale.data.accidents import substitute
 from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
-from vjepa_scale.data.container import DecodeError
-from vjepa_scale.data.decode import decode_clip, times_of_frames
-from vjepa_scale.data.ingest.probe import probe_video
-from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.data.pictures import stream_pictures
 from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import resolve_phases
+from vjepa_scale.shards.make import Settings, make_shards
+from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.decode import decode_clip, times_of_frames
+from vjepa_scale.video.inspect import probe_video
+from vjepa_scale.video.stream import stream_pictures
 
 ROWS = json.loads((Path(__file__).parents[1] / "published" / "strides.json").read_text())
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.droid import HZ, STEPS
 from tests.data.robots import PLAIN, UNEVEN, robots
-from tests.data.videos import number_of
+from tests.videos import number_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import ClipRef, decode_ref, window
 from vjepa_scale.data.manifest import Manifest

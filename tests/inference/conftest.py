@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from transformers import VJEPA2Model
 
-from tests.data.videos import encoded
 from tests.inference.checkpoint import hugging_face, write_checkpoint
+from tests.videos import encoded
 from vjepa_scale import load_model
 from vjepa_scale.inference.model import Model
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.videos import audio_only, encoded, number_of, picture
 from tests.inference.checkpoint import FRAMES, MEAN, SIZE, STD
 from tests.inference.judge import PIXEL, clip_of, frames_of, sampled
+from tests.videos import audio_only, encoded, number_of, picture
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.decode import decode_clip
-from vjepa_scale.data.ingest.probe import probe_video
-from vjepa_scale.data.pictures import stream_pictures
 from vjepa_scale.inference.model import Model
+from vjepa_scale.video.decode import decode_clip
+from vjepa_scale.video.inspect import probe_video
+from vjepa_scale.video.stream import stream_pictures
 
 
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:

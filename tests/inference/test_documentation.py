@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.chain import ROOT, tool
-from tests.data.videos import encoded, picture
 from tests.inference.test_clips import image_file
+from tests.videos import encoded, picture
 
 
 @pytest.fixture(scope="module")

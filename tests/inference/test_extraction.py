@@ -22,11 +22,11 @@ from transformers import VJEPA2Model
 
 from tests.chain import ROOT, tool
 from tests.data.faulty import with_faulty_decoder
-from tests.data.videos import encoded, still_image
 from tests.inference.checkpoint import FPS, GRID
 from tests.inference.judge import close, sampled
 from tests.inference.test_model import chunks_by_hand
 from tests.processes import LIMIT_S
+from tests.videos import encoded, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.inference.model import Model

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import VJEPA2Model
 
-from tests.data.videos import encoded
 from tests.inference.checkpoint import FPS, FRAMES, GRID, SIZE
 from tests.inference.judge import clip_of, close, sampled, tokens_of
+from tests.videos import encoded
 from vjepa_scale import load_encoder, load_model
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.model import Model

@@ -15,10 +15,10 @@ from transformers import VJEPA2Model
 
 import vjepa_scale
 from tests.chain import ROOT
-from tests.data.videos import encoded, picture
 from tests.inference.checkpoint import FPS, FRAMES, GRID, SIZE
 from tests.inference.judge import close, sampled, tokens_of
 from tests.inference.test_model import SPACE, prediction_by_hand
+from tests.videos import encoded, picture
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.mask_tokens import future_mask_token
 from vjepa_scale.inference.model import Model

@@ -16,19 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import quiet
-from tests.data.videos import encoded
 from tests.launch.test_sbatch import GOLDEN, ROOT
 from tests.processes import LIMIT_S
+from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.ingest import work as work_module
-from vjepa_scale.data.ingest.probing import probe
-from vjepa_scale.data.ingest.shards import make_shards as make
-from vjepa_scale.data.ingest.work import Part, Settings, begin
 from vjepa_scale.launch.arrays_follow import Files, last_words
 from vjepa_scale.launch.profile import Profile
 from vjepa_scale.launch.profile_job import submitit_parameters, without_gpus
 from vjepa_scale.launch.shards_task import Attempt
+from vjepa_scale.shards import work as work_module
+from vjepa_scale.shards.make import make_shards as make
+from vjepa_scale.shards.probe import probe
+from vjepa_scale.shards.work import Part, Settings, begin
 
 PROFILES = ["example_h100", "sandbox"]
 
@@ -171,7 +170,7 @@ def test_a_finish_that_was_ended_amid_its_tidying(videos: Path, tmp_path: Path) 
     script = tmp_path / "job.py"
     script.write_text(
         "import pickle, sys\n"
-        "from vjepa_scale.data.ingest.work import Part\n"
+        "from vjepa_scale.shards.work import Part\n"
         "from vjepa_scale.launch.shards_task import run_share\n"
         "if __name__ == '__main__':\n"
         "    work = pickle.load(open(sys.argv[1], 'rb'))\n"

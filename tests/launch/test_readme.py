@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT
-from tests.data.videos import encoded
+from tests.videos import encoded
 from tools import launch
-from vjepa_scale.data.ingest.shards import Settings, make_shards
+from vjepa_scale.shards.make import Settings, make_shards
 
 RECIPES = re.findall(r"as `(recipes/\w+\.yaml)`:\n\n```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

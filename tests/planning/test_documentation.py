@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.chain import ROOT, tool
-from tests.data.videos import picture
 from tests.inference.test_clips import image_file
 from tests.planning.material import PLACES, WIDTH, drawn
+from tests.videos import picture
 
 STATE = [0.45, 0.02, 0.31, 3.14, 0.0, 0.0, 0.1]
 

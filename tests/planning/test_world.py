@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.action_material import ACTION, PUBLISHED, action_run, published_action_dict
 from tests.checkpoint.formats_material import model, network_of
-from tests.data.videos import encoded, picture
 from tests.inference.checkpoint import write_checkpoint
 from tests.inference.test_clips import image_file
 from tests.planning.material import (
@@ -32,6 +31,7 @@ from tests.planning.material import (
 )
 from tests.published import action_inputs, inputs
 from tests.published.results import networks, relative
+from tests.videos import encoded, picture
 from vjepa_scale import load_world_model
 from vjepa_scale.checkpoint.consolidate import consolidate
 from vjepa_scale.core.errors import UserError

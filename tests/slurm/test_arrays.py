@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT, tool
-from tests.data.videos import encoded
 from tests.slurm.cluster import PATIENCE_S, Cluster, wait_until
+from tests.videos import encoded
 
 JOBS = 3
 SETTINGS = ("--shard-records", "2", "--seed", "7")

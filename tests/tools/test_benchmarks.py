@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from tests.inference.checkpoint import SIZE, write_checkpoint
 from vjepa_scale.core.errors import exit_code
-from vjepa_scale.data.impossible import EVENTS
-from vjepa_scale.data.ingest.work import Settings, Work
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.synthetic import World, write_videos
+from vjepa_scale.demo.impossible import EVENTS
+from vjepa_scale.demo.synthetic import World, write_videos
 from vjepa_scale.recipe import load_recipe, recipe_yaml
+from vjepa_scale.shards.work import Settings, Work
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -680,7 +680,7 @@ def test_showcase_runs_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(demo, "step", lambda _, *words: steps.append(words))
     measured = SimpleNamespace(measure_demo=lambda *_, **__: summary())
     for name, stub in (("demo", measured), ("summary", SimpleNamespace(table=lambda _: []))):
-        monkeypatch.setitem(sys.modules, f"vjepa_scale.report.{name}", stub)  # they take seconds to import
+        monkeypatch.setitem(sys.modules, f"vjepa_scale.demo.{name}", stub)  # they take seconds to import
 
     def here(command: Sequence[str], *, check: bool) -> None:
         assert check

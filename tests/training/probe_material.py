@@ -12,14 +12,14 @@ import av
 import numpy as np
 import torch
 
-from tests.data.conftest import quiet
 from tests.processes import LIMIT_S
+from tests.videos import quiet
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.ingest.shards import Settings, make_shards
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training import probe_evaluation
 from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
 from vjepa_scale.training.trainer import train_stage

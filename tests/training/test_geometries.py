@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.chain import RECIPE, checkpoint_tensors, launch, metrics, tool, write_recipe
-from tests.data.videos import still_image
+from tests.videos import still_image
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

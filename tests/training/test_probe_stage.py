@@ -369,9 +369,8 @@ def test_what_cannot_be_evaluated_is_refused_before_training(
 
 
 def _yellow(folder: Path) -> Path:
-    from tests.data.conftest import quiet
-    from tests.data.videos import still_image
-    from vjepa_scale.data.ingest.shards import Settings, make_shards
+    from tests.videos import quiet, still_image
+    from vjepa_scale.shards.make import Settings, make_shards
 
     (folder / "others" / "yellow").mkdir(parents=True)
     (folder / "others" / "yellow" / "0.png").write_bytes(still_image(0, codec="png"))

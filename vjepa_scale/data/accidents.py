@@ -16,10 +16,10 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.clips import ClipRef, Timed, pictures_of, undecodable, with_window
-from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.recipe.schema import DataConfig
+from vjepa_scale.video.container import DecodeError
 
 # A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
 ATTEMPTS = 8

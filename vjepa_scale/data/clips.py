@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.rng import KeyedRng
-from vjepa_scale.data.container import NOT_A_VIDEO, DecodeError
-from vjepa_scale.data.decode import PYAV, decode_clip, times_of_frames
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.recipe.schema import DataConfig
+from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError
+from vjepa_scale.video.decode import PYAV, decode_clip, times_of_frames
 
 DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second")
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips, view_crops
 from vjepa_scale.data.clips import ClipRef, decode_ref, undecodable, window
-from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import ClipsLost, Prefetched
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.silence import Board
+from vjepa_scale.video.container import DecodeError
 
 # Batches that a worker prepares ahead.
 PREFETCH = 2

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.container import DecodeError
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.video.container import DecodeError
 
 STATE, EXTRINSICS = 7, 6  # numbers per step
 MEMBERS = ("states", "times", "extrinsics")

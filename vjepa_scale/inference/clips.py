@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import center_crop
-from vjepa_scale.data.container import DecodeError
-from vjepa_scale.data.pictures import decode_image, stream_pictures
+from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.stream import decode_image, stream_pictures
 
 Size = tuple[int, int]
 

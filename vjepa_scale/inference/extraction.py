@@ -30,20 +30,20 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.data.accidents import Known
 from vjepa_scale.data.clips import ClipRef
-from vjepa_scale.data.container import DecodeError
-from vjepa_scale.data.ingest.probing import probe_sources
-from vjepa_scale.data.ingest.records import Rejected
-from vjepa_scale.data.ingest.sources import folder_source, list_sources
-from vjepa_scale.data.ingest.work import Settings as ShardSettings
 from vjepa_scale.data.labels import metadata_of
 from vjepa_scale.data.loader import Prefetched, past_lost_clips
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
-from vjepa_scale.data.media import Media
-from vjepa_scale.data.pictures import picture_count, stream_pictures
 from vjepa_scale.data.silence import Board
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import cropped
 from vjepa_scale.inference.model import Model
+from vjepa_scale.shards.probe import probe_sources
+from vjepa_scale.shards.records import Rejected
+from vjepa_scale.shards.sources import folder_source, list_sources
+from vjepa_scale.shards.work import Settings as ShardSettings
+from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.media import Media
+from vjepa_scale.video.stream import picture_count, stream_pictures
 
 SETTINGS = "extract.json"
 INDEX = "index.jsonl"

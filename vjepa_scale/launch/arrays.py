@@ -26,8 +26,6 @@ from submitit.core.utils import FailedJobError
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.file_lock import file_lock
 from vjepa_scale.core.files import read_json, write_json
-from vjepa_scale.data.ingest.summary import Summary, summarize
-from vjepa_scale.data.ingest.work import JOBS, Part, Progress, Settings, Work, begin
 from vjepa_scale.launch.arrays_follow import Job, follow
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.profile_job import without_gpus
@@ -45,6 +43,8 @@ from vjepa_scale.launch.submission import (
     said_by_sbatch,
     undisturbed,
 )
+from vjepa_scale.shards.summary import Summary, summarize
+from vjepa_scale.shards.work import JOBS, Part, Progress, Settings, Work, begin
 from vjepa_scale.watch.jobs import SlurmUnavailable, run_slurm
 
 _ARRAYS = ("probe", "write")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.ingest.planning import Plan
-from vjepa_scale.data.ingest.work import Progress, Work
 from vjepa_scale.data.manifest import MANIFEST
 from vjepa_scale.launch.shards_task import STEPS
+from vjepa_scale.shards.plan import Plan
+from vjepa_scale.shards.work import Progress, Work
 from vjepa_scale.watch.jobs import JobState, SlurmUnavailable, is_alive, run_slurm
 
 LOOK_S = 1.0

@@ -11,11 +11,11 @@ from types import FrameType
 
 from vjepa_scale.core.errors import EXIT_SAVED, run_command
 from vjepa_scale.core.worker_pool import start_fork_server
-from vjepa_scale.data.ingest.planning import plan
-from vjepa_scale.data.ingest.probing import probe
-from vjepa_scale.data.ingest.work import Part, Work, tidy
-from vjepa_scale.data.ingest.writing import finish, write
 from vjepa_scale.data.manifest import MANIFEST
+from vjepa_scale.shards.plan import plan
+from vjepa_scale.shards.probe import probe
+from vjepa_scale.shards.work import Part, Work, tidy
+from vjepa_scale.shards.write import finish, write
 
 STEPS = ("probe", "plan", "write", "finish")
 
@@ -29,7 +29,7 @@ def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: i
 
     def share() -> None:
         # A worker that died of it would seem to have died of its video.
-        start_fork_server("vjepa_scale.data.ingest.probing", "vjepa_scale.data.ingest.writing", deaf_to=told)
+        start_fork_server("vjepa_scale.shards.probe", "vjepa_scale.shards.write", deaf_to=told)
         if (work.out / MANIFEST).exists() and not work.folder.exists():
             tidy(work.out)  # its finish was queued again at the last moment, maybe amid this
             return

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.container import DecodeError
-from vjepa_scale.data.pictures import decode_image
 from vjepa_scale.inference.clips import rgb_array
+from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.stream import decode_image
 
 
 def pictures_of(given: Any) -> npt.NDArray[np.uint8]:

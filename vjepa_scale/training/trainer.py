@@ -16,8 +16,6 @@ from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.accidents import Accident
-from vjepa_scale.data.decode import TORCHCODEC
-from vjepa_scale.data.decode_torchcodec import import_torchcodec
 from vjepa_scale.data.kept import keeps_tokens, kept_records
 from vjepa_scale.data.limits import check_limits, raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
@@ -42,6 +40,8 @@ from vjepa_scale.training.probe_rounds import keep_tokens
 from vjepa_scale.training.start import Start, find_start, origin_of
 from vjepa_scale.training.statistics import action_statistics
 from vjepa_scale.training.step import NonFiniteLossError, training_step
+from vjepa_scale.video.decode import TORCHCODEC
+from vjepa_scale.video.torchcodec import import_torchcodec
 
 
 class SupersededError(RuntimeError):

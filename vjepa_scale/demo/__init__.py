@@ -1,0 +1,1 @@
+"""The demo: the worlds that it renders, and what it measures of a finished chain."""

@@ -1,0 +1,172 @@
+"""Tars of samples: what lies where in one, and how one is written.
+
+A sample is what WebDataset takes for one: its key is the name up to the base name's first dot.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.shards.sums import Sha256
+
+_VIDEO = {
+    "mp4",
+    "m4v",
+    "mov",
+    "mkv",
+    "webm",
+    "avi",
+    "mpg",
+    "mpeg",
+    "ts",
+    "mts",
+    "ogv",
+    "flv",
+    "wmv",
+    "3gp",
+    "gif",
+    "video",
+}
+_IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif"}
+_WRITTEN_BACK = 2**24  # bytes
+MEDIA_EXTENSIONS = frozenset(_VIDEO | _IMAGE)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one file of a tar lies: offset and size of its bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclass
+class Sample:
+    """Members of one key, by extension, in the order of the tar."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def media(self) -> list[str]:
+        """The extensions of its videos and images: a sample that can be used has one."""
+        return [name for name in self.members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
+
+
+@dataclass
+class Contents:
+    """A tar's samples in order. problems: of single members; damage: where reading had to stop, if it had.
+
+    torn: keys of several videos with other members apart from them: what belongs to which is not known
+    """
+
+    samples: list[Sample]
+    problems: list[str]
+    damage: str | None = None
+    torn: list[str] = field(default_factory=list)
+
+
+def list_tar(path: Path) -> Contents:
+    """Samples of an uncompressed tar. Damage ends the listing and is told, never raised."""
+    contents, bytes_in_file = Contents([], []), path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                beat()
+                if member.isdir():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not member.name.isprintable() or not member.isreg() or member.issparse() or not (stem and dot):
+                    contents.problems.append(f"{member.name!r} is no member <key>.<extension> of a sample")
+                    continue
+                if member.offset_data + member.size > bytes_in_file:
+                    contents.damage = f"{member.name!r} goes beyond the end of the file"
+                    break
+                key = f"{folder}/{stem}" if folder else stem
+                if not contents.samples or contents.samples[-1].key != key:
+                    contents.samples.append(Sample(key))
+                found = contents.samples[-1].members
+                if extension.lower() in found:
+                    contents.problems.append(f"{member.name!r} occurs twice")
+                    continue
+                found[extension.lower()] = Member(member.offset_data, member.size)
+    except (tarfile.TarError, UnicodeDecodeError, ValueError) as error:
+        contents.damage = str(error) or type(error).__name__
+    _join(contents)
+    return contents
+
+
+def _join(contents: Contents) -> None:
+    """Make one sample of a key's members that lie apart: ``tar cf`` packs files in the order of the disk.
+
+    Where several stretches of a key have a video each, they are samples each (tars that were appended to each other),
+    unless others have none: it is not known whose those are.
+    """
+    stretches: dict[str, list[Sample]] = {}
+    for sample in contents.samples:
+        stretches.setdefault(sample.key, []).append(sample)
+    contents.samples = []
+    for key, parts in stretches.items():
+        filmed = sum(bool(part.media) for part in parts)
+        if filmed <= 1:
+            for part in parts[1:]:
+                twice = part.members.keys() & parts[0].members.keys()
+                contents.problems += [f"{f'{key}.{name}'!r} occurs twice" for name in sorted(twice)]
+                parts[0].members = part.members | parts[0].members
+            contents.samples.append(parts[0])
+        elif filmed == len(parts):
+            contents.samples += parts
+        else:
+            contents.torn.append(key)
+    contents.samples.sort(key=lambda sample: min(member.offset for member in sample.members.values()))
+
+
+class TarWriter:
+    """A new tar, written in order into an open file: always the same bytes for the same members.
+
+    size, sha256: of all that is written
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, Sha256()
+        self.size = 0
+        self._flushed = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def add(self, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> Member:
+        """One file. size: of all its blocks, in bytes. Returns where it lies."""
+        info = tarfile.TarInfo(name)
+        info.size = size
+        self._write(info.tobuf(tarfile.PAX_FORMAT))
+        member = Member(self.size, size)
+        for block in blocks:
+            self._write(block)
+        assert self.size == member.offset + size, f"{name}: {self.size - member.offset} bytes, announced were {size}"
+        self._write(bytes(-size % tarfile.BLOCKSIZE))
+        return member
+
+    def close(self) -> None:
+        """Write the end, and wait until all is on the disk. The file stays open."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _write(self, block: bytes | memoryview) -> None:
+        self._digest.update(block)
+        self._file.write(block)
+        self._digest.wait()
+        self.size += len(block)
+        if self.size - self._flushed >= _WRITTEN_BACK and hasattr(os, "posix_fadvise"):
+            self._file.flush()
+            # The disk begins now, while the next files are read: the wait in close is short.
+            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size

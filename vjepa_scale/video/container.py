@@ -1,0 +1,141 @@
+"""Media files opened by FFmpeg: which are videos, and which stream of one is the film that players show."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import BinaryIO
+
+import av
+from av.container import InputContainer
+from av.container.core import Flags
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from vjepa_scale.video.media import Media, open_media
+
+NOT_A_VIDEO = "not a video"
+_NOT_VIDEO_FORMATS = ("image2", "tty")
+# Formats that tell when packets are decoded, and not when their pictures come on screen; of Matroska's some do.
+DECODING_TIMES = ("avi", "asf", "mpegvideo")
+_MATROSKA = "matroska,webm"
+# Streams that accompany the film.
+_NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
+# Of all video streams together: a film has a second one among them.
+_FIRST_PACKETS = 64
+
+
+class DecodeError(Exception):
+    """A file that is not, or not in whole, a video. ``reason`` is one of few; ``detail`` is the particular."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+    def __reduce__(self) -> tuple:
+        return DecodeError, (self.reason, self.detail)
+
+
+@contextmanager
+def ffmpeg_errors(reason: str) -> Iterator[None]:
+    """What FFmpeg raises inside becomes a DecodeError with this reason."""
+    try:
+        yield
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise DecodeError(reason, " ".join(str(getattr(error, "strerror", None) or error).split())) from None
+
+
+class _Nameless:
+    """An open file without its name, by which FFmpeg would also guess what is inside."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+@contextmanager
+def open_container(data: Media) -> Iterator[InputContainer]:
+    """What FFmpeg finds in a media file. Raises DecodeError."""
+    with open_media(data) as file:
+        if not file.read(1):
+            raise DecodeError("zero length", "the file is empty")
+        file.seek(0)
+        with ffmpeg_errors("unreadable"):
+            # This file only: a playlist inside a shard must not open other files or addresses.
+            container = av.open(_Nameless(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
+        if container.format.name in (*DECODING_TIMES, _MATROSKA):
+            container.flags &= ~Flags.gen_pts.value  # FFmpeg's guesses are in another order, or late
+        with container:
+            yield container
+
+
+def is_image(container: InputContainer) -> bool:
+    """Whether it is a picture (or a text that FFmpeg would draw) and no video."""
+    name = container.format.name
+    return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS or is_heif(container)
+
+
+def is_heif(container: InputContainer) -> bool:
+    """Whether it is a file of coded pictures without time (HEIC, AVIF)."""
+    return bool(container.streams.video) and all(map(_is_item, container.streams.video))
+
+
+def _is_item(stream: VideoStream) -> bool:
+    """Whether a stream is a coded picture of a HEIF file, to which FFmpeg gives a second that nothing says."""
+    return stream.container.format.name.startswith("mov,") and (stream.time_base, stream.duration, stream.frames) == (
+        1,
+        None,
+        1,
+    )
+
+
+@contextmanager
+def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and the video stream that players show (cover art of audio files is none), single-threaded.
+
+    Raises DecodeError where there is none, or while FFmpeg cannot go on inside the ``with`` block.
+    """
+    with open_container(data) as container:
+        name = container.format.name
+        if is_image(container):
+            raise DecodeError(NOT_A_VIDEO, f"format {'heif' if is_heif(container) else name}")
+        stream = shown_stream(container, data)
+        if stream is None:
+            raise DecodeError("no video stream", f"format {name}")
+        if stream.codec_context is None:
+            raise DecodeError("unreadable", "no decoder for its codec")
+        stream.codec_context.thread_count = 1
+        with ffmpeg_errors("does not decode to the end"):
+            yield container, stream
+
+
+def shown_stream(container: InputContainer, data: Media) -> VideoStream | None:
+    """Of the video streams of a media file, the one that players show; None where there is none.
+
+    A film comes before a still picture or a stream that only adds to another (cameras write a JPEG before the film),
+    then what FFmpeg can decode, then what the file shows by default, then the largest, then the first.
+    """
+    streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
+    if len(streams) < 2:
+        return streams[0] if streams else None
+    stills = _stills(streams, data)
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
+        context = stream.codec_context
+        film = stream.index not in stills and not stream.disposition & _NO_FILM
+        size = 0 if context is None else context.width * context.height
+        return film, context is not None, bool(stream.disposition & Disposition.default), size
+
+    return max(streams, key=rank)
+
+
+def _stills(streams: Sequence[VideoStream], data: Media) -> set[int]:
+    """Indices of the streams with one picture. Where the file declares no counts its first packets tell."""
+    uncounted = {s.index for s in streams if s.frames < 2}  # of a fragmented file only the first fragment may count
+    if not uncounted:
+        return set()
+    found = Counter[int]()
+    # Opened once more: reading changes where a container stands.
+    with open_container(data) as container, suppress(av.FFmpegError, IndexError):
+        for packet in islice(container.demux([container.streams[s.index] for s in streams]), _FIRST_PACKETS):
+            found[packet.stream_index] += packet.size > 0
+    return {index for index in uncounted if found[index] < 2}

@@ -1,0 +1,210 @@
+"""Is this file a video that can be trained on? Decode it once, whole, and say what it is or what is wrong.
+
+A clip that fails in training stops the run, so ingest is strict: every frame must decode, timestamps must
+not go backwards, and a frame reached by seeking must be the frame that decoding in order gives (on some
+malformed files decoders return garbage after a seek, with no error).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+from av import VideoFrame
+from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError, ffmpeg_errors, open_video
+from vjepa_scale.video.decode import (
+    decoding_from,
+    on_screen,
+    pts_of,
+    sought,
+    stream_start,
+    ticks_of,
+    time_base,
+    timed_frames,
+    upright_rgb,
+)
+from vjepa_scale.video.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
+from vjepa_scale.video.media import Media
+from vjepa_scale.video.soundness import check_declared, end_of_video, frames_stamped_anew, sound_frames
+from vjepa_scale.video.stills import still_picture
+
+_THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
+_MENDED_BY_STAMPS = ("timestamps go backwards", "frames without timestamps")
+_SLOWEST, _FASTEST = Fraction(1, 60), Fraction(1000)  # frames a second that a file may be believed to have
+_KEYS_SOUGHT = 8  # keyframes per video that are compared after a seek
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What sequential decoding says of a video.
+
+    duration: seconds from the stream's start to the end of the last frame
+    fps:      mean rate over the frames
+    width, height: as shown (turned, and with square pixels), in pixels
+    """
+
+    duration: float
+    fps: float
+    frames: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A video decoded in order.
+
+    times_s: of every frame, from the stream's start, in whole ticks of tick_s
+    digests: 8 bytes of each picture as it is stored
+    orientation: how the last is shown; aspect: of the pixels; unscaled: width and height without it
+    stamped: frames a second where the file's own timestamps are wrong, and times_s others (frames_stamped_anew)
+    """
+
+    facts: VideoFacts
+    times_s: npt.NDArray[np.float64]
+    digests: list[bytes]
+    tick_s: float = 1.0
+    orientation: Orientation = UPRIGHT
+    aspect: Fraction = SQUARE
+    unscaled: tuple[int, int] | None = None
+    stamped: Fraction | None = None
+
+
+def probe_video(data: Media) -> VideoFacts:
+    """Decode a whole file. Raises DecodeError with the reason to reject it."""
+    return decode_whole(data).facts
+
+
+def decode_whole(data: Media, *, images: bool = False, in_order: bool = False) -> Decoded:
+    """What ``probe_video`` looks at, frame by frame. Raises DecodeError.
+
+    images:   an image is a clip without time: one frame (of which there is no digest), duration and fps 0
+    in_order: the video will be decoded in order and encoded anew: seeking need not work, nor timestamps rise
+    """
+    try:
+        return _decode_video(data, in_order)
+    except DecodeError as error:
+        still = still_picture(data, strict=True) if images and error.reason == NOT_A_VIDEO else None
+        if still is None:
+            raise
+    height, width, _ = upright_rgb(VideoReformatter(), still, SQUARE).shape
+    return Decoded(VideoFacts(duration=0.0, fps=0.0, frames=1, width=width, height=height), np.zeros(1), [])
+
+
+def _decode_video(data: Media, in_order: bool) -> Decoded:
+    try:
+        return _decode_stamped(data, in_order, None)
+    except DecodeError as error:
+        stamped = _constant_rate(data) if in_order and error.reason in _MENDED_BY_STAMPS else None
+        if stamped is None:
+            raise
+    return _decode_stamped(data, in_order, stamped)
+
+
+def _constant_rate(data: Media) -> Fraction | None:
+    """Frames a second as the file declares them; None where it does not."""
+    with open_video(data) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        # Faster than the clock of its file, it would be in no order.
+        return rate if rate and _SLOWEST <= rate <= min(_FASTEST, 1 / time_base(stream)) else None
+
+
+def _decode_stamped(data: Media, in_order: bool, stamped: Fraction | None) -> Decoded:
+    with open_video(data) as (container, stream):
+        seconds = float(time_base(stream))
+        frames = sound_frames(container, stream) if stamped is None else frames_stamped_anew(container, stream, stamped)
+        ticks, digests, keys, facts, last = _decode_all(container, stream, frames)
+        start, orientation, aspect = stream_start(stream), orientation_of(last), pixel_aspect(stream)
+        if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
+            keys = []
+    for index in [] if in_order else _places_to_seek(len(ticks), keys):
+        # Half a tick later, so that the frame is on screen whatever the rounding.
+        found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
+        if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
+            raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
+    times_s, unscaled = (np.array(ticks, np.float64) - start) * seconds, orientation.size(last.width, last.height)
+    return Decoded(facts, times_s, digests, seconds, orientation, aspect, unscaled, stamped)
+
+
+def _sought_picture(data: Media, time_s: float) -> VideoFrame:
+    """What is on screen at a time, reached by seeking."""
+    with decoding_from(data, time_s, _frames_beating) as (_, stream, frames):
+        return next(on_screen(frames, ticks_of(stream, [time_s])))
+
+
+def _frames_beating(container: InputContainer, stream: VideoStream, **how: bool) -> Iterator[VideoFrame]:
+    for frame in timed_frames(container, stream, **how):
+        beat()
+        yield frame
+
+
+def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
+    """Frames by which seeking is checked: the middle, the last, and keyframes over the whole length.
+
+    A keyframe costs no decoding but its own, and what is wrong there is wrong until the next one: where an index
+    and the frames in order count differently, say, from a lost packet on.
+    """
+    spread = np.linspace(0, len(keys) - 1, min(len(keys), _KEYS_SOUGHT)).round().astype(int)
+    return sorted({frames // 2, frames - 1, *(keys[i] for i in spread)} - {0})
+
+
+def _decode_all(
+    container: InputContainer, stream: VideoStream, frames: Iterator[VideoFrame]
+) -> tuple[list[int], list[bytes], list[int], VideoFacts, VideoFrame]:
+    """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and the last frame."""
+    seconds = float(time_base(stream))
+    reformatter = VideoReformatter()
+    ticks: list[int] = []
+    digests: list[bytes] = []
+    keys: list[int] = []
+    size, last, first_aspect = None, None, None
+    for last in frames:
+        if size not in (None, (last.width, last.height)):
+            raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
+        size = (last.width, last.height)
+        beat()
+        if last.key_frame:
+            keys.append(len(ticks))
+        ticks.append(pts_of(last))
+        digests.append(picture_digest(reformatter, last))
+        first_aspect = first_aspect or _codecs_aspect(stream)
+        if _codecs_aspect(stream) != first_aspect == pixel_aspect(stream):
+            wide = f"about frame {len(ticks) - 1}, where pixels become {_codecs_aspect(stream)} times as wide as high"
+            raise DecodeError("the picture size changes inside the video", wide)
+    if size is None or last is None:
+        raise DecodeError(*_nothing_decoded(container, stream))
+    end_s = end_of_video(stream, first_tick=ticks[0], last=last, frames=len(ticks))
+    check_declared(container, stream, frames=len(ticks), last=last, end_s=end_s)
+    if end_s <= 0:
+        raise DecodeError("zero length", f"{len(ticks)} frames, no duration")
+    spread = (ticks[-1] - ticks[0]) * seconds
+    fps = (len(ticks) - 1) / spread if spread > 0 else 1 / end_s
+    width, height = shown_size(*size, orientation_of(last), pixel_aspect(stream))
+    return ticks, digests, keys, VideoFacts(end_s, fps, len(ticks), width, height), last
+
+
+def _codecs_aspect(stream: VideoStream) -> Fraction:
+    """Of the pixels that were decoded last, where the container says nothing else."""
+    return aspect_of(stream.codec_context.sample_aspect_ratio)
+
+
+def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
+    """Of a frame's thumbnail: hours of video must not be held as pictures."""
+    with ffmpeg_errors("pixels that cannot be converted"):
+        small = reformatter.reformat(
+            frame, width=_THUMB, height=_THUMB, format="gray8", interpolation="POINT", threads=1
+        )
+        return hashlib.blake2b(small.to_ndarray().tobytes(), digest_size=8).digest()
+
+
+def _nothing_decoded(container: InputContainer, stream: VideoStream) -> tuple[str, str]:
+    if stream.frames or stream.duration or container.duration:
+        return "does not decode to the end", "truncated: no frame decodes"
+    return "zero length", "no frame"
