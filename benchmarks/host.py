@@ -30,8 +30,8 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model import rope
-from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe
 

@@ -40,7 +40,7 @@ PRELOAD = [
     "vjepa_scale.distributed.engine",
     "vjepa_scale.distributed.fsdp",
     "vjepa_scale.data.loader",
-    "vjepa_scale.launch.task",
+    "vjepa_scale.launch.worker",
     "vjepa_scale.training.trainer",
 ]
 

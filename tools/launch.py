@@ -166,15 +166,15 @@ def look_after(command: str, words: Sequence[str]) -> int:
         parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(words)
     if command == "follow":
-        from vjepa_scale.watch.follow import follow
+        from vjepa_scale.monitor.follow import follow
 
         return follow(arguments.run)
     if command == "cancel":
-        from vjepa_scale.watch.cancel import cancel
+        from vjepa_scale.monitor.cancel import cancel
 
         return cancel(arguments.run)
-    from vjepa_scale.watch.status import read_status
-    from vjepa_scale.watch.status_text import as_json, render
+    from vjepa_scale.monitor.status import read_status
+    from vjepa_scale.monitor.status_text import as_json, render
 
     status = read_status(arguments.run)
     print(as_json(status) if arguments.json else render(status))

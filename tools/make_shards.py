@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.ranks import usable_cores
-from vjepa_scale.data.statistics import NUMBERS
+from vjepa_scale.data.trajectory_statistics import NUMBERS
 from vjepa_scale.shards.check import check_shards
 from vjepa_scale.shards.index import index_shards
 from vjepa_scale.shards.make import Settings, make_shards
@@ -208,21 +208,21 @@ def _check_cluster_flags(args: argparse.Namespace) -> None:
 
 
 def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
-    from vjepa_scale.launch import arrays  # imports submitit, which a run on this machine does without
-    from vjepa_scale.launch.arrays_follow import JobFailedError
+    from vjepa_scale.launch import shard_jobs  # imports submitit, which a run on this machine does without
+    from vjepa_scale.launch.follow_shard_jobs import JobFailedError
 
-    asked = arrays.Asked(
+    asked = shard_jobs.Asked(
         jobs=args.jobs,
         profile=args.profile,
         cpus=args.cpus_per_job or _CPUS_PER_JOB,
         timeout_min=args.timeout_min or _TIMEOUT_MIN,
     )
     if args.print_sbatch:
-        for step, text in arrays.scripts(args.out, asked).items():
+        for step, text in shard_jobs.scripts(args.out, asked).items():
             print(f"# -- {step}.sbatch\n{text}")
         return 0
     try:
-        summary = arrays.make_shards_on_slurm(args.videos, args.out, settings, asked, progress=Watch())
+        summary = shard_jobs.make_shards_on_slurm(args.videos, args.out, settings, asked, progress=Watch())
     except JobFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

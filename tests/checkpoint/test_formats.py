@@ -27,9 +27,9 @@ from tests.checkpoint.formats_material import (
 )
 from tests.model.published import our_weights, random_published
 from vjepa_scale.checkpoint.consolidate import consolidate
-from vjepa_scale.checkpoint.consolidated import load_encoder, load_predictor, read_config
 from vjepa_scale.checkpoint.formats import open_weights
 from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
+from vjepa_scale.checkpoint.load import load_encoder, load_predictor, read_config
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.probe import AttentiveProbe
 

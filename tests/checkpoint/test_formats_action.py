@@ -19,8 +19,8 @@ from tests.checkpoint.formats_material import model, network_of, one_encoder, ra
 from tests.checkpoint.test_formats_published import vit_g_file
 from tests.published import inputs
 from vjepa_scale.checkpoint.consolidate import consolidate
-from vjepa_scale.checkpoint.consolidated import load_action_predictor, load_encoder, load_predictor, read_config
 from vjepa_scale.checkpoint.formats import open_weights, published_optimizer
+from vjepa_scale.checkpoint.load import load_action_predictor, load_encoder, load_predictor, read_config
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.schema import ActionPredictorConfig
 

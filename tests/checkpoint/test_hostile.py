@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.formats_material import SMALL, run_of
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.consolidate import consolidate
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, read_manifest, write_manifest
 from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.checkpoint.trained_probe import load_probe

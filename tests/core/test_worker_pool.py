@@ -24,7 +24,7 @@ SIGNALLED = """
 import signal
 import psutil
 from vjepa_scale.data.loader import Prefetched
-from vjepa_scale.training.interrupt import SIGNALS, Interrupt
+from vjepa_scale.training.signals import SIGNALS, Interrupt
 
 def main():
     interrupt = Interrupt()
@@ -170,7 +170,7 @@ def test_shards_are_made_and_loaded_under_a_temporary_folder_of_100_bytes(tmp_pa
 def _end(folder: str, how: str) -> None:
     """A rank that has had workers, and ends as ranks do."""
     from vjepa_scale.distributed.process_group import exit_cleanly
-    from vjepa_scale.launch.task import _leave
+    from vjepa_scale.launch.worker import _leave
 
     tempfile.tempdir = folder
     multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]

@@ -21,14 +21,14 @@ from tests.data.test_loader import as_global, recipe_for
 from tests.processes import LIMIT_S
 from tests.videos import encoded
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data import limits
-from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
+from vjepa_scale.data import host_limits
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.loader import PhaseLoader, Prefetched
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.substitution import DecodeFailure, Known, clip_or_substitute
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.video.container import open_video
 
@@ -70,7 +70,7 @@ def load(
     return out
 
 
-def told(batches: dict[int, list[MicroBatch]]) -> list[Accident]:
+def told(batches: dict[int, list[MicroBatch]]) -> list[DecodeFailure]:
     return [accident for batch in batches.values() for part in batch for accident in part.accidents]
 
 
@@ -294,27 +294,27 @@ def test_a_worker_computes_and_decodes_in_one_thread() -> None:
 
 def test_too_little_shared_memory_or_too_few_handles(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(shards, workers=3)
-    limits.check_limits(recipe, "pretrain", ranks_on_node=2)
+    host_limits.check_limits(recipe, "pretrain", ranks_on_node=2)
     clip = 3 * 4 * 32 * 48
     # 3 workers with 2 prepared and 1 in hand each, and 2 at the rank: 11 micro-batches of 4 clips and their masks
     least = 11 * 4 * clip
-    assert least < limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
-    free = os.statvfs(limits.SHM).f_bavail * os.statvfs(limits.SHM).f_frsize
+    assert least < host_limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
+    free = os.statvfs(host_limits.SHM).f_bavail * os.statvfs(host_limits.SHM).f_frsize
     with pytest.raises(UserError, match=r"MB of shared memory .* are free .*data.workers") as refusal:
-        limits.check_limits(recipe, "pretrain", ranks_on_node=2 * free // least)
+        host_limits.check_limits(recipe, "pretrain", ranks_on_node=2 * free // least)
     told = re.search(r"(\d+) MB of /dev/shm are free", str(refusal.value))
     assert told is not None
     assert int(told[1]) == pytest.approx(free / 10**6, rel=0.2)  # others use it too
-    limits.check_limits(recipe_for(shards, workers=0), "pretrain", ranks_on_node=2 * free // least)
+    host_limits.check_limits(recipe_for(shards, workers=0), "pretrain", ranks_on_node=2 * free // least)
 
 
 def test_open_files_are_raised_to_what_the_ranks_need(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """512 ranks: two gloo groups of all, with a socket to each of 511, and a hybrid mesh's; 1024 is the usual limit."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(host_limits))
     recipe = recipe_for(shards, workers=3)
-    needed = limits.handles_needed(recipe, world_size=512)
-    assert needed - limits.handles_needed(recipe, world_size=1) == 3 * 511
+    needed = host_limits.handles_needed(recipe, world_size=512)
+    assert needed - host_limits.handles_needed(recipe, world_size=1) == 3 * 511
     for soft, hard, raised in (
         (1024, 1_048_576, [(needed, 1_048_576)]),
         (1024, resource.RLIM_INFINITY, [(needed, resource.RLIM_INFINITY)]),
@@ -322,11 +322,11 @@ def test_open_files_are_raised_to_what_the_ranks_need(shards: Manifest, monkeypa
         (needed, needed, []),
     ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, now=(soft, hard): now)
-        limits.raise_open_files(recipe, world_size=512)
+        host_limits.raise_open_files(recipe, world_size=512)
         assert asked == raised
         asked.clear()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1536))
     with pytest.raises(UserError, match=rf"needs {needed} open files \(512 ranks.*its limit is 1536 .*ulimit -Hn"):
-        limits.raise_open_files(recipe, world_size=512)
-    limits.raise_open_files(recipe, world_size=8)
+        host_limits.raise_open_files(recipe, world_size=512)
+    host_limits.raise_open_files(recipe, world_size=8)
     assert asked == []

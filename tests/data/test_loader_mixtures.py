@@ -11,12 +11,12 @@ import torch
 
 from tests.videos import encoded, number_of, quiet, still_image
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data import limits
-from vjepa_scale.data.accidents import Place
+from vjepa_scale.data import host_limits
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs, dump_order
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.substitution import Place
 from vjepa_scale.launch.plan import describe
 from vjepa_scale.model import flops
 from vjepa_scale.objective.cost import step_flops
@@ -339,7 +339,7 @@ def test_the_longest_clips_decide_about_shared_memory(sets: dict[str, Manifest])
     recipe = recipe_for(sets, workers=1)
     # 1 worker with 2 prepared and 1 in hand, and 2 at the rank: 5 micro-batches of 2 clips of 8 frames
     least = 5 * 2 * 3 * 8 * 48 * 64
-    assert least < limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
+    assert least < host_limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
 
 
 def test_the_plan_and_its_flops_count_every_geometry(sets: dict[str, Manifest]) -> None:

@@ -19,12 +19,12 @@ from tests.videos import (  # 14 frames, 4.52 a second, at times that no constan
     quiet,
     still_image,
 )
-from vjepa_scale.data.accidents import substitute
 from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
+from vjepa_scale.data.substitution import substitute
 from vjepa_scale.recipe import resolve_phases
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.video.container import DecodeError

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import VJEPA2Model
 
 from tests.model.published import our_weights, random_published
-from vjepa_scale.checkpoint.consolidated import ConsolidatedConfig, write_consolidated
+from vjepa_scale.checkpoint.load import ConsolidatedConfig, write_consolidated
 from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig
 
 MODEL = ModelConfig(

@@ -13,10 +13,10 @@ from vjepa_scale.checkpoint.finding import last_name, newest_name, problems, set
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
 from vjepa_scale.checkpoint.manifest import identity, read_manifest
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.monitor.status import read_status
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.training.preflight import source_of
 from vjepa_scale.training.start import find_start
-from vjepa_scale.watch.status import read_status
 
 PRETRAIN_END, COOLDOWN_END = "pretrain/checkpoints/step_00000012", "cooldown/checkpoints/step_00000018"
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests.chain import ROOT, metrics, write_recipe
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch import task
-from vjepa_scale.launch.task import run_stage
+from vjepa_scale.launch import worker
+from vjepa_scale.launch.worker import run_stage
 from vjepa_scale.recipe import load_recipe
-from vjepa_scale.training.interrupt import Interrupt
+from vjepa_scale.training.signals import Interrupt
 
 STAGE = {
     "steps": 2,
@@ -60,7 +60,7 @@ def test_no_place_for_sockets_is_reported_as_any_failure(
         raise UserError("no folder for the sockets of worker processes", where="TMPDIR /long")
 
     monkeypatch.setattr(Interrupt, "listen", no_folder)
-    monkeypatch.setattr(task, "atexit", type("", (), {"register": lambda *_: None}))
+    monkeypatch.setattr(worker, "atexit", type("", (), {"register": lambda *_: None}))
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tmp_path / "run", two_data_sets))
     with pytest.raises(UserError, match="no folder for the sockets"):
         run_stage(recipe, "pretrain")

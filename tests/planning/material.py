@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.checkpoint.action_material import ACTION, action_tensors
 from tests.checkpoint.formats_material import model
-from vjepa_scale.checkpoint.consolidated import ConsolidatedConfig, write_consolidated
+from vjepa_scale.checkpoint.load import ConsolidatedConfig, write_consolidated
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 # Not square: 4×5 tokens of 8 pixels, on which positions are rescaled to 4×4.

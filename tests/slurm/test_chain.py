@@ -112,7 +112,7 @@ def test_srun_without_any_launcher_and_a_shell_that_forgot_srun(
 ) -> None:
     """The entry by itself: srun's tasks find each other; in the batch shell of four tasks it refuses to train alone."""
     run = make_run(cluster, tmp_path, two_data_sets)
-    entry = [sys.executable, "-m", "vjepa_scale.launch.task", str(run.recipe), "pretrain"]
+    entry = [sys.executable, "-m", "vjepa_scale.launch.worker", str(run.recipe), "pretrain"]
     cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", *entry])
     assert metrics(run.folder, "pretrain") == metrics(local / "run", "pretrain")
 

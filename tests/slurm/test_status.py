@@ -311,7 +311,9 @@ def test_accounting_remembers(cluster_with_accounting: Cluster, two_data_sets: S
     cluster.wait_for(run.job_id(), ("COMPLETED",))
     cluster.forget()
     assert states(run) == ["done"]
-    ask = "import sys; from vjepa_scale.watch.jobs import slurm_job; print(slurm_job(sys.argv[1], name='run-pretrain'))"
+    ask = (
+        "import sys; from vjepa_scale.monitor.jobs import slurm_job; print(slurm_job(sys.argv[1], name='run-pretrain'))"
+    )
     said = cluster.run([sys.executable, "-c", ask, run.job_id()]).stdout
     assert "state='COMPLETED'" in said
     assert "source='sacct'" in said

@@ -17,11 +17,11 @@ from tests.videos import quiet
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
+from vjepa_scale.eval import attentive_probe
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.shards.make import Settings, make_shards
-from vjepa_scale.training import probe_evaluation
-from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
+from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 from vjepa_scale.training.trainer import train_stage
 
 CLASSES = ("red", "green", "blue")
@@ -137,7 +137,7 @@ def stopped_after_a_step(ranks: Ranks, recipe: Recipe) -> None:
 
 def probe_stage_of_few_features(ranks: Ranks, recipe: Recipe) -> None:
     """As if the training set were larger than features are kept of."""
-    probe_evaluation.FEATURE_RECORDS = 59
+    attentive_probe.FEATURE_RECORDS = 59
     probe_stage(ranks, [recipe])
 
 
@@ -147,7 +147,7 @@ def killed_before_the_result(ranks: Ranks, recipe: Recipe) -> None:
     def killed(*arguments: object, **more: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    probe_evaluation._choice = killed  # type: ignore[assignment]
+    attentive_probe._choice = killed  # type: ignore[assignment]
     probe_stage(ranks, [recipe])
 
 

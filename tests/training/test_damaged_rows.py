@@ -8,13 +8,13 @@ import pytest
 
 from tests.chain import tool, write_recipe
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.monitor.status import read_status
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.run.events import History, attempts
 from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.run.metrics import MetricsLog
 from vjepa_scale.training.evaluated import is_evaluated
-from vjepa_scale.training.ledger import Ledger
-from vjepa_scale.watch.status import read_status
+from vjepa_scale.training.skipped_clips import Ledger
 
 FAILED = {
     "kind": "ValueError",

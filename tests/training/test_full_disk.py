@@ -27,10 +27,10 @@ from vjepa_scale.core.errors import FULL, PassingError, UserError, exit_code
 from vjepa_scale.core.files import append_jsonl, keep_reserve, read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.manifest import write_manifest
-from vjepa_scale.launch import task
+from vjepa_scale.launch import worker
 from vjepa_scale.launch.local import LocalChain
 from vjepa_scale.launch.record import Launch, record_launch
-from vjepa_scale.launch.restarts import Verdict
+from vjepa_scale.launch.retry_policy import Verdict
 from vjepa_scale.launch.snapshot import snapshot_code
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
@@ -211,10 +211,10 @@ def test_a_rank_that_finds_the_disk_full_reports_it(
 
     left: list[int] = []
     monkeypatch.setattr("vjepa_scale.training.trainer.train_stage", train_stage)
-    monkeypatch.setattr(task, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
-    monkeypatch.setattr(task.atexit, "register", lambda _, code: left.append(code))
+    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
+    monkeypatch.setattr(worker.atexit, "register", lambda _, code: left.append(code))
     with pytest.raises(OSError, match="No space left"):
-        task.run_stage(recipe, "pretrain")
+        worker.run_stage(recipe, "pretrain")
     assert left == [2]
     report = read_json(next((disk / "failures").iterdir()))
     assert (report["kind"], report["user_error"]) == ("PassingError", False)  # the next attempt may find space
@@ -244,8 +244,8 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(
 
     monkeypatch.setattr("vjepa_scale.training.trainer.train_stage", train_stage)
     monkeypatch.setattr("vjepa_scale.run.failures.write_json", full)
-    monkeypatch.setattr(task, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
-    monkeypatch.setattr(task.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
+    monkeypatch.setattr(worker.atexit, "register", lambda *_: None)
     with pytest.raises(ZeroDivisionError):
-        task.run_stage(recipe, "pretrain")
+        worker.run_stage(recipe, "pretrain")
     assert "in a step; its report cannot be written: " in capsys.readouterr().err

@@ -23,17 +23,17 @@ from tests.training.probe_material import (
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.kept import kept_records
-from vjepa_scale.data.limits import shared_memory_needed
+from vjepa_scale.data.host_limits import shared_memory_needed
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.selection import kept_records
 from vjepa_scale.distributed.engine import build_engine
+from vjepa_scale.eval import probe_rounds
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.objective.probe import Probes
 from vjepa_scale.recipe import Recipe, resolve_phases
-from vjepa_scale.training import probe_rounds
 from vjepa_scale.training.preflight import data_order, open_data
 
 pytestmark = pytest.mark.distributed
@@ -51,7 +51,9 @@ def kept_and_first_losses(ranks: Ranks, recipe: Recipe) -> dict[str, Any]:
     manifests, phases = open_data(recipe, "probe"), resolve_phases(recipe, "probe")
     probes = Probes(recipe, engine, classes=manifests["train"].classes)
     kept = kept_records(recipe, phases, manifests)
-    probe_rounds.keep_tokens(recipe, probes, engine, manifests, kept, phases[0], ranks, lambda: None)
+    probes.kept = probe_rounds.keep_tokens(
+        recipe, probes.encode, engine, manifests, kept, phases[0], ranks, lambda: None
+    )
     loader = PhaseLoader(
         recipe=recipe,
         phase=phases[0],

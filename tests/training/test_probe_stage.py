@@ -29,15 +29,15 @@ from tests.training.probe_material import (
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import evaluation_clips
-from vjepa_scale.data.kept import choice_records, few_of, records_of_draw
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.selection import choice_records, few_of, records_of_draw
+from vjepa_scale.eval.attentive_probe import table
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
+from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.training.preflight import is_finished, preflight
-from vjepa_scale.training.probe_evaluation import table
-from vjepa_scale.watch.stage_files import StageFiles
 
 pytestmark = pytest.mark.distributed
 Sets = dict[str, Path]

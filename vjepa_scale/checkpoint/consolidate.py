@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vjepa_scale.checkpoint.formats import huggingface, native, published
 from vjepa_scale.checkpoint.formats.model_card import predicts_as
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.output_folder import content_of, replaced_folder

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.accidents import Accident
+from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.masking import MaskPair
 
 
@@ -31,7 +31,7 @@ class MicroBatch:
     step: int
     slots: range
     datasets: tuple[str, ...]
-    accidents: tuple[Accident, ...] = ()
+    accidents: tuple[DecodeFailure, ...] = ()
     records: tuple[int, ...] = ()
     states: Tensor | None = None
     extrinsics: Tensor | None = None

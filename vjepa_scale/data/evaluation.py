@@ -13,7 +13,7 @@ from vjepa_scale.data.clips import ClipRef, decode_ref, undecodable, window
 from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import ClipsLost, Prefetched
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.silence import Board
+from vjepa_scale.data.watchdog import DecodeStatus
 from vjepa_scale.video.container import DecodeError
 
 # Batches that a worker prepares ahead.
@@ -66,7 +66,7 @@ def evaluation_clips(
     labels, names = torch.from_numpy(labels_of(manifest, classes)), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
     spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
-    board = Board([manifest.folder.name], workers) if workers else None
+    board = DecodeStatus([manifest.folder.name], workers) if workers else None
     load = partial(_load_span, manifest, frames, size, fps, metadata, segments, crops, board)
     loader = Prefetched(load, spans, workers=workers, prefetch=PREFETCH, board=board, limit_s=limit_s)
     try:
@@ -113,7 +113,7 @@ def _load_span(
     metadata: bool,
     segments: int,
     crops: int,
-    board: Board | None,
+    board: DecodeStatus | None,
     records: Sequence[int],
 ) -> tuple[Tensor, tuple[dict[str, Any], ...] | None]:
     clips = empty_clips(len(records) * segments * crops, frames, size)

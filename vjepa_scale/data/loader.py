@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
-from vjepa_scale.data.accidents import Known, Place
 from vjepa_scale.data.batch import MicroBatch, StepBatch
-from vjepa_scale.data.kept import keeps_tokens, label_draws
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder, Ints
-from vjepa_scale.data.silence import Board, SilenceWatch
+from vjepa_scale.data.selection import keeps_tokens, label_draws
+from vjepa_scale.data.substitution import Known, Place
+from vjepa_scale.data.watchdog import DecodeStatus, WorkerWatchdog
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.recipe.phases import accumulation
 
@@ -37,7 +37,7 @@ class PhaseLoader:
     dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
     pin_memory:              for a copy to a GPU that does not block
     known:                   accidents of the run's ledger: these clips are replaced, not tried
-    kept:                    of data sets of which the stage draws only some records, these (data/kept.py)
+    kept:                    of data sets of which the stage draws only some records, these (data/selection.py)
     Use it in a ``with``: its workers end with it. A clip that does not decode, or not within
     data.faults.decode_timeout_s, is replaced, and told in its MicroBatch's ``accidents``. Raises UserError where a
     shard cannot be read, and where the replacements of a clip do not decode either.
@@ -79,7 +79,7 @@ class PhaseLoader:
 
     def _from(self, given: int, lost: Known) -> "Prefetched[tuple[int, int], MicroBatch]":
         data = self._recipe.data
-        board = Board(self._names, self._workers) if self._workers else None
+        board = DecodeStatus(self._names, self._workers) if self._workers else None
         if board is None:  # clips are decoded here
             keep_freed_memory()
         self._items = Prefetched(
@@ -131,13 +131,13 @@ class Prefetched(Generic[Index, Item]):
         workers: int,
         prefetch: int,
         pin_memory: bool = False,
-        board: Board | None = None,
+        board: DecodeStatus | None = None,
         limit_s: float = float("inf"),
     ) -> None:
         assert isinstance(indices, Sized), "indices that can be iterated over again, with a length"
         self._iterator: Iterator[Any] | None = None
         self._board, self._limit_s = board, limit_s
-        self._watch: SilenceWatch | None = None
+        self._watch: WorkerWatchdog | None = None
         # One item of the DataLoader is one index: batching is ours.
         self._loader: DataLoader[Item | UserError] = DataLoader(
             _Items(load),
@@ -155,7 +155,7 @@ class Prefetched(Generic[Index, Item]):
     def __iter__(self) -> Iterator[Item]:
         self._iterator = iterator = iter(self._loader)
         if self._board is not None:
-            self._watch = SilenceWatch(self._board, list(iterator._workers), limit_s=self._limit_s)  # type: ignore[attr-defined]
+            self._watch = WorkerWatchdog(self._board, list(iterator._workers), limit_s=self._limit_s)  # type: ignore[attr-defined]
         while True:
             try:
                 item = next(iterator)

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.accidents import Accident, Known, clip_or_substitute
 from vjepa_scale.data.augment import empty_clips, random_crop, squashed_crop
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, Timed, clip_refs, data_of
-from vjepa_scale.data.kept import keeps_tokens, task_of
 from vjepa_scale.data.labels import label_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
+from vjepa_scale.data.selection import keeps_tokens, task_of
+from vjepa_scale.data.substitution import DecodeFailure, Known, clip_or_substitute
 from vjepa_scale.data.trajectory_clips import trajectory_clip
 from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
@@ -49,7 +49,7 @@ def load_micro_batch(
     assert all(len(ref.times_s) == frames for ref in refs), "a micro-batch has one geometry"
     clips = empty_clips(len(refs), frames, phase.size)
     data, crop = data_of(recipe, phase), crop_of(recipe, phase)
-    accidents: list[Accident] = []
+    accidents: list[DecodeFailure] = []
     shown: list[ClipRef] = []
     for row, ref in zip(clips, refs, strict=True):
         ref, pictures, met = clip_or_substitute(

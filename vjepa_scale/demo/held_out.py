@@ -1,6 +1,6 @@
 """What a frozen encoder is worth on held-out clips, with few labels per class.
 
-It is set beside an untrained one of the same architecture and beside raw pixels (objective/frozen.py), in the geometry
+It is set beside an untrained one of the same architecture and beside raw pixels (eval/knn_linear.py), in the geometry
 that it was trained on last. Two controls say whether the figures mean what they seem to: labels dealt out at random
 must give chance, and clips whose frames are shuffled in time must hide the motion.
 """
@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.consolidated import load_encoder, read_config
+from vjepa_scale.checkpoint.load import load_encoder, read_config
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.labels import few_labels, labels_of
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.eval import knn_linear
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
-from vjepa_scale.objective import frozen
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
@@ -34,7 +34,7 @@ SHUFFLED = "frames shuffled"
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Accuracy = Callable[[Floats, Ints, Floats, Ints], float]
-MEASURES: dict[str, Accuracy] = {"linear_probe": frozen.linear_probe_accuracy, "knn": frozen.knn_accuracy}
+MEASURES: dict[str, Accuracy] = {"linear_probe": knn_linear.linear_probe_accuracy, "knn": knn_linear.knn_accuracy}
 
 
 def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _features(
     encoders = {"trained": load_encoder(consolidated), "untrained": untrained_encoder(recipe)}
 
     def rows(name: str, clips: Tensor) -> Floats:
-        return frozen.encoder_features(
+        return knn_linear.encoder_features(
             encoders[name],
             clips,
             tubelet=config.model.tubelet,
@@ -115,7 +115,7 @@ def _features(
             records=records.tolist(),
             workers=1,
         ):
-            out["pixels"][split].append(frozen.pixel_features(shown.clips))
+            out["pixels"][split].append(knn_linear.pixel_features(shown.clips))
             for name in encoders:
                 out[name][split].append(rows(name, shown.clips))
             if split == "val":

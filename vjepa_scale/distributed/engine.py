@@ -106,7 +106,7 @@ class Engine(ABC):
         """
 
     @torch.no_grad()
-    def look(self, forward: Callable[[], T]) -> T:
+    def evaluate(self, forward: Callable[[], T]) -> T:
         """What networks give, computed as in training, without gradients. Collective: all ranks, equally often."""
         return forward()
 

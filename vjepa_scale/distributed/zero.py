@@ -140,7 +140,7 @@ class ZeroEngine(Engine):
         return shared.detach()
 
     @torch.no_grad()
-    def look(self, forward: Callable[[], T]) -> T:
+    def evaluate(self, forward: Callable[[], T]) -> T:
         return self._engine(forward)
 
     def _gradients(self) -> dict[str, list[Tensor]]:

@@ -28,12 +28,12 @@ from torch import Tensor
 from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
-from vjepa_scale.data.accidents import Known
 from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.labels import metadata_of
 from vjepa_scale.data.loader import Prefetched, past_lost_clips
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
-from vjepa_scale.data.silence import Board
+from vjepa_scale.data.substitution import Known
+from vjepa_scale.data.watchdog import DecodeStatus
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import cropped
 from vjepa_scale.inference.model import Model
@@ -313,7 +313,7 @@ def _decoded(
     def start(given: int, lost: Known) -> Prefetched[tuple[int, _Job], list[Tensor] | Rejected]:
         sources = {place: jobs[place.slot].video.source for place in lost}
         rejected = {source: Rejected(source, *lost[place]) for place, source in sources.items()}
-        board = Board([""], workers) if workers else None
+        board = DecodeStatus([""], workers) if workers else None
         load = partial(_decode, videos, model.config.fps, model.config.size, board, rejected)
         waiting = list(enumerate(jobs))[given:]
         return Prefetched(load, waiting, workers=workers, prefetch=2, board=board, limit_s=limit_s)
@@ -325,7 +325,7 @@ def _decode(
     videos: _Folder | _Shards,
     fps: float,
     size: tuple[int, int],
-    board: Board | None,
+    board: DecodeStatus | None,
     lost: Mapping[str, Rejected],
     numbered: tuple[int, _Job],
 ) -> list[Tensor] | Rejected:
@@ -353,7 +353,7 @@ def _decode(
     return [torch.cat([clips[n - job.first] for n in chunk.frames], dim=1) for chunk in job.chunks]
 
 
-def _told_of(board: Board | None, ref: ClipRef, pictures: Iterator[T]) -> Iterator[T]:
+def _told_of(board: DecodeStatus | None, ref: ClipRef, pictures: Iterator[T]) -> Iterator[T]:
     """The pictures, and for each a line on the board while it is decoded."""
     while True:
         with board.decoding(ref) if board is not None else nullcontext():

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.consolidated import network_of
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+from vjepa_scale.checkpoint.load import network_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.chunks import Chunk, cut
 from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures

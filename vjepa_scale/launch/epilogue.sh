@@ -4,7 +4,7 @@
 #     bash epilogue.sh STATUS COMMAND...
 #
 # STATUS is srun's exit status: 0 the work is done, 75 a signal was obeyed and everything is saved. After any
-# other, COMMAND (for stages vjepa_scale.launch.afterwards) decides: its 75 means again. The exit status is the job's, which
+# other, COMMAND (for stages vjepa_scale.launch.requeue) decides: its 75 means again. The exit status is the job's, which
 # Slurm's afterok dependencies read.
 set -u
 trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be finished

@@ -19,14 +19,14 @@ import submitit
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import keep_reserve
 from vjepa_scale.launch.record import Launch
-from vjepa_scale.launch.restarts import Verdict, end_of_attempt
-from vjepa_scale.launch.task import run_launched
+from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
+from vjepa_scale.launch.worker import run_launched
+from vjepa_scale.monitor.follow import copy_lines
+from vjepa_scale.monitor.live import LiveLines
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
 from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
-from vjepa_scale.watch.follow import copy_lines
-from vjepa_scale.watch.live import LiveLines
 
 FAILURE_GRACE_S = 15.0
 # A signal that comes while submitit is starting the ranks is lost, so it is repeated; ranks do not mind.

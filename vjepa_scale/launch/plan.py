@@ -15,6 +15,9 @@ from vjepa_scale.data.short_videos import short_videos
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
 from vjepa_scale.model import flops
+from vjepa_scale.monitor.jobs import SlurmUnavailable, slurm_job
+from vjepa_scale.monitor.stage_files import StageFiles
+from vjepa_scale.monitor.stage_state import who_runs
 from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import stage_folder
@@ -29,9 +32,6 @@ from vjepa_scale.training.preflight import (
     planned_order,
     preflight,
 )
-from vjepa_scale.watch.jobs import SlurmUnavailable, slurm_job
-from vjepa_scale.watch.judging import who_runs
-from vjepa_scale.watch.stage_files import StageFiles
 
 
 def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:

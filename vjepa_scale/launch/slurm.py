@@ -16,7 +16,7 @@ from vjepa_scale.core.files import keep_reserve, write_atomic
 from vjepa_scale.launch.profile import Profile, load_profile
 from vjepa_scale.launch.profile_job import python_command, srun_arguments
 from vjepa_scale.launch.record import Launch
-from vjepa_scale.launch.submission import (
+from vjepa_scale.launch.sbatch import (
     SEE_SLURM,
     ScriptExecutor,
     epilogue,
@@ -29,11 +29,11 @@ from vjepa_scale.launch.submission import (
     said_by_sbatch,
     undisturbed,
 )
-from vjepa_scale.launch.task import run_launched
+from vjepa_scale.launch.worker import run_launched
+from vjepa_scale.monitor.jobs import SlurmUnavailable
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import LOGS, stage_folder
 from vjepa_scale.run.events import History
-from vjepa_scale.watch.jobs import SlurmUnavailable
 
 
 def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
@@ -124,7 +124,7 @@ _END_PEERS = "--kill-on-bad-exit=1"  # else ranks wait for their dead peer
 def _finish(stage: str, launch: Launch, profile: Profile) -> str:
     """A line of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
     step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *srun_arguments(profile)])
-    decide = shlex.join(["-m", "vjepa_scale.launch.afterwards", str(launch.recipe), stage])
+    decide = shlex.join(["-m", "vjepa_scale.launch.requeue", str(launch.recipe), stage])
     return epilogue(launch.code, step, python_command(profile), decide, '${2:+"--setup-failed=$2"}')
 
 

@@ -115,3 +115,9 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x_BKD = block(x_BKD, tables)
             yield x_BKD
+
+
+def pooled(tokens_BND: Tensor, times: int) -> Tensor:
+    """Tokens of so many time steps, averaged over space: [B, times · D]."""
+    B, _, D = tokens_BND.shape
+    return tokens_BND.view(B, times, -1, D).mean(2).flatten(1)

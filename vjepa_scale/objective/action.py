@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.poses import actions_between
 from vjepa_scale.distributed.engine import Engine
+from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.action_predictor import build_action_predictor
-from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 from vjepa_scale.recipe.schema import Recipe
 

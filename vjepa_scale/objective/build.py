@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.selection import task_classes
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.objective.action import ActionConditioned
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.objective.objective import Objective
-from vjepa_scale.objective.probe import Probes, task_classes
+from vjepa_scale.objective.probe import Probes
 from vjepa_scale.recipe import Recipe
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
+from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.encoder import Encoder
-from vjepa_scale.objective.effective_rank import FeatureCovariance
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -82,9 +82,3 @@ def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:
 def normalised(tokens: Tensor) -> Tensor:
     """LayerNorm over the last dimension, without parameters: what predictions and their targets are compared in."""
     return F.layer_norm(tokens, tokens.shape[-1:])
-
-
-def pooled(tokens_BND: Tensor, times: int) -> Tensor:
-    """Tokens of so many time steps, averaged over space: [B, times · D]."""
-    B, _, D = tokens_BND.shape
-    return tokens_BND.view(B, times, -1, D).mean(2).flatten(1)

@@ -1,6 +1,5 @@
 """Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
 
-from collections.abc import Mapping
 from functools import partial
 from itertools import product
 
@@ -9,15 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
-from vjepa_scale.data.kept import task_of
-from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
+from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.model.encoder import pooled
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of
-from vjepa_scale.objective.effective_rank import FeatureCovariance
-from vjepa_scale.objective.objective import Objective, pooled
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.objective.objective import Objective
+from vjepa_scale.recipe import Recipe
 
 
 class Probes(Objective):
@@ -108,13 +106,13 @@ class Probes(Objective):
 
     def encode(self, clips: Tensor) -> Tensor:
         """Tokens [B, N, D] of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights."""
-        return self._engine.look(lambda: self.encoder(self._normalised(clips)))
+        return self._engine.evaluate(lambda: self.encoder(self._normalised(clips)))
 
-    def look(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Without gradients, of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights.
 
         Returns logits of the P probes, float32 [B, P, classes], and features: tokens averaged over space
-        (frozen.encoder_features), float32 [B, T/tubelet · D].
+        (knn_linear.encoder_features), float32 [B, T/tubelet · D].
         """
 
         def forward() -> tuple[Tensor, Tensor]:
@@ -123,9 +121,4 @@ class Probes(Objective):
             times = clips.shape[2] // self._recipe.model.tubelet
             return torch.stack(logits, 1), pooled(tokens_BND.float(), times)
 
-        return self._engine.look(forward)
-
-
-def task_classes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str]:
-    """The classes of the probe stage."""
-    return task_of(resolve_phases(recipe, "probe"), manifests).classes
+        return self._engine.evaluate(forward)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.consolidated import network_of
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+from vjepa_scale.checkpoint.load import network_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import squashed_crop
 from vjepa_scale.data.poses import states_along

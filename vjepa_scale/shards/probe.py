@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
 from vjepa_scale.core.worker_pool import Crashed, Silent, map_in_workers
-from vjepa_scale.data.accidents import CRASH, TIME_LIMIT
+from vjepa_scale.data.substitution import CRASH, TIME_LIMIT
 from vjepa_scale.shards.cut import Cut, checked_cut, plan_cuts
 from vjepa_scale.shards.records import Record, Rejected, Verdict, verdict_tree
 from vjepa_scale.shards.relist import stamp_of

@@ -22,7 +22,7 @@ class Summary:
 
     resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
     reason. The most frequent come first.
-    trajectories: of robots: statistics of states and actions (data/statistics.py)
+    trajectories: of robots: statistics of states and actions (data/trajectory_statistics.py)
     classes, unlabelled: classes, and clips of none
     seconds: shortest, median and longest video (images are none); short: how many are shorter than a clip of so many
              frames at FPS, which would repeat their last picture

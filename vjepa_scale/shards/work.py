@@ -36,7 +36,7 @@ from vjepa_scale.shards.trajectories import find_trajectories
 WORK = ".work"
 _BEFORE = ".work.before"  # the work of an earlier listing, while the new one takes its place
 _CHANGED = "changed"  # in the work: a source was found to be another than was probed
-JOBS = ".slurm"  # launch/arrays.py: beside the work, since its jobs write logs until after its end
+JOBS = ".slurm"  # launch/shard_jobs.py: beside the work, since its jobs write logs until after its end
 CHUNK = 1000  # sources of a long listing
 SHORT = 64_000  # sources: a listing of fewer is held until its length is known
 SHARES = 256  # chunks of a short listing, at most: many jobs are to have some each, however few the videos

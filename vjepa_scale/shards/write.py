@@ -28,7 +28,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
 from vjepa_scale.core.worker_pool import map_in_workers
 from vjepa_scale.data.manifest import REJECTED, Shard, write_manifest
-from vjepa_scale.data.statistics import log_statistics, merged
+from vjepa_scale.data.trajectory_statistics import log_statistics, merged
 from vjepa_scale.shards.cut import copy_cut
 from vjepa_scale.shards.droid import LOG
 from vjepa_scale.shards.encode import transcode

@@ -21,9 +21,9 @@ from vjepa_scale.checkpoint.finding import (
 from vjepa_scale.checkpoint.manifest import MANIFEST, identity, read_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import count_replicas
-from vjepa_scale.data.kept import kept_records
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
+from vjepa_scale.data.selection import kept_records
 from vjepa_scale.masking.draw import check_masks
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder
@@ -345,7 +345,7 @@ def refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
 
 def foreign_step(recipe: Recipe, stage_name: str) -> int:
     """``check_foreign``, whose reading of weights needs PyTorch."""
-    from vjepa_scale.training.foreign import check_foreign
+    from vjepa_scale.training.load_weights import check_foreign
 
     return check_foreign(recipe, stage_name)
 

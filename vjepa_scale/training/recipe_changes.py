@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vjepa_scale.data.kept import longest_clip
+from vjepa_scale.data.selection import longest_clip
 from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 from vjepa_scale.recipe.networks import NETWORKS, NETWORKS_OF
 from vjepa_scale.recipe.phases import kind_of, stage_sets

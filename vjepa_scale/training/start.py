@@ -18,7 +18,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import checkpoints_folder
-from vjepa_scale.training.foreign import check_foreign
+from vjepa_scale.training.load_weights import check_foreign
 from vjepa_scale.training.preflight import (
     UNTRAINED,
     DamagedEndError,
@@ -40,7 +40,7 @@ class Start:
     step:  the next global step, which is the number of completed ones
     first: the global step at which the stage began
     base:  clips that had been drawn from each data set when the stage began
-    foreign: the checkpoint is not a training checkpoint of ours (training/foreign.py)
+    foreign: the checkpoint is not a training checkpoint of ours (training/load_weights.py)
     """
 
     kind: Literal["fresh", "resume", "continue", "init"]

@@ -7,7 +7,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
-from vjepa_scale.data.statistics import merged, trajectory_statistics
+from vjepa_scale.data.trajectory_statistics import merged, trajectory_statistics
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Phase, Recipe
 from vjepa_scale.training.start import Start

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.objective.effective_rank import FeatureCovariance
+from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.objective.objective import Objective
 
 

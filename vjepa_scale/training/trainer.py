@@ -15,12 +15,14 @@ from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic, write_json
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.accidents import Accident
-from vjepa_scale.data.kept import keeps_tokens, kept_records
-from vjepa_scale.data.limits import check_limits, raise_open_files
+from vjepa_scale.data.host_limits import check_limits, raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
+from vjepa_scale.data.selection import keeps_tokens, kept_records
+from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import build_engine
+from vjepa_scale.eval.attentive_probe import ProbeEvaluation, table
+from vjepa_scale.eval.probe_rounds import keep_tokens
 from vjepa_scale.objective.build import build_objective
 from vjepa_scale.objective.probe import Probes
 from vjepa_scale.recipe import Phase, Recipe, recipe_yaml, resolve_phases
@@ -30,13 +32,11 @@ from vjepa_scale.run.failures import Progress
 from vjepa_scale.run.lock import HELD, stage_lock
 from vjepa_scale.run.metrics import MetricsLog, touch
 from vjepa_scale.training.evaluated import is_evaluated
-from vjepa_scale.training.foreign import load_foreign
 from vjepa_scale.training.initial import load_initial
-from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
-from vjepa_scale.training.ledger import NAME, Ledger
+from vjepa_scale.training.load_weights import load_foreign
 from vjepa_scale.training.preflight import data_order, open_data
-from vjepa_scale.training.probe_evaluation import ProbeEvaluation, table
-from vjepa_scale.training.probe_rounds import keep_tokens
+from vjepa_scale.training.signals import Interrupt, SavedAndStopped
+from vjepa_scale.training.skipped_clips import NAME, Ledger
 from vjepa_scale.training.start import Start, find_start, origin_of
 from vjepa_scale.training.statistics import action_statistics
 from vjepa_scale.training.step import NonFiniteLossError, training_step
@@ -236,11 +236,13 @@ class _Trainer:
         geometry = phase.geometries, phase.size
         if self.kept_geometry != geometry:
             stop = partial(self._stop_if_asked, max(phase.first, self.start.step))
-            keep_tokens(self.recipe, probes, self.engine, self.manifests, self.kept, phase, self.ranks, stop)
+            probes.kept = keep_tokens(
+                self.recipe, probes.encode, self.engine, self.manifests, self.kept, phase, self.ranks, stop
+            )
             self._say(f"{self.stage_name}: the tokens of {len(probes.kept)} clips are kept: steps do not encode them")
         self.kept_geometry = geometry
 
-    def _settle(self, phase: Phase, step: int, mine: list[Accident]) -> None:
+    def _settle(self, phase: Phase, step: int, mine: list[DecodeFailure]) -> None:
         """All ranks' accidents of a step into the ledger."""
         self._refuse_if_superseded()  # a row that the successor has not read would change the run at its next resume
         everyone = [accident for accidents in process_group.from_all(mine) for accident in accidents]

@@ -6,7 +6,7 @@
 ``published_model``) and ``huggingface`` know one format each. docs/formats.md is for users.
 """
 
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.published import published_optimizer
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Match, WeightSource
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.watch.states import ALIVE, RunStatus, StageStatus
+from vjepa_scale.monitor.states import ALIVE, RunStatus, StageStatus
 
 WIDTH = 100
 

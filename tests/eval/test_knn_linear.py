@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vjepa_scale.data.labels import few_labels
-from vjepa_scale.objective.frozen import (
+from vjepa_scale.eval.knn_linear import (
     effective_rank,
     encoder_features,
     knn_accuracy,

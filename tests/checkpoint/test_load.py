@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vjepa_scale import load_encoder
-from vjepa_scale.checkpoint.consolidated import (
+from vjepa_scale.checkpoint.load import (
     CONFIG_FILE,
     METADATA_KEY,
     WEIGHTS_FILE,

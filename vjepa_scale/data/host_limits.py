@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import PREFETCH
-from vjepa_scale.data.kept import keeps_tokens
+from vjepa_scale.data.selection import keeps_tokens
 from vjepa_scale.recipe import Recipe, resolve_phases
 
 SHM = Path("/dev/shm")

@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.monitor import jobs
+from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
+from vjepa_scale.monitor.states import StageStatus
+from vjepa_scale.monitor.status import read_status, run_recipe
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.folders import stage_folder
 from vjepa_scale.run.events import History, Row
-from vjepa_scale.watch import jobs
-from vjepa_scale.watch.jobs import JobState, SlurmUnavailable
-from vjepa_scale.watch.states import StageStatus
-from vjepa_scale.watch.status import read_status, run_recipe
 
 # For the ranks to finish their step and save, and for Slurm to clear up after them.
 PATIENCE_S = 60.0

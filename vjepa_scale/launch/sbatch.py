@@ -19,7 +19,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.profile import Profile
 from vjepa_scale.launch.profile_job import python_command, submitit_parameters
 from vjepa_scale.launch.snapshot import import_lines
-from vjepa_scale.watch.jobs import SlurmUnavailable, run_slurm
+from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
 
 SIGNAL = "USR2"
 SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says

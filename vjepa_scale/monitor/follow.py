@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
+from vjepa_scale.monitor import jobs
+from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
+from vjepa_scale.monitor.states import ALIVE, RunStatus, StageStatus
+from vjepa_scale.monitor.status import read_status, run_recipe
 from vjepa_scale.recipe.folders import logs_folder
-from vjepa_scale.watch import jobs
-from vjepa_scale.watch.jobs import JobState, SlurmUnavailable
-from vjepa_scale.watch.states import ALIVE, RunStatus, StageStatus
-from vjepa_scale.watch.status import read_status, run_recipe
 
 EXIT_INTERRUPTED = 130
 

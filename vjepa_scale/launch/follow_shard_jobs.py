@@ -10,10 +10,10 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import MANIFEST
-from vjepa_scale.launch.shards_task import STEPS
+from vjepa_scale.launch.shard_worker import STEPS
+from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable, is_alive, run_slurm
 from vjepa_scale.shards.plan import Plan
 from vjepa_scale.shards.work import Progress, Work
-from vjepa_scale.watch.jobs import JobState, SlurmUnavailable, is_alive, run_slurm
 
 LOOK_S = 1.0
 ASK_S = 5.0

@@ -1,6 +1,6 @@
 """The entry of each process of a stage: under submitit (local or Slurm), torchrun, srun or plain Python.
 
-torchrun --nproc-per-node 8 -m vjepa_scale.launch.task recipes/vitg_384.yaml pretrain [key=value …]
+torchrun --nproc-per-node 8 -m vjepa_scale.launch.worker recipes/vitg_384.yaml pretrain [key=value …]
 
 Exit codes: 0 done; 75 (EX_TEMPFAIL) saved after a signal, to be started again; 2 a mistake that one line
 names; 1 anything else.
@@ -18,12 +18,12 @@ from typing import NoReturn
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.core.worker_pool import remove_socket_folder
-from vjepa_scale.launch.restarts import refuse_endless_restarts
+from vjepa_scale.launch.retry_policy import refuse_endless_restarts
 from vjepa_scale.recipe import Recipe, load_recipe
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
 from vjepa_scale.run.events import History
 from vjepa_scale.run.failures import Progress, report_failure, told_as
-from vjepa_scale.training.interrupt import Interrupt, SavedAndStopped
+from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 
 
 def run_launched(recipe: Path, stage: str) -> str:

@@ -10,7 +10,7 @@ from vjepa_scale.data.labels import few_labels, labels_of
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.data.trajectory_clips import long_enough
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase, Recipe, resolve_phases
 
 
 def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
@@ -30,6 +30,11 @@ def kept_records(recipe: Recipe, phases: list[Phase], manifests: Mapping[str, Ma
 def task_of(phases: list[Phase], manifests: Mapping[str, Manifest]) -> Manifest:
     """Whose classes a probe stage tells apart: its first data set's."""
     return manifests[next(iter(phases[0].mixture))]
+
+
+def task_classes(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str]:
+    """The classes of the probe stage."""
+    return task_of(resolve_phases(recipe, "probe"), manifests).classes
 
 
 def keeps_tokens(recipe: Recipe, phase: Phase) -> bool:

@@ -26,12 +26,10 @@ from submitit.core.utils import FailedJobError
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.file_lock import file_lock
 from vjepa_scale.core.files import read_json, write_json
-from vjepa_scale.launch.arrays_follow import Job, follow
+from vjepa_scale.launch.follow_shard_jobs import Job, follow
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.profile_job import without_gpus
-from vjepa_scale.launch.shards_task import STEPS, run_share
-from vjepa_scale.launch.snapshot import code_folder, snapshot_code
-from vjepa_scale.launch.submission import (
+from vjepa_scale.launch.sbatch import (
     SEE_SLURM,
     ScriptExecutor,
     epilogue,
@@ -43,9 +41,11 @@ from vjepa_scale.launch.submission import (
     said_by_sbatch,
     undisturbed,
 )
+from vjepa_scale.launch.shard_worker import STEPS, run_share
+from vjepa_scale.launch.snapshot import code_folder, snapshot_code
+from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
 from vjepa_scale.shards.summary import Summary, summarize
 from vjepa_scale.shards.work import JOBS, Part, Progress, Settings, Work, begin
-from vjepa_scale.watch.jobs import SlurmUnavailable, run_slurm
 
 _ARRAYS = ("probe", "write")
 

@@ -1,6 +1,6 @@
 """At the end of a Slurm job's attempt that did not end well: is there to be another?
 
-srun --ntasks 1 python -m vjepa_scale.launch.afterwards RECIPE STAGE [key=value …]
+srun --ntasks 1 python -m vjepa_scale.launch.requeue RECIPE STAGE [key=value …]
 
 Runs inside the job (vjepa_scale/launch/epilogue.sh calls it). Writes the failure into the stage's history and
 says in one line what follows. Exit codes: 75 queue the job again; 0 the stage is done after all; 2 or 1 let it
@@ -20,7 +20,7 @@ import argparse  # noqa: E402
 import os  # noqa: E402
 
 from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, run_command  # noqa: E402
-from vjepa_scale.launch.restarts import end_of_attempt  # noqa: E402
+from vjepa_scale.launch.retry_policy import end_of_attempt  # noqa: E402
 from vjepa_scale.recipe import load_recipe  # noqa: E402
 from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder  # noqa: E402
 from vjepa_scale.run.events import History  # noqa: E402

@@ -2,7 +2,7 @@
 
 Rows have ``event``:
 
-    substituted  a clip was replaced: stage, and the fields of data/accidents.py's Accident. Written before the
+    substituted  a clip was replaced: stage, and the fields of data/substitution.py's DecodeFailure. Written before the
                  step moves, and replayed on resume: the clip is then replaced without being tried
     stop         the run ended itself: stage, step, reason, pid. Changes no number
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, read_jsonl
-from vjepa_scale.data.accidents import TIME_LIMIT, Accident, Place
+from vjepa_scale.data.substitution import TIME_LIMIT, DecodeFailure, Place
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import FaultsConfig
 
@@ -34,7 +34,7 @@ class Ledger:
     def __init__(self, run_dir: Path, stage: str) -> None:
         self.path, self._stage = run_dir / NAME, stage
         rows = [row for row in read_jsonl(self.path) if row.get("event") == "substituted" and row.get("stage") == stage]
-        names = [field.name for field in fields(Accident)]
+        names = [field.name for field in fields(DecodeFailure)]
         for row in rows:
             if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
                 raise UserError(
@@ -43,13 +43,13 @@ class Ledger:
                     fix="restore this file from a copy: the numbers of the run depend on it",
                 )
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
-        self._accidents = {accident.place: accident for accident in (Accident(**row) for row in read)}
+        self._accidents = {accident.place: accident for accident in (DecodeFailure(**row) for row in read)}
 
     def known(self) -> dict[Place, tuple[str, str]]:
         """The clips that are not to be tried: place -> (cause, detail)."""
         return {place: (accident.cause, accident.detail) for place, accident in self._accidents.items()}
 
-    def new(self, accidents: Iterable[Accident]) -> list[Accident]:
+    def new(self, accidents: Iterable[DecodeFailure]) -> list[DecodeFailure]:
         """Those that it does not hold."""
         return [accident for accident in accidents if accident.place not in self._accidents]
 
@@ -62,8 +62,8 @@ class Ledger:
         return dict(Counter((accident.dataset, accident.cause) for accident in self._accidents.values()).most_common())
 
     def enter(
-        self, accidents: Iterable[Accident], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
-    ) -> list[Accident]:
+        self, accidents: Iterable[DecodeFailure], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
+    ) -> list[DecodeFailure]:
         """Take in all ranks' new accidents of a step, durably, and return them by slot.
 
         write: this is rank 0. Raises UserError where they are too many; then nothing is written, since the step
@@ -84,7 +84,7 @@ class Ledger:
         return new
 
 
-def _too_many(newest_first: list[Accident], allowed: int, global_batch: int, faults: FaultsConfig) -> UserError:
+def _too_many(newest_first: list[DecodeFailure], allowed: int, global_batch: int, faults: FaultsConfig) -> UserError:
     count, shown = len(newest_first), newest_first[:_NAMED]
     named = "; ".join(map(str, shown)) + (f"; and {count - len(shown)} more" if count > len(shown) else "")
     clips = "1 clip does" if count == 1 else f"{count} clips do"

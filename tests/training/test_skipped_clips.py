@@ -14,11 +14,11 @@ from tests.data.faulty import with_faulty_decoder
 from tests.processes import killed_when
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.accidents import Accident
+from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.recipe.schema import FaultsConfig
-from vjepa_scale.training.ledger import Ledger
+from vjepa_scale.training.skipped_clips import Ledger
 from vjepa_scale.training.trainer import train_stage
 
 pytestmark = pytest.mark.distributed
@@ -57,8 +57,8 @@ def assert_same_run(left: Path, right: Path, folder: Path, *, bits: bool = True)
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
-def accident(step: int, slot: int, cause: str = "unreadable") -> Accident:
-    return Accident(step, slot, "left", 7, key="000000007", shard="x.tar", cause=cause, replacement=3)
+def accident(step: int, slot: int, cause: str = "unreadable") -> DecodeFailure:
+    return DecodeFailure(step, slot, "left", 7, key="000000007", shard="x.tar", cause=cause, replacement=3)
 
 
 def test_the_rate_is_judged_over_the_window_and_a_refused_step_leaves_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.checkpoint.formats import published
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed.fsdp import fill_shard

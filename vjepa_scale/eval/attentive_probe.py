@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.data.evaluation import LabelledClips
-from vjepa_scale.data.kept import choice_records, records_of_draw
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
+from vjepa_scale.data.selection import choice_records, records_of_draw, task_classes
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.objective.probe import Probes, task_classes
+from vjepa_scale.distributed.optim import GroupSetting
+from vjepa_scale.eval.probe_rounds import padded_rounds
 from vjepa_scale.recipe import Phase, Recipe
-from vjepa_scale.training.probe_rounds import padded_rounds
 
 # Of more labelled records than these, drawn by nobody, no features are kept for k-NN and the linear probe.
 FEATURE_RECORDS = 20_000
@@ -46,6 +46,21 @@ class Seen:
         return [float(share) for share in (self.predicted == self.labels[:, None]).mean(0)]
 
 
+class TrainedProbes(Protocol):
+    """What is evaluated: the probes of a stage (objective/probe.py)."""
+
+    @property
+    def settings(self) -> Mapping[str, GroupSetting]:
+        """By probe: learning rate and weight decay."""
+
+    @property
+    def draw_of(self) -> Mapping[str, int]:
+        """By probe: its draw of labels."""
+
+    def evaluate(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, P, classes] and pooled features [B, F] of uint8 clips [B, 3, T, H, W], on all ranks together."""
+
+
 class ProbeEvaluation:
     """Of a stage's probes, on all ranks together.
 
@@ -57,7 +72,7 @@ class ProbeEvaluation:
     def __init__(
         self,
         recipe: Recipe,
-        probes: Probes,
+        probes: TrainedProbes,
         engine: Engine,
         manifests: Mapping[str, Manifest],
         kept: Mapping[str, Ints],
@@ -158,7 +173,7 @@ class ProbeEvaluation:
             crops=self._config.views.crops,
         )
         for shown, clips in rounds:
-            looks = [self._probes.look(part) for part in clips.split(self._phase.micro_batch)]
+            looks = [self._probes.evaluate(part) for part in clips.split(self._phase.micro_batch)]
             if shown is not None:
                 logits, pooled = (torch.cat(parts) for parts in zip(*looks, strict=True))
                 yield from _rows(shown, logits, pooled, views=self._views, featured=features)
@@ -224,14 +239,14 @@ def _training_free(known: Seen | None, draws: list[Ints], seen: Seen, *, neighbo
     """
     if known is None or known.features is None or seen.features is None:
         return dict.fromkeys(("knn", "linear", "knn_draws", "linear_draws", "neighbours"))
-    from vjepa_scale.objective import frozen  # scikit-learn, for whoever needs it
+    from vjepa_scale.eval import knn_linear  # scikit-learn, for whoever needs it
 
     k = min(neighbours, min(len(rows) for rows in draws))
     knn, linear = [], []
     for rows in draws:
         given = known.features[rows], known.labels[rows], seen.features, seen.labels
-        knn.append(frozen.knn_accuracy(*given, k=k))
-        linear.append(frozen.linear_probe_accuracy(*given))
+        knn.append(knn_linear.knn_accuracy(*given, k=k))
+        linear.append(knn_linear.linear_probe_accuracy(*given))
     return {
         "knn": float(np.mean(knn)),
         "linear": float(np.mean(linear)),

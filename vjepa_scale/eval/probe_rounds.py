@@ -16,9 +16,9 @@ from vjepa_scale.data.augment import empty_clips
 from vjepa_scale.data.evaluation import LabelledClips, evaluation_clips
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
+from vjepa_scale.data.selection import task_classes
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.objective.probe import Probes, task_classes
 from vjepa_scale.recipe import Phase, Recipe
 
 # What tokens may take of the memory that is free: workers, checkpoints and the page cache live beside them.
@@ -68,18 +68,20 @@ def padded_rounds(
 
 def keep_tokens(
     recipe: Recipe,
-    probes: Probes,
+    encode: Callable[[Tensor], Tensor],
     engine: Engine,
     manifests: Mapping[str, Manifest],
     kept: Mapping[str, Ints],
     phase: Phase,
     ranks: Ranks,
     each_round: Callable[[], None],
-) -> None:
+) -> dict[tuple[str, int], Tensor]:
     """Encode each training clip of a phase once, as the evaluation sees it, and keep all its tokens on every rank.
 
+    encode:     tokens [B, N, D] of uint8 clips [B, 3, T, H, W], on all ranks together
     kept:       the records that each data set is trained on
     each_round: called on every rank after each batch: a place to stop
+    Returns tokens [N, D] by data set and record.
     Raises UserError where memory does not suffice, and naming a clip that does not decode.
     """
     check_memory(recipe, kept, phase, ranks)
@@ -87,7 +89,7 @@ def keep_tokens(
     for name, records in kept.items():
         frames = phase.frames_of(name)
         for shown, clips in padded_rounds(recipe, engine, phase, manifests, name, records, frames=frames):
-            tokens = probes.encode(clips).cpu()
+            tokens = encode(clips).cpu()
             own = () if shown is None else shown.records
             mine = [
                 ((name, record), tokens[row].clone()) for row, record in enumerate(own)
@@ -95,7 +97,7 @@ def keep_tokens(
             for theirs in process_group.from_all(mine):
                 found.update(theirs)
             each_round()
-    probes.kept = found
+    return found
 
 
 def check_memory(recipe: Recipe, kept: Mapping[str, Ints], phase: Phase, ranks: Ranks) -> None:

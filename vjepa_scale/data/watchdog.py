@@ -16,8 +16,8 @@ from multiprocessing.process import BaseProcess
 from torch.utils.data import get_worker_info
 
 from vjepa_scale.core.worker_pool import worker_context
-from vjepa_scale.data.accidents import CRASH, TIME_LIMIT, Place
 from vjepa_scale.data.clips import ClipRef
+from vjepa_scale.data.substitution import CRASH, TIME_LIMIT, Place
 
 _LINE = 5  # serial number, step, slot, data set, record
 _POLL_S = 0.25
@@ -25,7 +25,7 @@ _POLL_S = 0.25
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 
-class Board:
+class DecodeStatus:
     """One line per worker: the clip that it decodes now. Pickles to a worker as it starts.
 
     names: of the data sets
@@ -60,10 +60,10 @@ class Board:
         return Place(step, slot, self._names[dataset], record)
 
 
-class SilenceWatch:
+class WorkerWatchdog:
     """Kills workers that decode one clip for longer than ``limit_s``, from its making to ``stop``."""
 
-    def __init__(self, board: Board, workers: Sequence[BaseProcess], *, limit_s: float) -> None:
+    def __init__(self, board: DecodeStatus, workers: Sequence[BaseProcess], *, limit_s: float) -> None:
         self._board, self._workers, self._limit_s = board, workers, limit_s
         self._killed: dict[int, Place] = {}
         self._stopped = threading.Event()

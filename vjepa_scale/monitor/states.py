@@ -19,7 +19,7 @@ The states of a stage:
 
 from dataclasses import dataclass, field
 
-from vjepa_scale.watch.jobs import JobState
+from vjepa_scale.monitor.jobs import JobState
 
 ALIVE = ("waiting", "pending", "starting", "running", "requeued", "ending")
 UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped", "damaged")

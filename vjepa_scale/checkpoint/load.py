@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
-from vjepa_scale.checkpoint.formats.opening import open_weights
+from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import Encoder, Predictor

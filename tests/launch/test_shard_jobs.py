@@ -1,6 +1,6 @@
 """make_shards on a cluster, as far as no cluster is needed: the batch scripts word for word, and what is refused.
 
-python tests/launch/test_arrays.py writes tests/launch/golden/arrays_*.txt anew; read their diff.
+python tests/launch/test_shard_jobs.py writes tests/launch/golden/arrays_*.txt anew; read their diff.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from tests.launch.test_sbatch import GOLDEN, ROOT
 from tests.processes import LIMIT_S
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.launch.arrays_follow import Files, last_words
+from vjepa_scale.launch.follow_shard_jobs import Files, last_words
 from vjepa_scale.launch.profile import Profile
 from vjepa_scale.launch.profile_job import submitit_parameters, without_gpus
-from vjepa_scale.launch.shards_task import Attempt
+from vjepa_scale.launch.shard_worker import Attempt
 from vjepa_scale.shards import work as work_module
 from vjepa_scale.shards.make import make_shards as make
 from vjepa_scale.shards.probe import probe
@@ -171,7 +171,7 @@ def test_a_finish_that_was_ended_amid_its_tidying(videos: Path, tmp_path: Path) 
     script.write_text(
         "import pickle, sys\n"
         "from vjepa_scale.shards.work import Part\n"
-        "from vjepa_scale.launch.shards_task import run_share\n"
+        "from vjepa_scale.launch.shard_worker import run_share\n"
         "if __name__ == '__main__':\n"
         "    work = pickle.load(open(sys.argv[1], 'rb'))\n"
         "    run_share(work, 'finish', Part(0, 1), workers=1, timeout_min=5)\n"

@@ -8,12 +8,12 @@ from vjepa_scale.checkpoint.finding import newest
 from vjepa_scale.checkpoint.manifest import MANIFEST
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import row_of
+from vjepa_scale.monitor.states import LastError, StageStatus
 from vjepa_scale.recipe import Recipe, resolve_phases
 from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.training.evaluated import is_evaluated
-from vjepa_scale.watch.states import LastError, StageStatus
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Callable
 
+from vjepa_scale.monitor import jobs
+from vjepa_scale.monitor.jobs import JobState
+from vjepa_scale.monitor.stage_files import StageFiles, is_over
+from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, StageStatus
+from vjepa_scale.monitor.status_text import clock, duration
 from vjepa_scale.run.events import Attempt
-from vjepa_scale.watch import jobs
-from vjepa_scale.watch.jobs import JobState
-from vjepa_scale.watch.stage_files import StageFiles, is_over
-from vjepa_scale.watch.states import ALIVE, UNFINISHED_ENDS, StageStatus
-from vjepa_scale.watch.status_text import clock, duration
 
 # Without a step for this many usual ones, and this long, a running stage is said to stand still.
 STILL_STEPS, STILL_S = 20.0, 300.0

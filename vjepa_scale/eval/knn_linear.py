@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vjepa_scale.objective import effective_rank as spectrum
-from vjepa_scale.objective.objective import pooled
+from vjepa_scale.eval import effective_rank as spectrum
+from vjepa_scale.model.encoder import pooled
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 A slot whose clip fails shows another one of the same data set: attempt a of slot i at step s is a hash of
 (data.seed, s, i, a). So the data of a run are a function of recipe, seed, step and of which clips failed; and
-which failed is what the run's ledger tells (training/ledger.py). Only a decoder's verdict counts: a shard that
+which failed is what the run's ledger tells (training/skipped_clips.py). Only a decoder's verdict counts: a shard that
 is gone, cut short or unreadable is no clip's fault and stays an error.
 """
 
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Accident:
+class DecodeFailure:
     """A clip that was not shown. The fields are those of a ledger row.
 
     key, shard:  of the record, for whoever looks for it
@@ -77,14 +77,14 @@ def clip_or_substitute(
     known: Known,
     timed: Timed | None = None,
     kept: Ints | None = None,
-) -> tuple[ClipRef, list[npt.NDArray[np.uint8]], list[Accident]]:
+) -> tuple[ClipRef, list[npt.NDArray[np.uint8]], list[DecodeFailure]]:
     """The clip that a slot shows, its pictures, T of uint8 [H, W, 3], and the accidents on the way to them.
 
     known: clips not to be tried
     kept:  the records that the stage draws from; None: all
     Raises UserError where no clip of ATTEMPTS decodes.
     """
-    accidents: list[Accident] = []
+    accidents: list[DecodeFailure] = []
     first: UserError | None = None
     for attempt in range(ATTEMPTS):
         candidate = substitute(manifest, ref, attempt=attempt, data=data, kept=kept) if attempt else ref
@@ -103,7 +103,7 @@ def clip_or_substitute(
                 error = caught
         first = first or undecodable(manifest, candidate, error)
         accidents.append(
-            Accident(
+            DecodeFailure(
                 *place,
                 key=manifest.key(candidate.record),
                 shard=str(manifest.folder / manifest.shard_of(candidate.record).name),

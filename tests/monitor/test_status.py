@@ -20,12 +20,11 @@ from tests.chain import ROOT, write_recipe
 from tests.processes import LIMIT_S
 from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.run.events import Row
-from vjepa_scale.watch import cancel as cancel_module
-from vjepa_scale.watch import follow as follow_module
-from vjepa_scale.watch.cancel import cancel
-from vjepa_scale.watch.follow import copy_lines, follow
-from vjepa_scale.watch.jobs import (
+from vjepa_scale.monitor import cancel as cancel_module
+from vjepa_scale.monitor import follow as follow_module
+from vjepa_scale.monitor.cancel import cancel
+from vjepa_scale.monitor.follow import copy_lines, follow
+from vjepa_scale.monitor.jobs import (
     JobState,
     SlurmUnavailable,
     _parse_scontrol,
@@ -34,9 +33,10 @@ from vjepa_scale.watch.jobs import (
     slurm_job,
     this_process,
 )
-from vjepa_scale.watch.states import RunStatus, StageStatus
-from vjepa_scale.watch.status import read_status
-from vjepa_scale.watch.status_text import as_json, render
+from vjepa_scale.monitor.states import RunStatus, StageStatus
+from vjepa_scale.monitor.status import read_status
+from vjepa_scale.monitor.status_text import as_json, render
+from vjepa_scale.run.events import Row
 
 # The chain's stages: pretrain has steps 0 to 11, cooldown 12 to 17. 8 clips per step.
 NOW = time.time()
@@ -135,7 +135,7 @@ def test_no_torch(run: Run) -> None:
         done = subprocess.run([*words, str(folder)], capture_output=True, text=True, timeout=LIMIT_S)
         assert "Traceback" not in done.stderr
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
-        assert f"vjepa_scale.watch.{command}" in imported
+        assert f"vjepa_scale.monitor.{command}" in imported
         assert command != "status" or "pretrain" in done.stdout
         assert not {name for name in imported if name.partition(".")[0] in ("torch", "numpy", "submitit")}
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
+from vjepa_scale.monitor import jobs
+from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
+from vjepa_scale.monitor.stage_files import StageFiles
+from vjepa_scale.monitor.stage_state import Ask, judge_stage, judge_stage_to_come, who_runs
+from vjepa_scale.monitor.states import RunStatus, StageStatus
 from vjepa_scale.recipe import Recipe, load_recipe
-from vjepa_scale.watch import jobs
-from vjepa_scale.watch.jobs import JobState, SlurmUnavailable
-from vjepa_scale.watch.judging import Ask, judge_stage, judge_stage_to_come, who_runs
-from vjepa_scale.watch.stage_files import StageFiles
-from vjepa_scale.watch.states import RunStatus, StageStatus
 
 
 def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
