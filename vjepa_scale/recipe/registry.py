@@ -1,0 +1,15 @@
+"""What a recipe may name by ``kind``: one line for each says where its code is.
+
+A kind is a class, by the name of its module and its own. Modules are imported when a recipe names the kind, so that
+launchers, which work without PyTorch, pay for nothing else.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def class_of(kinds: Mapping[str, str], kind: str) -> Any:
+    """The class that a kind's line names, ``module:class``. Raises KeyError for a kind without a line."""
+    module, _, name = kinds[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
