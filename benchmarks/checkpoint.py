@@ -36,7 +36,7 @@ from vjepa_scale.model import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.recipe import Phase, Recipe, load_recipe, resolve_phases
+from vjepa_scale.recipe import Phase, Recipe, load_recipe, stages_of
 from vjepa_scale.training.step import training_step
 
 ROOT = Path(__file__).parents[1]
@@ -67,9 +67,9 @@ def _training(recipe: Recipe, folder: Path, saves: int) -> None:
     ranks = Ranks(0, 1, 0, 1, "benchmark", "submitit-local", "benchmark")
     process_group.start(ranks, recipe.engine, rendezvous=folder / "rendezvous")
     engine = build_engine(recipe.engine, ranks)
-    objective = Jepa(recipe, engine)
+    objective = Jepa(stages_of(recipe)["pretrain"], engine)
     engine.start_optimizer(recipe.optimizer, objective.trained)
-    phase = resolve_phases(recipe, "pretrain")[0]
+    phase = stages_of(recipe)["pretrain"].phases[0]
     steps = iter(range(10**9))
 
     def step() -> float:
@@ -162,7 +162,7 @@ def _saved(recipe: Recipe, folder: Path) -> Path:
         f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()
     }
     tensors |= {f"target_{name}": value for name, value in tensors.items() if name.startswith("encoder.")}
-    phase = resolve_phases(recipe, "pretrain")[-1]
+    phase = stages_of(recipe)["pretrain"].phases[-1]
     manifest = {
         "stage": "pretrain",
         "phase": phase.name,

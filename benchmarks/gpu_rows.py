@@ -32,7 +32,7 @@ from vjepa_scale.data.order import DataOrder
 from vjepa_scale.demo.synthetic import World, write_videos
 from vjepa_scale.distributed import process_group
 from vjepa_scale.model.flops import jepa_step
-from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe import Phase, Recipe, stages_of
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.step import training_step
 
@@ -217,7 +217,7 @@ def in_a_group(words: Sequence[object]) -> Iterator["subprocess.Popen[str]"]:
 def measure_step(session: Session, unit: Unit) -> list[Row]:
     recipe = session.recipe(unit, steps=session.sizes.steps)
     session.start(recipe)
-    (phase,) = resolve_phases(recipe, "pretrain")
+    (phase,) = stages_of(recipe)["pretrain"].phases
     clock = Clock(session.device)
     sides: list[Any] = [Ours(recipe, clock)]
     if unit.part == "peer":
@@ -268,7 +268,7 @@ def measure_loader(session: Session, unit: Unit) -> list[Row]:
     ahead = workers * session.recipe(unit, steps=1).data.prefetch
     recipe = session.recipe(unit, steps=2 * ahead, overrides=wanted)
     session.start(recipe)
-    (phase,) = resolve_phases(recipe, "pretrain")
+    (phase,) = stages_of(recipe)["pretrain"].phases
 
     with _loaded(session, recipe, phase, shards) as batches:
         fetched = [next(batches) for _ in range(ahead)]
@@ -312,7 +312,7 @@ def _loaded(session: Session, recipe: Recipe, phase: Phase, shards: Path) -> Ite
     manifest = Manifest.open(shards)
     order = DataOrder(seed=0, sets=[("videos", manifest.records_per_shard)], phases=[phase], lanes=recipe.data.lanes)
     with PhaseLoader(
-        recipe=recipe,
+        stage=stages_of(recipe)["pretrain"],
         phase=phase,
         order=order,
         manifests={"videos": manifest},
@@ -353,7 +353,7 @@ SAVE_ROWS = ("step without a save", "what training waits for a save", "step whil
 def measure_save(session: Session, unit: Unit) -> list[Row]:
     recipe = session.recipe(unit, steps=session.sizes.steps)
     session.start(recipe)
-    (phase,) = resolve_phases(recipe, "pretrain")
+    (phase,) = stages_of(recipe)["pretrain"].phases
     clock = Clock(session.device)
     clock.waits = False
     ours = Ours(recipe, clock)

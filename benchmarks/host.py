@@ -33,7 +33,7 @@ from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model import rope
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.recipe import Recipe, load_recipe
+from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{arguments.model}, rank 1 of {arguments.ranks}, torch {torch.__version__}; ms\n")
     print("| | the first way | this code |\n|---|---|---|", flush=True)
     engine = build_engine(recipe.engine, ranks)
-    objective = Jepa(recipe, engine)
+    objective = Jepa(stages_of(recipe)["pretrain"], engine)
     engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
     row("optimiser", *optimiser(engine, objective, arguments.repeats))
     row("plan", *plan(engine, objective, arguments.ranks))

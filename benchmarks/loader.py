@@ -48,7 +48,7 @@ from vjepa_scale.data.clips import clip_refs
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe import Phase, Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +181,7 @@ def _recipe(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> Rec
 
 def _planned(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> tuple[Recipe, Phase, DataOrder, Manifest]:
     recipe = _recipe(folder, frames, clips, decoder)
-    (phase,) = resolve_phases(recipe, "pretrain")
+    (phase,) = stages_of(recipe)["pretrain"].phases
     manifest = Manifest.open(folder / "shards")
     order = DataOrder(seed=0, sets=[("videos", manifest.records_per_shard)], phases=[phase], lanes=recipe.data.lanes)
     return recipe, phase, order, manifest
@@ -193,7 +193,7 @@ def _windows(folder: Path, frames: int, clips: int) -> list[tuple[int, float]]:
     return [
         (ref.record, ref.start_s)
         for step in range(phase.first, phase.end)
-        for ref in clip_refs(recipe, phase, order, {"videos": manifest}, step=step, slots=range(BATCH))
+        for ref in clip_refs(recipe.data, phase, order, {"videos": manifest}, step=step, slots=range(BATCH))
     ]
 
 
@@ -211,7 +211,7 @@ def _bare(folder: Path, frames: int, clips: int) -> Iterator[int]:
 def _ours(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> Iterator[int]:
     recipe, phase, order, manifest = _planned(folder, frames, clips, decoder)
     with PhaseLoader(
-        recipe=recipe,
+        stage=stages_of(recipe)["pretrain"],
         phase=phase,
         order=order,
         manifests={"videos": manifest},

@@ -29,7 +29,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.recipe import Recipe, load_recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *arguments.overrides,
         ],
     )
-    phase = resolve_phases(recipe, "pretrain")[0]
+    phase = stages_of(recipe)["pretrain"].phases[0]
     with tempfile.TemporaryDirectory() as folder:
         process_group.start(RANKS, recipe.engine, rendezvous=Path(folder))
         # First: it may refuse the folder or the recipe.
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ours(recipe: Recipe, batch: MicroBatch, precision: str, gain: float) -> tuple[Found, dict[str, Tensor]]:
     engine = build_engine(recipe.engine.model_copy(update={"precision": precision}), RANKS)
-    objective = Jepa(recipe, engine)
+    objective = Jepa(stages_of(recipe)["pretrain"], engine)
     engine.start_optimizer(recipe.optimizer, objective.trained)
     tensors = engine.tensors(objective.networks, optimizer=False)
     for name, tensor in tensors.items():

@@ -36,9 +36,8 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.masking import draw_masks
-from vjepa_scale.objective.cost import step_flops
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.recipe import Phase, Recipe, load_recipe, resolve_phases
+from vjepa_scale.recipe import Phase, Recipe, load_recipe, stages_of
 from vjepa_scale.training.step import training_step
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +134,7 @@ class Ours:
 
     def __init__(self, recipe: Recipe, clock: Clock) -> None:
         self.engine: Any = build_engine(recipe.engine, RANKS)
-        self.objective: Any = Jepa(recipe, self.engine)
+        self.objective: Any = Jepa(stages_of(recipe)["pretrain"], self.engine)
         self.engine.start_optimizer(recipe.optimizer, self.objective.trained)
         clock.watch("target", self.objective.target_encoder)
         clock.watch("context", self.objective.encoder)
@@ -175,7 +174,7 @@ def _same_loss(recipe: Recipe, published: Published, batch: MicroBatch) -> tuple
     """Give the published networks our first weights; both losses in float32. Raises UserError where they differ."""
     plain = {"kind": "fsdp", "precision": "float32", "compile": False, "attention": "sdpa"}
     engine: Engine = build_engine(recipe.engine.model_copy(update=plain), RANKS)
-    objective = Jepa(recipe, engine)
+    objective = Jepa(stages_of(recipe)["pretrain"], engine)
     weights = engine.tensors(objective.networks, optimizer=False)
     published.load({name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()})
     with torch.no_grad():
@@ -195,7 +194,7 @@ def _same_loss(recipe: Recipe, published: Published, batch: MicroBatch) -> tuple
 
 def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
     cfg = variants[0].engine
-    phase = resolve_phases(variants[0], "pretrain")[0]
+    phase = stages_of(variants[0])["pretrain"].phases[0]
     device = process_group.pick_device(cfg, RANKS)
     size = "×".join(map(str, phase.size))
     print(f"{arguments.model}, {phase.frames} frames of {size}, {arguments.batch} clips a step; ", end="")
@@ -211,7 +210,7 @@ def _report(variants: Sequence[Recipe], arguments: argparse.Namespace) -> None:
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
     notes = []
     for recipe in variants:
-        flops = step_flops(recipe, phase)
+        flops = stages_of(recipe)[phase.stage].step_flops(phase)
         clock = Clock(device)
         sides: list[Any] = [Ours(recipe, clock)]
         if arguments.peer is not None:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.recipe import Recipe, load_recipe
-from vjepa_scale.recipe.folders import stage_folder
+from vjepa_scale.recipe import Recipe, Stage, load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,18 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
     stages = plan.chosen_stages(recipe, arguments.stages.split(",") if arguments.stages else None)
     if arguments.dump_order:
-        for line in plan.order_lines(recipe, stages, arguments.dump_order):
+        for line in plan.order_lines(stages, arguments.dump_order):
             print(line)
         return 0
     cluster = plan.chosen_cluster(recipe)
     if arguments.print_sbatch:
-        return _print_scripts(recipe, stages, cluster, dry_run=arguments.dry_run)
+        return _print_scripts(stages, cluster, dry_run=arguments.dry_run)
     where = plan.site(recipe)
     with plan.errors_name(arguments.recipe):
-        description = list(plan.describe(recipe, stages, where=where))
+        description = list(plan.describe(stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
-        for problem in plan.objections(recipe, stages, source=arguments.recipe, cluster=cluster):
+        for problem in plan.objections(stages, source=arguments.recipe, cluster=cluster):
             print(f"refused now: {problem}")
         return 0
     return _launch(recipe, stages, cluster, description, arguments, overrides)
@@ -73,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _launch(
     recipe: Recipe,
-    stages: list[str],
+    stages: list[Stage],
     cluster: str,
     description: list[str],
     arguments: argparse.Namespace,
@@ -84,21 +83,22 @@ def _launch(
     from vjepa_scale.run.lock import only_launcher_of
 
     run = Path(recipe.run.dir)
-    remaining = plan.check(recipe, stages, source=arguments.recipe, cluster=cluster, repair=partial(print, flush=True))
+    remaining = plan.check(stages, source=arguments.recipe, cluster=cluster, repair=partial(print, flush=True))
     if not remaining:
         print("\n".join([*description, "every stage is already complete"]))
         return 0
     if cluster == "local" and not arguments.wait:
-        return _in_background(recipe, remaining, [arguments.recipe, *overrides, "--stages", ",".join(remaining)])
+        names = ",".join(stage.name for stage in remaining)
+        return _in_background(remaining[0], [arguments.recipe, *overrides, "--stages", names])
     with only_launcher_of(run):
         plan.refuse_if_at_work(recipe)  # another launch may have come between
         print("\n".join(description), flush=True)
-        launch = record_launch(recipe, remaining, cluster=cluster)
+        launch = record_launch(remaining, cluster=cluster)
         if cluster == "local":
             from vjepa_scale.launch.local import LocalChain, StageFailedError, StoppedError
 
             try:
-                LocalChain(recipe, launch).run(remaining)
+                LocalChain(launch).run(remaining)
             except StageFailedError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
@@ -108,14 +108,14 @@ def _launch(
             return 0
         from vjepa_scale.launch.slurm import submit_chain
 
-        submit_chain(recipe, remaining, launch)
+        submit_chain(remaining, launch)
     if not arguments.wait:
         print(f"look after it with: python tools/launch.py status|follow|cancel {run}")
         return 0
     return look_after("follow", [str(run)])
 
 
-def _print_scripts(recipe: Recipe, stages: list[str], cluster: str, *, dry_run: bool) -> int:
+def _print_scripts(stages: list[Stage], cluster: str, *, dry_run: bool) -> int:
     if not dry_run:
         raise UserError("--print-sbatch only prints", where="command line", fix="give --dry-run too")
     if cluster != "slurm":
@@ -125,14 +125,14 @@ def _print_scripts(recipe: Recipe, stages: list[str], cluster: str, *, dry_run: 
     from vjepa_scale.launch.record import planned_launch
     from vjepa_scale.launch.slurm import scripts
 
-    for stage, text in scripts(recipe, stages, planned_launch(recipe)).items():
-        print(f"# -- {stage}.sbatch\n{text}")
+    for name, text in scripts(stages, planned_launch(stages[0].recipe)).items():
+        print(f"# -- {name}.sbatch\n{text}")
     return 0
 
 
-def _in_background(recipe: Recipe, stages: list[str], again: list[str]) -> int:
+def _in_background(first: Stage, again: list[str]) -> int:
     """The same command with --wait, in a session of its own, so that closing the terminal does not end it."""
-    run = Path(recipe.run.dir)
+    run = Path(first.recipe.run.dir)
     log = run / "launch.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
@@ -144,7 +144,7 @@ def _in_background(recipe: Recipe, stages: list[str], again: list[str]) -> int:
             stderr=output,
             start_new_session=True,
         )
-    history = stage_folder(recipe, stages[0]) / "history.jsonl"
+    history = first.folder / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):
         if (code := process.poll()) is not None:
             words = log.read_bytes()[said:].decode(errors="replace")

@@ -27,7 +27,7 @@ from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.masking import draw_masks
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.shards.make import Settings, make_shards
 
@@ -63,7 +63,7 @@ def batches(
     """The micro-batches of all ranks by step, in the order of slots, of the phase that begins at step 2."""
     recipe = recipe or recipe_for(shards, **kwargs)
     manifests = {"a": shards, "b": shards}
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     order = DataOrder(
         seed=recipe.data.seed,
         sets=[(name, m.records_per_shard) for name, m in manifests.items()],
@@ -73,7 +73,7 @@ def batches(
     out: dict[int, list[MicroBatch]] = {}
     for rank in range(ranks):
         with PhaseLoader(
-            recipe=recipe,
+            stage=stages_of(recipe)["pretrain"],
             phase=phases[1],
             order=order,
             manifests=manifests,
@@ -149,16 +149,16 @@ def test_windows_lie_in_the_video_and_the_dump_is_what_is_loaded(
     shards: Manifest, reference: dict[int, list[MicroBatch]]
 ) -> None:
     recipe, manifests = recipe_for(shards), {"a": shards, "b": shards}
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     sets = [(name, shards.records_per_shard) for name in manifests]
     order = DataOrder(seed=7, sets=sets, phases=phases, lanes=2)
     keys = [shards.key(r) for r in range(shards.records)]
     starts = []
     for step in range(2, 6):
-        lines = [line.split("\t") for line in dump_order(recipe, phases[1], order, manifests, step)]
+        lines = [line.split("\t") for line in dump_order(recipe.data, phases[1], order, manifests, step)]
         assert [(int(line[0]), int(line[1])) for line in lines] == [(step, slot) for slot in range(8)]
         assert [line[2] for line in lines] == [name for m in reference[step] for name in m.datasets]
-        refs = clip_refs(recipe, phases[1], order, manifests, step=step, slots=range(8))
+        refs = clip_refs(recipe.data, phases[1], order, manifests, step=step, slots=range(8))
         for line, ref in zip(lines, refs, strict=True):
             record = keys.index(line[3])
             assert (ref.record, f"{ref.start_s:.6f}") == (record, line[4])
@@ -173,10 +173,10 @@ def test_loaded_pictures_are_those_of_the_order(shards: Manifest, reference: dic
     whole = {"area": 1.0, "aspect": 4 / 3, "flip": 0.0}
     recipe = recipe_for(shards, size=(48, 64), augment=whole)
     loaded = batches(shards, recipe=recipe)
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     order = DataOrder(seed=7, sets=[(n, shards.records_per_shard) for n in "ab"], phases=phases, lanes=2)
     for step in (2, 5):
-        refs = clip_refs(recipe, phases[1], order, {"a": shards, "b": shards}, step=step, slots=range(8))
+        refs = clip_refs(recipe.data, phases[1], order, {"a": shards, "b": shards}, step=step, slots=range(8))
         clips = torch.cat([m.clips for m in loaded[step]])
         for clip, ref in zip(clips, refs, strict=True):
             with av.open(io.BytesIO(shards.read(ref.record))) as container:
@@ -254,15 +254,15 @@ from tests.data.test_loader import recipe_for
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.recipe import resolve_phases
+from vjepa_scale.recipe import stages_of
 
 def main():
     shards = Manifest.open(sys.argv[1])
     recipe = recipe_for(shards, workers=2)
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     order = DataOrder(seed=7, sets=[(n, shards.records_per_shard) for n in "ab"], phases=phases, lanes=2)
-    with PhaseLoader(recipe=recipe, phase=phases[0], order=order, manifests={"a": shards, "b": shards},
-                     dp_rank=0, dp_world_size=1, first_step=0) as loader:
+    with PhaseLoader(stage=stages_of(recipe)["pretrain"], phase=phases[0], order=order,
+                     manifests={"a": shards, "b": shards}, dp_rank=0, dp_world_size=1, first_step=0) as loader:
         batches = iter(loader)
         next(batches)
         if "stay" in sys.argv:

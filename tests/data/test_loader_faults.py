@@ -29,7 +29,7 @@ from vjepa_scale.data.loader import PhaseLoader, Prefetched
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.substitution import DecodeFailure, Known, clip_or_substitute
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.video.container import open_video
 
 WHOLE = {"area": 1.0, "aspect": 4 / 3, "flip": 0.0}  # the crop is the picture
@@ -44,7 +44,7 @@ def overwrite(folder: Path, shards: Manifest, record: int, content: bytes) -> No
 
 
 def order_of(recipe: Recipe, shards: Manifest) -> DataOrder:
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     return DataOrder(seed=7, sets=[(n, shards.records_per_shard) for n in "ab"], phases=phases, lanes=2)
 
 
@@ -56,8 +56,8 @@ def load(
     out: dict[int, list[MicroBatch]] = {}
     for rank in range(ranks):
         with PhaseLoader(
-            recipe=recipe,
-            phase=resolve_phases(recipe, "pretrain")[1],
+            stage=stages_of(recipe)["pretrain"],
+            phase=stages_of(recipe)["pretrain"].phases[1],
             order=order_of(recipe, shards),
             manifests={"a": shards, "b": shards},
             dp_rank=rank,
@@ -71,7 +71,7 @@ def load(
 
 
 def told(batches: dict[int, list[MicroBatch]]) -> list[DecodeFailure]:
-    return [accident for batch in batches.values() for part in batch for accident in part.accidents]
+    return [accident for batch in batches.values() for part in batch for accident in part.failures]
 
 
 def clips(batch: list[MicroBatch]) -> torch.Tensor:
@@ -105,8 +105,8 @@ def test_only_the_slots_of_broken_clips_change_and_show_what_the_rows_say(
     hit = 0
     for step, batch in replaced.items():
         recipe, manifests = recipe_for(shards), {"a": shards, "b": shards}
-        phase = resolve_phases(recipe, "pretrain")[1]
-        refs = clip_refs(recipe, phase, order_of(recipe, shards), manifests, step=step, slots=range(8))
+        phase = stages_of(recipe)["pretrain"].phases[1]
+        refs = clip_refs(recipe.data, phase, order_of(recipe, shards), manifests, step=step, slots=range(8))
         assert as_global(batch)[1] == as_global(whole[step])[1]  # of the same data sets
         for ref, now, then in zip(refs, clips(batch), clips(whole[step]), strict=True):
             if ref.record not in (2, 5):
@@ -155,7 +155,7 @@ def test_a_replacement_is_of_the_records_that_the_stage_draws_from(broken: Manif
     shown = set()
     for slot in range(12):
         ref = ClipRef(0, slot, "a", 2, (0.0, 0.25), 4.0)
-        instead, _, met = clip_or_substitute(broken, ref, data=recipe.data, known={}, kept=kept)
+        instead, _, met = clip_or_substitute(broken, ref, data=recipe.data, known={}, records=kept)
         assert [accident.replacement for accident in met] == [instead.record]
         shown.add(instead.record)
     assert shown == {7, 8}
@@ -294,24 +294,24 @@ def test_a_worker_computes_and_decodes_in_one_thread() -> None:
 
 def test_too_little_shared_memory_or_too_few_handles(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(shards, workers=3)
-    host_limits.check_limits(recipe, "pretrain", ranks_on_node=2)
+    host_limits.check_limits(stages_of(recipe)["pretrain"], ranks_on_node=2)
     clip = 3 * 4 * 32 * 48
     # 3 workers with 2 prepared and 1 in hand each, and 2 at the rank: 11 micro-batches of 4 clips and their masks
     least = 11 * 4 * clip
-    assert least < host_limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
+    assert least < host_limits.shared_memory_needed(stages_of(recipe)["pretrain"]) < 1.1 * least
     free = os.statvfs(host_limits.SHM).f_bavail * os.statvfs(host_limits.SHM).f_frsize
     with pytest.raises(UserError, match=r"MB of shared memory .* are free .*data.workers") as refusal:
-        host_limits.check_limits(recipe, "pretrain", ranks_on_node=2 * free // least)
+        host_limits.check_limits(stages_of(recipe)["pretrain"], ranks_on_node=2 * free // least)
     told = re.search(r"(\d+) MB of /dev/shm are free", str(refusal.value))
     assert told is not None
     assert int(told[1]) == pytest.approx(free / 10**6, rel=0.2)  # others use it too
-    host_limits.check_limits(recipe_for(shards, workers=0), "pretrain", ranks_on_node=2 * free // least)
+    host_limits.check_limits(stages_of(recipe_for(shards, workers=0))["pretrain"], ranks_on_node=2 * free // least)
 
 
 def test_open_files_are_raised_to_what_the_ranks_need(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """512 ranks: two gloo groups of all, with a socket to each of 511, and a hybrid mesh's; 1024 is the usual limit."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(host_limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     recipe = recipe_for(shards, workers=3)
     needed = host_limits.handles_needed(recipe, world_size=512)
     assert needed - host_limits.handles_needed(recipe, world_size=1) == 3 * 511

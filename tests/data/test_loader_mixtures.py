@@ -16,14 +16,14 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs, dump_order
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.stage_data import data_order
 from vjepa_scale.data.substitution import Place
 from vjepa_scale.launch.plan import describe
 from vjepa_scale.model import flops
-from vjepa_scale.objective.cost import step_flops
-from vjepa_scale.recipe import Phase, Recipe, resolve_phases
+from vjepa_scale.recipe import Phase, Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.shards.make import Settings, make_shards
-from vjepa_scale.training.preflight import data_order, preflight
+from vjepa_scale.training.preflight import preflight
 
 FRAMES = {"pictures": 2, "videos": 4, "slow": 8}
 FPS = {"pictures": 4.0, "videos": 4.0, "slow": 2.5}
@@ -84,13 +84,13 @@ def load(
     sets: dict[str, Manifest], recipe: Recipe, *, ranks: int = 1, first: int = FIRST, known: dict | None = None
 ) -> dict[int, list[MicroBatch]]:
     """All ranks' micro-batches by step, of the second phase."""
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     out: dict[int, list[MicroBatch]] = {}
     for rank in range(ranks):
         with PhaseLoader(
-            recipe=recipe,
+            stage=stages_of(recipe)["pretrain"],
             phase=phases[1],
-            order=data_order(recipe, sets, phases, {}),
+            order=data_order(stages_of(recipe)[phases[0].stage], sets, phases, {}),
             manifests=sets,
             dp_rank=rank,
             dp_world_size=ranks,
@@ -124,9 +124,9 @@ def assert_same(left: dict[int, list[MicroBatch]], right: dict[int, list[MicroBa
 
 
 def refs_of(sets: dict[str, Manifest], recipe: Recipe, step: int) -> list[ClipRef]:
-    phases = resolve_phases(recipe, "pretrain")
-    order = data_order(recipe, sets, phases, {})
-    return clip_refs(recipe, phases[1], order, sets, step=step, slots=range(phases[1].global_batch))
+    phases = stages_of(recipe)["pretrain"].phases
+    order = data_order(stages_of(recipe)[phases[0].stage], sets, phases, {})
+    return clip_refs(recipe.data, phases[1], order, sets, step=step, slots=range(phases[1].global_batch))
 
 
 def shown(manifest: Manifest, record: int, times_s: list[float]) -> list[np.ndarray]:
@@ -182,13 +182,13 @@ def test_videos_are_shown_at_the_rate_of_their_data_set_times_the_jitter(
     """The times are those of the dumped order, which says when a clip starts and at which rate it goes on."""
     recipe = recipe_for(sets, augment={"rate": rate})
     loaded = by_slot(load(sets, recipe))
-    phases = resolve_phases(recipe, "pretrain")
-    order = data_order(recipe, sets, phases, {})
+    phases = stages_of(recipe)["pretrain"].phases
+    order = data_order(stages_of(recipe)[phases[0].stage], sets, phases, {})
     keys = {name: [manifest.key(r) for r in range(manifest.records)] for name, manifest in sets.items()}
     rates = []
     for step in range(FIRST, LAST):
         for line, ref in zip(
-            dump_order(recipe, phases[1], order, sets, step), refs_of(sets, recipe, step), strict=True
+            dump_order(recipe.data, phases[1], order, sets, step), refs_of(sets, recipe, step), strict=True
         ):
             _, slot, name, key, start, frames, fps = line.split("\t")
             assert int(frames) == FRAMES[name]
@@ -236,7 +236,7 @@ def test_a_replacement_keeps_frames_and_rate_of_its_slot(sets: dict[str, Manifes
     refs = [ref for ref in refs_of(sets, recipe, FIRST) if ref.dataset == "videos"]
     known = {Place(r.step, r.slot, r.dataset, r.record): ("unreadable", "") for r in refs}
     loaded = load(sets, recipe, known=known)
-    replaced = {a.slot: a.replacement for part in loaded[FIRST] for a in part.accidents}
+    replaced = {a.slot: a.replacement for part in loaded[FIRST] for a in part.failures}
     checked = 0
     for ref in refs:
         record = replaced[ref.slot]
@@ -320,26 +320,26 @@ def test_a_range_of_rates_goes_up_from_above_zero(sets: dict[str, Manifest], rat
 
 def test_masks_are_tried_on_every_geometry_before_a_process_starts(sets: dict[str, Manifest]) -> None:
     future = {"group": 2, "generators": [{"kind": "future"}]}
-    preflight(recipe_for(sets), "pretrain", world_size=4, will_have_run=set())
+    preflight(stages_of(recipe_for(sets))["pretrain"], will_have_run=set())
     recipe = recipe_for(sets, masks=future, data=changed(sets, "pictures", frames=4))
-    preflight(recipe, "pretrain", world_size=4, will_have_run=set())
+    preflight(stages_of(recipe)["pretrain"], will_have_run=set())
     with pytest.raises(UserError, match=r"masks\.generators\.0: a future mask takes 2 time steps at least, .* has 1"):
-        preflight(recipe_for(sets, masks=future), "pretrain", world_size=4, will_have_run=set())
+        preflight(stages_of(recipe_for(sets, masks=future))["pretrain"], will_have_run=set())
 
 
 def test_a_stages_mixture_decides_which_geometries_there_are(sets: dict[str, Manifest]) -> None:
     stage = recipe_for(sets).model_dump(mode="json", exclude_none=True)["pretrain"]
     alone = recipe_for(sets, pretrain={**stage, "mixture": {"videos": 1, "slow": 0}})
-    assert [phase.geometries for phase in resolve_phases(alone, "pretrain")] == [{4: {"videos": 1.0}}] * 2
+    assert [phase.geometries for phase in stages_of(alone)["pretrain"].phases] == [{4: {"videos": 1.0}}] * 2
     longer = recipe_for(sets, pretrain={**stage, "clip": {"frames": 8, "size": [48, 64]}})
-    assert resolve_phases(longer, "pretrain")[0].geometries == {8: {"videos": 3.0, "slow": 1.0}, 2: {"pictures": 2.0}}
+    assert stages_of(longer)["pretrain"].phases[0].geometries == {8: {"videos": 3.0, "slow": 1.0}, 2: {"pictures": 2.0}}
 
 
 def test_the_longest_clips_decide_about_shared_memory(sets: dict[str, Manifest]) -> None:
     recipe = recipe_for(sets, workers=1)
     # 1 worker with 2 prepared and 1 in hand, and 2 at the rank: 5 micro-batches of 2 clips of 8 frames
     least = 5 * 2 * 3 * 8 * 48 * 64
-    assert least < host_limits.shared_memory_needed(recipe, "pretrain") < 1.1 * least
+    assert least < host_limits.shared_memory_needed(stages_of(recipe)["pretrain"]) < 1.1 * least
 
 
 def test_the_plan_and_its_flops_count_every_geometry(sets: dict[str, Manifest]) -> None:
@@ -347,13 +347,13 @@ def test_the_plan_and_its_flops_count_every_geometry(sets: dict[str, Manifest]) 
     four = changed(sets, "pictures", frames=4)
     four["sets"]["videos"]["frames"] = 16
     recipe = recipe_for(sets, data=four, masks={"group": 2, "generators": [{"kind": "future"}]})
-    phase: Phase = resolve_phases(recipe, "pretrain")[1]
+    phase: Phase = stages_of(recipe)["pretrain"].phases[1]
     place = 3 * 4
     of_frames = {
         T: flops.jepa_step(recipe.model, T // 2 * place, [(T // 4 * place, T // 4 * place)]) for T in (4, 8, 16)
     }
     expected = 16 * (3 * of_frames[16] + 2 * of_frames[4] + of_frames[8]) / 6
-    assert step_flops(recipe, phase) == pytest.approx(expected, rel=1e-12)
+    assert stages_of(recipe)[phase.stage].step_flops(phase) == pytest.approx(expected, rel=1e-12)
     lines = list(describe(recipe, ["pretrain"], where="here"))
     assert any(line.endswith("records in 1 shards, weight 1, 8 frames, 2.5 frames per second") for line in lines)
     line = next(line for line in lines if "constant:" in line)

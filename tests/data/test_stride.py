@@ -25,7 +25,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.data.substitution import substitute
-from vjepa_scale.recipe import resolve_phases
+from vjepa_scale.recipe import stages_of
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.video.container import DecodeError
 from vjepa_scale.video.decode import decode_clip, times_of_frames
@@ -173,11 +173,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_clips_show_these_frames(mixed: Manifest, decoder: str) -> None:
     """Numbers are read off the pictures: at a variable rate, too, they count frames and not time."""
     recipe = recipe_for(mixed, sampling="stride", decoder=decoder)
-    phases = resolve_phases(recipe, "pretrain")
+    phases = stages_of(recipe)["pretrain"].phases
     order = DataOrder(seed=7, sets=[(n, mixed.records_per_shard) for n in "ab"], phases=phases, lanes=2)
     shown = dict[str, set[tuple[int, ...]]]()
     for step in range(2, 6):
-        for ref in clip_refs(recipe, phases[1], order, {"a": mixed, "b": mixed}, step=step, slots=range(8)):
+        for ref in clip_refs(recipe.data, phases[1], order, {"a": mixed, "b": mixed}, step=step, slots=range(8)):
             for clip in (ref, substitute(mixed, ref, attempt=1, data=recipe.data)):
                 pictures = pictures_of(clip, mixed.read(clip.record), decoder=decoder)
                 name = Path(json.loads(mixed.read(clip.record, "json"))["path"]).stem
@@ -193,12 +193,12 @@ def test_clips_show_these_frames(mixed: Manifest, decoder: str) -> None:
 def test_the_loader_samples_as_its_recipe_says(mixed: Manifest) -> None:
     def clips(**data: object) -> list[list[int]]:
         recipe = recipe_for(mixed, size=(48, 64), augment={"area": 1.0, "aspect": 4 / 3, "flip": 0.0}, **data)
-        phases = resolve_phases(recipe, "pretrain")
+        phases = stages_of(recipe)["pretrain"].phases
         order = DataOrder(seed=7, sets=[(n, mixed.records_per_shard) for n in "ab"], phases=phases, lanes=2)
         manifests = {"a": mixed, "b": mixed}
-        refs = clip_refs(recipe, phases[1], order, manifests, step=2, slots=range(8))
+        refs = clip_refs(recipe.data, phases[1], order, manifests, step=2, slots=range(8))
         with PhaseLoader(
-            recipe=recipe,
+            stage=stages_of(recipe)["pretrain"],
             phase=phases[1],
             order=order,
             manifests=manifests,

@@ -22,7 +22,7 @@ from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.model import rope
 from vjepa_scale.objective.jepa import Jepa
-from vjepa_scale.recipe import Recipe, load_recipe
+from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.training.step import training_step
 
@@ -79,7 +79,7 @@ def _is_group(one: torch.ScriptObject) -> bool:
 def after_a_step(recipe: Recipe, ranks: Ranks) -> tuple[Jepa, Engine]:
     """The first step sets things up."""
     engine = build_engine(recipe.engine, ranks)
-    objective = Jepa(recipe, engine)
+    objective = Jepa(stages_of(recipe)["pretrain"], engine)
     engine.start_optimizer(recipe.optimizer, objective.trained, unreached=objective.unreached)
     training_step(objective, engine, [batch()], lr=1e-4)
     return objective, engine
@@ -257,7 +257,7 @@ def test_no_copy_inside_the_loss_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.zeros(2, length, channels, device=device)
 
     monkeypatch.setattr(rope, "_axis_tables", axis_tables)
-    objective = Jepa(recipe_of(ENGINE), OnStandIns())  # type: ignore[arg-type]
+    objective = Jepa(stages_of(recipe_of(ENGINE))["pretrain"], OnStandIns())  # type: ignore[arg-type]
     given = batch()
     with Blocking() as seen:
         loss = objective.loss(given)["loss"]

@@ -36,7 +36,7 @@ SHALLOW = ("model.encoder.depth=1", "model.predictor.depth=1")
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_a_real_recipe_has_a_plan_under_either_engine(name: str, engine: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml", [f"engine.kind={engine}", "engine.zero_stage=2"])
-    plan = "\n".join(describe(recipe, chosen_stages(recipe, None), where="slurm"))
+    plan = "\n".join(describe(chosen_stages(recipe, None), where="slurm"))
     assert f"16 nodes × 8 = 128, {engine}, bfloat16, on cuda" in plan
 
 

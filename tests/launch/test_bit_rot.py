@@ -14,8 +14,8 @@ from vjepa_scale.checkpoint.formats.native import find_checkpoint
 from vjepa_scale.checkpoint.manifest import identity, read_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor.status import read_status
-from vjepa_scale.recipe import load_recipe
-from vjepa_scale.training.preflight import source_of
+from vjepa_scale.recipe import load_recipe, stages_of
+from vjepa_scale.training.origin import source_of
 from vjepa_scale.training.start import find_start
 
 PRETRAIN_END, COOLDOWN_END = "pretrain/checkpoints/step_00000012", "cooldown/checkpoints/step_00000018"
@@ -94,7 +94,9 @@ def test_what_a_launch_does_before_anything_starts(run: Path, recipe: Path, monk
     loaded, said = load_recipe(recipe), []
 
     def remaining(**words: object) -> list[str]:
-        return plan.check(loaded, ["pretrain", "cooldown"], source=recipe, cluster="local", **words)  # type: ignore[arg-type]
+        stages = list(stages_of(loaded).values())
+        left = plan.check(stages, source=recipe, cluster="local", **words)  # type: ignore[arg-type]
+        return [stage.name for stage in left]
 
     assert remaining() == []  # a dry run reads no tensors
     assert (run / COOLDOWN_END).is_dir()
@@ -116,11 +118,11 @@ def test_the_next_stage_finds_it_and_status_knows(run: Path, recipe: Path) -> No
     loaded = load_recipe(recipe)
     assert states(run)["pretrain"] == "done"  # nobody has read it
     with pytest.raises(UserError, match=r"the last checkpoint of 'pretrain', .*step_00000012, is damaged.*launch"):
-        find_start(loaded, "cooldown", {})
+        find_start(stages_of(loaded)["cooldown"], {})
     assert (run / f"{PRETRAIN_END}.damaged").is_dir()
     assert states(run)["pretrain"] == "damaged"
     with pytest.raises(UserError, match="'pretrain' stands at step 8"):
-        find_start(loaded, "cooldown", {})
+        find_start(stages_of(loaded)["cooldown"], {})
 
 
 @pytest.mark.parametrize("word", ["continue_from", "init_from"])
@@ -130,16 +132,16 @@ def test_an_older_checkpoint_of_another_run_is_not_taken_in_its_place(
     stage = {word: str(run / "pretrain"), "phases": [{"name": "decay", "start_lr": 1e-3, "final_lr": 1e-6}]}
     stage |= {} if word == "continue_from" else {"continue_from": None}
     path = write_recipe(tmp_path / "other.yaml", tmp_path / "other", two_data_sets, pretrain=None, cooldown=stage)
-    loaded, named = load_recipe(path), str(run / "pretrain")
+    loaded = load_recipe(path)
     flip(run / PRETRAIN_END / "__0_0.distcp")
-    assert source_of(loaded, "cooldown", word, named) == run / PRETRAIN_END  # by names and sizes
+    assert source_of(stages_of(loaded)["cooldown"]) == run / PRETRAIN_END  # by names and sizes
     with pytest.raises(UserError, match="its last checkpoint, step_00000012, is damaged"):
-        find_start(loaded, "cooldown", {})
+        find_start(stages_of(loaded)["cooldown"], {})
     set_aside(run / PRETRAIN_END)
     with pytest.raises(UserError, match=r"its last checkpoint, step_00000012\.damaged, is damaged"):
-        source_of(loaded, "cooldown", word, named)
+        source_of(stages_of(loaded)["cooldown"])
     before = run / "pretrain/checkpoints/step_00000008"
-    assert source_of(loaded, "cooldown", word, str(before)) == before
+    assert source_of(stages_of(load_recipe(path, [f"cooldown.{word}={before}"]))["cooldown"]) == before
 
 
 def test_a_manifest_that_is_a_folder_is_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,7 +240,7 @@ def test_commit_and_patch_give_the_code_that_ran(repository: Path, tmp_path: Pat
     with open(package / "core" / "files.py", "a") as file:
         file.write("# θ, edited\n")
     (package / "where.py").unlink()
-    (package / "report" / "summary.py").rename(package / "report" / "moved.py")  # untracked under its new name
+    (package / "demo" / "summary.py").rename(package / "demo" / "moved.py")  # untracked under its new name
     (package / "staged.py").write_text("staged = True\n")
     git(repository, "add", "vjepa_scale/staged.py")
     (package / "new folder").mkdir()

@@ -13,7 +13,7 @@ from tests.chain import ROOT, metrics, write_recipe
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch import worker
 from vjepa_scale.launch.worker import run_stage
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.training.signals import Interrupt
 
 STAGE = {
@@ -63,6 +63,6 @@ def test_no_place_for_sockets_is_reported_as_any_failure(
     monkeypatch.setattr(worker, "atexit", type("", (), {"register": lambda *_: None}))
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tmp_path / "run", two_data_sets))
     with pytest.raises(UserError, match="no folder for the sockets"):
-        run_stage(recipe, "pretrain")
+        run_stage(stages_of(recipe)["pretrain"])
     (report,) = (tmp_path / "run/pretrain/failures").glob("*.json")
     assert "TMPDIR /long: no folder for the sockets" in json.dumps(json.loads(report.read_text()))

@@ -17,7 +17,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.objective.action import ActionConditioned
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.training.step import training_step
@@ -57,7 +57,7 @@ def batch(seed: int = 0) -> MicroBatch:
     draw = np.random.default_rng(seed)
     clips = torch.from_numpy(draw.integers(0, 256, (CLIPS, 3, FRAMES, *SIZE), dtype=np.uint8))
     states = torch.from_numpy(draw.normal(size=(CLIPS, FRAMES, 7)).astype(np.float32))
-    return MicroBatch(clips, (), 0, range(CLIPS), ("arm",) * CLIPS, states=states)
+    return MicroBatch(clips, (), 0, range(CLIPS), ("arm",) * CLIPS, extras={"states": states})
 
 
 class Formula(nn.Module):
@@ -89,7 +89,9 @@ def normalised(tokens: Floats) -> Floats:
 
 
 def by_objective(ranks: Ranks, rollout_steps: int, exponent: float) -> dict[str, Any]:
-    objective = ActionConditioned(recipe(rollout_steps, loss_exponent=exponent), build_engine(ENGINE, ranks))
+    objective = ActionConditioned(
+        stages_of(recipe(rollout_steps, loss_exponent=exponent))["action"], build_engine(ENGINE, ranks)
+    )
     objective.predictor = predictor = Formula()
     found = objective.loss(batch())
     frames = objective._normalised(batch().clips)
@@ -119,7 +121,7 @@ def test_the_loss_by_hand(
     from scipy.spatial.transform import Rotation  # here: the ranks do without it, and it takes long to import
 
     found = found_losses[rollout_steps, exponent]
-    states = batch().states.numpy().astype(np.float64)
+    states = batch().extras["states"].numpy().astype(np.float64)
     turned = (
         Rotation.from_euler("xyz", states[:, 1:, 3:6].reshape(-1, 3))
         * Rotation.from_euler("xyz", states[:, :-1, 3:6].reshape(-1, 3)).inv()
@@ -157,7 +159,7 @@ def test_the_loss_by_hand(
 def trained(ranks: Ranks, engine_options: dict[str, Any]) -> tuple[list[float], float, bool, float]:
     """Losses of three steps, how much the predictor moved, whether the encoder stayed, and the gradient's norm."""
     engine = build_engine(EngineConfig(**{**ENGINE.model_dump(), **engine_options}), ranks)
-    objective = ActionConditioned(recipe(), engine)
+    objective = ActionConditioned(stages_of(recipe())["action"], engine, {}, {})
     engine.start_optimizer(recipe().optimizer, objective.trained, objective.settings)
 
     def whole(name: str) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Several draws of labels at once: each probe learns from the clips of its own draw alone, whoever computes them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.objective.probe import Probes
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe import Recipe, stages_of
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
 DRAWS = torch.tensor([2, 0, 0, 2, 0, 2, 2, 0])  # none is of draw 1; the second half has one of draw 0
@@ -29,10 +30,16 @@ def clips() -> Tensor:
 def trained(ranks: Ranks, recipe: Recipe) -> dict[str, dict[str, Tensor]]:
     """Weights before, and gradients of one step over eight clips, half of them on each of two ranks."""
     engine = build_engine(recipe.engine, ranks)
-    probes = Probes(recipe, engine, classes=list(CLASSES))
+    manifests = {"train": SimpleNamespace(classes=list(CLASSES))}
+    probes = Probes(stages_of(recipe)["probe"], engine, manifests, {})  # type: ignore[arg-type]
     rows = torch.arange(8).chunk(ranks.world_size)[ranks.rank]
     batch = MicroBatch(
-        clips()[rows], (), 0, range(8), ("train",) * len(rows), labels=LABELS[rows], label_draws=DRAWS[rows]
+        clips()[rows],
+        (),
+        0,
+        range(8),
+        ("train",) * len(rows),
+        extras={"labels": LABELS[rows], "label_draws": DRAWS[rows]},
     )
     weights = {name: _whole(probe, grad=False) for name, probe in probes.probes.items()}
     probes.loss(batch)["loss"].backward()

@@ -24,7 +24,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.objective.action import ActionConditioned
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import StepResult, training_step
 
@@ -88,8 +88,11 @@ def batch(run: str, step: int) -> list[MicroBatch]:
             step,
             range(start, start + MICRO),
             ("a",) * MICRO,
-            states=states[start : start + MICRO],
-            extrinsics=None if cameras is None else cameras[start : start + MICRO],
+            extras={
+                name: tensor[start : start + MICRO]
+                for name, tensor in (("states", states), ("extrinsics", cameras))
+                if tensor is not None
+            },
         )
         for start in range(0, inputs.CLIPS, MICRO)
     ]
@@ -101,7 +104,7 @@ def ours(ranks: Ranks) -> dict[str, Results]:
 
 def trained(ranks: Ranks, run: str) -> Results:
     engine = FsdpEngine(ENGINE, ranks)
-    objective = ActionConditioned(recipe(run), engine)
+    objective = ActionConditioned(stages_of(recipe(run))["action"], engine, {}, {})
     whole = named_parameters(objective.networks)
     drawn = {name: torch.from_numpy(inputs.weight(name, tuple(parameter.shape))) for name, parameter in whole}
     for name, parameter in whole:
@@ -125,7 +128,9 @@ def trained(ranks: Ranks, run: str) -> Results:
 
 
 def rates(run: str) -> list[float]:
-    return [phase.lr(step) for phase in resolve_phases(recipe(run), "action") for step in range(phase.first, phase.end)]
+    return [
+        phase.lr(step) for phase in stages_of(recipe(run))["action"].phases for step in range(phase.first, phase.end)
+    ]
 
 
 def by_part(result: StepResult) -> dict[str, float]:

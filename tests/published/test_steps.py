@@ -20,6 +20,7 @@ from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.recipe import stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import training_step
 
@@ -71,7 +72,7 @@ def batch(step: int) -> list[MicroBatch]:
 
 def ours(ranks: Ranks) -> Results:
     engine = FsdpEngine(ENGINE, ranks)
-    objective = Jepa(RECIPE, engine)
+    objective = Jepa(stages_of(RECIPE)["pretrain"], engine)
     for network, module in objective.networks.items():
         for name, parameter in module.named_parameters():
             value = inputs.weight(f"{network.removeprefix('target_')}.{name}", tuple(parameter.shape))

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe import load_recipe, recipe_yaml, resolve_phases
+from vjepa_scale.recipe import load_recipe, recipe_yaml, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -51,8 +51,8 @@ def test_real_recipes_are_the_papers(name: str) -> None:
     assert (augment.area, augment.aspect, augment.flip) == ((0.3, 1.0), (0.75, 1.35), 0.5)
     assert sorted(s.weight for s in recipe.data.sets.values()) == [0.1, 0.335, 0.565]
 
-    warmup, constant = resolve_phases(recipe, "pretrain")
-    (decay,) = resolve_phases(recipe, "cooldown")
+    warmup, constant = stages_of(recipe)["pretrain"].phases
+    (decay,) = stages_of(recipe)["cooldown"].phases
     assert (warmup.first, warmup.end, constant.end, decay.end) == (0, 12_000, 240_000, 252_000)
     assert warmup.lr(11_999) == constant.lr(12_000) == constant.lr(239_999) == 5.25e-4
     assert warmup.lr(0) == pytest.approx(1e-4 + (5.25e-4 - 1e-4) / 12_000, rel=1e-12)
@@ -77,7 +77,7 @@ def test_action_conditioned_recipe_is_the_published_one() -> None:
         (0.75, 1.35),
         1.0,
     )
-    warmup, constant, decay = resolve_phases(recipe, "action")
+    warmup, constant, decay = stages_of(recipe)["action"].phases
     assert (warmup.end, constant.end, decay.end) == (15 * 300, 300 * 300, 315 * 300)
     assert (warmup.lr(4_499), constant.lr(50_000), decay.lr(94_499)) == (4.25e-4, 4.25e-4, 0)
     assert warmup.lr(0) == pytest.approx(7.5e-5 + 3.5e-4 / 4_500, rel=1e-12)
@@ -91,7 +91,7 @@ def test_probes_are_trained_and_read_as_published() -> None:
     """configs/eval/vitl/ssv2.yaml of the published code: batch 4 on 64 GPUs, 20 epochs of SSv2's 168,913 videos."""
     recipe = load_recipe(RECIPES / "probe_ssv2.yaml")
     assert list(recipe.stages()) == ["probe"]
-    probe, phases = recipe.probe, resolve_phases(recipe, "probe")
+    probe, phases = recipe.probe, stages_of(recipe)["probe"].phases
     assert probe is not None
     assert (recipe.model.encoder.width, probe.heads, probe.depth, probe.eps) == (1024, 16, 4, 1e-5)
     assert (probe.clip.frames, probe.clip.size, recipe.data.fps) == (16, (256, 256), 12 / 4)
@@ -131,7 +131,7 @@ def test_learning_rate_of_every_step_is_the_closed_form() -> None:
     rates = [
         p.lr(s)
         for stage in ("pretrain", "cooldown")
-        for p in resolve_phases(recipe, stage)
+        for p in stages_of(recipe)[stage].phases
         for s in range(p.first, p.end)
     ]
     # warmup: 0.1 + 0.4·(s+1)/4; constant; decay: 0.5 − 0.3·(i+1)/3
@@ -234,7 +234,7 @@ def test_an_error_about_several_keys_names_what_they_have_in_common(overrides: l
 def test_a_phase_takes_from_its_stage_what_it_leaves_out() -> None:
     phases = [{"name": "a", "start_lr": 0.1, "steps": 2}, {"name": "b", "clip": {"size": 64}}]
     recipe = validate_recipe(small_recipe(pretrain={"steps": 10, "phases": phases}), source="test")
-    first, second = resolve_phases(recipe, "pretrain")
+    first, second = stages_of(recipe)["pretrain"].phases
     assert (first.frames, first.size) == (4, (32, 48))
     assert (second.frames, second.size) == (4, (64, 64))
     assert second.lr(9) == 0.1
@@ -248,7 +248,7 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
     assert recipe.model.encoder.width == 1024
     assert recipe.optimizer.eps == 1e-6
     assert recipe.run.dir == "somewhere else"
-    assert resolve_phases(recipe, "pretrain")[0].steps == 100
+    assert stages_of(recipe)["pretrain"].phases[0].steps == 100
     refined = load_recipe(RECIPES / "vitg_384.yaml", ["model.encoder.depth=2"])
     assert (refined.model.encoder.width, refined.model.encoder.depth) == (1408, 2)
     for override in ("pretrain.phases.0.steps.x=1", "pretrain.steps.x=1", "run.dir.x=1"):

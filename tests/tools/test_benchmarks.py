@@ -679,7 +679,7 @@ def test_showcase_runs_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     steps: list[tuple[Any, ...]] = []
     monkeypatch.setattr(demo, "step", lambda _, *words: steps.append(words))
     measured = SimpleNamespace(measure_demo=lambda *_, **__: summary())
-    for name, stub in (("demo", measured), ("summary", SimpleNamespace(table=lambda _: []))):
+    for name, stub in (("chain", measured), ("summary", SimpleNamespace(table=lambda _: []))):
         monkeypatch.setitem(sys.modules, f"vjepa_scale.demo.{name}", stub)  # they take seconds to import
 
     def here(command: Sequence[str], *, check: bool) -> None:

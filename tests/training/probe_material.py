@@ -18,7 +18,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
 from vjepa_scale.eval import attentive_probe
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
@@ -121,7 +121,7 @@ def probe_stage(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """The probe stages of some recipes, one after the other."""
     process_group.stop()  # the stage makes its own
     for recipe in recipes:
-        train_stage(recipe, "probe", ranks)
+        train_stage(stages_of(recipe)["probe"], ranks)
 
 
 def stopped_after_a_step(ranks: Ranks, recipe: Recipe) -> None:
@@ -129,7 +129,7 @@ def stopped_after_a_step(ranks: Ranks, recipe: Recipe) -> None:
     interrupt = Interrupt()
     interrupt.signal = "SIGUSR2"
     try:
-        train_stage(recipe, "probe", ranks, interrupt=interrupt)
+        train_stage(stages_of(recipe)["probe"], ranks, interrupt=interrupt)
     except SavedAndStopped:
         return
     raise AssertionError("the signal was not obeyed")

@@ -34,7 +34,7 @@ from vjepa_scale.launch.retry_policy import Verdict
 from vjepa_scale.launch.snapshot import snapshot_code
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.run.events import History
 
@@ -189,7 +189,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             real(path, *values, **words)
 
-        for room in ("training.history", "training.failures"):
+        for room in ("run.events", "run.failures"):
             monkeypatch.setattr(f"vjepa_scale.{room}.{name}", write, raising=False)
     return folder
 
@@ -214,7 +214,7 @@ def test_a_rank_that_finds_the_disk_full_reports_it(
     monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
     monkeypatch.setattr(worker.atexit, "register", lambda _, code: left.append(code))
     with pytest.raises(OSError, match="No space left"):
-        worker.run_stage(recipe, "pretrain")
+        worker.run_stage(stages_of(recipe)["pretrain"])
     assert left == [2]
     report = read_json(next((disk / "failures").iterdir()))
     assert (report["kind"], report["user_error"]) == ("PassingError", False)  # the next attempt may find space
@@ -222,8 +222,8 @@ def test_a_rank_that_finds_the_disk_full_reports_it(
 
     # When it does not pass, the launcher ends with 2 and that line.
     History(disk).add("failed", **report, report=None)
-    chain = LocalChain(recipe, Launch(tmp_path, tmp_path))
-    failure = chain._failure("pretrain", Verdict("stop", "it failed", "twice"), History(disk))
+    chain = LocalChain(Launch(tmp_path, tmp_path))
+    failure = chain._failure(stages_of(recipe)["pretrain"], Verdict("stop", "it failed", "twice"), History(disk))
     assert isinstance(failure, UserError)
     assert str(failure) == report["message"]
 
@@ -247,5 +247,5 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(
     monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
     monkeypatch.setattr(worker.atexit, "register", lambda *_: None)
     with pytest.raises(ZeroDivisionError):
-        worker.run_stage(recipe, "pretrain")
+        worker.run_stage(stages_of(recipe)["pretrain"])
     assert "in a step; its report cannot be written: " in capsys.readouterr().err

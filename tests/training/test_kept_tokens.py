@@ -26,15 +26,14 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.host_limits import shared_memory_needed
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.selection import kept_records
+from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.eval import probe_rounds
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.objective.probe import Probes
-from vjepa_scale.recipe import Recipe, resolve_phases
-from vjepa_scale.training.preflight import data_order, open_data
+from vjepa_scale.recipe import Recipe, stages_of
 
 pytestmark = pytest.mark.distributed
 KEPT: dict[str, Any] = {"keep_tokens": True, "labels_per_class": 3, "label_draws": 2, "lr_scales": [1]}
@@ -48,27 +47,26 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def kept_and_first_losses(ranks: Ranks, recipe: Recipe) -> dict[str, Any]:
     """The tokens that are kept; and of the first step's micro-batches of this rank: records and the loss."""
     engine = build_engine(recipe.engine, ranks)
-    manifests, phases = open_data(recipe, "probe"), resolve_phases(recipe, "probe")
-    probes = Probes(recipe, engine, classes=manifests["train"].classes)
-    kept = kept_records(recipe, phases, manifests)
-    probes.kept = probe_rounds.keep_tokens(
-        recipe, probes.encode, engine, manifests, kept, phases[0], ranks, lambda: None
-    )
+    stage = stages_of(recipe)["probe"]
+    manifests, phases = open_data(stage), stage.phases
+    kept = stage.records(manifests)
+    probes = Probes(stage, engine, manifests, kept)
+    probes.before_phase(phases[0], lambda: None)
     loader = PhaseLoader(
-        recipe=recipe,
+        stage=stage,
         phase=phases[0],
-        order=data_order(recipe, manifests, phases, {}, kept),
+        order=data_order(stage, manifests, phases, {}, kept),
         manifests=manifests,
         dp_rank=ranks.rank,
         dp_world_size=ranks.world_size,
         first_step=0,
-        kept=kept,
+        records=kept,
     )
     with loader:
         batch = next(iter(loader))
     assert all(part.clips.numel() == 0 for part in batch)
     weights = {name: p.full_tensor().detach() for name, p in probes.probes["probe_00"].named_parameters()}
-    steps = [(part.records, part.label_draws, probes.loss(part)["loss"].item()) for part in batch]
+    steps = [(part.records, part.extras["label_draws"], probes.loss(part)["loss"].item()) for part in batch]
     return {"kept": probes.kept, "weights": weights, "steps": steps}
 
 
@@ -122,7 +120,7 @@ def test_steps_hold_nothing_in_shared_memory(sets: dict[str, Path], tmp_path: Pa
         needed = []
         for prefetch in (2, 50):
             data = recipe.data.model_copy(update={"workers": 2, "prefetch": prefetch})
-            needed.append(shared_memory_needed(recipe.model_copy(update={"data": data}), "probe"))
+            needed.append(shared_memory_needed(stages_of(recipe.model_copy(update={"data": data}))["probe"]))
         assert needed[0] > 0
         assert (needed[0] == needed[1]) == same
 
@@ -131,15 +129,15 @@ def test_too_little_memory_is_said_before_a_clip_is_encoded(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = probe_recipe(tmp_path, sets, **KEPT)
-    manifests, phases = open_data(recipe, "probe"), resolve_phases(recipe, "probe")
-    kept = kept_records(recipe, phases, manifests)
+    stage = stages_of(recipe)["probe"]
+    kept, phases = stage.records(open_data(stage)), stage.phases
     needed = 3 * 3 * 2 * 4 * 32 * 4  # clips, tokens, width, bytes
     ranks = Ranks(0, 4, 0, 4, job="0", source="test", job_id="0")
     for free, enough in ((4 * needed * 2, True), (4 * needed * 2 - 1, False)):
         found = SimpleNamespace(available=free)
         monkeypatch.setattr(psutil, "virtual_memory", lambda found=found: found)
         if enough:
-            probe_rounds.check_memory(recipe, kept, phases[0], ranks)
+            probe_rounds.check_memory(stage, kept, phases[0], ranks)
         else:
             with pytest.raises(UserError, match=r"probe\.keep_tokens.*18 clips.*fewer labels_per_class"):
-                probe_rounds.check_memory(recipe, kept, phases[0], ranks)
+                probe_rounds.check_memory(stage, kept, phases[0], ranks)

@@ -30,13 +30,12 @@ from tests.training.probe_material import (
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.selection import choice_records, few_of, records_of_draw
 from vjepa_scale.eval.attentive_probe import table
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.monitor.stage_files import StageFiles
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.training.preflight import is_finished, preflight
 
 pytestmark = pytest.mark.distributed
@@ -96,7 +95,8 @@ def probed(runs: dict[str, Recipe]) -> Recipe:
 def _others(recipe: Recipe) -> list[int]:
     """The records of the training set that are neither trained nor chosen on."""
     manifest = Manifest.open(recipe.data.sets["train"].path)
-    trained, chosen = few_of(recipe, manifest, per_class=3), choice_records(recipe, manifest)
+    stage = stages_of(recipe)["probe"]
+    trained, chosen = stage._few(manifest, per_class=3), stage.choice_records(manifest)
     assert (len(trained), len(chosen)) == (9, 6)
     assert not set(trained) & set(chosen)
     return sorted(set(range(manifest.records)) - {*trained.tolist(), *chosen.tolist()})
@@ -113,8 +113,8 @@ def test_the_result_says_what_was_done(probed: Recipe) -> None:
     assert [(s["lr"], s["weight_decay"]) for s in found["settings"]] == [(FIRST_LR, 0.05), (FIRST_LR / 10, 0.05)]
     assert found["chosen_on"] == "evaluate_on"
     assert found["best"]["accuracy"] == max(s["accuracy"] for s in found["settings"])
-    assert is_finished(probed, "probe")
-    assert StageFiles(probed, "probe").finished
+    assert is_finished(stages_of(probed)["probe"])
+    assert StageFiles(stages_of(probed)["probe"]).finished
 
 
 @pytest.mark.parametrize(("name", "lefts"), [("plain", [4]), ("views", [0, 4, 8] * 2)])
@@ -159,8 +159,8 @@ def test_ranks_and_batches_do_not_change_the_result(probed: Recipe, tmp_path: Pa
         shutil.copytree(probed.run.dir, tmp_path / f"{ranks}")
         again = _with(probed, run={"dir": str(tmp_path / f"{ranks}")}, probe={"micro_batch": micro_batch})
         (tmp_path / f"{ranks}" / "probe" / "evaluation.json").unlink()
-        assert not is_finished(again, "probe")
-        assert not StageFiles(again, "probe").finished
+        assert not is_finished(stages_of(again)["probe"])
+        assert not StageFiles(stages_of(again)["probe"]).finished
         run_processes(probe_stage, ranks, [again])
         found = result(again)
         assert found == expected
@@ -184,8 +184,8 @@ def test_draws_of_labels_have_probes_and_figures_of_their_own(runs: dict[str, Re
         assert found[measure] == pytest.approx(statistics.mean(found[f"{measure}_draws"]["draws"]), abs=1e-12)
     # No record is in two draws, nor in one and among those to choose on; each draw has two of each class.
     manifest = Manifest.open(recipe.data.sets["train"].path)
-    draws = [records_of_draw(recipe, manifest, draw).tolist() for draw in range(3)]
-    chosen_on = choice_records(recipe, manifest).tolist()
+    draws = [stages_of(recipe)["probe"].records_of_draw(manifest, draw).tolist() for draw in range(3)]
+    chosen_on = stages_of(recipe)["probe"].choice_records(manifest).tolist()
     assert len({*draws[0], *draws[1], *draws[2], *chosen_on}) == 6 + 6 + 6 + 12
     labels = labels_in(manifest.folder, found["class_names"])
     assert all(np.bincount(labels[draw]).tolist() == [2, 2, 2] for draw in draws)
@@ -297,7 +297,7 @@ def test_an_undecodable_clip_is_named_and_nothing_is_written(probed: Recipe, set
     with pytest.raises(AssertionError, match=rf"UserError: .*damaged.*record {key} cannot be decoded"):
         run_processes(probe_stage, 1, [recipe])
     assert not list((tmp_path / "run" / "probe").glob("*evaluation*"))
-    assert not is_finished(recipe, "probe")
+    assert not is_finished(stages_of(recipe)["probe"])
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_killed_before_the_result_the_next_start_evaluates(probed: Recipe, sets:
     with pytest.raises(AssertionError, match="died without a word"):
         run_processes(killed_before_the_result, 1, recipe)
     assert checkpoint(recipe).name == "step_00000006"
-    assert not is_finished(recipe, "probe")
+    assert not is_finished(stages_of(recipe)["probe"])
     run_processes(probe_stage, 1, [recipe])
     assert result(recipe) == result(probed)
 
@@ -345,7 +345,7 @@ def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(p
 
     more = [{"name": "decay", "start_lr": FIRST_LR, "final_lr": 0, "steps": 6}, {"name": "more", "start_lr": 1e-4}]
     longer = _with(recipe, probe={"steps": 8, "phases": more})
-    assert not is_finished(longer, "probe")
+    assert not is_finished(stages_of(longer)["probe"])
     run_processes(probe_stage, 1, [longer])
     assert result(longer)["step"] == 8
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(
     others = _yellow(tmp_path)
     recipe = probe_recipe(tmp_path / "run", {**sets, "others": others, "train_again": sets["train"]}, **probe)
     with pytest.raises(UserError, match=sentence):
-        preflight(recipe, "probe", world_size=1, will_have_run=set())
+        preflight(stages_of(recipe)["probe"], will_have_run=set())
 
 
 def _yellow(folder: Path) -> Path:

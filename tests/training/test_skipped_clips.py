@@ -16,7 +16,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.training.skipped_clips import Ledger
 from vjepa_scale.training.trainer import train_stage
@@ -138,7 +138,7 @@ def test_rows_say_what_was_replaced_and_metrics_count_it(undisturbed: Path) -> N
 
 def train(ranks: Ranks, recipe: Path, stage: str) -> None:
     process_group.stop()  # the stage makes its own
-    train_stage(load_recipe(recipe), stage, ranks)
+    train_stage(stages_of(load_recipe(recipe))[stage], ranks)
 
 
 @pytest.mark.parametrize(("row", "ranks"), [(1, 2), pytest.param(4, 1, marks=pytest.mark.slow)])

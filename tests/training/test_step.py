@@ -21,6 +21,7 @@ from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
+from vjepa_scale.recipe import stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.training.step import training_step
 
@@ -147,7 +148,7 @@ def ours(
     ranks: Ranks, frames: tuple[int, ...], limit: float | None
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     engine = FsdpEngine(ENGINE, ranks)
-    objective = Jepa(RECIPE, engine)
+    objective = Jepa(stages_of(RECIPE)["pretrain"], engine)
     encoder, predictor = our_weights(published())
     for network, weights in (
         (objective.encoder, encoder),
@@ -219,7 +220,7 @@ def nothing_moves(ranks: Ranks) -> list[str]:
     from vjepa_scale.training.step import NonFiniteLossError
 
     engine = FsdpEngine(ENGINE, ranks)
-    objective = Jepa(RECIPE, engine)
+    objective = Jepa(stages_of(RECIPE)["pretrain"], engine)
     engine.start_optimizer(RECIPE.optimizer, objective.trained)
     named = named_parameters(objective.trained)
     batch = [_micro_batch(0, 0, *fixed_batch(0)[0])]

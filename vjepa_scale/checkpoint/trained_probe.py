@@ -15,9 +15,9 @@ from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.model.probe import AttentiveProbe, probe_of
-from vjepa_scale.recipe.folders import CHECKPOINTS, EVALUATION
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.schema import ModelConfig
+from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION, stages_of
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def load_probe(folder: Path) -> TrainedProbe:
     result = _evaluation(folder / EVALUATION)
     checkpoint = folder / CHECKPOINTS / name_of(result["step"])
     store.verify(checkpoint)
-    recipe = validate_recipe(store.read_manifest(checkpoint)["recipe"], source=checkpoint / store.MANIFEST)
-    assert recipe.probe is not None, "the stage that wrote this"
+    manifest = store.read_manifest(checkpoint)
+    recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
     classes = tuple(result["class_names"])
-    probe = probe_of(recipe.model, recipe.probe, classes=len(classes))
+    probe = probe_of(recipe.model, stages_of(recipe)[manifest["stage"]].config, classes=len(classes))
     best = result["best"]["probe"]
     tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
     CheckpointReader(checkpoint).fill(tensors, alone=True)  # into the probe's own

@@ -1,7 +1,7 @@
 """What the loader hands to the trainer: micro-batches, typed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ class MicroBatch:
     step:     the global step
     slots:    of the step's global batch
     datasets: name of each clip's data set
-    records:  the number of each clip's record in it; of labelled clips
-    accidents: clips that had to be replaced, as ledger rows; known ones too
-    states, extrinsics: of trajectories, float32 [b, T, 7] and, where the model asks for them, [b, T, 6]
-    labels:   of labelled clips, int64 [b]
-    label_draws: of labelled clips, where there are several draws of labels: the number of each clip's, int64 [b]
+    records:  the number of each clip's record in it
+    failures: clips that had to be replaced because they do not decode; known ones too
+    extras:   what a kind of training learns from beside clips and masks, tensors [b, …] by name
     """
 
     clips: Tensor
@@ -31,12 +29,9 @@ class MicroBatch:
     step: int
     slots: range
     datasets: tuple[str, ...]
-    accidents: tuple[DecodeFailure, ...] = ()
+    failures: tuple[DecodeFailure, ...] = ()
     records: tuple[int, ...] = ()
-    states: Tensor | None = None
-    extrinsics: Tensor | None = None
-    labels: Tensor | None = None
-    label_draws: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         masks = tuple(pair.to(device, non_blocking) for pair in self.masks)
@@ -52,10 +47,7 @@ class MicroBatch:
             self,
             masks=masks,
             clips=change(self.clips),
-            states=None if self.states is None else change(self.states),
-            extrinsics=None if self.extrinsics is None else change(self.extrinsics),
-            labels=None if self.labels is None else change(self.labels),
-            label_draws=None if self.label_draws is None else change(self.label_draws),
+            extras={name: change(tensor) for name, tensor in self.extras.items()},
         )
 
 

@@ -13,7 +13,7 @@ from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stride import strided_frames
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase
 from vjepa_scale.recipe.schema import DataConfig
 from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError
 from vjepa_scale.video.decode import PYAV, decode_clip, times_of_frames
@@ -47,7 +47,7 @@ class ClipRef:
 
 
 def clip_refs(
-    recipe: Recipe,
+    data: DataConfig,
     phase: Phase,
     order: DataOrder,
     manifests: Mapping[str, Manifest],
@@ -55,12 +55,11 @@ def clip_refs(
     step: int,
     slots: Iterable[int],
 ) -> list[ClipRef]:
-    """The clips of some slots of a step of a phase.
+    """The clips of some slots of a step of a phase. data: its stage's
 
     A clip has the frames and the rate of its data set, the rate times the slot's jitter; its window is drawn
     uniformly.
     """
-    data = data_of(recipe, phase)
     seed = data.seed
     datasets, records = order.batch(step)
     refs = []
@@ -72,14 +71,6 @@ def clip_refs(
         frames = phase.frames_of(name)
         refs.append(with_window(ref, manifests[name], draw, frames=frames, sampling=data.sampling))
     return refs
-
-
-def data_of(recipe: Recipe, phase: Phase) -> DataConfig:
-    """How a phase takes its clips. Trajectories always by physical time: their actions are made of it."""
-    if phase.kind != "action":
-        return recipe.data
-    augment = recipe.data.augment.model_copy(update={"rate": (1.0, 1.0)})
-    return recipe.data.model_copy(update={"sampling": "time", "augment": augment})
 
 
 def _jitter(limits: tuple[float, float], draws: KeyedRng) -> float:
@@ -154,10 +145,10 @@ def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserErr
 
 
 def dump_order(
-    recipe: Recipe, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], step: int
+    data: DataConfig, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], step: int
 ) -> Iterator[str]:
     """One line per slot of a step, the columns of DUMPED with tabs between."""
-    for ref in clip_refs(recipe, phase, order, manifests, step=step, slots=range(phase.global_batch)):
+    for ref in clip_refs(data, phase, order, manifests, step=step, slots=range(phase.global_batch)):
         key = manifests[ref.dataset].key(ref.record)
         times = f"{ref.start_s:.6f}\t{len(ref.times_s)}\t{ref.fps:.9g}"
         yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}"

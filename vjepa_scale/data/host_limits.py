@@ -10,8 +10,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.evaluation import PREFETCH
-from vjepa_scale.data.selection import keeps_tokens
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, Stage
 
 SHM = Path("/dev/shm")
 # Handles of a rank beside its loader and its sockets to peers: logs, libraries, a GPU's, a checkpoint's files; and of
@@ -22,24 +21,21 @@ _OTHER_HANDLES, _HANDLES_PER_WORKER = 256, 16
 _GROUPS = 3
 
 
-def shared_memory_needed(recipe: Recipe, stage_name: str) -> int:
+def shared_memory_needed(stage: Stage) -> int:
     """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage.
 
-    Or in the evaluation that a probe stage ends with, whose batches hold all views of a record. A stage that keeps
-    tokens encodes its clips as the evaluation does, and its steps hold none.
+    Or after its last step, where batches of another size follow (``Stage.finish_batch``).
     """
-    held, phases = _held(recipe, recipe.data.prefetch), resolve_phases(recipe, stage_name)
-    decoding = [phase for phase in phases if not keeps_tokens(recipe, phase)]
+    recipe = stage.recipe
+    held = _held(recipe, recipe.data.prefetch)
     training = max(
-        (held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in decoding),
-        default=0,
+        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in stage.phases
     )
-    if phases[-1].kind != "probe" or recipe.probe is None:
-        return training
-    views, last = recipe.probe.views.segments * recipe.probe.views.crops, phases[-1]
-    frames = recipe.data.sets[recipe.probe.evaluate_on].frames or last.frames
-    shown = _held(recipe, PREFETCH) * max(views, last.micro_batch) * _clip_bytes(recipe, frames, last.size)
-    return max(training, shown)
+    needed = training if stage.decodes_clips else 0
+    if (last := stage.finish_batch()) is None:
+        return needed
+    clips, frames, size = last
+    return max(needed, _held(recipe, PREFETCH) * clips * _clip_bytes(recipe, frames, size))
 
 
 def handles_needed(recipe: Recipe, *, world_size: int) -> int:
@@ -69,11 +65,12 @@ def raise_open_files(recipe: Recipe, *, world_size: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def check_limits(recipe: Recipe, stage_name: str, *, ranks_on_node: int) -> None:
+def check_limits(stage: Stage, *, ranks_on_node: int) -> None:
     """Raises UserError with what is needed, what is there, and the key that needs less."""
+    recipe = stage.recipe
     if recipe.data.workers == 0:
         return
-    needed = ranks_on_node * shared_memory_needed(recipe, stage_name)
+    needed = ranks_on_node * shared_memory_needed(stage)
     if SHM.is_dir():
         found = os.statvfs(SHM)
         free = found.f_bavail * found.f_frsize
@@ -81,7 +78,7 @@ def check_limits(recipe: Recipe, stage_name: str, *, ranks_on_node: int) -> None
             raise UserError(
                 f"the loaders of {ranks_on_node} ranks need {needed / 1e6:.0f} MB of shared memory "
                 f"({_loader(recipe)}), {free / 1e6:.0f} MB of {SHM} are free",
-                where=f"{stage_name}: data.workers",
+                where=f"{stage.name}: data.workers",
                 fix="fewer data.workers, a smaller data.prefetch or micro_batch; or a larger "
                 f"{SHM} (of a container: --shm-size)",
             )

@@ -20,10 +20,9 @@ from vjepa_scale.data.batch import MicroBatch, StepBatch
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder, Ints
-from vjepa_scale.data.selection import keeps_tokens, label_draws
 from vjepa_scale.data.substitution import Known, Place
 from vjepa_scale.data.watchdog import DecodeStatus, WorkerWatchdog
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.phases import accumulation
 
 Index = TypeVar("Index")
@@ -36,17 +35,17 @@ class PhaseLoader:
     manifests:               by data set name
     dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
     pin_memory:              for a copy to a GPU that does not block
-    known:                   accidents of the run's ledger: these clips are replaced, not tried
-    kept:                    of data sets of which the stage draws only some records, these (data/selection.py)
+    known:                   clips that are known not to decode: these are replaced, not tried
+    records:                 of data sets of which the stage draws only some records, these
     Use it in a ``with``: its workers end with it. A clip that does not decode, or not within
-    data.faults.decode_timeout_s, is replaced, and told in its MicroBatch's ``accidents``. Raises UserError where a
+    data.faults.decode_timeout_s, is replaced, and reported in its MicroBatch's ``failures``. Raises UserError where a
     shard cannot be read, and where the replacements of a clip do not decode either.
     """
 
     def __init__(
         self,
         *,
-        recipe: Recipe,
+        stage: Stage,
         phase: Phase,
         order: DataOrder,
         manifests: Mapping[str, Manifest],
@@ -55,18 +54,22 @@ class PhaseLoader:
         first_step: int,
         pin_memory: bool = False,
         known: Known | None = None,
-        kept: Mapping[str, Ints] | None = None,
+        records: Mapping[str, Ints] | None = None,
     ) -> None:
         assert phase.first <= first_step < phase.end, f"step {first_step} is not in phase {phase.name}"
         self._per_step = accumulation(phase, dp_world_size=dp_world_size)
         mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
-        self._recipe, self._pin_memory = recipe, pin_memory
-        self._workers = 0 if keeps_tokens(recipe, phase) else recipe.data.workers
+        self._data, self._pin_memory = stage.recipe.data, pin_memory
+        self._workers = self._data.workers if stage.decodes_clips else 0
         self._indices = _Indices(range(first_step, phase.end), mine)
-        several = phase.kind == "probe" and recipe.probe is not None and recipe.probe.label_draws > 1
-        draws = {name: label_draws(recipe, manifests[name]) for name in phase.mixture} if several else None
         self._load = partial(
-            load_micro_batch, recipe, phase, order, dict(manifests), kept=dict(kept or {}), draws=draws
+            load_micro_batch,
+            stage,
+            phase,
+            order,
+            dict(manifests),
+            records=dict(records or {}),
+            prepared=stage.prepared(phase, manifests),
         )
         self._known = dict(known or {})
         self._names = order.names
@@ -78,7 +81,7 @@ class PhaseLoader:
             yield [first, *(next(micro_batches) for _ in range(self._per_step - 1))]
 
     def _from(self, given: int, lost: Known) -> "Prefetched[tuple[int, int], MicroBatch]":
-        data = self._recipe.data
+        data = self._data
         board = DecodeStatus(self._names, self._workers) if self._workers else None
         if board is None:  # clips are decoded here
             keep_freed_memory()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.data.clips import data_of
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.stride import strides
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase
+from vjepa_scale.recipe.schema import DataConfig
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ def repeats_last(manifest: Manifest, *, frames: int, fps: float, sampling: str) 
     return np.asarray((duration > 0) & (duration <= (frames - 1) / fps + 1e-9))
 
 
-def short_videos(recipe: Recipe, phase: Phase, manifests: Mapping[str, Manifest]) -> tuple[dict[str, Short], float]:
+def short_videos(data: DataConfig, phase: Phase, manifests: Mapping[str, Manifest]) -> tuple[dict[str, Short], float]:
     """Those of each data set of a phase that has any, and the share of the phase's clips that comes from them.
 
-    manifests: of the phase's data sets; one that is missing counts as having none. Without jitter of the rate.
+    data:      its stage's, without jitter of the rate
+    manifests: of the phase's data sets; one that is missing counts as having none
     """
-    data, found, share = data_of(recipe, phase), dict[str, Short](), 0.0
+    found, share = dict[str, Short](), 0.0
     for name, weight in phase.mixture.items():
         if name not in manifests:
             continue

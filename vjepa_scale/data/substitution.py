@@ -29,7 +29,7 @@ CRASH = "crashes the decoder"
 
 
 class Place(NamedTuple):
-    """One clip in one slot of one step: what an accident is known by."""
+    """One clip in one slot of one step: what a failure is known by."""
 
     step: int
     slot: int
@@ -43,7 +43,7 @@ class DecodeFailure:
 
     key, shard:  of the record, for whoever looks for it
     cause:       one of few, to count by; detail: the particular
-    replacement: the record tried next (an accident of its own where it fails too)
+    replacement: the record tried next (a failure of its own where it fails too)
     """
 
     step: int
@@ -65,7 +65,7 @@ class DecodeFailure:
         return f"data set {self.dataset!r}, record {self.key} of {self.shard} (step {self.step}): {why}"
 
 
-# Accidents that are known before anything is decoded: place -> (cause, detail).
+# Failures that are known before anything is decoded: place -> (cause, detail).
 Known = Mapping[Place, tuple[str, str]]
 
 
@@ -76,33 +76,33 @@ def clip_or_substitute(
     data: DataConfig,
     known: Known,
     timed: Timed | None = None,
-    kept: Ints | None = None,
+    records: Ints | None = None,
 ) -> tuple[ClipRef, list[npt.NDArray[np.uint8]], list[DecodeFailure]]:
-    """The clip that a slot shows, its pictures, T of uint8 [H, W, 3], and the accidents on the way to them.
+    """The clip that a slot shows, its pictures, T of uint8 [H, W, 3], and the failures on the way to them.
 
     known: clips not to be tried
-    kept:  the records that the stage draws from; None: all
+    records: those that the stage draws from; None: all
     Raises UserError where no clip of ATTEMPTS decodes.
     """
-    accidents: list[DecodeFailure] = []
+    failures: list[DecodeFailure] = []
     first: UserError | None = None
     for attempt in range(ATTEMPTS):
-        candidate = substitute(manifest, ref, attempt=attempt, data=data, kept=kept) if attempt else ref
-        if any(accident.record == candidate.record for accident in accidents):
+        candidate = substitute(manifest, ref, attempt=attempt, data=data, records=records) if attempt else ref
+        if any(failure.record == candidate.record for failure in failures):
             continue
-        if accidents:
-            accidents[-1] = replace(accidents[-1], replacement=candidate.record)
+        if failures:
+            failures[-1] = replace(failures[-1], replacement=candidate.record)
         place = Place(ref.step, ref.slot, ref.dataset, candidate.record)
         if place in known:
             error = DecodeError(*known[place])
         else:
             video = manifest.read(candidate.record)
             try:
-                return candidate, pictures_of(candidate, video, decoder=data.decoder, timed=timed), accidents
+                return candidate, pictures_of(candidate, video, decoder=data.decoder, timed=timed), failures
             except DecodeError as caught:
                 error = caught
         first = first or undecodable(manifest, candidate, error)
-        accidents.append(
+        failures.append(
             DecodeFailure(
                 *place,
                 key=manifest.key(candidate.record),
@@ -112,17 +112,17 @@ def clip_or_substitute(
             )
         )
     assert first is not None
-    others = len(accidents) - 1
+    others = len(failures) - 1
     more = f"; nor do {others} others drawn in its place" if others else "; the data set has no other clip"
     raise UserError(first.what + more, where=first.where, fix=first.fix)
 
 
 def substitute(
-    manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig, kept: Ints | None = None
+    manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig, records: Ints | None = None
 ) -> ClipRef:
     """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
     draws = KeyedRng(data.seed, "substitute", ref.step, ref.slot, attempt)
-    record = draws.integer(manifest.records) if kept is None else int(kept[draws.integer(len(kept))])
+    record = draws.integer(manifest.records) if records is None else int(records[draws.integer(len(records))])
     draw = KeyedRng(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()
     ref = replace(ref, record=record)
     return with_window(ref, manifest, draw, frames=len(ref.times_s), sampling=data.sampling)

@@ -21,7 +21,7 @@ from vjepa_scale.demo.synthetic import U8, world_of
 from vjepa_scale.inference.model import load_model
 from vjepa_scale.masking.draw import drawn_masks
 from vjepa_scale.planning import PlanConfig, WorldModel, draw_landscape, load_world_model
-from vjepa_scale.recipe import Recipe, resolve_phases
+from vjepa_scale.recipe import Recipe, stages_of
 
 # How they were found: docs/learning.md.
 PLAN = PlanConfig(samples=48, elites=4, iterations=2, horizon=1, max_translation_m=0.06, max_gripper=0.0)
@@ -79,7 +79,7 @@ def draw_planning(folder: Path, model: WorldModel, world: RobotWorld, *, seed: i
 
 def draw_what_is_seen(recipe: Recipe, consolidated: Path, clips: Manifest, folder: Path) -> None:
     """``masks.png``: what pretraining shows and asks for; ``features.png``: the features of three clips."""
-    pretrain = resolve_phases(recipe, "pretrain")[0]
+    pretrain = stages_of(recipe)["pretrain"].phases[0]
     grid = pretrain.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=pretrain.frames)
     drawn = drawn_masks(recipe.masks, seed=recipe.run.seed, step=0, slots=range(1), grid=grid)
     masks = {f"generator {number}": pair for number, pair in enumerate(drawn, start=1)}

@@ -9,8 +9,8 @@ from vjepa_scale.core.files import read_json, read_jsonl
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.short_videos import short_videos
 from vjepa_scale.demo.held_out import NAMES
-from vjepa_scale.recipe import Recipe, resolve_phases
-from vjepa_scale.recipe.folders import EVALUATION, evaluation_file, stage_folder
+from vjepa_scale.recipe import Recipe, stages_of
+from vjepa_scale.recipe.stage import EVALUATION
 
 
 def summarise(
@@ -22,11 +22,12 @@ def summarise(
     untrained: the run folder of a probe stage on an untrained encoder, to set beside this run's
     parts:     other measures, by name
     """
-    own = read_json(evaluation_file(recipe, "probe")) if recipe.probe is not None else None
+    stages = stages_of(recipe)
+    own = read_json(stages["probe"].evaluation) if "probe" in stages else None
     other = read_json(untrained / "probe" / EVALUATION) if untrained is not None else None
     attentive = {name: found["accuracy"] for name, found in (("trained", own), ("untrained", other)) if found}
     return {
-        "stages": {name: _stage(stage_folder(recipe, name) / "metrics.jsonl") for name in recipe.stages()},
+        "stages": {name: _stage(stage.folder / "metrics.jsonl") for name, stage in stages.items()},
         "short_videos": _short_videos(recipe),
         "probe": held_out["linear_probe"],
         "attentive_probe": attentive,
@@ -55,14 +56,14 @@ def _short_videos(recipe: Recipe) -> dict[str, Any]:
     """By stage and phase with any: how many records of each data set clips repeat the last picture of, and the share
     of the phase's clips.
     """
-    stages = {name: resolve_phases(recipe, name) for name in recipe.stages()}
-    names = {name for phases in stages.values() for phase in phases for name in phase.mixture}
+    stages = stages_of(recipe).values()
+    names = {name for stage in stages for phase in stage.phases for name in phase.mixture}
     folders = {name: Path(recipe.data.sets[name].path) for name in names}
     manifests = {name: Manifest.open(path) for name, path in folders.items() if (path / MANIFEST).exists()}
     found = dict[str, Any]()
-    for phases in stages.values():
-        for phase in phases:
-            short, share = short_videos(recipe, phase, manifests)
+    for stage in stages:
+        for phase in stage.phases:
+            short, share = short_videos(stage.data, phase, manifests)
             if short:
                 sets = {name: {"records": s.records, "of": s.of} for name, s in short.items()}
                 found[f"{phase.stage}.{phase.name}"] = {"share": share, "sets": sets}

@@ -40,7 +40,7 @@ class Engine(ABC):
     """
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
-        self._cfg = cfg
+        self._cfg, self.ranks = cfg, ranks
         self.device = pick_device(cfg, ranks)
         self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
         self.attention = ""  # the name of the kernel in use

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,14 @@ from torch import Tensor
 from vjepa_scale.data.evaluation import LabelledClips
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
-from vjepa_scale.data.selection import choice_records, records_of_draw, task_classes
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.eval.probe_rounds import padded_rounds
-from vjepa_scale.recipe import Phase, Recipe
+from vjepa_scale.recipe import Phase
+
+if TYPE_CHECKING:
+    from vjepa_scale.objective.probe_stage import ProbeStage
 
 # Of more labelled records than these, drawn by nobody, no features are kept for k-NN and the linear probe.
 FEATURE_RECORDS = 20_000
@@ -64,26 +66,25 @@ class TrainedProbes(Protocol):
 class ProbeEvaluation:
     """Of a stage's probes, on all ranks together.
 
-    manifests, kept: of the stage; kept holds the records that each data set is trained on
-    phase:           the last, whose clips, batches and sizes are taken
-    each_round:      called on every rank after each batch: a place to stop
+    manifests, records: of the stage; records that each data set is trained on
+    phase:              the last, whose clips, batches and sizes are taken
+    each_round:         called on every rank after each batch: a place to stop
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        stage: "ProbeStage",
         probes: TrainedProbes,
         engine: Engine,
         manifests: Mapping[str, Manifest],
-        kept: Mapping[str, Ints],
+        records: Mapping[str, Ints],
         phase: Phase,
         each_round: Callable[[], None],
     ) -> None:
-        assert recipe.probe is not None, "the stage of this evaluation"
-        self._recipe, self._config, self._phase = recipe, recipe.probe, phase
+        self._stage, self._config, self._phase = stage, stage.config, phase
         self._probes, self._engine, self._each_round = probes, engine, each_round
-        self._manifests, self._kept = manifests, kept
-        self._classes = task_classes(recipe, manifests)
+        self._manifests, self._records = manifests, records
+        self._classes = stage.task(manifests).classes
         self._views = self._config.views.segments * self._config.views.crops
 
     def result(self, *, step: int, peak_lr: float) -> dict[str, Any] | None:
@@ -92,11 +93,11 @@ class ProbeEvaluation:
         step: of the checkpoint that is evaluated;  peak_lr: of the stage, which the probes' scales multiply
         Raises UserError naming a clip that does not decode, or not within data.faults.decode_timeout_s.
         """
-        labelled = sum(len(records) for records in self._kept.values())
+        labelled = sum(len(records) for records in self._records.values())
         featured = self._config.labels_per_class is not None or labelled <= FEATURE_RECORDS
-        known = self._see_all(dict(self._kept), features=True) if featured else None
+        known = self._see_all(dict(self._records), features=True) if featured else None
         parts = [self._rows_of_draw(draw) for draw in range(self._config.label_draws)]
-        choice = {name: choice_records(self._recipe, self._manifests[name]) for name in self._kept}
+        choice = {name: self._stage.choice_records(self._manifests[name]) for name in self._records}
         chosen = self._see_all(choice) if self._config.choose_per_class else None
         held_out = self._config.evaluate_on
         every = np.arange(self._manifests[held_out].records)
@@ -106,7 +107,7 @@ class ProbeEvaluation:
             assert seen is not None, "on rank 0"
             return {
                 "step": step,
-                "trained_on": {name: len(records) for name, records in self._kept.items()},
+                "trained_on": {name: len(records) for name, records in self._records.items()},
                 "labels_per_class": self._config.labels_per_class,
                 "evaluated_on": held_out,
                 "clips": len(seen.labels),
@@ -136,8 +137,8 @@ class ProbeEvaluation:
     def _rows_of_draw(self, draw: int) -> Ints:
         """Where the records of a draw of labels stand among all that the probes are trained on."""
         rows, before = [], 0
-        for name, records in self._kept.items():
-            own = records_of_draw(self._recipe, self._manifests[name], draw)
+        for name, records in self._records.items():
+            own = self._stage.records_of_draw(self._manifests[name], draw)
             rows.append(before + np.flatnonzero(np.isin(records, own)))
             before += len(records)
         return np.concatenate(rows)
@@ -162,13 +163,13 @@ class ProbeEvaluation:
     def _look(self, name: str, records: Ints, *, features: bool) -> Iterator["_Row"]:
         """This rank's records of a data set."""
         rounds = padded_rounds(
-            self._recipe,
+            self._stage,
             self._engine,
             self._phase,
             self._manifests,
             name,
             records,
-            frames=self._recipe.data.sets[self._config.evaluate_on].frames or self._phase.frames,
+            frames=self._stage.evaluated_frames,
             segments=self._config.views.segments,
             crops=self._config.views.crops,
         )

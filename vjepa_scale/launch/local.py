@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,8 +23,7 @@ from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
 from vjepa_scale.monitor.follow import copy_lines
 from vjepa_scale.monitor.live import LiveLines
-from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
+from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
 
@@ -50,24 +49,24 @@ class StoppedError(Exception):
 class LocalChain:
     """Runs stages one after the other, each to its end, over restarts; shows rank 0's lines as they come."""
 
-    def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        self._recipe, self._launch = recipe, launch
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
         self._job: submitit.Job | None = None
         self._stopping: int | None = None
 
-    def run(self, stages: list[str]) -> None:
+    def run(self, stages: Sequence[Stage]) -> None:
         """Raises UserError for what the user can mend, StoppedError after a signal, else StageFailedError."""
         with self._listening():
             for stage in stages:
-                if is_finished(self._recipe, stage):
-                    print(f"{stage} is already complete")
+                if is_finished(stage):
+                    print(f"{stage.name} is already complete")
                 else:
                     self._run_stage(stage)
 
     # -- one stage -----------------------------------------------------------------------------------
 
-    def _run_stage(self, stage: str) -> None:
-        folder = stage_folder(self._recipe, stage)
+    def _run_stage(self, stage: Stage) -> None:
+        folder = stage.folder
         for leftover in (*folder.glob("failures/*.json"), *folder.glob("rendezvous/*")):
             leftover.unlink()  # a local job's name is a process id, which may come again
         history = History(folder)
@@ -79,20 +78,20 @@ class LocalChain:
             "submitted",
             cluster="local",
             job_id=job.job_id,
-            name=f"{Path(self._recipe.run.dir).name}-{stage}",
+            name=f"{Path(stage.recipe.run.dir).name}-{stage.name}",
             launch=str(self._launch.folder),
             host=socket.gethostname(),
             pid=me.pid,
             created=me.create_time(),
         )
         while True:
-            self._follow(job, failures_folder(self._recipe, stage))
+            self._follow(job, stage.failures)
             verdict = end_of_attempt(
                 history,
-                failures_folder(self._recipe, stage),
+                stage.failures,
                 job=job.job_id,
                 job_id=None,
-                max_restarts=self._recipe.launch.max_restarts,
+                max_restarts=stage.launch.max_restarts,
                 log=Path(job.paths.stderr),
             )
             if verdict.kind == "done":
@@ -107,11 +106,10 @@ class LocalChain:
             job = self._start(stage)
             history.add("requeued", job_id=job.job_id, reason=verdict.ended)
 
-    def _start(self, stage: str) -> submitit.Job:
+    def _start(self, stage: Stage) -> submitit.Job:
         if self._stopping is not None:
             raise StoppedError(self._stopping)
-        logs = logs_folder(self._recipe, stage)
-        launch, engine = self._recipe.launch, self._recipe.engine
+        logs, launch, engine = stage.logs, stage.launch, stage.recipe.engine
         gpus = [] if engine.device == "cpu" else _visible_gpus(os.environ)
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(
@@ -122,8 +120,8 @@ class LocalChain:
             signal_delay_s=SIGNAL_DELAY_S,
         )
         with _inherited(self._launch.code):
-            self._job = executor.submit(run_launched, self._launch.recipe, stage)
-        print(f"{stage}: {launch.tasks_per_node} processes, logs in {logs}/{self._job.job_id}_*", flush=True)
+            self._job = executor.submit(run_launched, self._launch.recipe, stage.name)
+        print(f"{stage.name}: {launch.tasks_per_node} processes, logs in {logs}/{self._job.job_id}_*", flush=True)
         return self._job
 
     def _follow(self, job: submitit.Job, failures: Path) -> None:
@@ -154,15 +152,14 @@ class LocalChain:
                 deadline = None
             time.sleep(0.2)
 
-    def _failure(self, stage: str, verdict: Verdict, history: History) -> Exception:
+    def _failure(self, stage: Stage, verdict: Verdict, history: History) -> Exception:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
         if verdict.user_error or failed["kind"] == PassingError.__name__:  # it did not pass
             return UserError(failed["message"])
         who = f"rank {failed['rank']} failed with " if failed["rank"] is not None else ""
         where = f"report in {failed['report']}, " if failed["report"] else ""
         return StageFailedError(
-            f"{stage}: {who}{verdict.ended}; not started again, since {verdict.why}; "
-            f"{where}logs in {logs_folder(self._recipe, stage)}"
+            f"{stage.name}: {who}{verdict.ended}; not started again, since {verdict.why}; {where}logs in {stage.logs}"
         )
 
     # -- being told to stop --------------------------------------------------------------------------

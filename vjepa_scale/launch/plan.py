@@ -18,29 +18,22 @@ from vjepa_scale.model import flops
 from vjepa_scale.monitor.jobs import SlurmUnavailable, slurm_job
 from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.monitor.stage_state import who_runs
-from vjepa_scale.objective.cost import step_flops
-from vjepa_scale.recipe import Phase, Recipe, resolve_phases
-from vjepa_scale.recipe.folders import stage_folder
-from vjepa_scale.recipe.phases import MASKED, accumulation, stage_sets
+from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
+from vjepa_scale.recipe.networks import NETWORKS
+from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.recipe.schema import LaunchConfig
 from vjepa_scale.run.lock import refuse_if_training
-from vjepa_scale.training.preflight import (
-    Damage,
-    check_finished,
-    damage_of,
-    is_finished,
-    planned_first,
-    planned_order,
-    preflight,
-)
+from vjepa_scale.training.origin import planned_first, planned_order
+from vjepa_scale.training.preflight import Damage, check_finished, damage_of, is_finished, preflight
 
 
-def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
+def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[Stage]:
     """The stages to run, in the recipe's order. Raises UserError for a name the recipe does not have."""
-    every = list(recipe.stages())
+    every = stages_of(recipe)
     for name in names or ():
         if name not in every:
             raise UserError(f"no stage {name!r} in the recipe", where="--stages", fix=f"one of {', '.join(every)}")
-    return [name for name in every if not names or name in names]
+    return [stage for name, stage in every.items() if not names or name in names]
 
 
 def chosen_cluster(recipe: Recipe) -> str:
@@ -51,57 +44,57 @@ def chosen_cluster(recipe: Recipe) -> str:
 
 
 def check(
-    recipe: Recipe,
-    stages: Sequence[str],
+    stages: Sequence[Stage],
     *,
     source: object,
     cluster: str,
     repair: Callable[[str], object] | None = None,
-) -> list[str]:
-    """Preflight of every stage; returns the names of those that are not finished.
+) -> list[Stage]:
+    """Preflight of every stage; returns those that are not finished.
 
     source: the recipe's file, which errors name
     repair: gets the lines about it where the last checkpoints of finished stages are to be read, and a damaged one set
             aside, so that its stage is trained again from the good one before it; None: files are not read
     """
+    recipe = stages[0].recipe
     with errors_name(source):
         if cluster == "local":
-            _fits_this_machine(recipe)
-    world_size = recipe.launch.nodes * recipe.launch.tasks_per_node
-    remaining: list[str] = []
-    damaged: dict[str, Damage] = {}
-    for name in stages:
+            for stage in stages:
+                _fits_this_machine(stage)
+    remaining: list[Stage] = []
+    damaged: list[tuple[Stage, Damage]] = []
+    for stage in stages:
         with errors_name(source):
-            finished = is_finished(recipe, name)
+            finished = is_finished(stage)
             if finished:
-                check_finished(recipe, name)
+                check_finished(stage)
         if finished:
             if repair is None:
                 continue
             refuse_if_at_work(recipe)  # before minutes of reading
-            if (damage := damage_of(recipe, name, say=repair)) is None:
+            if (damage := damage_of(stage, say=repair)) is None:
                 continue
-            damaged[name] = damage
+            damaged.append((stage, damage))
         with errors_name(source):
-            preflight(recipe, name, world_size=world_size, will_have_run=set(remaining))
-        remaining.append(name)
+            preflight(stage, will_have_run={before.name for before in remaining})
+        remaining.append(stage)
     refuse_if_at_work(recipe)
-    for name in remaining:
-        refuse_if_training(stage_folder(recipe, name))
-    for name, damage in damaged.items():
+    for stage in remaining:
+        refuse_if_training(stage.folder)
+    for stage, damage in damaged:
         place = set_aside(damage.checkpoint)
         assert repair is not None
         repair(
-            f"{name}: {damage.checkpoint} is damaged ({damage.problem}): set aside as {place.name}, "
+            f"{stage.name}: {damage.checkpoint} is damaged ({damage.problem}): set aside as {place.name}, "
             f"to be trained again from {damage.good.name} on"
         )
     return remaining
 
 
-def objections(recipe: Recipe, stages: Sequence[str], *, source: object, cluster: str) -> Iterator[str]:
+def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iterator[str]:
     """What a launch would be refused for now, as a dry run says it: nothing is written or submitted."""
     try:
-        check(recipe, stages, source=source, cluster=cluster)
+        check(stages, source=source, cluster=cluster)
     except UserError as error:
         yield str(error)
     if cluster == "slurm":
@@ -109,28 +102,28 @@ def objections(recipe: Recipe, stages: Sequence[str], *, source: object, cluster
 
         try:
             with errors_name(source):
-                said = test_submission(recipe, stages[0], planned_launch(recipe))
+                said = test_submission(stages[0], planned_launch(stages[0].recipe))
         except UserError as error:
             yield str(error)
         else:
             if said:
-                yield f"Slurm would refuse the job of {stages[0]!r}: {said}"
+                yield f"Slurm would refuse the job of {stages[0].name!r}: {said}"
 
 
-def _fits_this_machine(recipe: Recipe) -> None:
-    if recipe.launch.nodes > 1:
+def _fits_this_machine(stage: Stage) -> None:
+    if stage.launch.nodes > 1:
         raise UserError(
-            f"{recipe.launch.nodes} nodes, but this is one machine",
+            f"{stage.launch.nodes} nodes, but this is one machine",
             where="launch.nodes",
             fix="run it where sbatch is, or launch.nodes=1",
         )
-    if recipe.engine.device != "cuda":
+    if stage.recipe.engine.device != "cuda":
         return
     import torch  # to ask for GPUs
 
-    if recipe.launch.tasks_per_node > torch.cuda.device_count():
+    if stage.launch.tasks_per_node > torch.cuda.device_count():
         raise UserError(
-            f"{recipe.launch.tasks_per_node} processes, but {torch.cuda.device_count()} GPUs here",
+            f"{stage.launch.tasks_per_node} processes, but {torch.cuda.device_count()} GPUs here",
             where="engine.device",
             fix="cpu, or fewer launch.tasks_per_node",
         )
@@ -138,22 +131,22 @@ def _fits_this_machine(recipe: Recipe) -> None:
 
 def refuse_if_at_work(recipe: Recipe) -> None:
     """Raise UserError if a job of the run is waiting or running, or if Slurm does not say whether one is."""
-    for stage in recipe.stages():
-        files = StageFiles(recipe, stage)
+    for stage in stages_of(recipe).values():
+        files = StageFiles(stage)
         if not files.rows or files.finished:
             continue
         try:
             owner, job = who_runs(files, slurm_job)
         except SlurmUnavailable as error:
             raise UserError(
-                f"Slurm does not say whether the job of {stage!r} has ended: {error}",
+                f"Slurm does not say whether the job of {stage.name!r} has ended: {error}",
                 where=files.folder,
                 fix="try later",
             ) from None
         if owner == "alive":
             who = f"Slurm job {job.job_id}" if job else f"process {files.submitted['pid'] if files.submitted else '?'}"
             raise UserError(
-                f"{who} of {stage!r} is {job.state.lower() if job else 'at work'}",
+                f"{who} of {stage.name!r} is {job.state.lower() if job else 'at work'}",
                 where=files.folder,
                 fix=f"python tools/launch.py status {recipe.run.dir}, or cancel instead of status",
             )
@@ -169,29 +162,22 @@ def errors_name(source: object) -> Iterator[None]:
         raise UserError(error.what, where=where, fix=error.fix) from None
 
 
-def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[str]:
+def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
     """The plan as lines: ranks, then every phase with its steps, rate, geometry and batch.
 
     where: ``site``'s words
     """
-    launch, model = recipe.launch, recipe.model
-    world_size = launch.nodes * launch.tasks_per_node
-    encoder = model.encoder
+    recipe = stages[0].recipe
+    model, encoder = recipe.model, recipe.model.encoder
     yield f"run     {recipe.run.dir}"
-    yield f"ranks   {launch.nodes} nodes × {launch.tasks_per_node} = {world_size}, {recipe.engine.kind}, " + (
-        f"{recipe.engine.precision}, on {recipe.engine.device}"
-    )
-    yield f"cluster {where}, jobs of at most {launch.timeout_min} minutes"
-    sizes = {"encoder": flops.encoder_parameters(model)}
-    if any(name in MASKED for name in stages):
-        sizes["predictor"] = flops.predictor_parameters(model)
-    if "action" in stages:
-        sizes["action predictor"] = flops.action_predictor_parameters(model)
+    yield f"ranks   {_ranks(recipe.launch)}, {recipe.engine.kind}, {recipe.engine.precision}, on {recipe.engine.device}"
+    yield f"cluster {where}, jobs of at most {recipe.launch.timeout_min} minutes"
+    sizes = {name: flops.PARAMETERS[name](model) for name in NETWORKS if any(name in s.networks for s in stages)}
     yield f"encoder width {encoder.width}, depth {encoder.depth}, heads {encoder.heads}, MLP {encoder.mlp_hidden}; " + (
-        "parameters: " + ", ".join(f"{name} {size / 1e6:,.1f} M" for name, size in sizes.items())
+        "parameters: " + ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} M" for name, size in sizes.items())
     )
     manifests = dict[str, Manifest]()
-    used = {name for stage in stages for name in stage_sets(recipe, stage)}
+    used = {name for stage in stages for name in stage.data_sets}
     for name, data_set in recipe.data.sets.items():
         if name not in used:
             continue
@@ -206,23 +192,28 @@ def describe(recipe: Recipe, stages: Sequence[str], *, where: str) -> Iterator[s
             f", {data_set.fps:g} frames per second" if data_set.fps else ""
         )
         yield f"data    {name}: {data_set.path}{held}, weight {data_set.weight:g}{own}{problem}"
-    for name in stages:
-        stage = recipe.stages()[name]
+    for stage in stages:
+        config = stage.config
         origin = (
-            f"continues from {stage.continue_from}"
-            if stage.continue_from
-            else (f"starts from the weights of {stage.init_from}" if stage.init_from else "starts fresh")
+            f"continues from {config.continue_from}"
+            if config.continue_from
+            else (f"starts from the weights of {config.init_from}" if config.init_from else "starts fresh")
         )
-        yield f"{name}: {stage.steps} steps, {origin}"
-        for phase in resolve_phases(recipe, name, first=planned_first(recipe, name)):
-            yield "  " + _phase_line(recipe, phase, world_size)
-            short, share = short_videos(recipe, phase, manifests)
+        own = f", on {_ranks(stage.launch)} ranks" if stage.launch != recipe.launch else ""
+        yield f"{stage.name}: {config.steps} steps, {origin}{own}"
+        for phase in stage.phases_from(planned_first(stage)):
+            yield "  " + _phase_line(stage, phase)
+            short, share = short_videos(stage.data, phase, manifests)
             if short:
                 counts = ", ".join(
                     f"{s.records} of {s.of} of {set_name} (shorter than {s.frames} frames at {s.fps:g} a second)"
                     for set_name, s in short.items()
                 )
                 yield f"    repeat their last picture: {counts}: {share:.1%} of the clips"
+
+
+def _ranks(launch: LaunchConfig) -> str:
+    return f"{launch.nodes} nodes × {launch.tasks_per_node} = {launch.nodes * launch.tasks_per_node}"
 
 
 def site(recipe: Recipe) -> str:
@@ -235,24 +226,23 @@ def site(recipe: Recipe) -> str:
     return f"{cluster}, profile {recipe.launch.profile}" + (f" ({', '.join(named)})" if named else "")
 
 
-def _phase_line(recipe: Recipe, phase: Phase, world_size: int) -> str:
-    per_rank = accumulation(phase, dp_world_size=world_size)
+def _phase_line(stage: Stage, phase: Phase) -> str:
+    per_rank = accumulation(phase, dp_world_size=stage.world_size)
     return (
         f"{phase.name}: steps {phase.first} to {phase.end - 1}, lr {phase.start_lr:g} → {phase.final_lr:g}, "
-        f"{_geometries(recipe, phase)}, "
-        f"batch {phase.global_batch} = {world_size} ranks × {per_rank} × {phase.micro_batch}, "
-        f"{_count(step_flops(recipe, phase))}FLOPs a step"
+        f"{_geometries(stage, phase)}, "
+        f"batch {phase.global_batch} = {stage.world_size} ranks × {per_rank} × {phase.micro_batch}, "
+        f"{_count(stage.step_flops(phase))}FLOPs a step"
     )
 
 
-def _geometries(recipe: Recipe, phase: Phase) -> str:
+def _geometries(stage: Stage, phase: Phase) -> str:
     """``16 × 256×256 px = 2048 tokens``; of several, each with its share of the clips."""
     said = []
     for frames, part in phase.geometries.items():
-        t, h, w = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=frames)
         share = f" ({sum(part.values()) / sum(phase.mixture.values()):.3g} of the clips: {', '.join(part)})"
+        tokens = stage.tokens_in_words(phase, frames)
         several = len(phase.geometries) > 1
-        tokens = f"{frames} × {h * w}" if phase.kind == "action" else str(t * h * w)
         said.append(f"{frames} × {phase.size[0]}×{phase.size[1]} px = {tokens} tokens" + several * share)
     return " and ".join(said)
 
@@ -263,7 +253,7 @@ def _count(value: float) -> str:
     return f"{value / 1000**thousands:.3g} {' kMGTPE'[thousands].strip()}"
 
 
-def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[str]:
+def order_lines(stages: Sequence[Stage], text: str) -> Iterator[str]:
     """``--dump-order FIRST:LAST``: a line per clip of the global steps FIRST … LAST−1, without training.
 
     The first line, ``# step…``, names the columns, separated by tabs. Raises UserError before it for a range that
@@ -279,13 +269,13 @@ def order_lines(recipe: Recipe, stages: Sequence[str], text: str) -> Iterator[st
             where="--dump-order",
             fix=f"FIRST:LAST with FIRST < LAST, for example {wanted.start}:{wanted.start + 1}",
         )
-    planned = {name: planned_order(recipe, name) for name in stages}
-    steps = {name: range(phases[0].first, phases[-1].end) for name, (phases, *_) in planned.items()}
+    planned = {stage.name: (stage, *planned_order(stage)) for stage in stages}
+    steps = {name: range(phases[0].first, phases[-1].end) for name, (_, phases, *_) in planned.items()}
     if not any(max(wanted.start, there.start) < min(wanted.stop, there.stop) for there in steps.values()):
         there = ", ".join(f"{name} has steps {s.start} to {s.stop - 1}" for name, s in steps.items())
         raise UserError(f"no step of the stages is in {text}", where="--dump-order", fix=there)
     yield "# " + "\t".join(DUMPED)
-    for phases, order, manifests in planned.values():
+    for stage, phases, order, manifests in planned.values():
         for phase in phases:
             for step in range(max(wanted.start, phase.first), min(wanted.stop, phase.end)):
-                yield from dump_order(recipe, phase, order, manifests, step)
+                yield from dump_order(stage.data, phase, order, manifests, step)

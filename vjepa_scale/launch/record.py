@@ -1,12 +1,13 @@
 """What a launch leaves behind: the resolved recipe that its jobs read, the code that they run, where both come from."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vjepa_scale.core.files import write_atomic, write_json
 from vjepa_scale.launch.snapshot import code_folder, new_launch_folder, snapshot_code, source_state
-from vjepa_scale.recipe import Recipe, recipe_yaml
+from vjepa_scale.recipe import Recipe, Stage, recipe_yaml
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Launch:
         shutil.rmtree(self.folder)
 
 
-def record_launch(recipe: Recipe, stages: list[str], *, cluster: str) -> Launch:
+def record_launch(stages: Sequence[Stage], *, cluster: str) -> Launch:
     """Write a launch down, and the run's own ``recipe.yaml``, before anything starts."""
+    recipe = stages[0].recipe
     run = Path(recipe.run.dir).absolute()
     code = snapshot_code(run)
     launch = Launch(new_launch_folder(run), code)
     try:
         facts, patch = source_state()
-        write_json(launch.folder / "source.json", {"cluster": cluster, "stages": stages, **facts})
+        names = [stage.name for stage in stages]
+        write_json(launch.folder / "source.json", {"cluster": cluster, "stages": names, **facts})
         if patch:
             write_atomic(launch.folder / "source.patch", patch)
         for path in (launch.recipe, run / "recipe.yaml"):

@@ -21,8 +21,7 @@ import os  # noqa: E402
 
 from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, run_command  # noqa: E402
 from vjepa_scale.launch.retry_policy import end_of_attempt  # noqa: E402
-from vjepa_scale.recipe import load_recipe  # noqa: E402
-from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder  # noqa: E402
+from vjepa_scale.recipe import load_recipe, stages_of  # noqa: E402
 from vjepa_scale.run.events import History  # noqa: E402
 
 
@@ -35,19 +34,19 @@ def main() -> int:
     parser.add_argument("--setup-failed", metavar="WORDS")
     parser.add_argument("--status", type=int, help="srun's")
     arguments = parser.parse_intermixed_args()
-    recipe, stage = load_recipe(arguments.recipe, arguments.overrides), arguments.stage
-    history = History(stage_folder(recipe, stage))
+    stage = stages_of(load_recipe(arguments.recipe, arguments.overrides))[arguments.stage]
+    history = History(stage.folder)
     job_id, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     if arguments.refused:
         history.add("gave_up", job_id=job_id, reason="Slurm did not queue its job again")
         return 1
     verdict = end_of_attempt(
         history,
-        failures_folder(recipe, stage),
+        stage.failures,
         job=f"{job_id}.*-{restart}",
         job_id=job_id,
-        max_restarts=recipe.launch.max_restarts,
-        log=logs_folder(recipe, stage) / f"{job_id}_0_log.err",
+        max_restarts=stage.launch.max_restarts,
+        log=stage.logs / f"{job_id}_0_log.err",
         setup=arguments.setup_failed,
         early_signal="SIGUSR2" if arguments.status == 128 + signal.SIGUSR2 else None,
     )
@@ -55,10 +54,10 @@ def main() -> int:
         return 0
     if verdict.kind == "again":
         history.add("requeued", job_id=job_id, reason=verdict.ended)
-        print(f"{stage}: {verdict.ended}: job {job_id} is to be queued again", flush=True)
+        print(f"{stage.name}: {verdict.ended}: job {job_id} is to be queued again", flush=True)
         return EXIT_SAVED
     history.add("gave_up", job_id=job_id, reason=verdict.why)
-    print(f"{stage}: {verdict.ended}: not again, since {verdict.why}", flush=True)
+    print(f"{stage.name}: {verdict.ended}: not again, since {verdict.why}", flush=True)
     return EXIT_USER_ERROR if verdict.user_error else 1
 
 

@@ -31,12 +31,11 @@ from vjepa_scale.launch.sbatch import (
 )
 from vjepa_scale.launch.worker import run_launched
 from vjepa_scale.monitor.jobs import SlurmUnavailable
-from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.folders import LOGS, stage_folder
+from vjepa_scale.recipe import Recipe, Stage
 from vjepa_scale.run.events import History
 
 
-def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
+def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
     """Submit the stages' jobs and write them into the stages' histories.
 
     Raises UserError where Slurm refuses one; those submitted before it are cancelled then.
@@ -45,17 +44,16 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
     before: submitit.Job | None = None
     submitted: list[tuple[submitit.Job, History]] = []
     for stage in stages:
-        executor = stage_executor(recipe, stage, launch, after=before.job_id if before else None)
-        write_atomic(launch.folder / f"{stage}.sbatch", executor.script())
+        executor = stage_executor(stage, launch, after=before.job_id if before else None)
+        write_atomic(launch.folder / f"{stage.name}.sbatch", executor.script())
         name = executor.parameters["job_name"]
-        _refuse_twin(recipe, name)
-        folder = stage_folder(recipe, stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_reserve(folder)
+        _refuse_twin(stage.recipe, name)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        keep_reserve(stage.folder)
         try:
             with undisturbed():  # a job that nobody has written down would get a twin by the next launch
-                job = executor.submit(run_launched, launch.recipe, stage)
-                history = History(stage_folder(recipe, stage))
+                job = executor.submit(run_launched, launch.recipe, stage.name)
+                history = History(stage.folder)
                 history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
         except FailedJobError as error:
             for earlier, history in reversed(submitted):
@@ -64,13 +62,13 @@ def submit_chain(recipe: Recipe, stages: Sequence[str], launch: Launch) -> None:
             if not submitted:
                 launch.withdraw()
             raise UserError(
-                f"Slurm refused the job of {stage!r}: {said_by_sbatch(str(error))}",
-                where=_blame(recipe),
+                f"Slurm refused the job of {stage.name!r}: {said_by_sbatch(str(error))}",
+                where=_blame(stage.recipe),
                 fix=SEE_SLURM,
             ) from None
         submitted.append((job, history))
         waits = f" after {before.job_id}" if before else ""
-        print(f"{stage}: Slurm job {job.job_id}{waits}, logs in {executor.folder}/{job.job_id}_*", flush=True)
+        print(f"{stage.name}: Slurm job {job.job_id}{waits}, logs in {executor.folder}/{job.job_id}_*", flush=True)
         before = job
 
 
@@ -85,34 +83,34 @@ def _refuse_twin(recipe: Recipe, name: str) -> None:
         raise UserError(f"Slurm job {job_id} is this stage's already", where=run, fix=f"scancel {job_id}, or wait")
 
 
-def scripts(recipe: Recipe, stages: Sequence[str], launch: Launch) -> dict[str, str]:
+def scripts(stages: Sequence[Stage], launch: Launch) -> dict[str, str]:
     """Stage → its batch script, as it would be submitted. A job id that is not known yet is named after its stage."""
     texts = {}
     for before, stage in zip([None, *stages], stages, strict=False):
-        after = f"JOB_ID_OF_{before.upper()}" if before else None
-        texts[stage] = stage_executor(recipe, stage, launch, after=after).script()
+        after = f"JOB_ID_OF_{before.name.upper()}" if before else None
+        texts[stage.name] = stage_executor(stage, launch, after=after).script()
     return texts
 
 
-def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | None) -> ScriptExecutor:
+def stage_executor(stage: Stage, launch: Launch, *, after: str | None) -> ScriptExecutor:
     """The executor of one stage's job. after: the job that must have succeeded before."""
-    run = Path(recipe.run.dir).absolute()
-    profile, cfg = load_profile(recipe.launch.profile), recipe.launch
+    run = Path(stage.recipe.run.dir).absolute()
+    profile, cfg = load_profile(stage.launch.profile), stage.launch
     refuse_pattern(run)
     refuse_short(
         cfg.timeout_min, profile, named=cfg.profile or "(its default)", doing="train", where="launch.timeout_min"
     )
     return job_executor(
         profile,
-        logs=run / stage / LOGS,
+        logs=stage.logs.absolute(),
         code=launch.code,
-        finish=[_finish(stage, launch, profile)],
-        name=f"{run.name}-{stage}",
+        finish=[_finish(stage.name, launch, profile)],
+        name=f"{run.name}-{stage.name}",
         nodes=cfg.nodes,
         tasks_per_node=cfg.tasks_per_node,
         cpus_per_task=cfg.cpus_per_task,
         timeout_min=cfg.timeout_min,
-        needs_gpus=recipe.engine.device != "cpu",
+        needs_gpus=stage.recipe.engine.device != "cpu",
         after=after,
         srun_args=[_END_PEERS],
     )
@@ -121,18 +119,18 @@ def stage_executor(recipe: Recipe, stage: str, launch: Launch, *, after: str | N
 _END_PEERS = "--kill-on-bad-exit=1"  # else ranks wait for their dead peer
 
 
-def _finish(stage: str, launch: Launch, profile: Profile) -> str:
+def _finish(stage_name: str, launch: Launch, profile: Profile) -> str:
     """A line of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
     step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *srun_arguments(profile)])
-    decide = shlex.join(["-m", "vjepa_scale.launch.requeue", str(launch.recipe), stage])
+    decide = shlex.join(["-m", "vjepa_scale.launch.requeue", str(launch.recipe), stage_name])
     return epilogue(launch.code, step, python_command(profile), decide, '${2:+"--setup-failed=$2"}')
 
 
-def test_submission(recipe: Recipe, stage: str, launch: Launch) -> str:
+def test_submission(stage: Stage, launch: Launch) -> str:
     """What Slurm says against the stage's job, were it submitted now (``sbatch --test-only``); empty if nothing."""
     if shutil.which("sbatch") is None:
         return ""
-    return objection(stage_executor(recipe, stage, launch, after=None).script())
+    return objection(stage_executor(stage, launch, after=None).script())
 
 
 def _blame(recipe: Recipe) -> str:

@@ -19,8 +19,7 @@ from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.launch.retry_policy import refuse_endless_restarts
-from vjepa_scale.recipe import Recipe, load_recipe
-from vjepa_scale.recipe.folders import failures_folder, logs_folder, stage_folder
+from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.run.events import History
 from vjepa_scale.run.failures import Progress, report_failure, told_as
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
@@ -28,10 +27,10 @@ from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 
 def run_launched(recipe: Path, stage: str) -> str:
     """What submitit runs as each rank: one attempt at a stage of the recipe that the launch has written down."""
-    return run_stage(load_recipe(recipe), stage)
+    return run_stage(stages_of(load_recipe(recipe))[stage])
 
 
-def run_stage(recipe: Recipe, stage: str) -> str:
+def run_stage(stage: Stage) -> str:
     """One attempt at a stage, as one rank of this job. Returns "done".
 
     Raises SystemExit(75) where a signal was obeyed, with everything saved. Any other end leaves
@@ -46,17 +45,16 @@ def run_stage(recipe: Recipe, stage: str) -> str:
         from vjepa_scale.training.trainer import train_stage
 
         if ranks.source == "slurm":
-            history = History(stage_folder(recipe, stage))
-            refuse_endless_restarts(history, job_id=ranks.job_id, max_restarts=recipe.launch.max_restarts)
-        train_stage(recipe, stage, ranks, interrupt=interrupt, progress=progress)
+            history = History(stage.folder)
+            refuse_endless_restarts(history, job_id=ranks.job_id, max_restarts=stage.launch.max_restarts)
+        train_stage(stage, ranks, interrupt=interrupt, progress=progress)
     except SavedAndStopped:
         _exit_at_the_end(EXIT_SAVED)
         sys.exit(EXIT_SAVED)
     except BaseException as error:
-        failures, logs = failures_folder(recipe, stage), logs_folder(recipe, stage)
         told = told_as(error)
         try:
-            report_failure(failures, ranks, progress.step, error, logs=logs)
+            report_failure(stage.failures, ranks, progress.step, error, logs=stage.logs)
         except OSError as unwritten:  # the error itself is what must be seen
             with suppress(OSError):
                 print(f"error: {told}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
@@ -89,11 +87,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.stage not in recipe.stages():
-        raise UserError(
-            f"no stage {arguments.stage!r}", where=arguments.recipe, fix=f"one of {', '.join(recipe.stages())}"
-        )
-    run_stage(recipe, arguments.stage)
+    stages = stages_of(recipe)
+    if arguments.stage not in stages:
+        raise UserError(f"no stage {arguments.stage!r}", where=arguments.recipe, fix=f"one of {', '.join(stages)}")
+    run_stage(stages[arguments.stage])
     return 0
 
 

@@ -5,6 +5,8 @@ These are a model's FLOPs, as model-FLOPs utilisation wants them: what activatio
 among them.
 """
 
+from collections.abc import Callable
+
 from vjepa_scale.recipe.schema import CHANNELS, ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig
 
 
@@ -23,6 +25,14 @@ def action_predictor_parameters(model: ModelConfig) -> int:
     P = network.width
     conditions = 8 * P + 8 * P + 7 * P  # actions, states, extrinsics
     return (D + 1) * P + conditions + _block_parameters(network) + 2 * P + (P + 1) * D
+
+
+# By the network's name.
+PARAMETERS: dict[str, Callable[[ModelConfig], int]] = {
+    "encoder": encoder_parameters,
+    "predictor": predictor_parameters,
+    "action_predictor": action_predictor_parameters,
+}
 
 
 def encoder_forward(model: ModelConfig, tokens: int) -> int:

@@ -3,7 +3,7 @@
 import getpass
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import StageStatus
 from vjepa_scale.monitor.status import read_status, run_recipe
-from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.folders import stage_folder
+from vjepa_scale.recipe import Stage, stages_of
 from vjepa_scale.run.events import History, Row
 
 # For the ranks to finish their step and save, and for Slurm to clear up after them.
@@ -32,23 +31,23 @@ def cancel(run_folder: Path, *, say: Say = print) -> int:
     Raises UserError, with nothing marked or ended, where Slurm does not answer, or a job is somebody else's or
     on another machine.
     """
-    recipe, status = run_recipe(run_folder), read_status(run_folder)
+    stages, status = stages_of(run_recipe(run_folder)), read_status(run_folder)
     if status.problem is not None:
         raise UserError(
             f"Slurm does not say what is running: {status.problem}", where=run_folder, fix="try again when it answers"
         )
     in_slurm = [(stage, stage.slurm) for stage in status.stages if stage.slurm and jobs.is_alive(stage.slurm)]
-    here = _local_processes(recipe, status.stages)
+    here = _local_processes(stages, status.stages)
     for _, job in in_slurm:
         _refuse_others(job)
     if not in_slurm and not here:
         say(f"nothing of {run_folder} is waiting or running")
         return 0
     for stage, _ in in_slurm:
-        History(stage_folder(recipe, stage.name)).add("cancelled")
+        History(stages[stage.name].folder).add("cancelled")
     done = [stage.name for stage in status.stages if stage.state == "done"]
     for name in here.keys() - done:
-        History(stage_folder(recipe, name)).add("cancelled")
+        History(stages[name].folder).add("cancelled")
     for stage, job in reversed(in_slurm):  # dependants first: they would start, or be refused, otherwise
         _cancel_job(stage, job)
         was = f"{job.state.lower()} on {job.nodes}" if job.nodes else job.state.lower()
@@ -107,11 +106,11 @@ def _wait_for_the_end(stage: StageStatus, job: JobState, say: Say) -> None:
 # -- this machine ------------------------------------------------------------------------------------
 
 
-def _local_processes(recipe: Recipe, stages: list[StageStatus]) -> dict[str, psutil.Process]:
+def _local_processes(stages: Mapping[str, Stage], statuses: list[StageStatus]) -> dict[str, psutil.Process]:
     """Stage → the process to end: its launcher, or, where that is gone, the one above its ranks."""
     found: dict[str, psutil.Process] = {}
-    for stage in stages:
-        rows = History(stage_folder(recipe, stage.name)).since_submission()
+    for stage in statuses:
+        rows = History(stages[stage.name].folder).since_submission()
         if not rows or rows[0]["event"] != "submitted" or rows[0]["cluster"] != "local":
             continue
         process = jobs.launcher_process(rows[0]) or _above_the_ranks(rows)
@@ -120,7 +119,7 @@ def _local_processes(recipe: Recipe, stages: list[StageStatus]) -> dict[str, psu
         elif jobs.local_launcher(rows[0]) is None and stage.state == "running" and not stage.still:
             raise UserError(
                 f"{stage.name!r} was launched on {rows[0].get('host')}, and its files still grow",
-                where=recipe.run.dir,
+                where=stages[stage.name].recipe.run.dir,
                 fix="run cancel there",
             )
     return found

@@ -15,7 +15,7 @@ from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import ALIVE, RunStatus, StageStatus
 from vjepa_scale.monitor.status import read_status, run_recipe
-from vjepa_scale.recipe.folders import logs_folder
+from vjepa_scale.recipe import stages_of
 
 EXIT_INTERRUPTED = 130
 
@@ -108,7 +108,7 @@ class _Follower:
 
     def __init__(self, run_folder: Path, stream: Say) -> None:
         self.run_folder, self.stream = run_folder, stream
-        self.recipe = run_recipe(run_folder)
+        self._stages = stages_of(run_recipe(run_folder))
         self.ask = _PatientAsker()
         self.positions: dict[Path, int] = {}
         self.said: dict[str, str] = {}
@@ -189,7 +189,7 @@ class _Follower:
 
     def _logs(self, stage: StageStatus, kind: str = "out") -> list[Path]:
         """Rank 0's logs, oldest first. Slurm appends over requeues; locally each attempt has its own."""
-        found = logs_folder(self.recipe, stage.name).glob(f"*_0_log.{kind}")
+        found = self._stages[stage.name].logs.glob(f"*_0_log.{kind}")
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def _is_of_this_launch(self, log: Path, stage: StageStatus) -> bool:

@@ -9,11 +9,9 @@ from vjepa_scale.checkpoint.manifest import MANIFEST
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import row_of
 from vjepa_scale.monitor.states import LastError, StageStatus
-from vjepa_scale.recipe import Recipe, resolve_phases
-from vjepa_scale.recipe.folders import checkpoints_folder, failures_folder, logs_folder, stage_folder
+from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
-from vjepa_scale.training.evaluated import is_evaluated
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50
@@ -31,9 +29,8 @@ class StageFiles:
     status:    filled with all that the files say without being judged
     """
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self.recipe, self.name, self.now = recipe, name, time.time()
-        self.folder = stage_folder(recipe, name)
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.folder, self.now = stage, stage.folder, time.time()
         history = History(self.folder)
         self.rows = history.since_submission()
         self._all_rows = history.rows()
@@ -41,7 +38,7 @@ class StageFiles:
         self.cancelled: Row | None = next((row for row in self.rows if row["event"] == "cancelled"), None)
         self.attempts = attempts(self.rows)
         self.report = self._report()
-        self.status = StageStatus(name)
+        self.status = StageStatus(stage.name)
         self._read_launch()
         self._read_checkpoint()
         self._read_steps()
@@ -57,7 +54,7 @@ class StageFiles:
         last = self.status.last_step
         if last is None or self.status.checkpoint_step != last:
             return False
-        return is_evaluated(self.recipe, self.name, step=last)
+        return self.stage.is_complete(last)
 
     @property
     def ended_by_error(self) -> bool:
@@ -75,12 +72,12 @@ class StageFiles:
         having = [row for row in self.rows if row["event"] in ("submitted", "started", "requeued") and "job_id" in row]
         if having:
             status.job_id = str(having[0 if status.cluster == "slurm" else -1]["job_id"])
-            log = logs_folder(self.recipe, self.name) / f"{status.job_id}_0_log.out"
+            log = self.stage.logs / f"{status.job_id}_0_log.out"
             status.log = str(log) if log.exists() else None
 
     def _read_checkpoint(self) -> None:
         status = self.status
-        found = newest(checkpoints_folder(self.recipe, self.name))
+        found = newest(self.stage.checkpoints)
         if found is not None:
             checkpoint, manifest = found
             status.checkpoint, status.checkpoint_step = checkpoint.name, manifest["step"]
@@ -90,15 +87,15 @@ class StageFiles:
             begun = [row["step"] for row in self._all_rows if row["event"] == "started" and row["kind"] != "resume"]
             status.first = begun[-1] if begun else self._planned_first()
         if status.first is not None:
-            status.last_step = resolve_phases(self.recipe, self.name, first=status.first)[-1].end
+            status.last_step = self.stage.phases_from(status.first)[-1].end
 
     def _planned_first(self) -> int | None:
-        before = self.recipe.stages()[self.name].continue_from
+        before = self.stage.config.continue_from
         if before is None:
             return 0
-        if before not in self.recipe.stages():
+        if before not in self.stage.earlier:
             return None  # of a checkpoint elsewhere: known when the stage has begun
-        return StageFiles(self.recipe, before).status.last_step
+        return StageFiles(self.stage.earlier[before]).status.last_step
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""
@@ -116,7 +113,7 @@ class StageFiles:
         # One geometry only; and not an attempt's first step, which waits for the loader, if there is another.
         same = [row for row in rows if row["phase"] == last["phase"] and row["clips_per_s"] > 0]
         later = [row for row in same if started is None or row["step"] != started["step"]] or same
-        batch = {phase.name: phase.global_batch for phase in resolve_phases(self.recipe, self.name)}.get(last["phase"])
+        batch = {phase.name: phase.global_batch for phase in self.stage.phases}.get(last["phase"])
         if later and batch:
             status.step_s = sum(batch / row["clips_per_s"] for row in later) / len(later)
             status.clips_per_s = batch / status.step_s
@@ -141,7 +138,7 @@ class StageFiles:
         else:
             job = self.last.started["job"]
         try:
-            told = worst_failure(failures_folder(self.recipe, self.name), job)
+            told = worst_failure(self.stage.failures, job)
         except UserError:  # a report that cannot be read says nothing
             return None
         if told is None or (self.submitted and _changed(Path(told["report"])) < self.submitted["time"]):
@@ -155,8 +152,8 @@ class StageFiles:
             message=row["message"],
             rank=row["rank"],
             step=row["step"],
-            log=self._here(row["log"], logs_folder(self.recipe, self.name)),
-            report=self._here(row["report"], failures_folder(self.recipe, self.name)),
+            log=self._here(row["log"], self.stage.logs),
+            report=self._here(row["report"], self.stage.failures),
             time=when,
             user_error=row["user_error"],
         )

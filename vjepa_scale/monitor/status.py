@@ -16,7 +16,7 @@ from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.monitor.stage_state import Ask, judge_stage, judge_stage_to_come, who_runs
 from vjepa_scale.monitor.states import RunStatus, StageStatus
-from vjepa_scale.recipe import Recipe, load_recipe
+from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 
 
 def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
@@ -27,26 +27,26 @@ def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
     recipe = run_recipe(run_folder)
     problem: str | None = None
     stages: list[StageStatus] = []
-    for name in recipe.stages():
-        files = StageFiles(recipe, name)
+    for stage in stages_of(recipe).values():
+        files = StageFiles(stage)
         owner, job = "unknown", None
         if files.rows and not files.finished:
             try:
                 owner, job = who_runs(files, ask)
             except SlurmUnavailable as error:
                 problem, ask = str(error), _never_again(error)
-        before = next((stage for stage in reversed(stages) if stage.launch == files.status.launch), None)
+        before = next((earlier for earlier in reversed(stages) if earlier.launch == files.status.launch), None)
         stages.append(judge_stage(files, owner, job, before=before, unanswered=problem is not None))
-    submitted = [stage for stage in stages if stage.submitted is not None]
-    last = max(submitted, key=lambda stage: stage.submitted or 0.0, default=None)
+    submitted = [status for status in stages if status.submitted is not None]
+    last = max(submitted, key=lambda status: status.submitted or 0.0, default=None)
     source = _source(run_folder, last.launch) if last is not None and last.launch is not None else {}
     if last is not None and last.cluster == "local":
         _judge_those_to_come(stages, last, source.get("stages", []))
     return RunStatus(
         run=str(run_folder),
-        launched=min(stage.submitted or 0.0 for stage in submitted if stage.launch == last.launch) if last else None,
+        launched=min(status.submitted or 0.0 for status in submitted if status.launch == last.launch) if last else None,
         launch=last.launch if last else None,
-        cluster=last.cluster if last else next((stage.cluster for stage in stages if stage.cluster), None),
+        cluster=last.cluster if last else next((status.cluster for status in stages if status.cluster), None),
         commit=source.get("commit"),
         dirty=source.get("dirty"),
         problem=problem,

@@ -1,15 +1,22 @@
 """The action-conditioned objective of V-JEPA 2-AC: a robot's next picture, in feature space (paper, section 3.1)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
 from vjepa_scale.data.poses import actions_between
+from vjepa_scale.data.trajectory_statistics import merged, trajectory_statistics
+from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.action_predictor import build_action_predictor
+from vjepa_scale.objective.action_stage import ActionStage
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
-from vjepa_scale.recipe.schema import Recipe
 
 
 class ActionConditioned(Objective):
@@ -23,15 +30,18 @@ class ActionConditioned(Objective):
     The loss is the sum of both parts' |ẑ − z| averaged over tokens and channels.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine) -> None:
-        super().__init__(recipe, engine)
-        assert recipe.action is not None, "the stage of this objective"
+    def __init__(
+        self, stage: ActionStage, engine: Engine, manifests: Mapping[str, Manifest], records: Mapping[str, Ints]
+    ) -> None:
+        super().__init__(stage, engine)
+        recipe, self._manifests, self._records = stage.recipe, manifests, records
+        self._statistics: dict[str, Any] = {}
         with torch.device("meta"):
             predictor = build_action_predictor(recipe.model)
         self.encoder = self._frozen_encoder()
         self.predictor = engine.shard(predictor, name="action_predictor", seed=recipe.run.seed, trainable=True)
         engine.set_forward_order([self.encoder, self.predictor])
-        self._rollout_steps, self._exponent = recipe.action.rollout_steps, recipe.action.loss_exponent
+        self._rollout_steps, self._exponent = stage.config.rollout_steps, stage.config.loss_exponent
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
 
     @property
@@ -42,12 +52,29 @@ class ActionConditioned(Objective):
     def networks(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, **self.trained}
 
+    def before_training(self, resumed: Mapping[str, Any] | None) -> None:
+        """Statistics of the states and actions that are drawn from. Each rank reads its share of the logs, once."""
+        if resumed is not None:
+            self._statistics = resumed["trajectories"]
+            return
+        ranks = self._engine.ranks
+        mine = {
+            name: trajectory_statistics(
+                self._manifests[name], records[ranks.rank :: ranks.world_size], self._recipe.data.fps_of(name)
+            )
+            for name, records in self._records.items()
+        }
+        everyone = process_group.from_all(mine)
+        self._statistics = {name: merged([part[name] for part in everyone]) for name in mine}
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        return {"trajectories": self._statistics}
+
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
         """Both parts of the loss, and ``copy_loss``: what predicting no change would cost in teacher forcing."""
-        assert batch.states is not None, "clips of trajectories"
         device = self._engine.device
-        states_BK7 = batch.states.to(device, non_blocking=True)
-        extrinsics_BK6 = None if batch.extrinsics is None else batch.extrinsics.to(device, non_blocking=True)
+        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.extras.items()}
+        states_BK7, extrinsics_BK6 = extras["states"], extras.get("extrinsics")
         actions_BL7 = actions_between(states_BK7)
         tokens_BKND = self._frame_tokens(batch.clips)
         grid = (batch.clips.shape[3] // self._patch, batch.clips.shape[4] // self._patch)

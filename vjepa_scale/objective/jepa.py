@@ -9,7 +9,7 @@ from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
-from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.recipe import Stage
 
 # Enough to see a collapse; all 18,432 tokens of a 64-frame clip would cost more than they tell.
 OBSERVED_TOKENS = 256
@@ -25,8 +25,9 @@ class Jepa(Objective):
 
     observes = True
 
-    def __init__(self, recipe: Recipe, engine: Engine) -> None:
-        super().__init__(recipe, engine)
+    def __init__(self, stage: Stage, engine: Engine) -> None:
+        super().__init__(stage, engine)
+        recipe = stage.recipe
         with torch.device("meta"):
             encoder, predictor, target = Encoder(recipe.model), Predictor(recipe.model), Encoder(recipe.model)
         seed = recipe.run.seed

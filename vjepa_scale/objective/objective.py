@@ -1,6 +1,8 @@
 """What the trainer asks of an objective: its networks, its loss, and what it reports."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.encoder import Encoder
-from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.recipe import Phase, Stage
 
 
 class Objective(ABC):
@@ -19,14 +21,16 @@ class Objective(ABC):
 
     observes:     whether ``loss`` gives features to look at for a collapse
     ema_momentum: of a target encoder; None without one
+    evaluates:    whether the stage ends with an ``evaluation``
     """
 
     observes = False
     ema_momentum: float | None = None
+    evaluates = False
 
-    def __init__(self, recipe: Recipe, engine: Engine) -> None:
-        self._recipe, self._engine = recipe, engine
-        augment = recipe.data.augment
+    def __init__(self, stage: Stage, engine: Engine) -> None:
+        self._recipe, self._engine = stage.recipe, engine
+        augment = stage.recipe.data.augment
         self._mean = torch.tensor(augment.mean, device=engine.device).view(1, 3, 1, 1, 1)
         self._std = torch.tensor(augment.std, device=engine.device).view(1, 3, 1, 1, 1)
 
@@ -59,6 +63,25 @@ class Objective(ABC):
 
     def after_step(self) -> None:  # noqa: B027 (most have nothing to do)
         """What follows each step of the optimiser."""
+
+    def before_training(self, resumed: Mapping[str, Any] | None) -> None:  # noqa: B027
+        """Once, when all weights are there. resumed: the manifest of the stage's own checkpoint, if there is one."""
+
+    def before_phase(self, phase: Phase, stop_if_asked: Callable[[], None]) -> None:  # noqa: B027
+        """Before a phase's first step. stop_if_asked: to be called now and then, by all ranks equally often"""
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What checkpoints say of the stage's data, as JSON under keys of the kind's own."""
+        return {}
+
+    def evaluation(
+        self, phases: Sequence[Phase], stop_if_asked: Callable[[], None]
+    ) -> tuple[dict[str, Any], Iterator[str]] | None:
+        """After the last step: evaluation.json's content, and lines for a terminal. On rank 0; None on the others.
+
+        phases: the stage's
+        """
+        raise NotImplementedError
 
     def _frozen_encoder(self) -> nn.Module:
         """The encoder, without gradients; one copy."""

@@ -1,21 +1,29 @@
 """Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
+from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
+from vjepa_scale.eval.attentive_probe import ProbeEvaluation, table
 from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.probe_rounds import keep_tokens
 from vjepa_scale.model.encoder import pooled
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of
 from vjepa_scale.objective.objective import Objective
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.objective.probe_stage import ProbeStage
+from vjepa_scale.recipe import Phase
 
 
 class Probes(Objective):
@@ -29,10 +37,15 @@ class Probes(Objective):
           of all that are trained on, and the encoder is not called
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, *, classes: list[str]) -> None:
-        super().__init__(recipe, engine)
-        assert recipe.probe is not None, "the stage of this objective"
-        config = recipe.probe
+    evaluates = True
+
+    def __init__(
+        self, stage: ProbeStage, engine: Engine, manifests: Mapping[str, Manifest], records: Mapping[str, Ints]
+    ) -> None:
+        super().__init__(stage, engine)
+        self._stage, self._manifests, self._records = stage, manifests, records
+        recipe, config, classes = stage.recipe, stage.config, stage.task(manifests).classes
+        self._kept_of: object = None  # the geometry of the clips whose tokens are kept
         self.encoder = self._frozen_encoder()
         self.kept: dict[tuple[str, int], Tensor] = {}
         self._draws = config.label_draws
@@ -70,9 +83,8 @@ class Probes(Objective):
         Without those whose loss is not finite, unless that is all of them. With D draws of labels a probe's loss is D
         times the sum over its own clips, by the number of all: its mean over micro-batches is that over its clips.
         """
-        assert batch.labels is not None, "labelled clips"
         device = self._engine.device
-        labels_B = batch.labels.to(device, non_blocking=True)
+        labels_B = batch.extras["labels"].to(device, non_blocking=True)
         tokens_BND = self._tokens(batch)
         rows = [rows.to(device, non_blocking=True) for rows in self._rows_of_draws(batch)]
         losses, right = [], []
@@ -100,9 +112,37 @@ class Probes(Objective):
 
     def _rows_of_draws(self, batch: MicroBatch) -> list[Tensor]:
         """Which clips of a micro-batch belong to each draw of labels."""
-        if batch.label_draws is None:
+        of_clips = batch.extras.get("label_draws")
+        if of_clips is None:
             return [torch.arange(len(batch.clips))]
-        return [(batch.label_draws == draw).nonzero().squeeze(1) for draw in range(self._draws)]
+        return [(of_clips == draw).nonzero().squeeze(1) for draw in range(self._draws)]
+
+    # -- before and after the steps --------------------------------------------------------------------
+
+    def before_phase(self, phase: Phase, stop_if_asked: Callable[[], None]) -> None:
+        """Where tokens are kept: those of the phase's training clips, unless the phase before saw the same of them."""
+        geometry = phase.geometries, phase.size
+        if self._stage.decodes_clips or geometry == self._kept_of:
+            return
+        self.kept = keep_tokens(
+            self._stage, self.encode, self._engine, self._manifests, self._records, phase, stop_if_asked
+        )
+        self._kept_of = geometry
+        if process_group.is_main():
+            print(
+                f"{self._stage.name}: the tokens of {len(self.kept)} clips are kept: steps do not encode them",
+                flush=True,
+            )
+
+    def evaluation(
+        self, phases: Sequence[Phase], stop_if_asked: Callable[[], None]
+    ) -> tuple[dict[str, Any], Iterator[str]] | None:
+        evaluation = ProbeEvaluation(
+            self._stage, self, self._engine, self._manifests, self._records, phases[-1], stop_if_asked
+        )
+        peak_lr = max(max(phase.start_lr, phase.final_lr) for phase in phases)
+        result = evaluation.result(step=phases[-1].end, peak_lr=peak_lr)
+        return None if result is None else (result, table(result))
 
     def encode(self, clips: Tensor) -> Tensor:
         """Tokens [B, N, D] of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights."""

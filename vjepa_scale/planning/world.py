@@ -74,7 +74,7 @@ class WorldModel:
         self.size = self.config.size
         patch = self.config.model.patch
         self.grid = (self.size[0] // patch, self.size[1] // patch)
-        stage = (self.config.recipe or {}).get("action") or {}
+        stage = (self.config.recipe or {}).get(str(self.config.stage)) or {}
         low, high = stage.get("crop_aspect", PUBLISHED_CROP_ASPECT)
         self.crop_aspect: tuple[float, float] = (low, high)
         self._mean, self._std = (

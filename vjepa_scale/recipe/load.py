@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.yaml_text import parse_yaml
+from vjepa_scale.recipe.registry import STAGES, class_of
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -40,6 +41,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     _drop_nulls(tree)
+    for name in [name for name, value in tree.items() if value is None and _is_stage(name, layers)]:
+        del tree[name]
     try:
         return validate_recipe(tree, source=path)
     except UserError as error:
@@ -55,7 +58,7 @@ def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain_invalid(error, source, Recipe) from None
+        raise explain_invalid(error, source, Recipe, sections=_sections_by_kind(tree)) from None
     _cross_check(recipe, source)
     return recipe
 
@@ -83,6 +86,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]
     parent = tree.pop("extends", None)
     below = _read(path.parent / str(parent), (*seen, path.resolve())) if parent is not None else []
     return [(path, tree), *below]
+
+
+def _is_stage(name: str, layers: list[tuple[Path, dict[str, Any]]]) -> bool:
+    """Does a file have a stage of this name? ``NAME: null``, above it or as an override, takes it away."""
+    return any(isinstance(layer.get(name), dict) and "kind" in layer[name] for _, layer in layers)
 
 
 # What names data sets: a list in all but form, so one that is given replaces the one below.
@@ -200,17 +208,28 @@ _PLAIN_WORDS = {
 }
 
 
-def explain_invalid(error: ValidationError, source: object, schema: type[BaseModel]) -> UserError:
-    """What pydantic found in a file, as one line that names ``source:key`` and what would work."""
+def explain_invalid(
+    error: ValidationError,
+    source: object,
+    schema: type[BaseModel],
+    *,
+    sections: Mapping[str, type[BaseModel]] | None = None,
+) -> UserError:
+    """What pydantic found in a file, as one line that names ``source:key`` and what would work.
+
+    sections: of keys that are no fields of the schema
+    """
     first = error.errors()[0]
     location = [
         str(part)
         for part in first["loc"]
         if not str(part).startswith(("function-", "lax-or-strict", "constrained", "[key]"))
     ]
+    if location[:1] == ["others"]:  # stages of other names: beside the four in a file
+        del location[0]
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(schema, location[:-1])
+        known = _known_keys(schema, location[:-1], sections or {})
         close = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
@@ -223,9 +242,17 @@ def explain_invalid(error: ValidationError, source: object, schema: type[BaseMod
     return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}" if location else source)
 
 
-def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
+def _sections_by_kind(tree: dict[str, Any]) -> dict[str, type[BaseModel]]:
+    """The sections of stages that say their kind."""
+    kinds = {name: value.get("kind") for name, value in tree.items() if isinstance(value, dict)}
+    return {name: class_of(STAGES, kind).section for name, kind in kinds.items() if kind in STAGES}
+
+
+def _known_keys(schema: type[BaseModel], location: list[str], sections: Mapping[str, type[BaseModel]]) -> list[str]:
     """The keys of the section at a location of the schema."""
     section: Any = schema
+    if location[:1] and location[0] in sections and location[0] not in schema.model_fields:
+        section, location = sections[location[0]], location[1:]
     for part in location:
         if part.isdigit() or not (isinstance(section, type) and issubclass(section, BaseModel)):
             continue
@@ -245,6 +272,6 @@ def _section_of(annotation: Any) -> Any:
 
 def _cross_check(recipe: Recipe, source: object) -> None:
     """What one section alone cannot know."""
-    from vjepa_scale.recipe.phases import check_stages
+    from vjepa_scale.recipe.stage import check_stages
 
     check_stages(recipe, source)

@@ -1,28 +1,13 @@
-"""The networks of a model: which of them a stage has, and whether a file's are those that a recipe wants."""
+"""The networks of a model, and whether a file's are those that a recipe wants."""
 
 from collections.abc import Iterable
 from typing import Final, Literal, get_args
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe.phases import Kind, kind_of
-from vjepa_scale.recipe.schema import ModelConfig, Recipe
+from vjepa_scale.recipe.schema import ModelConfig
 
 Network = Literal["encoder", "predictor", "action_predictor"]
 NETWORKS: Final[tuple[Network, ...]] = get_args(Network)
-
-# Of the model's networks, those that each kind of stage has.
-NETWORKS_OF: dict[Kind, tuple[Network, ...]] = {
-    "jepa": ("encoder", "predictor"),
-    "action": ("encoder", "action_predictor"),
-    "probe": ("encoder",),
-}
-
-
-def networks_from(recipe: Recipe, stage_name: str) -> list[Network]:
-    """The networks that a stage takes from where it starts: those that it has, without those to be left fresh."""
-    stage = recipe.stages()[stage_name]
-    without = stage.init_without if stage.init_from else ()
-    return [network for network in NETWORKS_OF[kind_of(stage_name)] if network not in without]
 
 
 def refuse_other_model(

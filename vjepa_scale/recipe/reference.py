@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vjepa_scale.recipe.phases import MASKED, STAGES
+from vjepa_scale.recipe.registry import DEFAULT_KINDS
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -19,7 +19,8 @@ def reference() -> str:
         "# Every key of a recipe",
         "",
         "Made from the schema by `python -m vjepa_scale.recipe.reference`. `<stage>` is `pretrain`, `cooldown`, "
-        "`action` or `probe`; `action` and `probe` are there with what they have beside that, or with another default.",
+        "`action` or `probe`, or another name with a `kind`; `action` and `probe` are there with what they have beside "
+        "that, or with another default.",
         "",
         "| key | default | meaning |",
         "|---|---|---|",
@@ -27,8 +28,8 @@ def reference() -> str:
     seen: dict[str, tuple[str, str]] = {}
     for key, default, meaning in _rows(Recipe, ""):
         stage, dot, rest = key.partition(".")
-        general = f"<stage>{dot}{rest}" if stage in STAGES else key
-        if stage in STAGES and stage not in MASKED:
+        general = f"<stage>{dot}{rest}" if stage in DEFAULT_KINDS else key
+        if DEFAULT_KINDS.get(stage) in ("action", "probe"):
             known = seen.get(general) == (default, meaning)
         else:
             known, key = general in seen, general
@@ -41,6 +42,8 @@ def reference() -> str:
 def _rows(section: type[BaseModel], prefix: str, default: Any = None) -> Iterator[tuple[str, str, str]]:
     """default: an instance of the section, whose values are the defaults here"""
     for name, field in section.model_fields.items():
+        if (section, name) == (Recipe, "others"):  # of kinds that are here already
+            continue
         own = field.default if default is None else getattr(default, name)
         # A section with words of its own is another one's double.
         inner = [] if field.description else _sections(field.annotation)

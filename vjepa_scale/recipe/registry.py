@@ -8,6 +8,15 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+# Kinds of training: subclasses of recipe/stage.py's Stage, in modules without PyTorch.
+STAGES = {
+    "jepa": "vjepa_scale.objective.jepa_stage:JepaStage",
+    "action": "vjepa_scale.objective.action_stage:ActionStage",
+    "probe": "vjepa_scale.objective.probe_stage:ProbeStage",
+}
+# Of the stages that need not say theirs.
+DEFAULT_KINDS = {"pretrain": "jepa", "cooldown": "jepa", "action": "action", "probe": "probe"}
+
 
 def class_of(kinds: Mapping[str, str], kind: str) -> Any:
     """The class that a kind's line names, ``module:class``. Raises KeyError for a kind without a line."""

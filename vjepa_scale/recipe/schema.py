@@ -5,9 +5,17 @@ Batches are global and counted in clips; lengths are in steps; sizes in pixels; 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from vjepa_scale.recipe.mask_sections import MasksConfig
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.sections import (
     Blocks,
     Channels,
@@ -351,8 +359,18 @@ class LogConfig(Section):
     effective_rank_every: PositiveInt = Field(10, description="steps between measurements of the target features")
 
 
+def _of_its_kind(value: Any) -> Any:
+    """A stage as the section of its kind, which may be any that is registered."""
+    if isinstance(value, StageConfig):
+        return value
+    kind = value["kind"]
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise ValueError(f"no kind of stage {kind!r}; there are {', '.join(STAGES)}")
+    return class_of(STAGES, kind).section.model_validate(value)
+
+
 class Recipe(Section):
-    """A whole run."""
+    """A whole run. ``NAME: {kind: …}`` beside the sections below is a stage, too, after the four."""
 
     run: RunConfig
     launch: LaunchConfig = LaunchConfig()
@@ -368,6 +386,33 @@ class Recipe(Section):
     cooldown: StageConfig | None = None
     action: ActionStageConfig | None = None
     probe: ProbeStageConfig | None = None
+    # Stages of other names, which stand beside the four in a file.
+    others: dict[str, Annotated[SerializeAsAny[StageConfig], BeforeValidator(_of_its_kind)]] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_others(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "others" in tree:
+            return tree
+        others = {
+            name: value
+            for name, value in tree.items()
+            if name not in cls.model_fields and isinstance(value, dict) and "kind" in value
+        }
+        return {name: value for name, value in tree.items() if name not in others} | {"others": others}
+
+    @model_serializer(mode="wrap")
+    def _others_beside_the_four(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = serialize(self)
+        return tree | tree.pop("others", {})
+
+    @model_validator(mode="after")
+    def _kinds_of_the_four(self) -> "Recipe":
+        for name, kind in DEFAULT_KINDS.items():
+            stage: StageConfig | None = getattr(self, name)
+            if stage is not None and stage.kind not in (None, kind):
+                raise ValueError(f"{name} is of kind {kind}, not {stage.kind!r}: give that stage another name")
+        return self
 
     @model_validator(mode="after")
     def _peers_can_wait(self) -> "Recipe":
@@ -382,8 +427,4 @@ class Recipe(Section):
     def stages(self) -> dict[str, StageConfig]:
         """The stages this recipe has, in the order they run."""
         every = {"pretrain": self.pretrain, "cooldown": self.cooldown, "action": self.action, "probe": self.probe}
-        return {name: stage for name, stage in every.items() if stage is not None}
-
-    def optimizer_of(self, stage: str) -> OptimizerConfig:
-        """A stage's own, or the recipe's."""
-        return self.stages()[stage].optimizer or self.optimizer
+        return {name: stage for name, stage in every.items() if stage is not None} | self.others

@@ -47,9 +47,27 @@ class PhaseConfig(Section):
     mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")
 
 
+class StageLaunchConfig(Section):
+    """What a stage says otherwise than ``launch``."""
+
+    nodes: PositiveInt | None = Field(None, description="default: launch.nodes")
+    tasks_per_node: PositiveInt | None = Field(None, description="default: launch.tasks_per_node")
+    cpus_per_task: PositiveInt | None = Field(None, description="default: launch.cpus_per_task")
+    timeout_min: PositiveInt | None = Field(None, description="default: launch.timeout_min")
+
+    def given(self) -> dict[str, int]:
+        return self.model_dump(exclude_none=True)
+
+
 class StageConfig(Section):
     """What one job runs."""
 
+    kind: str | None = Field(
+        None,
+        description="of a stage with another name than pretrain, cooldown, action or probe: jepa (as pretrain and "
+        "cooldown), action, probe, or another that recipe/registry.py has",
+    )
+    launch: StageLaunchConfig | None = None
     steps: PositiveInt = Field(description="optimiser steps of the stage")
     clip: ClipConfig = ClipConfig()
     global_batch: PositiveInt = Field(3072, description="clips per optimiser step, over all ranks")

@@ -1,7 +1,7 @@
-"""Starting from weights that are not a training checkpoint of ours: published, Hugging Face's or consolidated.
+"""Starting from weights: those of a checkpoint of ours, or published, Hugging Face's or consolidated ones.
 
-Everything is said before a process starts (``check_foreign``) and filled into the sharded networks tensor by tensor,
-by every rank for itself (``load_foreign``): no rank ever holds a whole model.
+Of foreign weights everything is checked before a process starts (``check_foreign``), and every rank fills them into its
+shards tensor by tensor (``load_foreign``): no rank ever holds a whole model.
 """
 
 from collections.abc import Mapping
@@ -10,47 +10,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.formats import published
 from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
+from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed.fsdp import fill_shard
 from vjepa_scale.distributed.optim import MOMENTS
-from vjepa_scale.recipe.networks import networks_from
-from vjepa_scale.recipe.phases import MASKED
-from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.recipe import Stage
 
 
-def check_foreign(recipe: Recipe, stage_name: str) -> int:
+def check_foreign(stage: Stage) -> int:
     """Raise UserError, naming the stage's key, unless the weights fit; returns the step that training goes on from.
 
     Reads names and shapes; of ``continue_from`` the optimiser's step counts too.
     """
-    stage = recipe.stages()[stage_name]
-    word = "continue_from" if stage.continue_from is not None else "init_from"
-    path = str(stage.continue_from or stage.init_from)
-    if word == "continue_from" and stage_name not in MASKED:
+    word, path = stage.starts_by, str(stage.starts_from)
+    if word == "continue_from" and not stage.has_target_encoder:
         raise UserError(
             "it holds no optimiser's state of this stage",
-            where=f"{stage_name}.continue_from: {path}",
+            where=f"{stage.name}.continue_from: {path}",
             fix="init_from, which takes its weights",
         )
     try:
-        _open(recipe, stage_name, path).match(recipe.model)
-        return 0 if word == "init_from" else _steps(_optimizer(recipe, stage_name, path))
+        _open(stage, path).match(stage.recipe.model)
+        return 0 if word == "init_from" else _steps(_optimizer(stage, path))
     except UserError as error:
-        raise UserError(error.what, where=f"{stage_name}.{word}: {error.where}", fix=error.fix) from None
+        raise UserError(error.what, where=f"{stage.name}.{word}: {error.where}", fix=error.fix) from None
 
 
-def load_foreign(recipe: Recipe, stage_name: str, path: Path, tensors: Mapping[str, Tensor]) -> str:
+def load_foreign(stage: Stage, path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Fill networks, and for ``continue_from`` the optimiser's moments; returns what matched, in a sentence.
 
     tensors: by canonical names, as a checkpoint of ours holds them. A target encoder that is not there is the encoder.
     """
-    stage = recipe.stages()[stage_name]
-    source = _open(recipe, stage_name, str(path))
-    report = source.match(recipe.model).sentence()
-    moments = _optimizer(recipe, stage_name, str(path)) if stage.continue_from is not None else {}
+    source = _open(stage, str(path))
+    report = source.match(stage.recipe.model).sentence()
+    moments = _optimizer(stage, str(path)) if stage.config.continue_from is not None else {}
     stored = {name for name, _, _ in source.entries}
     fresh = []
     for name, tensor in tensors.items():
@@ -62,27 +59,55 @@ def load_foreign(recipe: Recipe, stage_name: str, path: Path, tensors: Mapping[s
             fill_shard(tensor, source.read(alias).float())
         else:
             fresh.append(name)
-    taken = tuple(f"{network}." for network in (*networks_from(recipe, stage_name), "target_encoder"))
+    taken = tuple(f"{network}." for network in (*stage.networks_at_start, "target_encoder"))
     assert not any(name.startswith(taken) for name in fresh), "open and match said that all of these are there"
     return report + (f"; {len(fresh)} tensors start fresh" if fresh else "")
 
 
-def _open(recipe: Recipe, stage_name: str, path: str) -> WeightSource:
+def _open(stage: Stage, path: str) -> WeightSource:
     """A stage that trains an encoder takes both; another freezes the target encoder where there are two."""
-    weights: Weights | None = "both" if stage_name in MASKED else None
-    return open_weights(path, model=recipe.model, weights=weights, networks=networks_from(recipe, stage_name))
+    weights: Weights | None = "both" if stage.has_target_encoder else None
+    return open_weights(path, model=stage.recipe.model, weights=weights, networks=stage.networks_at_start)
 
 
-def _optimizer(recipe: Recipe, stage_name: str, path: str) -> dict[str, dict[str, Tensor]]:
+def _optimizer(stage: Stage, path: str) -> dict[str, dict[str, Tensor]]:
     file = Path(path) / published.WEIGHTS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file() or file.suffix == ".safetensors":
         raise UserError("it holds no optimiser state", where=path, fix="start from its weights only, with init_from")
-    if recipe.optimizer_of(stage_name).kind != "adamw":
+    if stage.optimizer.kind != "adamw":
         raise UserError("its optimiser is AdamW", where=path, fix="optimizer.kind: adamw, or init_from")
-    return published.published_optimizer(file, model=recipe.model)
+    return published.published_optimizer(file, model=stage.recipe.model)
 
 
 def _steps(moments: Mapping[str, Mapping[str, Tensor]]) -> int:
     """Completed steps: the count of the parameters that were trained in all of them."""
     assert {*MOMENTS, "step"} <= next(iter(moments.values())).keys()
     return int(torch.stack([state["step"].float() for state in moments.values()]).max())
+
+
+def load_initial(stage: Stage, checkpoint: Path, tensors: dict[str, Tensor]) -> store.LoadReport:
+    """Fill what ``init_from`` takes from a checkpoint of ours, weights only, and leave in ``tensors`` only theirs.
+
+    A stage that has one encoder, a frozen one, takes the target encoder where the checkpoint has two. Raises UserError
+    where something of a network is missing, or of another shape. The checkpoint is not verified again here.
+    """
+    stored = {name.partition(".")[0] for name in CheckpointReader(checkpoint).tensors()}
+    sources = _sources(stage, stored)
+    for name in [name for name in tensors if name.partition(".")[0] not in sources]:
+        del tensors[name]
+    wanted = {_renamed(name, sources): tensor for name, tensor in tensors.items()}
+    others = tuple(f"{network}." for network in stored - set(sources.values()))
+    return store.load(checkpoint, wanted, allow_unexpected=others, check=False)
+
+
+def _sources(stage: Stage, stored: set[str]) -> dict[str, str]:
+    """Our networks -> the checkpoint's."""
+    sources: dict[str, str] = {network: network for network in stage.networks_at_start}
+    if stage.has_target_encoder:
+        return sources | {"target_encoder": "target_encoder"}
+    return sources | ({"encoder": "target_encoder"} if "target_encoder" in stored else {})
+
+
+def _renamed(name: str, sources: Mapping[str, str]) -> str:
+    network, dot, rest = name.partition(".")
+    return sources[network] + dot + rest

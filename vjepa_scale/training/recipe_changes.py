@@ -4,51 +4,40 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vjepa_scale.data.selection import longest_clip
-from vjepa_scale.recipe import Phase, Recipe, resolve_phases
-from vjepa_scale.recipe.networks import NETWORKS, NETWORKS_OF
-from vjepa_scale.recipe.phases import kind_of, stage_sets
-from vjepa_scale.recipe.stage_sections import StageConfig
+from vjepa_scale.recipe import Phase, Recipe, Stage
+from vjepa_scale.recipe.networks import NETWORKS
 
 
-def recipe_changes(done: Recipe, today: Recipe, stage_name: str, *, first: int, step: int) -> list[str]:
+def recipe_changes(done: Stage, today: Stage, *, first: int, step: int) -> list[str]:
     """``KEY: THEN then, NOW now`` for all that the steps from ``first`` to ``step`` depended on; none: they agree.
 
-    done: the recipe that trained these steps. Later steps may differ, and so may what no number depends on.
+    done: the stage by the recipe that trained these steps. Later steps may differ, and so may what no number depends
+          on.
     """
-    changed = list(_differences(_decisive(done, stage_name), _decisive(today, stage_name)))
-    then, now = (_trained(r, resolve_phases(r, stage_name, first=first), step) for r in (done, today))
+    changed = list(_differences(_decisive(done), _decisive(today)))
+    then, now = (_trained(stage.recipe, stage.phases_from(first), step) for stage in (done, today))
     if list(then) != list(now):
-        return [*changed, f"{stage_name}.phases: {', '.join(then)} then, {', '.join(now)} now"]
+        return [*changed, f"{today.name}.phases: {', '.join(then)} then, {', '.join(now)} now"]
     for steps in then:
-        changed += _differences(then[steps], now[steps], f"{stage_name} ({steps})")
+        changed += _differences(then[steps], now[steps], f"{today.name} ({steps})")
     return changed
 
 
-def _decisive(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+def _decisive(stage: Stage) -> dict[str, Any]:
     """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
-    whole = recipe.model_dump(mode="json")
+    recipe, whole = stage.recipe, stage.recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
-    kind = kind_of(stage_name)
-    elsewhere = set(NETWORKS) - set(NETWORKS_OF[kind])
-    stage: dict[str, Any] = whole[stage_name]
-    own = {key: value for key, value in stage.items() if key not in StageConfig.model_fields}
+    elsewhere = set(NETWORKS) - set(stage.networks)
+    own = whole[stage.name]
     return {
-        **{f"{stage_name}.{word}": stage[word] for word in ("continue_from", "init_from", "init_without")},
+        **{f"{stage.name}.{word}": own[word] for word in ("continue_from", "init_from", "init_without")},
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
-        "data": data | {"sets": stage_sets(recipe, stage_name)},  # the rest of the sets: by identity and mixture
+        "data": data | {"sets": stage.data_sets},  # the rest of the sets: by identity and mixture
         "model": {key: value for key, value in whole["model"].items() if key not in elsewhere},
-        "optimizer": recipe.optimizer_of(stage_name).model_dump(mode="json"),
-        **({section: whole[section] for section in ("masks", "jepa")} if kind == "jepa" else {stage_name: own}),
-        **({"the longest clip of a data set, in frames": _longest_clips(recipe)} if kind == "action" else {}),
+        "optimizer": stage.optimizer.model_dump(mode="json"),
+        **stage.decisive(),
     }
-
-
-def _longest_clips(recipe: Recipe) -> dict[str, int]:
-    """By which the action stage chooses its records, from its first step on."""
-    phases = resolve_phases(recipe, "action")
-    return {name: longest_clip(phases, name) for name in stage_sets(recipe, "action")}
 
 
 def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.finding import is_foreign, set_aside
+from vjepa_scale.checkpoint.finding import set_aside
 from vjepa_scale.checkpoint.manifest import identity
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
-from vjepa_scale.recipe import Recipe
-from vjepa_scale.recipe.folders import checkpoints_folder
+from vjepa_scale.recipe import Stage
+from vjepa_scale.recipe.stage import UNTRAINED
 from vjepa_scale.training.load_weights import check_foreign
-from vjepa_scale.training.preflight import (
-    UNTRAINED,
-    DamagedEndError,
-    carried,
-    end_checkpoint,
-    refuse_other_data,
-    refuse_other_recipe,
-    source_of,
-)
+from vjepa_scale.training.origin import DamagedEndError, carried, end_checkpoint, source_of, starts_elsewhere
+from vjepa_scale.training.preflight import refuse_other_data, refuse_other_recipe
 
 # The verdict of all ranks, and every byte read.
 _read_source = partial(source_of, newest=store.find_latest, last=store.find_last, verify=store.verify)
@@ -51,7 +44,7 @@ class Start:
     foreign: bool = False
 
 
-def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest]) -> Start:
+def find_start(stage: Stage, manifests: Mapping[str, Manifest]) -> Start:
     """Decide where the stage starts. Every rank calls it and gets the same answer.
 
     manifests: of today's data sets. One that is not what a finished step was drawn from makes a resume
@@ -59,36 +52,32 @@ def find_start(recipe: Recipe, stage_name: str, manifests: Mapping[str, Manifest
     Raises UserError where a checkpoint that was asked for is absent, unfinished or damaged: a stage never
     starts from scratch instead.
     """
-    own = store.find_latest(checkpoints_folder(recipe, stage_name))
+    own = store.find_latest(stage.checkpoints)
     if own is not None:
-        refuse_other_recipe(recipe, stage_name, own)
+        refuse_other_recipe(stage, own)
         refuse_other_data(manifests, own)
         manifest = store.read_manifest(own)
         return Start("resume", own, manifest["step"], manifest["first"], manifest["base"])
-    stage = recipe.stages()[stage_name]
-    elsewhere = stage.continue_from or stage.init_from
-    if elsewhere is not None and elsewhere not in (UNTRAINED, *recipe.stages()) and is_foreign(elsewhere):
-        step = check_foreign(recipe, stage_name)
-        kind: Literal["continue", "init"] = "init" if stage.continue_from is None else "continue"
-        return Start(kind, Path(elsewhere), step, step, foreign=True)
-    if stage.continue_from is not None:
-        source = _verified_source(recipe, stage_name, "continue_from", stage.continue_from)
-        step = store.read_manifest(source)["step"]
-        return Start("continue", source, step, step, carried(recipe, stage_name, manifests, source))
-    if stage.init_from == UNTRAINED:
+    if stage.starts_from in (None, UNTRAINED):
         return Start("fresh")
-    if stage.init_from is not None:
-        return Start("init", _verified_source(recipe, stage_name, "init_from", stage.init_from))
-    return Start("fresh")
+    kind: Literal["continue", "init"] = "continue" if stage.starts_by == "continue_from" else "init"
+    if starts_elsewhere(stage):
+        step = check_foreign(stage)
+        return Start(kind, Path(str(stage.starts_from)), step, step, foreign=True)
+    source = _verified_source(stage)
+    if kind == "init":
+        return Start("init", source)
+    step = store.read_manifest(source)["step"]
+    return Start("continue", source, step, step, carried(stage, manifests, source))
 
 
-def _verified_source(recipe: Recipe, stage_name: str, word: str, value: str) -> Path:
+def _verified_source(stage: Stage) -> Path:
     """As source_of, every byte read. A damaged end of an earlier stage is set aside: that stage is not finished."""
     try:
-        return _read_source(recipe, stage_name, word, value)
+        return _read_source(stage)
     except DamagedEndError:
         if process_group.is_main():
-            set_aside(end_checkpoint(recipe, value))
+            set_aside(end_checkpoint(stage.earlier[str(stage.starts_from)]))
         raise
 
 

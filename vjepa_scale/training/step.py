@@ -1,7 +1,11 @@
-"""One optimiser step, as the paper writes it."""
+"""One optimiser step, as the paper writes it, in two halves: gradients, which move nothing, and the move.
+
+Between them all ranks know the same: the mean loss, the gradients' norms, and whether a clip did not decode anywhere or
+a stop was asked for. So all of them go on, or none.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +21,26 @@ from vjepa_scale.objective.objective import Objective
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradients of a step are not numbers; nothing has moved."""
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """What one step's micro-batches gave, equal on every rank. Nothing has moved.
+
+    loss:     the mean over all micro-batches of all ranks, which have equal size
+    norms:    L2, by part of the networks that learns by itself (optim.part_of)
+    reported: what the objective reports beside its loss
+    stop:     some rank has been asked to save and stop
+    failures: some rank has had clips that do not decode and that the run does not know of yet
+    observed: features of this rank, where their effective rank is asked for
+    """
+
+    loss: float
+    norms: dict[str, float]
+    reported: dict[str, float]
+    stop: bool
+    failures: bool
+    observed: FeatureCovariance | None
 
 
 @dataclass(frozen=True)
@@ -46,18 +70,27 @@ def training_step(
     lr: float,
     clip_grad_norm: float | None = None,
     measure_rank: bool = False,
-    stop_asked: bool = False,
-    accidents: int = 0,
-    settle: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Masks, target, context, prediction, loss (in ``objective.loss``); then gradient, step, EMA.
+    """Both halves of a step. Raises NonFiniteLossError where nothing could be learned."""
+    gradients = compute_gradients(objective, engine, batch, measure_rank=measure_rank)
+    return apply_gradients(objective, engine, gradients, lr=lr, clip_grad_norm=clip_grad_norm)
 
-    batch: this rank's micro-batches, with their masks. The loss is the mean over all micro-batches of all
-    ranks, which have equal size. All ranks judge the reduced loss and gradient before anything moves.
-    stop_asked: this rank has been asked to stop; all ranks learn it with the loss, so they stop together.
-    accidents: of this rank, in loading this batch; where any rank has some, all call ``settle`` before anything moves.
-    clip_grad_norm: of each part of the networks that learns by itself (optim.part_of)
-    Raises NonFiniteLossError where the loss is not finite, and where no part's gradient is.
+
+def compute_gradients(
+    objective: Objective,
+    engine: Engine,
+    batch: Sequence[MicroBatch],
+    *,
+    measure_rank: bool = False,
+    stop_asked: bool = False,
+    failures: int = 0,
+) -> StepGradients:
+    """Masks, target, context, prediction, loss (in ``objective.loss``), gradients; averaged over ranks.
+
+    batch:        this rank's micro-batches, with their masks
+    measure_rank: look at the effective rank of the target features
+    stop_asked:   this rank has been asked to stop; all ranks learn it with the loss, so they stop together
+    failures:     clips of this batch that did not decode, and that the run does not know of yet
     """
     observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
@@ -73,22 +106,37 @@ def training_step(
     for index, micro_batch in enumerate(batch):
         total += engine.backward(partial(loss_of, micro_batch), share=1 / len(batch), last=index == len(batch) - 1)
 
-    flags = (total.new_full((), value) for value in (float(stop_asked), float(accidents)))
-    (mean_loss, stop, unsettled, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
-    if unsettled > 0 and settle is not None:
-        settle()
-    finite = {part: norm for part, norm in norms.items() if math.isfinite(norm)}
-    if not (math.isfinite(mean_loss) and finite):
+    flags = (total.new_full((), value) for value in (float(stop_asked), float(failures)))
+    (loss, stop, failed, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
+    return StepGradients(loss, norms, dict(zip(sums, parts, strict=True)), stop > 0, failed > 0, observed)
+
+
+def apply_gradients(
+    objective: Objective,
+    engine: Engine,
+    gradients: StepGradients,
+    *,
+    lr: float,
+    clip_grad_norm: float | None = None,
+) -> StepResult:
+    """Check, clip, step, EMA. All ranks judge the reduced loss and gradients before anything moves.
+
+    clip_grad_norm: of each part of the networks that learns by itself (optim.part_of)
+    Raises NonFiniteLossError where the loss is not finite, and where no part's gradient is.
+    """
+    finite = {part: norm for part, norm in gradients.norms.items() if math.isfinite(norm)}
+    if not (math.isfinite(gradients.loss) and finite):
         engine.discard_gradients()
-        found = ", ".join(str(norm) for norm in norms.values())
-        raise NonFiniteLossError(f"loss {mean_loss}, gradient norm {found}; weights, optimiser and EMA did not move")
-    lost = tuple(part for part in norms if part not in finite)
+        found = ", ".join(str(norm) for norm in gradients.norms.values())
+        raise NonFiniteLossError(
+            f"loss {gradients.loss}, gradient norm {found}; weights, optimiser and EMA did not move"
+        )
+    lost = tuple(part for part in gradients.norms if part not in finite)
     clipped = {part: clip_grad_norm / norm for part, norm in finite.items() if clip_grad_norm and norm > clip_grad_norm}
     if factors := clipped | dict.fromkeys(lost, 0.0):
         engine.scale_gradients(factors)
 
     engine.step(lr)
     objective.after_step()
-    rank = observed.effective_rank() if observed else None
-    reported = dict(zip(sums, parts, strict=True))
-    return StepResult(mean_loss, math.hypot(*finite.values()), rank, reported, lost, stop > 0)
+    rank = gradients.observed.effective_rank() if gradients.observed else None
+    return StepResult(gradients.loss, math.hypot(*finite.values()), rank, gradients.reported, lost, gradients.stop)

@@ -32,28 +32,18 @@ from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, write_json
-from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.recipe.load import load_recipe, validate_recipe
+from vjepa_scale.recipe.stage import CHECKPOINTS, Stage, stages_of
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 METADATA_KEY = "vjepa_scale"
-
-# Where a run's result is: the last stage that has checkpoints, of those that train an encoder. The stages after them
-# train beside a frozen one; where a run has nothing else, that one is its encoder.
-LAST_STAGE_FIRST = ("cooldown", "pretrain", "action")
-# Only there is an action-conditioned predictor.
-ACTION_STAGE = "action"
 
 # Canonical prefix → the checkpoint's.
 _TRAINED: dict[Weights, dict[str, str]] = {
     "target": {"encoder.": "target_encoder.", "predictor.": "predictor."},
     "context": {"encoder.": "encoder.", "predictor.": "predictor."},
     "both": {"encoder.": "encoder.", "target_encoder.": "target_encoder.", "predictor.": "predictor."},
-}
-# Of stages with a frozen encoder, which was a target encoder once: there is no other one in them.
-_FROZEN: dict[str, dict[str, str]] = {
-    ACTION_STAGE: {"encoder.": "encoder.", "action_predictor.": "action_predictor."},
-    "probe": {"encoder.": "encoder."},
 }
 
 
@@ -76,16 +66,27 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
         if check:
             store.verify(source)
         return source
-    stages = (ACTION_STAGE,) if networks is not None and "action_predictor" in networks else LAST_STAGE_FIRST
-    for folder in (source, source / "checkpoints", *(source / stage / "checkpoints" for stage in stages)):
+    stages = _stages_last_first(source)
+    acting = [stage for stage in stages if "action_predictor" in stage.networks]
+    wants_action = networks is not None and "action_predictor" in networks
+    # Where a run has nothing that trains an encoder, a frozen one beside an action predictor is its encoder.
+    meant = acting if wants_action else [*(stage for stage in stages if stage.has_target_encoder), *acting]
+    for folder in (source, source / CHECKPOINTS, *(source / stage.name / CHECKPOINTS for stage in meant)):
         found = store.find_last(folder) if check else last_name(folder)
         if found is not None:
             return found
-    if stages != LAST_STAGE_FIRST and any((source / stage / "checkpoints").is_dir() for stage in LAST_STAGE_FIRST):
+    if wants_action and any((source / stage.name / CHECKPOINTS).is_dir() for stage in stages):
         raise UserError(
             "no checkpoint of the action stage in it", where=source, fix="give a run with one, or run that stage"
         )
     raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
+
+
+def _stages_last_first(run: Path) -> list[Stage]:
+    """The stages that a run's recipe has."""
+    if not (run / "recipe.yaml").is_file():
+        return []
+    return list(reversed(stages_of(load_recipe(run / "recipe.yaml")).values()))
 
 
 def _refuse_shards(folder: Path) -> None:
@@ -107,12 +108,12 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
     """
     manifest = store.read_manifest(checkpoint)
     recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
-    frozen = _FROZEN.get(manifest["stage"])
-    if frozen is not None:
+    stage = stages_of(recipe)[manifest["stage"]]
+    prefixes = _TRAINED[weights]
+    if not stage.has_target_encoder:  # its encoder is frozen, and was a target encoder once: there is no other one
         if weights == "context":
             raise UserError("it holds the target encoder only, frozen", where=checkpoint, fix="ask for target")
-        weights = "target"
-    prefixes = _TRAINED[weights] if frozen is None else frozen
+        weights, prefixes = "target", {f"{network}.": f"{network}." for network in stage.networks}
     config = ConsolidatedConfig(
         model=recipe.model,
         weights=weights,
@@ -136,7 +137,8 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
     }
     for theirs in prefixes.values():
         if not any(name.startswith(theirs) for name in names.values()):
-            fix = "give the checkpoint of another stage" if frozen else "give a pretraining checkpoint"
+            other = "give the checkpoint of another stage"
+            fix = "give a pretraining checkpoint" if stage.has_target_encoder else other
             raise UserError(f"it holds no tensor {theirs}*", where=checkpoint, fix=fix)
     return WeightSource(
         where=checkpoint,

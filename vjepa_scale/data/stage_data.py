@@ -1,0 +1,43 @@
+"""The data of a stage: the manifests of its data sets, and the order in which their records are drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder, Ints
+from vjepa_scale.recipe import Phase, Stage
+
+
+def open_data(stage: Stage) -> dict[str, Manifest]:
+    """The manifests of a stage's data sets, in the recipe's order. Raises UserError naming the key."""
+    manifests = {}
+    for name in stage.data_sets:
+        try:
+            manifests[name] = Manifest.open(Path(stage.recipe.data.sets[name].path))
+        except UserError as error:
+            raise UserError(error.what, where=f"data.sets.{name}.path: {error.where}", fix=error.fix) from None
+    return manifests
+
+
+def data_order(
+    stage: Stage,
+    manifests: Mapping[str, Manifest],
+    phases: Sequence[Phase],
+    base: Mapping[str, int],
+    records: Mapping[str, Ints] | None = None,
+) -> DataOrder:
+    """The order of a stage's records over its phases.
+
+    base:    clips that each data set had given before the stage
+    records: as ``Stage.records`` says, which is asked where they are not given
+    """
+    records = stage.records(manifests) if records is None else records
+    return DataOrder(
+        seed=stage.recipe.data.seed,
+        sets=[(name, manifest.records_of_shards(records.get(name))) for name, manifest in manifests.items()],
+        phases=list(phases),
+        base=base,
+        lanes=stage.recipe.data.lanes,
+        kept=records,
+    )

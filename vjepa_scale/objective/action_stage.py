@@ -1,0 +1,119 @@
+"""Stages of action-conditioned post-training on robots' trajectories. Their networks and loss are in action.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
+from vjepa_scale.data.trajectory_clips import long_enough, trajectory_clip
+from vjepa_scale.model import flops
+from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe.schema import DataConfig
+from vjepa_scale.recipe.stage_sections import ActionStageConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vjepa_scale.data.batch import MicroBatch
+    from vjepa_scale.data.clips import ClipRef
+    from vjepa_scale.distributed.engine import Engine
+    from vjepa_scale.objective.objective import Objective
+
+
+class ActionStage(Stage):
+    section = ActionStageConfig
+    networks = ("encoder", "action_predictor")
+    draws_some_records = True
+    config: ActionStageConfig
+
+    @property
+    def data(self) -> DataConfig:
+        """By physical time, without jitter: actions are made of it."""
+        augment = self.recipe.data.augment.model_copy(update={"rate": (1.0, 1.0)})
+        return self.recipe.data.model_copy(update={"sampling": "time", "augment": augment})
+
+    def check_clips(self, phase: Phase, source: object) -> None:
+        """Each frame is a step, repeated to one tubelet: any number that a rollout fits in."""
+        if (frames := min(phase.geometries)) <= self.config.rollout_steps:
+            raise UserError(
+                f"a rollout of {self.config.rollout_steps} steps needs more than {frames} frames",
+                where=f"{source}:{self.name}.clip.frames",
+                fix="longer clips, or fewer rollout_steps",
+            )
+
+    def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
+        """The trajectories that last as long as the longest clip."""
+        longest = self._longest_clips()
+        return {name: self._long_enough(name, manifests[name], longest[name]) for name in manifests if name in longest}
+
+    def _longest_clips(self) -> dict[str, int]:
+        """Frames of the longest clips that the phases draw from each data set."""
+        return {
+            name: max(phase.frames_of(name) for phase in self.phases if name in phase.mixture)
+            for name in self.data_sets
+        }
+
+    def _long_enough(self, name: str, manifest: Manifest, frames: int) -> Ints:
+        fix = "make shards with tools/make_shards.py DROID OUT --trajectories droid"
+        where = f"data.sets.{name}.path: {manifest.folder}"
+        if "states.size" not in manifest.described:
+            raise UserError("these shards have no trajectories", where=where, fix=fix)
+        found = long_enough(manifest, frames=frames, fps=self.recipe.data.fps_of(name))
+        fixes = {"states": fix}
+        if self.recipe.model.action_predictor.extrinsics:
+            fixes["extrinsics"] = "model.action_predictor.extrinsics=false, or a data set in which all have them"
+        for member, fix in fixes.items():
+            column = f"{member}.size"
+            sizes = manifest.column(column)[found] if column in manifest.described else np.zeros(len(found))
+            if lacking := int((sizes == 0).sum()):
+                what = f"{lacking} of its {len(found)} trajectories that are long enough have no {member}"
+                raise UserError(what, where=where, fix=fix)
+        return found
+
+    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: "Tensor") -> None:
+        """All of a picture, squashed: a crop would change what an action does to it."""
+        from vjepa_scale.data.augment import squashed_crop
+
+        squashed_crop(pictures, phase.size, aspect=self.config.crop_aspect, out=out)
+
+    def complete(
+        self,
+        batch: "MicroBatch",
+        shown: Sequence["ClipRef"],
+        phase: Phase,
+        manifests: Mapping[str, Manifest],
+        prepared: None,
+    ) -> "MicroBatch":
+        """With ``states``, float32 [b, T, 7], at the clips' frames and, where asked for, ``extrinsics``, [b, T, 6]."""
+        import torch
+
+        clips = [trajectory_clip(manifests[ref.dataset], ref) for ref in shown]
+        extras = {"states": torch.from_numpy(np.stack([clip.states for clip in clips]))}
+        if self.recipe.model.action_predictor.extrinsics:
+            cameras = [clip.extrinsics for clip in clips if clip.extrinsics is not None]
+            assert len(cameras) == len(clips), "records saw them"
+            extras["extrinsics"] = torch.from_numpy(np.stack(cameras))
+        return replace(batch, extras=extras)
+
+    def clip_flops(self, phase: Phase, frames: int) -> float:
+        _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
+        return flops.action_step(self.recipe.model, frames, h * w, self.config.rollout_steps)
+
+    def tokens_in_words(self, phase: Phase, frames: int) -> str:
+        _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
+        return f"{frames} × {h * w}"
+
+    def objective(
+        self, engine: "Engine", manifests: Mapping[str, Manifest], records: Mapping[str, Ints]
+    ) -> "Objective":
+        from vjepa_scale.objective.action import ActionConditioned
+
+        return ActionConditioned(self, engine, manifests, records)
+
+    def decisive(self) -> dict[str, Any]:
+        """Records are chosen by the longest clip from the first step on."""
+        return super().decisive() | {"the longest clip of a data set, in frames": self._longest_clips()}

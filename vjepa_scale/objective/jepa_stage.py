@@ -1,0 +1,87 @@
+"""Stages of masked prediction: pretraining and cooldown. Their networks and loss are in jepa.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import Ints
+from vjepa_scale.masking import check_masks, drawn_masks
+from vjepa_scale.model import flops
+from vjepa_scale.recipe import Phase, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vjepa_scale.data.batch import MicroBatch
+    from vjepa_scale.data.clips import ClipRef
+    from vjepa_scale.distributed.engine import Engine
+    from vjepa_scale.objective.objective import Objective
+
+# Lengths of masks change from step to step; the mean over this many is within a few percent of a long run's.
+SAMPLED_STEPS = 16
+
+
+class JepaStage(Stage):
+    networks = ("encoder", "predictor")
+    has_target_encoder = True
+    group_words = ("mask groups", "masks.group")
+
+    def group(self, micro_batch: int) -> int:
+        return self.recipe.masks.group
+
+    def check_before_launch(self) -> None:
+        """That no mask generator can leave a clip without context or target."""
+        for phase in self.phases:
+            for frames in phase.geometries:
+                check_masks(self.recipe.masks, grid=self._grid(phase, frames))
+
+    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: "Tensor") -> None:
+        from vjepa_scale.data.augment import random_crop
+
+        cfg, seed = self.recipe.data.augment, self.recipe.run.seed
+        random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=slot, out=out)
+
+    def complete(
+        self,
+        batch: "MicroBatch",
+        shown: Sequence["ClipRef"],
+        phase: Phase,
+        manifests: Mapping[str, Manifest],
+        prepared: None,
+    ) -> "MicroBatch":
+        """With its masks."""
+        from vjepa_scale.masking import draw_masks
+
+        masks = draw_masks(
+            self.recipe.masks,
+            seed=self.recipe.run.seed,
+            step=batch.step,
+            slots=batch.slots,
+            grid=self._grid(phase, batch.clips.shape[2]),
+        )
+        return replace(batch, masks=masks)
+
+    def clip_flops(self, phase: Phase, frames: int) -> float:
+        """The mean over the masks of the phase's first steps."""
+        t, h, w = grid = self._grid(phase, frames)
+        total = 0
+        for step in range(phase.first, phase.first + SAMPLED_STEPS):
+            drawn = drawn_masks(self.recipe.masks, seed=self.recipe.run.seed, step=step, slots=range(1), grid=grid)
+            lengths = [(int(context.sum()), int(target.sum())) for context, target in drawn]
+            total += flops.jepa_step(self.recipe.model, t * h * w, lengths)
+        return total / SAMPLED_STEPS
+
+    def objective(
+        self, engine: "Engine", manifests: Mapping[str, Manifest], records: Mapping[str, Ints]
+    ) -> "Objective":
+        from vjepa_scale.objective.jepa import Jepa
+
+        return Jepa(self, engine)
+
+    def decisive(self) -> dict[str, Any]:
+        whole = self.recipe.model_dump(mode="json")
+        return {section: whole[section] for section in ("masks", "jepa")}
+
+    def _grid(self, phase: Phase, frames: int) -> tuple[int, int, int]:
+        return phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)

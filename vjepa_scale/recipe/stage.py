@@ -1,0 +1,369 @@
+"""A stage as an object: its recipe, its phases, its folders, and everything that depends on its kind of training.
+
+Launchers, monitors and trainers make it once, by ``stages_of(recipe)[name]``, and pass it on. A kind of training is a
+subclass in objective/, which recipe/registry.py has a line for. Light: without PyTorch.
+
+Where a run keeps what (names only; nothing here opens a file):
+
+    <run>/recipe.yaml               the resolved recipe of the last launch
+    <run>/ledger.jsonl              clips that were replaced, and stops: what changed the data; empty if nothing did
+    <run>/launches/0001/            what was launched: recipe, git state, Slurm's scripts
+    <run>/code/<hash>/vjepa_scale/  the code that the jobs run
+    <run>/<stage>/history.jsonl     submitted, started, saved, interrupted, failed, done
+    <run>/<stage>/metrics.jsonl     a row per step
+    <run>/<stage>/evaluation.json   of probes: what they are worth; the stage is finished when it is there
+    <run>/<stage>/checkpoints/, logs/JOB_RANK_log.{out,err}, failures/JOB.RANK.json, rendezvous/
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe.networks import Network
+from vjepa_scale.recipe.phases import Phase, phase_steps
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
+from vjepa_scale.recipe.schema import DataConfig, LaunchConfig, Recipe
+from vjepa_scale.recipe.stage_sections import OptimizerConfig, StageConfig
+
+if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training take and give
+    from torch import Tensor
+
+    from vjepa_scale.data.batch import MicroBatch
+    from vjepa_scale.data.clips import ClipRef
+    from vjepa_scale.data.manifest import Manifest
+    from vjepa_scale.data.order import Ints
+    from vjepa_scale.distributed.engine import Engine
+    from vjepa_scale.objective.objective import Objective
+
+CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
+
+# Of ``init_from``: a fresh encoder, to compare with.
+UNTRAINED = "untrained"
+
+
+class Stage(ABC):
+    """One stage of a run.
+
+    recipe, name, config: the whole recipe, the stage's name in it, and its own section
+    earlier:              the stages of the recipe before it, by name
+
+    A subclass says what its kind of training is before there is an engine; its ``objective`` is the rest.
+    """
+
+    section: ClassVar[type[StageConfig]] = StageConfig  # what a recipe may say of such a stage
+    networks: ClassVar[tuple[Network, ...]]  # of the model, those that it has
+    has_target_encoder: ClassVar[bool] = False  # beside the encoder; without one, a stage takes it as its encoder
+    draws_some_records: ClassVar[bool] = False  # of its data sets, by ``records``
+    # Consecutive slots of one geometry, which the global batch is made of: what they are called, and the key.
+    group_words: ClassVar[tuple[str, str]] = ("micro-batches", "micro_batch")
+
+    def __init__(self, recipe: Recipe, name: str, earlier: Mapping[str, Stage]) -> None:
+        self.recipe, self.name, self.earlier = recipe, name, dict(earlier)
+        self.config: Any = recipe.stages()[name]
+
+    # -- what the recipe says ------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name, self.config)
+
+    @property
+    def starts_by(self) -> str | None:
+        """The key by which it starts from something: ``continue_from``, ``init_from``, or None."""
+        return "continue_from" if self.config.continue_from else "init_from" if self.config.init_from else None
+
+    @property
+    def starts_from(self) -> str | None:
+        """What that key names: a stage of the recipe, or a path."""
+        return self.config.continue_from or self.config.init_from
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Its own, or the recipe's."""
+        return self.config.optimizer or self.recipe.optimizer
+
+    @property
+    def launch(self) -> LaunchConfig:
+        """The recipe's, with what the stage says otherwise."""
+        own = self.config.launch
+        return self.recipe.launch if own is None else self.recipe.launch.model_copy(update=own.given())
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.nodes * self.launch.tasks_per_node
+
+    @property
+    def data(self) -> DataConfig:
+        """How its clips are taken from videos."""
+        return self.recipe.data
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """By the recipe alone: from the end of the stage of this recipe that it continues from, else from step 0."""
+        return self.phases_from(None)
+
+    def phases_from(self, first: int | None) -> list[Phase]:
+        """Its phases, if it starts at this global step. Phases of no steps (a fraction too small) are left out.
+
+        Raises ValueError for phases that do not add up, or of which no learning rate is known.
+        """
+        config, recipe = self.config, self.recipe
+        start_lr: float | None = None
+        if config.continue_from in self.earlier:
+            before = self.earlier[config.continue_from].phases[-1]
+            start_lr = before.final_lr
+            first = before.end if first is None else first
+        first = first or 0
+        phases = []
+        for given, steps in zip(config.phases, phase_steps(config), strict=True):
+            begin_lr = given.start_lr if given.start_lr is not None else start_lr
+            if begin_lr is None:
+                raise ValueError(f"{given.name!r} has no start_lr, and no phase before it to go on from")
+            start_lr = given.final_lr if given.final_lr is not None else begin_lr
+            if steps == 0:
+                continue
+            mixture = given.mixture or config.mixture or {name: s.weight for name, s in recipe.data.sets.items()}
+            frames = (given.clip and given.clip.frames) or config.clip.frames
+            micro_batch = given.micro_batch or config.micro_batch
+            phases.append(
+                Phase(
+                    stage=self.name,
+                    name=given.name,
+                    first=first,
+                    steps=steps,
+                    start_lr=begin_lr,
+                    final_lr=start_lr,
+                    frames=frames,
+                    size=(given.clip and given.clip.size) or config.clip.size,
+                    global_batch=given.global_batch or config.global_batch,
+                    micro_batch=micro_batch,
+                    mixture={name: weight for name, weight in mixture.items() if weight > 0},
+                    own_frames={
+                        name: data_set.frames
+                        for name, data_set in recipe.data.sets.items()
+                        if data_set.frames not in (None, frames) and mixture.get(name, 0) > 0
+                    },
+                    mask_group=self.group(micro_batch),
+                )
+            )
+            first += steps
+        return phases
+
+    def group(self, micro_batch: int) -> int:
+        """How many consecutive slots of a step have one geometry."""
+        return micro_batch
+
+    @property
+    def decodes_clips(self) -> bool:
+        """Whether its steps take clips from videos."""
+        return True
+
+    @property
+    def evaluated_sets(self) -> tuple[str, ...]:
+        """Data sets that it needs beside those that it trains on."""
+        return ()
+
+    @property
+    def data_sets(self) -> list[str]:
+        """The data sets that it needs, in the recipe's order."""
+        needed = {*self.evaluated_sets, *(name for phase in self.phases for name in phase.mixture)}
+        return [name for name in self.recipe.data.sets if name in needed]
+
+    @property
+    def networks_at_start(self) -> list[Network]:
+        """The networks that it takes from where it starts: those that it has, without those to be left fresh."""
+        without = self.config.init_without if self.config.init_from else ()
+        return [network for network in self.networks if network not in without]
+
+    # -- where it keeps what -----------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run.dir) / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINTS
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / LOGS
+
+    @property
+    def failures(self) -> Path:
+        return self.folder / FAILURES
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / EVALUATION
+
+    # -- checks: each raises UserError naming a key ------------------------------------------------------
+
+    def check(self, source: object) -> None:
+        """Everything about the stage that needs more than one key. source: what errors name before the key."""
+        key = f"{source}:{self.name}"
+        for word in ("continue_from", "init_from"):
+            value = getattr(self.config, word)
+            if value in {*self.recipe.stages(), *DEFAULT_KINDS} and value not in self.earlier:
+                raise UserError(
+                    f"{value!r} is no earlier stage of this recipe",
+                    where=f"{key}.{word}",
+                    fix="name an earlier stage or a checkpoint folder",
+                )
+        before = self.earlier.get(str(self.config.continue_from))
+        if before is not None and before.kind != self.kind:
+            raise UserError(
+                f"{before.name!r} has another objective: nothing of {self.name} can go on from it",
+                where=f"{key}.continue_from",
+                fix="init_from, which takes its weights",
+            )
+        try:
+            phases = self.phases
+        except ValueError as error:
+            raise UserError(str(error), where=f"{key}.phases", fix="change steps of the stage or of a phase") from None
+        for phase in phases:
+            self.check_clips(phase, source)
+            self._check_phase(phase, key)
+
+    def check_clips(self, phase: Phase, source: object) -> None:
+        """That clips of a phase are what the networks take: whole tubelets."""
+        key, tubelet = f"{source}:{self.name}", self.recipe.model.tubelet
+        if phase.frames % tubelet:
+            raise UserError(
+                f"{phase.frames} frames do not divide into tubelets of {tubelet}", where=f"{key}.clip.frames"
+            )
+        for name in phase.own_frames:
+            self.check_own_frames(name, source)
+
+    def check_own_frames(self, data_set: str, source: object) -> None:
+        """That the clips of a data set that has a length of its own are whole tubelets."""
+        frames, tubelet = self.recipe.data.sets[data_set].frames or 0, self.recipe.model.tubelet
+        if frames % tubelet:
+            raise UserError(
+                f"{frames} frames do not divide into tubelets of {tubelet}",
+                where=f"{source}:data.sets.{data_set}.frames",
+                fix=f"a multiple of model.tubelet ({tubelet})",
+            )
+
+    def _check_phase(self, phase: Phase, key: str) -> None:
+        patch, group = self.recipe.model.patch, phase.mask_group
+        if phase.size[0] % patch or phase.size[1] % patch:
+            raise UserError(
+                f"{phase.size[0]}×{phase.size[1]} pixels do not divide into patches of {patch}",
+                where=f"{key}.clip.size",
+            )
+        if group % phase.micro_batch:
+            raise UserError(
+                f"a micro-batch of {phase.micro_batch} does not divide the mask group of {group} slots",
+                where=f"{key}.micro_batch",
+                fix=f"a divisor of masks.group ({group})",
+            )
+        if phase.global_batch % group:
+            parts, size = self.group_words
+            raise UserError(
+                f"a global batch of {phase.global_batch} clips does not divide into {parts} of {group}",
+                where=f"{key}.global_batch",
+                fix=f"a multiple of {size} ({group})",
+            )
+        for name in phase.mixture:
+            if name not in self.recipe.data.sets:
+                raise UserError(
+                    f"{name!r} is not in data.sets",
+                    where=f"{key}.mixture",
+                    fix=f"known: {', '.join(self.recipe.data.sets)}",
+                )
+        if not phase.mixture:
+            raise UserError("every weight is 0: nothing to draw from", where=f"{key}.mixture")
+
+    def check_before_launch(self) -> None:  # noqa: B027 (most have nothing to check)
+        """What takes too long to be checked each time a recipe is read."""
+
+    # -- its data --------------------------------------------------------------------------------------
+
+    def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
+        """The records that it draws from: record numbers, rising, by data set; a data set that is not here gives all.
+
+        Every rank computes the same. Raises UserError naming the data set's key where it cannot serve the stage.
+        """
+        return {}
+
+    def prepared(self, phase: Phase, manifests: Mapping[str, Manifest]) -> Any:
+        """What ``complete`` is given of a phase: made once, and sent to the loader's workers."""
+        return None
+
+    @abstractmethod
+    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: Tensor) -> None:
+        """Fill ``out``, uint8 [3, T, H, W], with a clip of the phase's size. pictures: T of uint8 [h, w, 3]"""
+
+    @abstractmethod
+    def complete(
+        self,
+        batch: MicroBatch,
+        shown: Sequence[ClipRef],
+        phase: Phase,
+        manifests: Mapping[str, Manifest],
+        prepared: Any,
+    ) -> MicroBatch:
+        """A micro-batch with what the stage learns from beside its clips. shown: what each clip is of"""
+
+    def finish_batch(self) -> tuple[int, int, tuple[int, int]] | None:
+        """Clips, frames and size of the batches that loaders hold after the last step; None where none follow."""
+        return None
+
+    # -- what it costs -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def clip_flops(self, phase: Phase, frames: int) -> float:
+        """Model FLOPs of one optimiser step for one clip of so many frames."""
+
+    def step_flops(self, phase: Phase) -> float:
+        """Model FLOPs of one optimiser step over all ranks: the mean over the phase's geometries."""
+        total = sum(phase.mixture.values())
+        return phase.global_batch * sum(
+            self.clip_flops(phase, frames) * sum(part.values()) / total for frames, part in phase.geometries.items()
+        )
+
+    def tokens_in_words(self, phase: Phase, frames: int) -> str:
+        """How many tokens a clip of so many frames is."""
+        t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
+        return str(t * h * w)
+
+    # -- training ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def objective(self, engine: Engine, manifests: Mapping[str, Manifest], records: Mapping[str, Ints]) -> Objective:
+        """Its networks, fresh and sharded, and its loss. records: as ``records`` says"""
+
+    def decisive(self) -> dict[str, Any]:
+        """What all of its steps depend on beside what every stage does, by the recipe's keys, as JSON."""
+        whole = self.config.model_dump(mode="json")
+        return {self.name: {key: value for key, value in whole.items() if key not in StageConfig.model_fields}}
+
+    def is_complete(self, step: int) -> bool:
+        """Whether what follows its last step is there too. step: of its last checkpoint"""
+        return True
+
+
+def kind_of(name: str, config: StageConfig) -> str:
+    return config.kind or DEFAULT_KINDS[name]
+
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    """The stages of a recipe, in the order they run."""
+    stages: dict[str, Stage] = {}
+    for name, config in recipe.stages().items():
+        stages[name] = class_of(STAGES, kind_of(name, config))(recipe, name, stages)
+    return stages
+
+
+def check_stages(recipe: Recipe, source: object) -> None:
+    """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
+    if not recipe.stages():
+        raise UserError("no stage to run", where=source, fix="add a section pretrain:, cooldown:, action: or probe:")
+    for stage in stages_of(recipe).values():
+        stage.check(source)

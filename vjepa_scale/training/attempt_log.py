@@ -1,0 +1,90 @@
+"""What an attempt at a stage writes down and prints: events, a row per step, lines. Rank 0 writes; every rank calls."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed import process_group
+from vjepa_scale.recipe import Stage, recipe_yaml
+from vjepa_scale.run.events import History
+from vjepa_scale.run.metrics import MetricsLog
+from vjepa_scale.training.skipped_clips import NAME
+from vjepa_scale.training.start import Start
+
+
+class SupersededError(RuntimeError):
+    """A later start of the same stage has taken over; this one must write nothing more."""
+
+
+class AttemptLog:
+    def __init__(self, stage: Stage, ranks: Ranks) -> None:
+        self._stage, self._ranks = stage, ranks
+        self._history = History(stage.folder)
+        self._metrics: MetricsLog | None = None  # of rank 0, from ``begin`` on
+
+    def begin(self, start: Start, *, last_step: int, attention: str) -> None:
+        """The attempt is about to train. attention: the kernel in use"""
+        if not self._ranks.is_main:
+            return
+        stage = self._stage
+        keep_reserve(stage.folder)
+        stage.evaluation.unlink(missing_ok=True)  # of probes that this attempt replaces
+        of_run = Path(stage.recipe.run.dir) / "recipe.yaml"
+        for path in (stage.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
+            write_atomic(path, recipe_yaml(stage.recipe))
+        self._metrics = MetricsLog(
+            stage.folder / "metrics.jsonl",
+            step=start.step,
+            last_step=last_step,
+            console_every=stage.recipe.log.every,
+        )
+        self.event(
+            "started",
+            job_id=self._ranks.job_id,
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            world_size=self._ranks.world_size,
+            kind=start.kind,
+            step=start.step,
+            repeated=self._metrics.repeated,
+            attention=attention,
+        )
+        self.say(f"{stage.name}: attention by {attention}")
+
+    def event(self, event: str, **values: object) -> None:
+        """A row of history.jsonl."""
+        if self._ranks.is_main:
+            self._history.add(event, job=self._ranks.job, **values)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, and a line now and then."""
+        if self._metrics is not None:
+            self._metrics.write(row)
+
+    def flush(self) -> None:
+        """Wait for values of rows that are not there yet, and write them."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches."""
+        if self._ranks.is_main:
+            print(text, flush=True)
+
+    def stopped_by(self, error: Exception, step: int) -> None:
+        """The run ends itself in this step: its rows so far, and the reason, are written."""
+        self.flush()
+        if self._ranks.is_main:
+            row = {"event": "stop", "stage": self._stage.name, "step": step, "reason": str(error), "pid": os.getpid()}
+            append_jsonl(Path(self._stage.recipe.run.dir) / NAME, row, durable=True)
+
+    def refuse_if_superseded(self) -> None:
+        """A start of this stage after ours (its node was given up, yet lives) is the one that counts. Collective."""
+        started = [row for row in self._history.rows() if row["event"] == "started"] if self._ranks.is_main else []
+        job = process_group.from_rank_0(started[-1]["job"] if started else None)
+        if job != self._ranks.job:
+            raise SupersededError(
+                f"{self._stage.name} has been started again, as job {job}: this one, {self._ranks.job}, ends"
+            )

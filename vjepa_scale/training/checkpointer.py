@@ -1,0 +1,61 @@
+"""The checkpoints of a stage in training: when one is due, what it says, which ones stay."""
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.saver import Saver
+from vjepa_scale.recipe import Phase
+from vjepa_scale.training.setup import Training
+
+
+class Checkpointer:
+    """Every rank makes one, and calls all of it alike."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._saver = Saver(
+            training.stage.checkpoints,
+            background=training.stage.recipe.checkpoint.background,
+            device=training.engine.device,
+        )
+
+    def due(self, phase: Phase, step: int) -> bool:
+        """After so many steps: now and then, and at the end of each phase."""
+        return step % self._training.stage.recipe.checkpoint.every == 0 or step == phase.end
+
+    def save(self, phase: Phase, step: int) -> None:
+        """Begin to write the checkpoint of ``step`` completed steps; the last one is written when this returns."""
+        training = self._training
+        training.log.flush()  # who resumes there finds every row before it
+        self.collect(wait=True)
+        training.log.refuse_if_superseded()
+        tensors = training.engine.tensors(training.objective.networks, optimizer=True)
+        stage, recipe = training.stage, training.stage.recipe
+        manifest = {
+            "stage": stage.name,
+            "phase": phase.name,
+            "first": training.start.first,
+            "base": training.start.base,
+            "origin": training.origin,
+            "drawn": training.order.drawn(step),
+            "optimizer_steps": training.engine.optimizer_steps,
+            "ends_phase": step == phase.end,
+            "fps": recipe.data.fps,
+            "frames": phase.frames,
+            "size": list(phase.size),
+            "attention": training.engine.attention,
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "data": {name: data_set.identity for name, data_set in training.manifests.items()},
+            **training.objective.checkpoint_facts(),
+        }
+        self._saver.save(step, tensors, manifest, are_copies=training.engine.gives_copies)
+        if step == training.end:
+            self.collect(wait=True)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Record the checkpoint that is complete now, if one is, and remove those that are not to stay."""
+        if (saved := self._saver.take(wait=wait)) is None:
+            return
+        step, path = saved
+        stage, log = self._training.stage, self._training.log
+        store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep)
+        log.event("saved", step=step)
+        log.say(f"saved {path}")

@@ -1,0 +1,168 @@
+"""What a stage starts from, by names and manifests alone: its first step, its data's order, another's checkpoint.
+
+Without PyTorch, so that launchers and dry runs are quick. Only weights of another format are opened, by the code that
+loads them.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vjepa_scale.checkpoint.finding import is_foreign, last_name, name_of, newest_name
+from vjepa_scale.checkpoint.manifest import MANIFEST, read_manifest
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder
+from vjepa_scale.data.stage_data import data_order, open_data
+from vjepa_scale.recipe import Phase, Stage, stages_of
+from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.recipe.networks import refuse_other_model
+from vjepa_scale.recipe.stage import UNTRAINED
+
+
+def planned_first(stage: Stage) -> int:
+    """The global step that a stage begins, or began, at."""
+    own = newest_name(stage.checkpoints)
+    if own is not None:
+        return read_manifest(own)["first"]
+    before = stage.config.continue_from
+    if before is None:
+        return 0
+    if before in stage.earlier:
+        return end_of(stage.earlier[before])
+    if is_foreign(before):
+        return foreign_step(stage)
+    return read_manifest(source_of(stage))["step"]
+
+
+def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manifest]]:
+    """The phases of a stage and the order of its data, as they were or will be trained; and the data."""
+    manifests = open_data(stage)
+    phases = stage.phases_from(planned_first(stage))
+    own = newest_name(stage.checkpoints)
+    before = stage.config.continue_from
+    if own is not None:
+        base = read_manifest(own)["base"]
+    elif before is None or (before not in stage.earlier and is_foreign(before)):
+        base = {}
+    elif before in stage.earlier:
+        base = planned_order(stage.earlier[before])[1].drawn(phases[0].first)
+    else:
+        base = carried(stage, manifests, source_of(stage))
+    return phases, data_order(stage, manifests, phases, base), manifests
+
+
+def end_of(stage: Stage) -> int:
+    """The global step at which a stage ends."""
+    return stage.phases_from(planned_first(stage))[-1].end
+
+
+def end_checkpoint(stage: Stage) -> Path:
+    """Where a stage's last checkpoint is, or will be."""
+    return stage.checkpoints / name_of(end_of(stage))
+
+
+def starts_elsewhere(stage: Stage) -> bool:
+    """Does it start from weights that are not a training checkpoint of ours?"""
+    value = stage.starts_from
+    return value is not None and value != UNTRAINED and value not in stage.earlier and is_foreign(value)
+
+
+def foreign_step(stage: Stage) -> int:
+    """``check_foreign``, whose reading of weights needs PyTorch."""
+    from vjepa_scale.training.load_weights import check_foreign
+
+    return check_foreign(stage)
+
+
+class DamagedEndError(UserError):
+    """The last checkpoint of a stage that another one starts from is damaged."""
+
+
+def source_of(
+    stage: Stage,
+    *,
+    newest: Callable[[Path], Path | None] = newest_name,
+    last: Callable[[Path], Path | None] = last_name,
+    verify: Callable[[Path], object] | None = None,
+) -> Path:
+    """The checkpoint that a stage starts from. Its key names a stage, a stage's folder or a checkpoint.
+
+    newest, last, verify: how a folder's newest good checkpoint, and its last one, are found and a checkpoint is
+                          checked; by default only its manifest and the sizes of its files are looked at
+    Raises DamagedEndError where a stage of this recipe has come to its end, and its last checkpoint is damaged.
+    """
+    value, key = str(stage.starts_from), f"{stage.name}.{stage.starts_by}"
+    before = stage.earlier.get(value)
+    if before is not None:
+        folder, must_end_at = before.checkpoints, end_of(before)
+    else:
+        path = Path(value)
+        if not path.exists():
+            raise UserError(
+                "no such file or folder",
+                where=f"{key}: {value}",
+                fix="a stage's folder, a checkpoint or weights by path, or a stage: "
+                f"{', '.join(stage.recipe.stages())}",
+            )
+        if (path / MANIFEST).exists():
+            if verify is not None:
+                verify(path)
+            _refuse_unfit(stage, path)
+            return path
+        folder, must_end_at = (path if path.name == "checkpoints" else path / "checkpoints"), None
+    latest = newest(folder) if must_end_at is not None else last(folder)
+    if latest is None:
+        raise UserError(
+            f"{value!r} has no checkpoint in {folder}",
+            where=key,
+            fix="run that stage first, or give a checkpoint's path",
+        )
+    if before is not None and (step := read_manifest(latest)["step"]) != must_end_at:
+        if (end := end_checkpoint(before)).is_dir():
+            raise DamagedEndError(
+                f"the last checkpoint of {value!r}, {end}, is damaged",
+                where=key,
+                fix=f"launch {value!r} again, which trains it from {latest.name} on, or restore it from a copy",
+            )
+        raise UserError(
+            f"stage {value!r} stands at step {step}, its end is {must_end_at}",
+            where=key,
+            fix=f"finish {value!r} first, or give {latest} itself to start from there",
+        )
+    _refuse_unfit(stage, latest)
+    return latest
+
+
+def _refuse_unfit(stage: Stage, source: Path) -> None:
+    """Of another objective, where an optimiser's state is wanted; or of another model."""
+    manifest = read_manifest(source)
+    then = stages_of(validate_recipe(manifest["recipe"], source=source / MANIFEST))[manifest["stage"]]
+    if stage.starts_by == "continue_from" and then.kind != stage.kind:
+        raise UserError(
+            f"{source} is of {then.name}: nothing of {stage.name} can go on from it",
+            where=f"{stage.name}.continue_from",
+            fix="init_from, which takes its weights",
+        )
+    try:
+        # Heads and positions have no tensors: only the models' words tell whether weights mean the same under both.
+        refuse_other_model(then.recipe.model, stage.recipe.model, where=source, networks=stage.networks_at_start)
+    except UserError as error:
+        raise UserError(error.what, where=f"{stage.name}.{stage.starts_by}: {error.where}", fix=error.fix) from None
+
+
+def carried(stage: Stage, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
+    """How many clips each data set has given before a stage that continues from ``source``.
+
+    A data set whose order is another one now (other shards, seed or lanes) begins with its first epoch.
+    """
+    manifest = read_manifest(source)
+    data = manifest["recipe"]["data"]
+    if (data["seed"], data["lanes"]) != (stage.recipe.data.seed, stage.recipe.data.lanes):
+        return {}
+    if stage.draws_some_records:  # which may be other records now
+        return {}
+    return {
+        name: manifest["drawn"][name]
+        for name, data_set in manifests.items()
+        if manifest["data"].get(name) == data_set.identity
+    }

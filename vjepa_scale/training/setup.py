@@ -1,0 +1,114 @@
+"""What a stage trains with, made before its first step: data, networks, optimiser, and the weights it starts from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.data.host_limits import check_limits
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.order import DataOrder, Ints
+from vjepa_scale.data.stage_data import data_order, open_data
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.objective.objective import Objective
+from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.run.metrics import touch
+from vjepa_scale.training.attempt_log import AttemptLog
+from vjepa_scale.training.load_weights import load_foreign, load_initial
+from vjepa_scale.training.skipped_clips import NAME, Ledger
+from vjepa_scale.training.start import Start, find_start, origin_of
+from vjepa_scale.video.decode import TORCHCODEC
+from vjepa_scale.video.torchcodec import import_torchcodec
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a stage trains with.
+
+    start:     where it starts; origin: where its first weights came from, for its checkpoints
+    phases:    on the global step, from ``start.first``
+    manifests: of its data sets; records: those that it draws from, where that is not all of them
+    ledger:    the clips that were replaced so far
+    """
+
+    stage: Stage
+    ranks: Ranks
+    engine: Engine
+    objective: Objective
+    start: Start
+    origin: dict[str, Any]
+    phases: list[Phase]
+    manifests: Mapping[str, Manifest]
+    records: Mapping[str, Ints]
+    order: DataOrder
+    ledger: Ledger
+    log: AttemptLog
+
+    @property
+    def end(self) -> int:
+        """The global step at which the stage ends."""
+        return self.phases[-1].end
+
+
+def set_up(stage: Stage, ranks: Ranks) -> Training:
+    """Open the data, build the networks, and load what the stage starts from. Collective.
+
+    Raises UserError for what a user can mend: data, checkpoints, limits of the node.
+    """
+    recipe, log = stage.recipe, AttemptLog(stage, ranks)
+    engine = build_engine(recipe.engine, ranks)
+    if ranks.is_main:
+        store.remove_unfinished(stage.checkpoints)
+        touch(Path(recipe.run.dir) / NAME)
+    check_limits(stage, ranks_on_node=ranks.local_world_size)
+    if recipe.data.decoder == TORCHCODEC:
+        import_torchcodec()  # now, not in the first worker
+    process_group.barrier()
+    manifests = open_data(stage)
+    start = find_start(stage, manifests)
+    origin = origin_of(start)  # now: that checkpoint may be removed while this stage trains
+    phases = stage.phases_from(start.first)
+    records = stage.records(manifests)
+    objective = stage.objective(engine, manifests, records)
+    engine.start_optimizer(stage.optimizer, objective.trained, objective.settings, objective.unreached)
+    _load(stage, start, engine, objective, log)
+    own = start.checkpoint if start.kind == "resume" else None
+    objective.before_training(None if own is None else store.read_manifest(own))
+    return Training(
+        stage=stage,
+        ranks=ranks,
+        engine=engine,
+        objective=objective,
+        start=start,
+        origin=origin,
+        phases=phases,
+        manifests=manifests,
+        records=records,
+        order=data_order(stage, manifests, phases, start.base, records),
+        ledger=Ledger(Path(recipe.run.dir), stage.name),
+        log=log,
+    )
+
+
+def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log: AttemptLog) -> None:
+    """Fill the networks, and the optimiser where training goes on, from where the stage starts."""
+    if start.checkpoint is None:
+        log.say(f"{stage.name} starts fresh")
+        return
+    tensors = engine.tensors(objective.networks, optimizer=start.kind != "init")
+    if start.foreign:
+        report = load_foreign(stage, start.checkpoint, tensors)
+        engine.optimizer_steps = start.step
+    elif start.kind == "init":
+        report = str(load_initial(stage, start.checkpoint, tensors))
+    else:
+        report = str(store.load(start.checkpoint, tensors, check=False))  # find_start has just verified the files
+        engine.optimizer_steps = store.read_manifest(start.checkpoint)["optimizer_steps"]
+    engine.restore(objective.networks, tensors)
+    log.say(f"{stage.name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
+    then = store.read_manifest(start.checkpoint).get("attention") if start.kind == "resume" else None
+    if then not in (None, engine.attention):
+        log.say(f"attention was by {then}, now by {engine.attention}: equal in the method, not to the bit")
