@@ -8,6 +8,14 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+# Masks: ``masks.generators.N.kind`` → its class, a vjepa_scale.masking.generator.MaskGenerator.
+MASK_GENERATORS = {
+    "blocks": "vjepa_scale.masking.blocks:BlockMasks",
+    "future": "vjepa_scale.masking.frames:FutureMasks",
+    "frame_dropout": "vjepa_scale.masking.frames:FrameDropoutMasks",
+    "multi_rate": "vjepa_scale.masking.frames:MultiRateMasks",
+}
+
 
 def class_of(kinds: Mapping[str, str], kind: str) -> Any:
     """The class that a kind's line names, ``module:class``. Raises KeyError for a kind without a line."""
