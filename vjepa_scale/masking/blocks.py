@@ -75,6 +75,10 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
     def hides_future(cls, entry: Mapping[str, Any]) -> bool:
         return bool(entry.get("max_context_frames", 1.0) < 1)
 
+    @classmethod
+    def describe(cls, entry: Mapping[str, Any]) -> str:
+        return f"{entry['blocks']} blocks of scale {entry['spatial_scale'][0]:g}"
+
     def drawn_block_size(self, grid: Grid, *, seed: int, step: int) -> tuple[int, int, int]:
         """The block size that every clip of a step shares, on all ranks."""
         temporal, spatial, aspect = KeyedRng(seed, "mask.size", step, self.number).uniforms(3).tolist()

@@ -70,6 +70,11 @@ class MaskGenerator(ABC, Generic[SectionT]):
         """
         return False
 
+    @classmethod
+    def describe(cls, entry: Mapping[str, Any]) -> str:
+        """An entry in a few words, for the card of an exported model. entry: as of ``hides_future``"""
+        return f"kind {entry['kind']}"
+
 
 def generator_class(kind: str) -> type[MaskGenerator[Any]]:
     """The class registered for a kind. Raises KeyError for a kind without a line in ``MASK_GENERATORS``."""
