@@ -5,7 +5,9 @@ So the global batch is cut into mask groups of consecutive slots, and every list
 decides: lengths depend neither on the micro-batch nor on the number of ranks (method.md 4).
 """
 
-from vjepa_scale.masking.generator import Grid, Mask, generators
+from typing import Any
+
+from vjepa_scale.masking.generator import Grid, Mask, MaskGenerator, generator_class
 from vjepa_scale.recipe.mask_sections import MasksConfig
 
 
@@ -22,7 +24,7 @@ def drawn_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: G
         f"{slots} is not inside one mask group of {cfg.group}"
     )
     group = range(first, first + cfg.group)
-    return [generator.draw(grid, seed=seed, step=step, slots=slots, group=group) for generator in generators(cfg)]
+    return [generator.draw(grid, seed=seed, step=step, slots=slots, group=group) for generator in _generators(cfg)]
 
 
 def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
@@ -30,5 +32,9 @@ def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
 
     Raises UserError naming ``masks.generators.N``.
     """
-    for generator in generators(cfg):
+    for generator in _generators(cfg):
         generator.check(grid)
+
+
+def _generators(cfg: MasksConfig) -> list[MaskGenerator[Any]]:
+    return [generator_class(entry.kind)(entry, cfg, number) for number, entry in enumerate(cfg.generators)]

@@ -82,11 +82,6 @@ def generator_class(kind: str) -> type[MaskGenerator[Any]]:
     return found
 
 
-def generators(masks: MasksConfig) -> list[MaskGenerator[Any]]:
-    """A generator for each entry of ``masks.generators``."""
-    return [generator_class(entry.kind)(entry, masks, number) for number, entry in enumerate(masks.generators)]
-
-
 # -- random subsets --------------------------------------------------------------------------------
 
 
