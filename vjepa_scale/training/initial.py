@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.networks import networks_from
 from vjepa_scale.recipe.phases import MASKED
