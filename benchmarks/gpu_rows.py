@@ -170,7 +170,7 @@ def spread(values_ms: Sequence[float]) -> Row:
 
 def measure_tests(session: Session, unit: Unit) -> list[Row]:
     report = session.folder / "tests.xml"
-    chosen = ["-m", "gpu"] if session.device.type == "cuda" else [str(ROOT / "tests" / "model" / "test_kernels.py")]
+    chosen = ["-m", "gpu"] if session.device.type == "cuda" else [str(ROOT / "tests" / "model" / "test_attention.py")]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     words += [f"--junit-xml={report}", *chosen]
     with in_a_group(words) as process:

@@ -213,6 +213,13 @@ def test_the_user_is_told_which_masks_their_predictor_is_for(
     assert words.partition(". ")[2] in (tmp_path / "hf/README.md").read_text()
 
 
+def test_the_card_of_a_model_that_was_trained_on_time_steps(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", SMALL, masks={"generators": [{"kind": "future"}, {"kind": "multi_rate"}]}, jepa={})
+    said: list[str] = []
+    consolidate(tmp_path / "run", tmp_path / "hf", to="huggingface", say=said.append)
+    assert any("It was trained by mask generator 1 (kind multi_rate) of the recipe" in line for line in said)
+
+
 def test_a_wrong_result_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vjepa_scale.checkpoint.formats import huggingface
 

@@ -25,7 +25,7 @@ from tests.checkpoint.formats_material import (
 from vjepa_scale.checkpoint.formats import Match, open_weights, published_optimizer
 from vjepa_scale.checkpoint.load import load_encoder, load_predictor, read_config
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.model.sincos import sincos_positions
+from vjepa_scale.model.positions import sincos_positions
 from vjepa_scale.recipe.schema import ModelConfig
 
 HEADS = "heads=3,predictor_heads=2"

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.jepa_shape import MODEL, batch, start
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.model.encoder import Encoder

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.processes import run_processes
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.ranks import Ranks

@@ -10,6 +10,8 @@ from tests.chain import ROOT
 LIGHT = [
     "vjepa_scale",
     "vjepa_scale.recipe",
+    "vjepa_scale.masking.blocks",
+    "vjepa_scale.masking.frames",
     "vjepa_scale.monitor.status",
     "vjepa_scale.monitor.follow",
     "vjepa_scale.monitor.cancel",

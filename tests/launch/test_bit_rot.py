@@ -9,9 +9,8 @@ import pytest
 
 from tests.chain import launch, metrics, tool, write_recipe
 from vjepa_scale.checkpoint import manifest, store
-from vjepa_scale.checkpoint.finding import last_name, newest_name, problems, set_aside
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
-from vjepa_scale.checkpoint.manifest import identity, read_manifest
+from vjepa_scale.checkpoint.manifest import identity, last_name, newest_name, problems, read_manifest, set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor.status import read_status
 from vjepa_scale.recipe import load_recipe, stages_of

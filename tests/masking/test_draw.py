@@ -8,7 +8,8 @@ import torch
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.masking import check_masks, draw_masks
-from vjepa_scale.recipe.mask_sections import BlockMasksConfig, MasksConfig
+from vjepa_scale.masking.blocks import BlockMasksConfig
+from vjepa_scale.recipe.mask_sections import MasksConfig
 
 GRID = (8, 16, 16)
 SHORT = {"blocks": 8, "spatial_scale": (0.15, 0.15)}

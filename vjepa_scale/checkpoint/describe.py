@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.manifest import read_manifest
-from vjepa_scale.checkpoint.reader import CheckpointReader
 
 
 def describe(checkpoint: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@
         manifest.json         step, recipe, counts …, size and SHA-256 of all files above, own checksum
       step_00000200/
       .step_00000300.tmp/     being written; unfinished if its writer is dead
-      step_00000200.damaged/  found damaged and set aside (finding.py), until the step is saved again
+      step_00000200.damaged/  found damaged and set aside (manifest.py), until the step is saved again
 
 ``save``, ``find_latest``, ``find_last``, ``verify`` and ``load`` are collective where a process group exists: every
 rank calls them, and gets the same answer or the same error. Without one they work alone.
@@ -33,10 +33,19 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from vjepa_scale.checkpoint.chunks import ChunkWriter, write_chunk_checksums
-from vjepa_scale.checkpoint.finding import aside, name_of, newest_first, newest_name, problems, refuse_older
-from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, read_manifest, write_manifest
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.dcp import CheckpointReader, ChunkWriter, write_chunk_checksums
+from vjepa_scale.checkpoint.manifest import (
+    MANIFEST,
+    aside,
+    describe_file,
+    name_of,
+    newest_first,
+    newest_name,
+    problems,
+    read_manifest,
+    refuse_older,
+    write_manifest,
+)
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import publish_dir, remove_dir
 from vjepa_scale.distributed.process_group import from_rank_0

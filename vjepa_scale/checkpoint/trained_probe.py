@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.finding import name_of
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
 from vjepa_scale.checkpoint.formats.open import open_weights
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.manifest import name_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.model.probe import AttentiveProbe, probe_of

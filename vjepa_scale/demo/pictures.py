@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.demo.synthetic import U8
-from vjepa_scale.masking.blocks import Grid
-from vjepa_scale.masking.draw import Mask
+from vjepa_scale.masking.generator import Grid, Mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+from vjepa_scale.masking.generator import generator_class
+from vjepa_scale.recipe.registry import MASK_GENERATORS
 
 
 def trained_mask_token(config: ConsolidatedConfig) -> int:
@@ -31,4 +33,5 @@ def future_mask_token(config: ConsolidatedConfig) -> int:
 
 
 def _hides_the_future(generator: dict[str, Any]) -> bool:
-    return generator.get("kind") in ("future", "multi_rate") or generator.get("max_context_frames", 1.0) < 1
+    kind = generator.get("kind", "blocks")
+    return kind in MASK_GENERATORS and generator_class(kind).hides_future(generator)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vjepa_scale.checkpoint.finding import set_aside
+from vjepa_scale.checkpoint.manifest import set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import DUMPED, dump_order
 from vjepa_scale.data.manifest import MANIFEST, Manifest

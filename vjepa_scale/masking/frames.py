@@ -9,55 +9,136 @@ the same, so far steps weigh more than in ``future``, which has more near ones; 
 costs the encoder and the predictor nothing.
 """
 
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import numpy as np
+from pydantic import Field, model_validator
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.rng import KeyedRng
-from vjepa_scale.masking.blocks import Grid
-from vjepa_scale.masking.subset import Mask, random_ranks, subset
-from vjepa_scale.recipe.mask_sections import FrameDropoutMasksConfig, FrameMasksConfig, MultiRateMasksConfig
+from vjepa_scale.masking.generator import Grid, Mask, MaskGenerator, SectionT, random_ranks, subset
+from vjepa_scale.recipe.mask_sections import MaskSection
+from vjepa_scale.recipe.sections import PositiveInt, ShareRange
+
+_CONTEXT_SHARE = Field(
+    (0.5, 0.5),
+    description="future, multi_rate: share of time that is context, from the start; of a range, drawn per step",
+)
 
 
-def frame_masks(
-    generator: FrameMasksConfig, grid: Grid, *, seed: int, step: int, number: int, slots: range
-) -> tuple[Mask, Mask]:
-    """Context and target tokens of each slot: bool [slots, t·h·w] each.
+class FutureMasksConfig(MaskSection):
+    """The first part of a clip predicts the rest."""
 
-    Every row has the same number of True, which is the same on all ranks. Raises as ``check_frames``.
-    """
-    check_frames(generator, grid, number=number)
-    t, h, w = grid
-    u = KeyedRng(seed, "mask.frames", step, number).uniform()
-    if isinstance(generator, FrameDropoutMasksConfig):
-        steps = _steps(generator.dropped_share, u, t, most=t - 1)
-        everything = np.ones((len(slots), t), np.bool_)
-        target_BT = subset(everything, steps, random_ranks(seed, step, number, slots, t))
-        context_BT = ~target_BT
-    else:
-        steps = _steps(generator.context_share, u, t, most=t - _reach(generator))
+    kind: Literal["future"]
+    context_share: ShareRange = _CONTEXT_SHARE
+
+
+class FrameDropoutMasksConfig(MaskSection):
+    """Whole time steps, drawn per clip, are predicted from the others."""
+
+    kind: Literal["frame_dropout"]
+    dropped_share: ShareRange = Field(
+        (0.5, 0.5), description="frame_dropout: share of time that is predicted; of a range, drawn per step"
+    )
+
+
+class MultiRateMasksConfig(MaskSection):
+    """The first part of a clip predicts single time steps at several distances after it."""
+
+    kind: Literal["multi_rate"]
+    context_share: ShareRange = _CONTEXT_SHARE
+    steps_ahead: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4),
+        min_length=1,
+        description="multi_rate: the time steps that are predicted, counted from the last one of the context",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "MultiRateMasksConfig":
+        if list(self.steps_ahead) != sorted(set(self.steps_ahead)):
+            raise ValueError(f"steps_ahead must go up, not {list(self.steps_ahead)}")
+        return self
+
+
+class _FrameMasks(MaskGenerator[SectionT]):
+    """Every row has the same number of True, which is the same on all ranks and in all mask groups of a step."""
+
+    def draw(self, grid: Grid, *, seed: int, step: int, slots: range, group: range) -> tuple[Mask, Mask]:
+        self.check(grid)
+        t, h, w = grid
+        u = KeyedRng(seed, "mask.frames", step, self.number).uniform()
+        context_BT, target_BT = self._time_steps(t, u, seed=seed, step=step, slots=slots)
+        return np.repeat(context_BT, h * w, axis=1), np.repeat(target_BT, h * w, axis=1)
+
+    def check(self, grid: Grid) -> None:
+        """Raise UserError naming ``masks.generators.N`` where a clip has too few time steps for context and target."""
+        reach = self._reach()
+        if grid[0] <= reach:
+            raise UserError(
+                f"a {self.config.kind} mask takes {reach + 1} time steps at least, a clip has {grid[0]} "
+                f"(grid {'×'.join(map(str, grid))}: time × height × width)",
+                where=f"masks.generators.{self.number}",
+                fix="longer clips" + (", or smaller steps_ahead" if reach > 1 else ", or kind: blocks"),
+            )
+
+    def _reach(self) -> int:
+        """Time steps that the context has to leave free."""
+        return 1
+
+    @abstractmethod
+    def _time_steps(self, t: int, u: float, *, seed: int, step: int, slots: range) -> tuple[Mask, Mask]:
+        """Context and target time steps of each slot: bool [slots, t] each.
+
+        u: the step's draw in [0, 1): where in the configured range the share falls
+        """
+
+
+class FutureMasks(_FrameMasks[FutureMasksConfig]):
+    """kind: future"""
+
+    section = FutureMasksConfig
+
+    def _time_steps(self, t: int, u: float, *, seed: int, step: int, slots: range) -> tuple[Mask, Mask]:
+        steps = _steps(self.config.context_share, u, t, most=t - 1)
         context_BT = np.broadcast_to(np.arange(t) < steps, (len(slots), t))
-        target_BT = ~context_BT
-        if isinstance(generator, MultiRateMasksConfig):
-            ahead = np.isin(np.arange(t) - (steps - 1), generator.steps_ahead)
-            target_BT = np.broadcast_to(ahead, (len(slots), t))
-    return np.repeat(context_BT, h * w, axis=1), np.repeat(target_BT, h * w, axis=1)
+        return context_BT, ~context_BT
+
+    @classmethod
+    def hides_future(cls, entry: Mapping[str, Any]) -> bool:
+        return True
 
 
-def check_frames(generator: FrameMasksConfig, grid: Grid, *, number: int) -> None:
-    """Raise UserError naming ``masks.generators.N`` where a clip has too few time steps for context and target."""
-    reach = _reach(generator)
-    if grid[0] <= reach:
-        raise UserError(
-            f"a {generator.kind} mask takes {reach + 1} time steps at least, a clip has {grid[0]} "
-            f"(grid {'×'.join(map(str, grid))}: time × height × width)",
-            where=f"masks.generators.{number}",
-            fix="longer clips" + (", or smaller steps_ahead" if reach > 1 else ", or kind: blocks"),
-        )
+class FrameDropoutMasks(_FrameMasks[FrameDropoutMasksConfig]):
+    """kind: frame_dropout"""
+
+    section = FrameDropoutMasksConfig
+
+    def _time_steps(self, t: int, u: float, *, seed: int, step: int, slots: range) -> tuple[Mask, Mask]:
+        steps = _steps(self.config.dropped_share, u, t, most=t - 1)
+        everything = np.ones((len(slots), t), np.bool_)
+        target_BT = subset(everything, steps, random_ranks(seed, step, self.number, slots, t))
+        return ~target_BT, target_BT
 
 
-def _reach(generator: FrameMasksConfig) -> int:
-    """Time steps that the context has to leave free."""
-    return max(generator.steps_ahead) if isinstance(generator, MultiRateMasksConfig) else 1
+class MultiRateMasks(_FrameMasks[MultiRateMasksConfig]):
+    """kind: multi_rate"""
+
+    section = MultiRateMasksConfig
+
+    def _reach(self) -> int:
+        return max(self.config.steps_ahead)
+
+    def _time_steps(self, t: int, u: float, *, seed: int, step: int, slots: range) -> tuple[Mask, Mask]:
+        steps = _steps(self.config.context_share, u, t, most=t - self._reach())
+        context_T = np.arange(t) < steps
+        target_T = np.isin(np.arange(t) - (steps - 1), self.config.steps_ahead)
+        return np.broadcast_to(context_T, (len(slots), t)), np.broadcast_to(target_T, (len(slots), t))
+
+    @classmethod
+    def hides_future(cls, entry: Mapping[str, Any]) -> bool:
+        return True
 
 
 def _steps(share: tuple[float, float], u: float, t: int, *, most: int) -> int:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.masking.blocks import Grid
 from vjepa_scale.masking.draw import drawn_masks
-from vjepa_scale.masking.subset import Mask
+from vjepa_scale.masking.generator import Grid, Mask
 from vjepa_scale.recipe.mask_sections import MasksConfig
 
 

@@ -4,8 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.checkpoint.finding import newest
-from vjepa_scale.checkpoint.manifest import MANIFEST
+from vjepa_scale.checkpoint.manifest import MANIFEST, newest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import row_of
 from vjepa_scale.monitor.states import LastError, StageStatus

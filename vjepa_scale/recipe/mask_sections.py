@@ -1,86 +1,23 @@
-"""What a recipe may say of masks (docs/method.md 4)."""
+"""The ``masks`` section of a recipe (docs/method.md 4). Each generator's own keys are beside its code in masking/."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from vjepa_scale.recipe.sections import Fraction, PositiveInt, PositiveRange, Section, ShareRange
-
-
-class BlockMasksConfig(Section):
-    """Multi-block masking (docs/method.md 4): targets are the union of blocks, context is the rest."""
-
-    kind: Literal["blocks"] = Field(
-        "blocks",
-        description="blocks: blocks of tokens are predicted. Or whole time steps (of model.tubelet frames): future: "
-        "the rest of the clip from its first part; frame_dropout: steps anywhere from the others; multi_rate: the "
-        "steps 1, 2, 4 … after the first part from it. A kind has the keys that name it below, blocks all others",
-    )
-    blocks: PositiveInt = Field(description="how many blocks; targets are their union")
-    spatial_scale: ShareRange = Field(description="share of the h×w grid that one block covers")
-    temporal_scale: ShareRange = Field((1.0, 1.0), description="share of time that one block covers")
-    aspect_ratio: PositiveRange = Field((0.75, 1.5), description="height over width of a block")
-    max_context_frames: Fraction = Field(1.0, description="share of time the context may come from, from the start")
-    max_keep: PositiveInt | None = Field(None, description="at most this many context tokens")
-    full_complement: bool = Field(False, description="targets are all tokens outside the (truncated) context")
-    pred_full_complement: bool = Field(False, description="context is all tokens outside the (truncated) targets")
-    invert: bool = Field(False, description="swap context and targets")
-
-    @model_validator(mode="after")
-    def _one_complement(self) -> "BlockMasksConfig":
-        if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
-            raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
-        return self
+from vjepa_scale.recipe.registry import MASK_GENERATORS, class_of
+from vjepa_scale.recipe.sections import PositiveInt, Section
 
 
-_CONTEXT_SHARE = Field(
-    (0.5, 0.5),
-    description="future, multi_rate: share of time that is context, from the start; of a range, drawn per step",
-)
+class MaskSection(Section):
+    """An entry of ``masks.generators``. A kind's own section has ``kind: Literal["NAME"]``, and keys of its own."""
+
+    kind: str
 
 
-class FutureMasksConfig(Section):
-    """The first part of a clip predicts the rest."""
-
-    kind: Literal["future"]
-    context_share: ShareRange = _CONTEXT_SHARE
-
-
-class FrameDropoutMasksConfig(Section):
-    """Whole time steps, drawn per clip, are predicted from the others."""
-
-    kind: Literal["frame_dropout"]
-    dropped_share: ShareRange = Field(
-        (0.5, 0.5), description="frame_dropout: share of time that is predicted; of a range, drawn per step"
-    )
-
-
-class MultiRateMasksConfig(Section):
-    """The first part of a clip predicts single time steps at several distances after it."""
-
-    kind: Literal["multi_rate"]
-    context_share: ShareRange = _CONTEXT_SHARE
-    steps_ahead: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4),
-        min_length=1,
-        description="multi_rate: the time steps that are predicted, counted from the last one of the context",
-    )
-
-    @model_validator(mode="after")
-    def _each_once(self) -> "MultiRateMasksConfig":
-        if list(self.steps_ahead) != sorted(set(self.steps_ahead)):
-            raise ValueError(f"steps_ahead must go up, not {list(self.steps_ahead)}")
-        return self
-
-
-FrameMasksConfig = FutureMasksConfig | FrameDropoutMasksConfig | MultiRateMasksConfig
-
-_MASK_KINDS: dict[str, type[Section]] = {
-    "blocks": BlockMasksConfig,
-    "future": FutureMasksConfig,
-    "frame_dropout": FrameDropoutMasksConfig,
-    "multi_rate": MultiRateMasksConfig,
-}
+def section_of_kind(kind: str) -> type[MaskSection]:
+    """The section of a registered kind of mask."""
+    found: type[MaskSection] = class_of(MASK_GENERATORS, kind).section
+    return found
 
 
 def _of_its_kind(value: Any) -> Any:
@@ -90,27 +27,31 @@ def _of_its_kind(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"a mask generator is a section of keys, not {value!r}")
     kind = value.get("kind", "blocks")
-    if not isinstance(kind, str) or kind not in _MASK_KINDS:
-        raise ValueError(f"no kind of masks {kind!r}; there are {', '.join(_MASK_KINDS)}")
-    known = list(_MASK_KINDS[kind].model_fields)
+    if not isinstance(kind, str) or kind not in MASK_GENERATORS:
+        raise ValueError(f"no kind of masks {kind!r}; there are {', '.join(MASK_GENERATORS)}")
+    section = section_of_kind(kind)
+    known = list(section.model_fields)
     for key in value:
         if key not in known:
-            others = [other for other, section in _MASK_KINDS.items() if key in section.model_fields]
+            others = [other for other in MASK_GENERATORS if key in section_of_kind(other).model_fields]
             where = f"; it is one of {' and '.join(others)}" if others else ""
             raise ValueError(f"{key!r} is no key of masks of kind {kind}, which have {', '.join(known)}{where}")
-    return _MASK_KINDS[kind].model_validate(value)
+    return section.model_validate(value)
 
 
-MaskGeneratorConfig = Annotated[BlockMasksConfig | FrameMasksConfig, BeforeValidator(_of_its_kind)]
+def _published() -> tuple[MaskSection, ...]:
+    """The paper's short-range and long-range masks."""
+    blocks = section_of_kind("blocks")
+    return (
+        blocks.model_validate({"blocks": 8, "spatial_scale": 0.15}),
+        blocks.model_validate({"blocks": 2, "spatial_scale": 0.7}),
+    )
 
 
 class MasksConfig(Section):
-    generators: tuple[MaskGeneratorConfig, ...] = Field(
-        (
-            BlockMasksConfig(blocks=8, spatial_scale=(0.15, 0.15)),
-            BlockMasksConfig(blocks=2, spatial_scale=(0.7, 0.7)),
-        ),
-        min_length=1,
+    # Defaults are made when they are needed: the sections' modules import this one.
+    generators: tuple[Annotated[SerializeAsAny[MaskSection], BeforeValidator(_of_its_kind)], ...] = Field(
+        default_factory=_published, min_length=1
     )
     group: PositiveInt = Field(24, description="consecutive slots of the global batch that share one token count")
     truncate: Literal["random", "tail"] = Field(
@@ -123,9 +64,7 @@ class MasksConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _complements_have_any_length(self) -> "MasksConfig":
-        for number, generator in enumerate(self.generators):
-            blocks = generator if isinstance(generator, BlockMasksConfig) else None
-            if self.multiple_of > 1 and blocks and (blocks.full_complement or blocks.pred_full_complement):
-                raise ValueError(f"multiple_of: a complement (generators.{number}) has whatever length is left")
+    def _go_together(self) -> "MasksConfig":
+        for number, entry in enumerate(self.generators):
+            class_of(MASK_GENERATORS, entry.kind).check_recipe(entry, self, number)
         return self

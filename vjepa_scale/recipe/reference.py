@@ -9,7 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vjepa_scale.recipe.registry import DEFAULT_KINDS
+from vjepa_scale.recipe.mask_sections import MaskSection, section_of_kind
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, MASK_GENERATORS
 from vjepa_scale.recipe.schema import Recipe
 
 
@@ -61,6 +62,8 @@ def _default(field: FieldInfo, value: Any) -> str:
 
 def _sections(annotation: Any) -> list[tuple[type[BaseModel], str]]:
     """The sections inside an annotation, and what stands between the key and their fields: .NAME or .N."""
+    if annotation is MaskSection:
+        return [(section_of_kind(kind), "") for kind in MASK_GENERATORS]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [(annotation, "")]
     kind = getattr(annotation, "__origin__", None)

@@ -16,6 +16,13 @@ STAGES = {
 }
 # Of the stages that need not say theirs.
 DEFAULT_KINDS = {"pretrain": "jepa", "cooldown": "jepa", "action": "action", "probe": "probe"}
+# Masks: ``masks.generators.N.kind`` → its class, a vjepa_scale.masking.generator.MaskGenerator.
+MASK_GENERATORS = {
+    "blocks": "vjepa_scale.masking.blocks:BlockMasks",
+    "future": "vjepa_scale.masking.frames:FutureMasks",
+    "frame_dropout": "vjepa_scale.masking.frames:FrameDropoutMasks",
+    "multi_rate": "vjepa_scale.masking.frames:MultiRateMasks",
+}
 
 
 def class_of(kinds: Mapping[str, str], kind: str) -> Any:

@@ -377,7 +377,7 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     data: DataConfig
     model: ModelConfig
-    masks: MasksConfig = MasksConfig()
+    masks: MasksConfig = Field(default_factory=MasksConfig)
     jepa: JepaConfig = JepaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats import published
 from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
-from vjepa_scale.checkpoint.reader import CheckpointReader
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed.fsdp import fill_shard
 from vjepa_scale.distributed.optim import MOMENTS

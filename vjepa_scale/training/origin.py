@@ -7,8 +7,7 @@ loads them.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vjepa_scale.checkpoint.finding import is_foreign, last_name, name_of, newest_name
-from vjepa_scale.checkpoint.manifest import MANIFEST, read_manifest
+from vjepa_scale.checkpoint.manifest import MANIFEST, is_foreign, last_name, name_of, newest_name, read_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder

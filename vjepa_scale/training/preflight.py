@@ -8,8 +8,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vjepa_scale.checkpoint.finding import name_of, newest_first, newest_name, problems, size_of
-from vjepa_scale.checkpoint.manifest import MANIFEST, identity, read_manifest
+from vjepa_scale.checkpoint.manifest import (
+    MANIFEST,
+    identity,
+    name_of,
+    newest_first,
+    newest_name,
+    problems,
+    read_manifest,
+    size_of,
+)
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import count_replicas
 from vjepa_scale.data.manifest import Manifest

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.finding import set_aside
-from vjepa_scale.checkpoint.manifest import identity
+from vjepa_scale.checkpoint.manifest import identity, set_aside
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Stage

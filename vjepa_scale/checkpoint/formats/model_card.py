@@ -5,6 +5,8 @@ from typing import Any
 import yaml
 
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+from vjepa_scale.masking.generator import generator_class
+from vjepa_scale.recipe.registry import MASK_GENERATORS
 
 _CARD = """---
 library_name: transformers
@@ -89,11 +91,13 @@ def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
             "No mask generator of the recipe trained that token: it is as it was at the "
             "start, so use this predictor only where that does not matter."
         )
-    described = " and ".join(
-        f"generator {j} ({generators[j]['blocks']} blocks of scale {generators[j]['spatial_scale'][0]:g})"
-        for j in trained_by
-    )
+    described = " and ".join(f"generator {j} ({_described(generators[j])})" for j in trained_by)
     return f"It was trained by mask {described} of the recipe: ask for such targets."
+
+
+def _described(entry: dict[str, Any]) -> str:
+    kind = entry.get("kind", "blocks")
+    return generator_class(kind).describe(entry) if kind in MASK_GENERATORS else f"kind {kind}"
 
 
 def _generators(recipe: dict[str, Any] | None) -> list[dict[str, Any]] | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.checkpoint.finding import last_name
+from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats.source import (
     NETWORKS,
     ConsolidatedConfig,
@@ -28,7 +28,7 @@ from vjepa_scale.checkpoint.formats.source import (
     WeightSource,
     parse_config,
 )
-from vjepa_scale.checkpoint.reader import CheckpointReader
+from vjepa_scale.checkpoint.manifest import last_name
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, write_json

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.sincos import sincos_positions
+from vjepa_scale.model.positions import sincos_positions
 from vjepa_scale.recipe.schema import EncoderConfig, ModelConfig, PredictorConfig, SincosConfig
 
 Floats = npt.NDArray[np.float64]
