@@ -354,7 +354,7 @@ def test_the_plan_and_its_flops_count_every_geometry(sets: dict[str, Manifest]) 
     }
     expected = 16 * (3 * of_frames[16] + 2 * of_frames[4] + of_frames[8]) / 6
     assert stages_of(recipe)[phase.stage].step_flops(phase) == pytest.approx(expected, rel=1e-12)
-    lines = list(describe(recipe, ["pretrain"], where="here"))
+    lines = list(describe([stages_of(recipe)["pretrain"]], where="here"))
     assert any(line.endswith("records in 1 shards, weight 1, 8 frames, 2.5 frames per second") for line in lines)
     line = next(line for line in lines if "constant:" in line)
     assert "16 × 48×64 px = 96 tokens (0.5 of the clips: videos)" in line

@@ -15,7 +15,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.short_videos import repeats_last
 from vjepa_scale.demo import summary
 from vjepa_scale.launch.plan import describe
-from vjepa_scale.recipe import Recipe
+from vjepa_scale.recipe import Recipe, stages_of
 
 
 def videos(count: int) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ def recipe(shards: Manifest) -> Recipe:
 def test_the_plan_says_how_many_and_how_much_of_the_mixture(shards: Manifest, recipe: Recipe) -> None:
     short = int((shards.column("duration") <= 7 / 2.5).sum())
     assert 0 < short < 9
-    lines = list(describe(recipe, ["pretrain"], where="here"))
+    lines = list(describe([stages_of(recipe)["pretrain"]], where="here"))
     told = f"{short} of 9 of slow (shorter than 8 frames at 2.5 a second): {short / 9 / 6:.1%} of the clips"
     assert [line.strip() for line in lines if "last picture" in line] == [f"repeat their last picture: {told}"] * 2
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.chain import checkpoint_tensors, launch, metrics, tool, write_recipe
 from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.training.preflight import refuse_other_recipe
 
 pytestmark = pytest.mark.distributed
@@ -216,10 +216,10 @@ def test_what_differs_from_the_recipe_that_trained_is_named(
     checkpoint = store.save(tmp_path, 8, {"a": torch.ones(1)}, {"recipe": trained, "first": 0})
     recipe = load_recipe(path, overrides)
     if not differences:
-        refuse_other_recipe(recipe, "pretrain", checkpoint)
+        refuse_other_recipe(stages_of(recipe)["pretrain"], checkpoint)
         return
     with pytest.raises(UserError) as refusal:
-        refuse_other_recipe(recipe, "pretrain", checkpoint)
+        refuse_other_recipe(stages_of(recipe)["pretrain"], checkpoint)
     assert refusal.value.what == f"the recipe differs from the one that trained {checkpoint}: {'; '.join(differences)}"
 
 
@@ -230,10 +230,10 @@ def test_a_frozen_encoder_is_that_of_one_step_of_one_source(tmp_path: Path) -> N
     trained = load_recipe(path).model_dump(mode="json", exclude_none=True)
     manifest = {"recipe": trained, "first": 0, "origin": {"stage": "pretrain", "step": 12}}
     checkpoint = store.save(tmp_path, 2, {"a": torch.ones(1)}, manifest)
-    refuse_other_recipe(load_recipe(path), "cooldown", checkpoint)
+    refuse_other_recipe(stages_of(load_recipe(path))["cooldown"], checkpoint)
     for override, said in (("pretrain.steps=14", "now ends at 14"), ("cooldown.init_from=a/b", "cooldown.init_from")):
         with pytest.raises(UserError, match=said):
-            refuse_other_recipe(load_recipe(path, [override]), "cooldown", checkpoint)
+            refuse_other_recipe(stages_of(load_recipe(path, [override]))["cooldown"], checkpoint)
 
 
 def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:

@@ -9,11 +9,10 @@ import pytest
 from tests.chain import tool, write_recipe
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor.status import read_status
-from vjepa_scale.recipe import load_recipe
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.run.events import History, attempts
 from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.run.metrics import MetricsLog
-from vjepa_scale.training.evaluated import is_evaluated
 from vjepa_scale.training.skipped_clips import Ledger
 
 FAILED = {
@@ -126,6 +125,6 @@ def test_a_damaged_result_of_a_probe_is_made_again(content: str, tmp_path: Path)
     recipe = load_recipe(path)
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe/evaluation.json").write_text(content)
-    assert not is_evaluated(recipe, "probe", step=4)
+    assert not stages_of(recipe)["probe"].is_complete(4)
     (tmp_path / "probe/evaluation.json").write_text('{"step": 4}')
-    assert is_evaluated(recipe, "probe", step=4)
+    assert stages_of(recipe)["probe"].is_complete(4)

@@ -171,7 +171,7 @@ def test_a_launch_that_cannot_be_written_down_leaves_no_folder(
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets))
     monkeypatch.setattr("vjepa_scale.launch.record.snapshot_code", lambda run: run)
     with no_file_larger_than(500), pytest.raises(OSError, match="File too large"):
-        record_launch(recipe, ["pretrain"], cluster="local")
+        record_launch([stages_of(recipe)["pretrain"]], cluster="local")
     assert list((tmp_path / "run" / "launches").iterdir()) == []
 
 
