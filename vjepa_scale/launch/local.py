@@ -18,6 +18,7 @@ import submitit
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import keep_reserve
+from vjepa_scale.core.process_tree import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
@@ -148,7 +149,7 @@ class LocalChain:
             if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
                 deadline = time.monotonic() + FAILURE_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
-                end_processes(int(job.job_id))
+                kill_processes(process_tree(int(job.job_id)))
                 deadline = None
             time.sleep(0.2)
 
@@ -181,25 +182,11 @@ class LocalChain:
             os.write(2, b"stopping: the ranks save first (again: end them at once)\n")
             self._stopping = number
         else:
-            end_processes(int(self._job.job_id))
+            kill_processes(process_tree(int(self._job.job_id)))
 
     def _ask_to_save(self, job: submitit.Job) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it on to the ranks
-
-
-def end_processes(pid: int) -> None:
-    """Kill a process and everything below it."""
-    try:
-        parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @contextmanager
