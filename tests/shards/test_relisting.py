@@ -145,6 +145,13 @@ def test_a_process_of_the_old_listing_changes_nothing(videos: Path, tmp_path: Pa
     as_from_nothing(videos, tmp_path / "out")
 
 
+def test_killed_while_the_old_listing_was_removed(videos: Path, tmp_path: Path) -> None:
+    probe(begun(videos, tmp_path / "out"), WHOLE, workers=1, progress=quiet)
+    shutil.copytree(tmp_path / "out/.work/sources", tmp_path / "out/.work.before/sources")
+    (videos / "empty.mp4").unlink()
+    as_from_nothing(videos, tmp_path / "out")
+
+
 def test_killed_between_two_names(videos: Path, tmp_path: Path, decoded: list[str]) -> None:
     probe(begun(videos, tmp_path / "out"), WHOLE, workers=1, progress=quiet)
     (tmp_path / "out/.work").rename(tmp_path / "out/.work.before")

@@ -221,7 +221,7 @@ def test_another_process_puts_the_work_aside_while_this_one_does(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("place", ["_chunk", "publish_folder", "_same"])
+@pytest.mark.parametrize("place", ["_chunk", "publish_first", "_same"])
 def test_another_process_finishes_while_this_one_lists(
     place: str, videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

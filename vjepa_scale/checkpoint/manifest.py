@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
+from vjepa_scale.core.folders import move_dir
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -234,9 +234,7 @@ def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[st
 def set_aside(checkpoint: Path) -> Path:
     """Take a damaged checkpoint out of the sequence: renamed, so that nothing starts from it, and nothing is lost."""
     place = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if place.exists():
-        shutil.rmtree(place)
-    os.rename(checkpoint, place)
+    move_dir(checkpoint, place)
     return place
 
 

@@ -47,7 +47,7 @@ from vjepa_scale.checkpoint.manifest import (
     write_manifest,
 )
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import publish_dir, remove_dir
+from vjepa_scale.core.folders import remove_dir, replace_dir, restore_dir
 from vjepa_scale.distributed.process_group import from_rank_0
 
 __all__ = [
@@ -152,13 +152,10 @@ def _mesh_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        os.rename(final, replaced)
-    publish_dir(temporary, final)
-    for path in (replaced, final.with_name(f"{final.name}.damaged")):
-        if path.exists():
-            shutil.rmtree(path)
+    replace_dir(temporary, final)
+    damaged = final.with_name(f"{final.name}.damaged")
+    if damaged.exists():
+        shutil.rmtree(damaged)
 
 
 def retain(folder: Path, *, keep: int) -> None:
@@ -185,13 +182,12 @@ def remove_unfinished(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if not (leftover := _LEFTOVER.fullmatch(path.name)):
             continue
-        final = folder / path.name[1:].partition(".")[0]
-        if leftover[1] == "replaced" and not final.exists():
-            os.rename(path, final)  # killed between taking the old one away and putting the new one in place
-            continue
+        if leftover[1] == "replaced":
+            restore_dir(folder / path.name[1:].partition(".")[0])
         if leftover[1] == "tmp":
             print(f"warning: {path} is an unfinished checkpoint: removed", file=sys.stderr, flush=True)
-        shutil.rmtree(path)
+        if path.exists():
+            shutil.rmtree(path)
 
 
 # -- finding -----------------------------------------------------------------------------------------
