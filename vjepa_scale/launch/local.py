@@ -18,11 +18,12 @@ import submitit
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import keep_reserve
+from vjepa_scale.core.growing_file import GrowingFile
 from vjepa_scale.core.process_tree import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
-from vjepa_scale.monitor.follow import copy_lines
+from vjepa_scale.monitor.follow import show_lines
 from vjepa_scale.monitor.live import LiveLines
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
@@ -131,7 +132,7 @@ class LocalChain:
         Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
         reached the group would wait for its dead peer until ``engine.timeout_s``.
         """
-        said = warned = 0
+        said, warned = GrowingFile(Path(job.paths.stdout)), GrowingFile(Path(job.paths.stderr))
         show = LiveLines()
         deadline: float | None = None
         asked_at = 0.0
@@ -141,8 +142,8 @@ class LocalChain:
                 asked_at = time.monotonic()
             over = job.done()
             with suppress(OSError):  # of ours, on a full disk: the lines are in the ranks' logs, and the run goes on
-                warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ", stream=show)
-                said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over, stream=show)
+                show_lines(warned, whole_lines=not over, only="warning: ", stream=show)
+                show_lines(said, whole_lines=not over, stream=show)
             if over:
                 show.close()
                 return
