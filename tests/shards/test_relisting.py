@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.test_shards import contents
 from tests.shards.test_shards_inputs import samples
+from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.shards import probe as probe_module

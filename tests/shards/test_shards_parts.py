@@ -16,7 +16,7 @@ import pytest
 
 from tests.data.faulty import with_faulty_decoder
 from tests.processes import LIMIT_S
-from tests.shards.test_shards import contents
+from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl

@@ -6,14 +6,12 @@ rules (``restarts``), and a stage waits for the one before.
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import submitit
 
 from vjepa_scale.core.errors import PassingError, UserError
@@ -24,6 +22,7 @@ from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
 from vjepa_scale.monitor.follow import show_lines
+from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.monitor.live import LiveLines
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
@@ -75,16 +74,13 @@ class LocalChain:
         folder.mkdir(parents=True, exist_ok=True)
         keep_reserve(folder)
         job = self._start(stage)
-        me = psutil.Process()
         history.add(
             "submitted",
             cluster="local",
             job_id=job.job_id,
             name=f"{Path(stage.recipe.run.dir).name}-{stage.name}",
             launch=str(self._launch.folder),
-            host=socket.gethostname(),
-            pid=me.pid,
-            created=me.create_time(),
+            **this_process(),
         )
         while True:
             self._follow(job, stage.failures)
