@@ -22,6 +22,7 @@ import vjepa_scale
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
 from vjepa_scale.core.folders import move_dir
+from vjepa_scale.core.ranks import usable_cores
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -220,7 +221,7 @@ def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[st
         return [f"{MANIFEST}: {error.what}"]
     share = sorted(manifest["files"].items())[rank::world_size]
     # Ranks are as many as cores; a process alone may take them all (hashing releases the GIL).
-    with ThreadPoolExecutor(os.cpu_count() if world_size == 1 else 1) as pool:
+    with ThreadPoolExecutor(usable_cores() if world_size == 1 else 1) as pool:
         found = [problem for problem in pool.map(lambda entry: file_problem(checkpoint, *entry), share) if problem]
     named = NAME.fullmatch(checkpoint.name)
     if named and int(named[1]) != manifest["step"]:
