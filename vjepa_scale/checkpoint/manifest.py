@@ -10,7 +10,6 @@ Only ``write_manifest`` imports PyTorch.
 import errno
 import hashlib
 import json
-import os
 import platform
 import re
 import sys
