@@ -78,11 +78,11 @@ def launch(recipe: Path, *words: object, check: bool = True) -> subprocess.Compl
 
     The launcher that it writes down has ended when this returns, as a process of its own would have.
     """
-    from tests.forked import ForkedExecutor, launcher_process
+    from tests.forked import ForkedExecutor, ended_process
 
     with (
         mock.patch("submitit.LocalExecutor", ForkedExecutor),
-        mock.patch("vjepa_scale.launch.local.psutil.Process", launcher_process),
+        mock.patch("vjepa_scale.launch.local.this_process", ended_process),
     ):
         return tool("launch", recipe, *words, "--wait", check=check)
 

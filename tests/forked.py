@@ -16,14 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
-
-_Process = psutil.Process
+from vjepa_scale.monitor.jobs import this_process
 
 
-def launcher_process(pid: int | None = None) -> Any:
-    """psutil.Process for launch.local: of itself, one that nobody will find alive, though this process goes on."""
-    return _Process(pid) if pid is not None else SimpleNamespace(pid=os.getpid(), create_time=lambda: 0.0)
+def ended_process() -> dict[str, Any]:
+    """``this_process`` for launch.local: one that nobody will find alive, though this process goes on."""
+    return this_process() | {"created": 0.0}
 
 
 class ForkedExecutor:

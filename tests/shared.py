@@ -1,7 +1,7 @@
-"""What is made once for all tests of a run, whichever worker of pytest-xdist needs it first. It is only read: who
-wants to change it takes a copy."""
+"""What is made once for all tests of a run, and what tests of several rooms look at files with."""
 
-import fcntl
+import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,18 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from vjepa_scale.core.file_lock import file_lock
+
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder ``name`` that ``make(folder)`` has filled, in this worker or in another. The lock is the kernel's."""
+    """The folder ``name`` that ``make(folder)`` has filled, in whichever worker of pytest-xdist needed it first.
+
+    It is only read: who wants to change it takes a copy.
+    """
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # of one run, of all its workers
     folder, whole = base / name, base / f".{name}.whole"
-    with open(base / f".{name}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(base / f".{name}.lock", patience_s=math.inf):
         if not whole.exists():
             shutil.rmtree(folder, ignore_errors=True)  # of a worker whose attempt failed
             folder.mkdir()
             make(folder)
             whole.touch()
     return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -6,13 +6,13 @@ python tools/make_synthetic.py OUT --robot     a robot that explores, in DROID's
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.demo.robot_world import RobotWorld
 from vjepa_scale.demo.synthetic import World, write_videos
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--noise", type=float, help=f"on shapes: drawn for every pixel and frame (default: {World.noise})"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cores())
     args = parser.parse_args(argv)
     kind = RobotWorld if args.robot else World
     usual = ROBOT_CLIPS if args.robot else SHAPES_CLIPS

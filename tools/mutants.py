@@ -23,14 +23,12 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import psutil
-
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.process_tree import kill_processes, process_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path("tools/mutants.toml")
@@ -181,12 +179,7 @@ def run_tests(copy: Path, tests: Iterable[str], *, slow: bool, limit_s: float, w
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process that still runs, and all that it has started."""
     if process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for child in children:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
+        kill_processes(process_tree(process.pid))
         process.wait()
 
 

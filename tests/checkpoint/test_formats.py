@@ -161,19 +161,19 @@ def compare(theirs: VJEPA2Model, folder: Path, crop: int, frames: int) -> str:
     count = grid[0] * grid[1] * grid[2]
     order = torch.stack([torch.randperm(count, generator=generator) for _ in range(2)])
     context, target = order[:, : count // 3], order[:, count // 2 :]
-    output_folder = theirs(clips.transpose(1, 2), context_mask=[context], target_mask=[target])
+    output = theirs(clips.transpose(1, 2), context_mask=[context], target_mask=[target])
     tokens = encoder(clips)
     kept = torch.stack([row[places] for row, places in zip(tokens, context, strict=True)])
     predictions = predictor(kept, context, target, grid, mask_token=1)
     differences = (
-        relative_difference(tokens, output_folder.last_hidden_state),
-        relative_difference(predictions, output_folder.predictor_output.last_hidden_state),
+        relative_difference(tokens, output.last_hidden_state),
+        relative_difference(predictions, output.predictor_output.last_hidden_state),
     )
     assert max(differences) < RELATIVE
     # The comparison sees which mask token it is, where there are several.
     if config.model.predictor.mask_tokens > 1:
         other = predictor(kept, context, target, grid, mask_token=0)
-        assert relative_difference(other, output_folder.predictor_output.last_hidden_state) > 100 * RELATIVE
+        assert relative_difference(other, output.predictor_output.last_hidden_state) > 100 * RELATIVE
     return "features {:.1e}, predictions {:.1e}".format(*differences)
 
 
@@ -313,7 +313,7 @@ def test_a_probe_that_their_head_cannot_express_is_refused(
 
 
 def test_a_failure_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vjepa_scale.core import output_folder
+    from vjepa_scale.core import folders
 
     def full_disk(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
@@ -321,7 +321,7 @@ def test_a_failure_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch:
     run_of(tmp_path / "run", SMALL)
     out = consolidate(tmp_path / "run", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(output_folder, "publish_dir", full_disk)
+    monkeypatch.setattr(folders, "_rename", full_disk)
     for folder in (out, tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             consolidate(tmp_path / "run", folder)

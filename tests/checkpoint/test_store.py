@@ -1,5 +1,6 @@
 """A checkpoint is whole or named as damaged: every file, every kind of damage, kills at any moment."""
 
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tests.processes import killed_when, run_processes
 from vjepa_scale.checkpoint import store
+from vjepa_scale.core import folders
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 
@@ -251,7 +253,8 @@ def test_retention_keeps_the_newest_and_the_ends_of_phases(tmp_path: Path) -> No
 
 def _save_and_hang(ranks: Ranks, folder: str, function: str) -> None:
     """Save step 2, but stop for ever inside ``function``; then say so with a file."""
-    original = getattr(store, function)
+    module = folders if function == "_rename" else store
+    original = getattr(module, function)
 
     def hang(*args: object, **kwargs: object) -> None:
         if function == "describe_file":
@@ -260,12 +263,12 @@ def _save_and_hang(ranks: Ranks, folder: str, function: str) -> None:
         while True:
             time.sleep(1)
 
-    setattr(store, function, hang)
+    setattr(module, function, hang)
     save(Path(folder), 2)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("moment", ["describe_file", "write_manifest", "publish_dir"])
+@pytest.mark.parametrize("moment", ["describe_file", "write_manifest", "_rename"])
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "replacing"])
 def test_kill_9_inside_a_save(tmp_path: Path, moment: str, again: bool, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoints"
@@ -283,6 +286,23 @@ def test_kill_9_inside_a_save(tmp_path: Path, moment: str, again: bool, capsys: 
     assert latest == folder / f"step_{expected[-1][0]:08d}"
     assert holds(latest, expected[-1][1])
     assert holds(save(folder, 2), 2.0)
+
+
+def test_a_checkpoint_that_cannot_be_replaced_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on for a while after a save that fails, and another may read what is there."""
+    rename = os.rename
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if Path(source).name == ".step_00000001.tmp":
+            raise OSError(5, "Input/output error", str(target))
+        rename(source, target)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(os, "rename", refuse_new)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.save(tmp_path, 1, state(9.0), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert holds(tmp_path / "step_00000001", 1.0)
 
 
 def _save_for_ever(ranks: Ranks, folder: str, first: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import publish_dir, read_json, read_jsonl, write_atomic
+from vjepa_scale.core.files import read_json, read_jsonl, write_atomic
 from vjepa_scale.core.ranks import count_replicas, detect_ranks
 from vjepa_scale.core.rng import KeyedRng, key64, mix64, permuted
 
@@ -68,10 +68,6 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     write_atomic(tmp_path / "deep" / "file", "text")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "part").write_text("x")
-    publish_dir(tmp_path / "new", tmp_path / "final")
-    assert (tmp_path / "final" / "part").read_text() == "x"
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json"):
         read_json(tmp_path / "broken.json")

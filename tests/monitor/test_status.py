@@ -20,10 +20,11 @@ from tests.chain import ROOT, write_recipe
 from tests.processes import LIMIT_S
 from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.growing_file import GrowingFile
 from vjepa_scale.monitor import cancel as cancel_module
 from vjepa_scale.monitor import follow as follow_module
 from vjepa_scale.monitor.cancel import cancel
-from vjepa_scale.monitor.follow import copy_lines, follow
+from vjepa_scale.monitor.follow import follow, show_lines
 from vjepa_scale.monitor.jobs import (
     JobState,
     SlurmUnavailable,
@@ -588,18 +589,36 @@ def test_the_end_of_a_long_file_is_enough(run: Run) -> None:
     assert (stage.step, stage.loss) == (9, 1 / 9)
 
 
-def test_lines_are_copied_whole(tmp_path: Path) -> None:
-    log, said = tmp_path / "log", []
-    assert copy_lines(log, 0, whole_lines=True) == 0
-    log.write_bytes("submitit INFO\nstep é 1\nwarning: x\nstep".encode())
-    at = copy_lines(log, 0, whole_lines=True, stream=said.append)
+def test_lines_are_shown_whole_and_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = GrowingFile(tmp_path / "log")
+    show_lines(log, whole_lines=True, stream=said.append)  # there is none yet
+    log.path.write_bytes("submitit INFO\nstep é 1\nwarning: x\nstep".encode())
+    show_lines(log, whole_lines=True, stream=said.append)
     assert said == ["step é 1", "warning: x"]
-    at = copy_lines(log, at, whole_lines=False, stream=said.append)
+    show_lines(log, whole_lines=False, stream=said.append)
     assert said[2:] == ["step"]
-    assert at == log.stat().st_size
+    assert log.position == log.path.stat().st_size
     said.clear()
-    copy_lines(log, 0, whole_lines=False, only="warning: ", stream=said.append)
+    show_lines(GrowingFile(log.path), whole_lines=False, only="warning: ", stream=said.append)
     assert said == ["warning: x"]
+
+
+def test_a_line_that_could_not_be_shown_is_shown_later_and_those_before_it_not_again(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def full_at_two(line: str) -> None:
+        if line == "two" and len(said) == 1:
+            said.append("no space")
+            raise OSError(28, "No space left on device")
+        said.append(line)
+
+    log = GrowingFile(tmp_path / "log")
+    log.path.write_text("one\ntwo\nthree\n")
+    with pytest.raises(OSError, match="No space"):
+        show_lines(log, whole_lines=True, stream=full_at_two)
+    show_lines(log, whole_lines=True, stream=full_at_two)
+    assert said == ["one", "no space", "two", "three"]
 
 
 # -- following -------------------------------------------------------------------------------------------------

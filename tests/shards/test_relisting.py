@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.test_shards import contents
 from tests.shards.test_shards_inputs import samples
+from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.shards import probe as probe_module
@@ -142,6 +142,13 @@ def test_a_process_of_the_old_listing_changes_nothing(videos: Path, tmp_path: Pa
         with pytest.raises(UserError, match="listed anew"):
             late()
     assert contents(tmp_path / "out") == before
+    as_from_nothing(videos, tmp_path / "out")
+
+
+def test_killed_while_the_old_listing_was_removed(videos: Path, tmp_path: Path) -> None:
+    probe(begun(videos, tmp_path / "out"), WHOLE, workers=1, progress=quiet)
+    shutil.copytree(tmp_path / "out/.work/sources", tmp_path / "out/.work.before/sources")
+    (videos / "empty.mp4").unlink()
     as_from_nothing(videos, tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ import pytest
 import webdataset
 
 from tests.chain import tool
+from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
@@ -20,12 +21,6 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards.make import Settings, make_shards
 
 GOOD = {f"up/clip {i}.mp4" for i in range(5)} | {f"down/deep/{i}.MKV" for i in range(3)} | {"no.class.avi"}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, by name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def test_plain_webdataset_reads_the_source_files_byte_for_byte(videos: Path, shards: Manifest) -> None:

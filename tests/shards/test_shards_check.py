@@ -19,7 +19,7 @@ import webdataset
 
 from tests.chain import ROOT, tool
 from tests.processes import LIMIT_S
-from tests.shards.test_shards import contents
+from tests.shared import contents
 from tests.videos import encoded, number_of, quiet, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl

@@ -16,7 +16,7 @@ import pytest
 
 from tests.data.faulty import with_faulty_decoder
 from tests.processes import LIMIT_S
-from tests.shards.test_shards import contents
+from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
@@ -221,7 +221,7 @@ def test_another_process_puts_the_work_aside_while_this_one_does(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("place", ["_chunk", "publish_folder", "_same"])
+@pytest.mark.parametrize("place", ["_chunk", "publish_first", "_same"])
 def test_another_process_finishes_while_this_one_lists(
     place: str, videos: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

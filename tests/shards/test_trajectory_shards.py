@@ -29,8 +29,8 @@ from tests.data.droid import (
     world,
     write,
 )
-from tests.shards.test_shards import contents
 from tests.shards.test_shards_check import change_column, checked
+from tests.shared import contents
 from tests.videos import encoded, number_of, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl

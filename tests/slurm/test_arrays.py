@@ -1,6 +1,5 @@
 """make_shards on a real Slurm: the bytes of a run without it, through kills, signals and a terminal that goes away."""
 
-import hashlib
 import json
 import re
 import signal
@@ -11,17 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT, tool
+from tests.shared import contents
 from tests.slurm.cluster import PATIENCE_S, Cluster, wait_until
 from tests.videos import encoded
 
 JOBS = 3
 SETTINGS = ("--shard-records", "2", "--seed", "7")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, by name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="module")

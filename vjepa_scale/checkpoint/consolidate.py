@@ -12,7 +12,7 @@ from vjepa_scale.checkpoint.formats.native import find_checkpoint
 from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.output_folder import content_of, replaced_folder
+from vjepa_scale.core.folders import content_of, replaced_folder
 
 __all__ = ["FORMATS", "Format", "consolidate", "find_checkpoint", "result_config"]
 

@@ -10,10 +10,8 @@ Only ``write_manifest`` imports PyTorch.
 import errno
 import hashlib
 import json
-import os
 import platform
 import re
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import Any
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
+from vjepa_scale.core.folders import move_dir
+from vjepa_scale.core.ranks import usable_cores
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -220,7 +220,7 @@ def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[st
         return [f"{MANIFEST}: {error.what}"]
     share = sorted(manifest["files"].items())[rank::world_size]
     # Ranks are as many as cores; a process alone may take them all (hashing releases the GIL).
-    with ThreadPoolExecutor(os.cpu_count() if world_size == 1 else 1) as pool:
+    with ThreadPoolExecutor(usable_cores() if world_size == 1 else 1) as pool:
         found = [problem for problem in pool.map(lambda entry: file_problem(checkpoint, *entry), share) if problem]
     named = NAME.fullmatch(checkpoint.name)
     if named and int(named[1]) != manifest["step"]:
@@ -234,9 +234,7 @@ def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[st
 def set_aside(checkpoint: Path) -> Path:
     """Take a damaged checkpoint out of the sequence: renamed, so that nothing starts from it, and nothing is lost."""
     place = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if place.exists():
-        shutil.rmtree(place)
-    os.rename(checkpoint, place)
+    move_dir(checkpoint, place)
     return place
 
 

@@ -47,8 +47,9 @@ from vjepa_scale.checkpoint.manifest import (
     write_manifest,
 )
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import publish_dir, remove_dir
-from vjepa_scale.distributed.process_group import from_rank_0
+from vjepa_scale.core.folders import remove_dir, replace_dir, restore_dir
+from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.process_group import from_all, from_rank_0, is_main
 
 __all__ = [
     "MANIFEST",
@@ -92,7 +93,7 @@ def save(
     One of the same step (from before a restart, or damaged) is replaced. Raises OSError on all ranks where one of them
     cannot write its part; nothing is left of the checkpoint then.
     """
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = process_group.rank(), process_group.world_size()
     final = folder / name_of(step)
     temporary = folder / f".{final.name}.tmp"
 
@@ -152,13 +153,10 @@ def _mesh_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        os.rename(final, replaced)
-    publish_dir(temporary, final)
-    for path in (replaced, final.with_name(f"{final.name}.damaged")):
-        if path.exists():
-            shutil.rmtree(path)
+    replace_dir(temporary, final)
+    damaged = final.with_name(f"{final.name}.damaged")
+    if damaged.exists():
+        shutil.rmtree(damaged)
 
 
 def retain(folder: Path, *, keep: int) -> None:
@@ -167,7 +165,7 @@ def retain(folder: Path, *, keep: int) -> None:
     Ends of phases (``ends_phase`` in the manifest) always stay, and so does one whose manifest cannot be read:
     it may have been one of them.
     """
-    if _rank_and_world_size()[0] != 0:
+    if not is_main():
         return
     for checkpoint in newest_first(folder)[keep:]:
         try:
@@ -185,13 +183,12 @@ def remove_unfinished(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if not (leftover := _LEFTOVER.fullmatch(path.name)):
             continue
-        final = folder / path.name[1:].partition(".")[0]
-        if leftover[1] == "replaced" and not final.exists():
-            os.rename(path, final)  # killed between taking the old one away and putting the new one in place
-            continue
+        if leftover[1] == "replaced":
+            restore_dir(folder / path.name[1:].partition(".")[0])
         if leftover[1] == "tmp":
             print(f"warning: {path} is an unfinished checkpoint: removed", file=sys.stderr, flush=True)
-        shutil.rmtree(path)
+        if path.exists():
+            shutil.rmtree(path)
 
 
 # -- finding -----------------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def find_latest(folder: Path) -> Path | None:
         found = _problems(checkpoint)
         if not found:
             return checkpoint
-        if _rank_and_world_size()[0] == 0:
+        if is_main():
             named = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
             print(f"warning: checkpoint {checkpoint} is damaged and not used: {named}", file=sys.stderr, flush=True)
     if checkpoints:
@@ -236,9 +233,9 @@ def verify(checkpoint: Path) -> None:
 
 def _problems(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, equal on all ranks; each looks at its share of the files."""
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = process_group.rank(), process_group.world_size()
     own = problems(checkpoint, rank=rank, world_size=world_size)
-    return sorted({problem for part in _gathered(own) for problem in part})
+    return sorted({problem for part in from_all(own) for problem in part})
 
 
 # -- loading -----------------------------------------------------------------------------------------
@@ -311,29 +308,16 @@ def _form(shape: Any, dtype: Any) -> str:
 # -- all ranks together --------------------------------------------------------------------------------
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def _on_all(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """What every rank's ``act`` gives, on every rank; an OSError of one of them is raised on all."""
     failed: OSError | None = None
-    own: T | None = None
+    own: list[T] = []
     try:
-        own = act()
+        own.append(act())
     except OSError as error:
         failed = error
-    every = _gathered((own, failed), group)
+    every = from_all((own, failed), group=group)
     for _, theirs in every:
         if theirs is not None:
             raise theirs
-    return [value for value, _ in every]
-
-
-def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, on every rank; also a barrier."""
-    _, world_size = _rank_and_world_size()
-    values = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
+    return [value for values, _ in every for value in values]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,21 +150,3 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def publish_dir(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name: every file flushed, then one rename. ``final`` must not exist."""
-    for path in sorted(temporary.rglob("*")):
-        fsync_path(path)
-    fsync_path(temporary)
-    os.rename(temporary, final)
-    fsync_path(final.parent)
-
-
-def remove_dir(path: Path) -> None:
-    """Remove a folder so that a kill half-way leaves no half folder under its name."""
-    doomed = path.with_name(f".{path.name}.removing")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)

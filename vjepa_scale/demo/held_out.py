@@ -99,8 +99,8 @@ def _features(
             encoders[name],
             clips,
             tubelet=config.model.tubelet,
-            mean=np.asarray(config.mean),
-            std=np.asarray(config.std),
+            mean=config.mean,
+            std=config.std,
         )
 
     out: dict[str, dict[str, list[Floats]]] = {name: {"train": [], "val": []} for name in (*NAMES, SHUFFLED)}

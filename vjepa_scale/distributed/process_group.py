@@ -72,7 +72,7 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
 def barrier() -> None:
     """Wait until every process is here."""
     # An object collective takes the CPU backend, so no stream of a GPU is synchronised and no device guessed.
-    dist.all_gather_object([None] * dist.get_world_size(), None)
+    from_all(None)
 
 
 def from_rank_0(value: T) -> T:
@@ -83,11 +83,14 @@ def from_rank_0(value: T) -> T:
     return holder[0]
 
 
-def from_all(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks, on every rank. Slow: not for every step."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank; also a barrier. Slow: not for every step.
+
+    group: another group of all processes, for a thread that must not mix its messages with training's
+    """
+    values = [value] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -95,14 +98,24 @@ def to_rank_0(value: T) -> list[T] | None:
     """Every rank's value, in the order of ranks, on rank 0; None on the others. For what is too large for all."""
     if not dist.is_initialized():
         return [value]
-    values = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    values = [value] * world_size() if is_main() else None
     dist.gather_object(value, values)
     return values
 
 
+def rank() -> int:
+    """This process's rank; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     """Is this rank 0? (Also without a group.)"""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def stop() -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vjepa_scale.distributed import process_group
+
 
 def effective_rank(singular_values: Tensor) -> float:
     """exp(−Σ p·log p) with p the singular values divided by their sum."""
@@ -50,7 +52,7 @@ class FeatureCovariance:
         if dist.is_initialized():
             for part in (outer_DD, sum_D, rows):
                 dist.all_reduce(part)
-            if dist.get_rank() != 0:
+            if not process_group.is_main():
                 return None
         centred_DD = (outer_DD - torch.outer(sum_D, sum_D) / rows).cpu()
         return _thread(torch.get_num_threads()).submit(_rank_of_covariance, centred_DD)

@@ -6,6 +6,8 @@ the label, can a linear map read the label. Few labels on purpose: with thousand
 by itself and hides the encoder.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from vjepa_scale.eval import effective_rank as spectrum
 from vjepa_scale.model.encoder import pooled
+from vjepa_scale.model.pixels import PixelNormaliser
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -60,18 +63,18 @@ def linear_probe_accuracy(
 
 
 def encoder_features(
-    encoder: nn.Module, clips: Tensor, *, tubelet: int, mean: Floats, std: Floats, batch: int = 16
+    encoder: nn.Module, clips: Tensor, *, tubelet: int, mean: Sequence[float], std: Sequence[float], batch: int = 16
 ) -> npt.NDArray[np.float32]:
     """Tokens averaged over space, one row per clip: [N, T/tubelet · D].
 
     encoder: normalised clips [B, 3, T, H, W] -> tokens [B, N, D], as ``load_encoder`` returns it.
     clips:   uint8 [N, 3, T, H, W];  mean, std: of the three channels, on the scale 0 to 1.
     """
-    scale, shift = (torch.as_tensor(v, dtype=torch.float32).view(1, 3, 1, 1, 1) for v in (std, mean))
+    normalise = PixelNormaliser(mean, std)
     rows = []
     with torch.no_grad():
         for part in clips.split(batch):
-            tokens_BND = encoder((part.float() / 255 - shift) / scale)
+            tokens_BND = encoder(normalise(part))
             rows.append(pooled(tokens_BND, clips.shape[2] // tubelet))
     return torch.cat(rows).numpy()
 

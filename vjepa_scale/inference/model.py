@@ -19,6 +19,7 @@ from vjepa_scale.inference.device import usable_device
 from vjepa_scale.inference.mask_tokens import future_mask_token, trained_mask_token
 from vjepa_scale.inference.surprise import Surprise, surprise
 from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.model.pixels import PixelNormaliser
 from vjepa_scale.model.rope import Grid
 from vjepa_scale.recipe.schema import ModelConfig
 
@@ -69,9 +70,7 @@ class Model:
         self._source = open_weights(path, model=model)  # once: of a run, every byte is verified
         self.config: ConsolidatedConfig = self._source.config
         self.encoder: Encoder = network_of(self._source, "encoder", Encoder, device).to(dtype).requires_grad_(False)
-        self._mean, self._std = (
-            torch.tensor(value, device=device).view(1, 3, 1, 1, 1) for value in (self.config.mean, self.config.std)
-        )
+        self._pixels = PixelNormaliser(self.config.mean, self.config.std, device)
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -119,7 +118,7 @@ class Model:
 
     def normalise(self, clips: Tensor) -> Tensor:
         """uint8 clips [B, 3, T, H, W] → float32 on the model's device, (pixel in 0 … 1 − mean) / std."""
-        return (clips.to(self.device).float() / 255 - self._mean) / self._std
+        return self._pixels(clips)
 
     # -- features ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.growing_file import GrowingFile
 from vjepa_scale.data.manifest import MANIFEST
 from vjepa_scale.launch.shard_worker import STEPS
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable, is_alive, run_slurm
@@ -160,7 +161,8 @@ class Files:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._lines: dict[str, tuple[int, int]] = {}  # name -> bytes that are read, lines in them
+        self._files: dict[str, GrowingFile] = {}
+        self._lines = Counter[str]()
         self._shards: int | None = None
 
     def so_far(self) -> list[tuple[str, int, int]]:
@@ -188,13 +190,10 @@ class Files:
         return sum(min(lines, self._work.files_in(chunk)) for chunk, lines in known.items())
 
     def _read(self, name: str) -> int:
-        position, lines = self._lines.get(name, (0, 0))
-        with suppress(FileNotFoundError), open(self._work.folder / "probed" / name, "rb") as file:
-            file.seek(position)
-            new = file.read()
-            position, lines = position + len(new), lines + new.count(b"\n")
-        self._lines[name] = position, lines
-        return lines
+        """Whole lines of one file of verdicts so far."""
+        file = self._files.setdefault(name, GrowingFile(self._work.folder / "probed" / name))
+        self._lines[name] += sum(1 for _ in file.lines())
+        return self._lines[name]
 
 
 def last_words(log: Path) -> str:

@@ -6,22 +6,23 @@ rules (``restarts``), and a stage waits for the one before.
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import submitit
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import keep_reserve
+from vjepa_scale.core.growing_file import GrowingFile
+from vjepa_scale.core.process_tree import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
-from vjepa_scale.monitor.follow import copy_lines
+from vjepa_scale.monitor.follow import show_lines
+from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.monitor.live import LiveLines
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
@@ -73,16 +74,13 @@ class LocalChain:
         folder.mkdir(parents=True, exist_ok=True)
         keep_reserve(folder)
         job = self._start(stage)
-        me = psutil.Process()
         history.add(
             "submitted",
             cluster="local",
             job_id=job.job_id,
             name=f"{Path(stage.recipe.run.dir).name}-{stage.name}",
             launch=str(self._launch.folder),
-            host=socket.gethostname(),
-            pid=me.pid,
-            created=me.create_time(),
+            **this_process(),
         )
         while True:
             self._follow(job, stage.failures)
@@ -130,7 +128,7 @@ class LocalChain:
         Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
         reached the group would wait for its dead peer until ``engine.timeout_s``.
         """
-        said = warned = 0
+        said, warned = GrowingFile(Path(job.paths.stdout)), GrowingFile(Path(job.paths.stderr))
         show = LiveLines()
         deadline: float | None = None
         asked_at = 0.0
@@ -140,15 +138,15 @@ class LocalChain:
                 asked_at = time.monotonic()
             over = job.done()
             with suppress(OSError):  # of ours, on a full disk: the lines are in the ranks' logs, and the run goes on
-                warned = copy_lines(Path(job.paths.stderr), warned, whole_lines=not over, only="warning: ", stream=show)
-                said = copy_lines(Path(job.paths.stdout), said, whole_lines=not over, stream=show)
+                show_lines(warned, whole_lines=not over, only="warning: ", stream=show)
+                show_lines(said, whole_lines=not over, stream=show)
             if over:
                 show.close()
                 return
             if deadline is None and any(failures.glob(f"{job.job_id}.*.json")):
                 deadline = time.monotonic() + FAILURE_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
-                end_processes(int(job.job_id))
+                kill_processes(process_tree(int(job.job_id)))
                 deadline = None
             time.sleep(0.2)
 
@@ -181,25 +179,11 @@ class LocalChain:
             os.write(2, b"stopping: the ranks save first (again: end them at once)\n")
             self._stopping = number
         else:
-            end_processes(int(self._job.job_id))
+            kill_processes(process_tree(int(self._job.job_id)))
 
     def _ask_to_save(self, job: submitit.Job) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(int(job.job_id), signal.SIGTERM)  # submitit passes it on to the ranks
-
-
-def end_processes(pid: int) -> None:
-    """Kill a process and everything below it."""
-    try:
-        parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.process_tree import end_processes, process_tree
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import StageStatus
@@ -131,11 +132,10 @@ def _above_the_ranks(rows: list[Row]) -> psutil.Process | None:
 
 
 def _end_tree(name: str, process: psutil.Process, say: Say) -> None:
-    try:
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    family = process_tree(process)
+    if not family:
         say(f"{name}: process {process.pid} had just ended")
         return
     say(f"{name}: process {process.pid} is asked to save and end, within {PATIENCE_S:.0f} s")
-    quiet = jobs.end_processes(family, patience_s=PATIENCE_S, first=process)
+    quiet = end_processes(family, patience_s=PATIENCE_S)
     say(f"{name}: ended" if quiet else f"{name}: did not end by itself, and was killed")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
+from vjepa_scale.core.growing_file import GrowingFile
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import ALIVE, RunStatus, StageStatus
@@ -45,27 +46,15 @@ def follow(run_folder: Path, *, stream: Say = print) -> int:
         return EXIT_INTERRUPTED
 
 
-def copy_lines(log: Path, position: int, *, whole_lines: bool, only: str = "", stream: Say | None = None) -> int:
-    """Print a log's lines that begin with ``only``, from a position on, without submitit's; returns where to go on.
+def show_lines(log: GrowingFile, *, whole_lines: bool, only: str = "", stream: Say) -> None:
+    """Give ``stream`` the new lines of a log that begin with ``only``, without submitit's.
 
-    position:    in bytes; 0 is the beginning
     whole_lines: leave out a last line without its end, which is still being written
     """
-    if not log.exists():
-        return position
-    with open(log, "rb") as file:
-        file.seek(position)
-        for line in file:
-            if whole_lines and not line.endswith(b"\n"):
-                break
-            position += len(line)
-            text = line.decode("utf-8", errors="replace").rstrip("\r\n")
-            if text.startswith(only) and not text.startswith("submitit "):
-                if stream is None:
-                    print(text, flush=True)
-                else:
-                    stream(text)
-    return position
+    for line in log.lines(whole=whole_lines):
+        text = line.decode("utf-8", errors="replace").rstrip("\r\n")
+        if text.startswith(only) and not text.startswith("submitit "):
+            stream(text)
 
 
 class _PatientAsker:
@@ -104,13 +93,13 @@ def _good_for(answer: JobState | SlurmUnavailable | None) -> float:
 
 
 class _Follower:
-    """positions: how far each log has been shown, in bytes. said: the last announcement of each stage."""
+    """logs: as far as each has been shown. said: the last announcement of each stage."""
 
     def __init__(self, run_folder: Path, stream: Say) -> None:
         self.run_folder, self.stream = run_folder, stream
         self._stages = stages_of(run_recipe(run_folder))
         self.ask = _PatientAsker()
-        self.positions: dict[Path, int] = {}
+        self.logs: dict[Path, GrowingFile] = {}
         self.said: dict[str, str] = {}
         self.current: StageStatus | None = None
         self.verdict: tuple[int, float] | None = None
@@ -200,22 +189,24 @@ class _Follower:
     def _skip_to_the_end(self, stage: StageStatus) -> None:
         """Somebody who comes in the middle sees the last lines only."""
         for path in (*self._logs(stage), *self._logs(stage, "err")):
-            self.positions[path] = path.stat().st_size
+            self._log(path).skip_all()
         if (logs := self._logs(stage)) and self._is_of_this_launch(logs[-1], stage):
-            self.positions[logs[-1]] = _start_of_last_lines(logs[-1], LAST_LINES)
+            self._log(logs[-1]).skip_to_last(LAST_LINES)
 
     def _skip_earlier_launches(self, stage: StageStatus) -> None:
         for path in (*self._logs(stage), *self._logs(stage, "err")):
             if not self._is_of_this_launch(path, stage):
-                self.positions[path] = path.stat().st_size
+                self._log(path).skip_all()
 
     def _copy_logs(self, *, whole_lines: bool) -> None:
         if self.current is None:
             return
         for kind, only in (("err", "warning: "), ("out", "")):
-            for log in self._logs(self.current, kind):
-                at = self.positions.get(log, 0)
-                self.positions[log] = copy_lines(log, at, whole_lines=whole_lines, only=only, stream=self.stream)
+            for path in self._logs(self.current, kind):
+                show_lines(self._log(path), whole_lines=whole_lines, only=only, stream=self.stream)
+
+    def _log(self, path: Path) -> GrowingFile:
+        return self.logs.setdefault(path, GrowingFile(path))
 
 
 def of_last_launch(status: RunStatus) -> list[StageStatus]:
@@ -258,16 +249,3 @@ def _what_failed(stage: StageStatus) -> str:
     told = [("report", error.report), ("log", error.log)] if error else []
     parts += [f"{word} {path}" for word, path in [*told, ("log", stage.log)] if path][:2]
     return "; ".join(parts)
-
-
-def _start_of_last_lines(log: Path, count: int) -> int:
-    """The position, in bytes, at which the last lines of a log begin."""
-    with open(log, "rb") as file:
-        size = file.seek(0, 2)
-        begin = max(0, size - 200 * count)
-        file.seek(begin)
-        content = file.read(size - begin)
-    lines = content.splitlines(keepends=True)
-    if begin > 0 and len(lines) <= count:
-        lines = lines[1:]  # its beginning is not in sight
-    return size - sum(map(len, lines[-count:]))

@@ -8,9 +8,7 @@ import os
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -220,17 +218,3 @@ def _process(pid: int) -> psutil.Process | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process
     except psutil.Error:
         return None
-
-
-def end_processes(processes: Sequence[psutil.Process], *, patience_s: float, first: psutil.Process) -> bool:
-    """Ask ``first`` to end (SIGTERM), give all of them time, kill what is left. True if nothing had to be killed."""
-    deadline = time.monotonic() + patience_s
-    with suppress(psutil.NoSuchProcess):
-        first.terminate()
-    psutil.wait_procs([first], timeout=patience_s)
-    _, alive = psutil.wait_procs(processes, timeout=max(1.0, deadline - time.monotonic()))
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5.0)
-    return not alive

@@ -13,6 +13,7 @@ from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.eval.effective_rank import FeatureCovariance
 from vjepa_scale.model.encoder import Encoder
+from vjepa_scale.model.pixels import PixelNormaliser
 from vjepa_scale.recipe import Phase, Stage
 
 
@@ -31,8 +32,7 @@ class Objective(ABC):
     def __init__(self, stage: Stage, engine: Engine) -> None:
         self._recipe, self._engine = stage.recipe, engine
         augment = stage.recipe.data.augment
-        self._mean = torch.tensor(augment.mean, device=engine.device).view(1, 3, 1, 1, 1)
-        self._std = torch.tensor(augment.std, device=engine.device).view(1, 3, 1, 1, 1)
+        self._pixels = PixelNormaliser(augment.mean, augment.std, engine.device)
 
     @property
     @abstractmethod
@@ -91,8 +91,7 @@ class Objective(ABC):
 
     def _normalised(self, clips: Tensor) -> Tensor:
         """uint8 [B, 3, T, H, W] in any memory layout → float32 on the device, by the recipe's mean and std."""
-        clips = clips.to(self._engine.device, non_blocking=True).float().div_(255.0)
-        return clips.sub_(self._mean).div_(self._std)
+        return self._pixels(clips.to(self._engine.device, non_blocking=True))
 
 
 def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:

@@ -21,6 +21,7 @@ from vjepa_scale.data.poses import states_along
 from vjepa_scale.inference.device import usable_device
 from vjepa_scale.model import Encoder
 from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor, build_action_predictor
+from vjepa_scale.model.pixels import PixelNormaliser
 from vjepa_scale.objective.action import frame_tokens
 from vjepa_scale.objective.objective import normalised
 from vjepa_scale.planning.cem import Imagine, Imagined, Plan, PlanConfig, cross_entropy_plan
@@ -77,9 +78,7 @@ class WorldModel:
         stage = (self.config.recipe or {}).get(str(self.config.stage)) or {}
         low, high = stage.get("crop_aspect", PUBLISHED_CROP_ASPECT)
         self.crop_aspect: tuple[float, float] = (low, high)
-        self._mean, self._std = (
-            torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.config.mean, self.config.std)
-        )
+        self._pixels = PixelNormaliser(self.config.mean, self.config.std, device)
 
     # -- pictures ----------------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class WorldModel:
         """
         pictures_BHWC = pictures_of(pictures)
         crops_3BHW = squashed_crop(list(pictures_BHWC), self.size, aspect=self.crop_aspect)
-        return (crops_3BHW.transpose(0, 1).to(self.device).float() / 255 - self._mean) / self._std
+        return self._pixels(crops_3BHW.transpose(0, 1))
 
     @torch.no_grad()
     def encode(self, pictures: Any) -> Tensor:

@@ -113,6 +113,14 @@ def _part(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
     return muxed(stream, packets, [shown_at(packet) - cut.zero for packet in packets], cut.extension)
 
 
+def check_display(copy: Decoded, source: Decoded, extension: str, *, reason: str = REASON) -> None:
+    """Raise DecodeError unless a copy says of its pictures what the source says: how they are turned and stretched."""
+    if copy.orientation != source.orientation:
+        raise DecodeError(reason, f"a .{extension} of this codec does not say how pictures are turned")
+    if copy.aspect != source.aspect:
+        raise DecodeError(reason, f"a .{extension} of this codec does not say how wide pixels are")
+
+
 def without_hidden_end(packets: list[Packet], zero: int, *, reason: str = REASON) -> list[Packet]:
     """Packets, in the order of the file, less those behind the last that an edit list shows. Raises DecodeError.
 
@@ -195,10 +203,7 @@ def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFac
     shown = np.flatnonzero(inside)
     if part.digests != [decoded.digests[i] for i in shown]:
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not decode to the same pictures")
-    if part.orientation != decoded.orientation:
-        raise DecodeError(REASON, f"a .{cut.extension} of this codec does not say how pictures are turned")
-    if part.aspect != decoded.aspect:
-        raise DecodeError(REASON, f"a .{cut.extension} of this codec does not say how wide pixels are")
+    check_display(part, decoded, cut.extension)
     late = part.times_s - decoded.times_s[shown]
     if np.abs(late - late[0]).max() > _TIME_TOLERANCE_S:
         raise DecodeError(REASON, f"the part from {cut.start_s:.3f} s does not keep the times")

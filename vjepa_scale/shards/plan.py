@@ -23,11 +23,12 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
+from vjepa_scale.core.folders import publish_first
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import REJECTED
 from vjepa_scale.shards.probe import probed
 from vjepa_scale.shards.records import Record, Rejected, record_of
-from vjepa_scale.shards.work import Settings, Work, publish_folder
+from vjepa_scale.shards.work import Settings, Work
 from vjepa_scale.video.container import NOT_A_VIDEO
 
 # Where a record's line is (chunk, offset in its file, number in the line), what fills a shard, what tells duplicates
@@ -105,7 +106,7 @@ def plan(work: Work) -> None:
         with writing(temporary):
             labels = _gather(work, temporary)
             _decide(work, temporary, labels)
-        publish_folder(temporary, planned(work))
+        publish_first(temporary, planned(work))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

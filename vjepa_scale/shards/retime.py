@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vjepa_scale.data.trajectories import Floats, step_s
-from vjepa_scale.shards.cut import extension_for, muxed, packets_of, shown_at, without_hidden_end
+from vjepa_scale.shards.cut import check_display, extension_for, muxed, packets_of, shown_at, without_hidden_end
 from vjepa_scale.video.container import DecodeError, open_video
 from vjepa_scale.video.decode import stream_start, whole_ticks
 from vjepa_scale.video.inspect import Decoded, decode_whole
@@ -50,10 +50,7 @@ def checked_retimed(video: Path, decoded: Decoded, times_s: Floats) -> tuple[byt
     seen = decode_whole(data)
     if seen.digests != decoded.digests:
         raise DecodeError(REASON, "the copy does not decode to the same pictures")
-    if seen.orientation != decoded.orientation:
-        raise DecodeError(REASON, f"a .{extension} of this codec does not say how pictures are turned")
-    if seen.aspect != decoded.aspect:
-        raise DecodeError(REASON, f"a .{extension} of this codec does not say how wide pixels are")
+    check_display(seen, decoded, extension, reason=REASON)
     early = times_s - seen.times_s
     if early.min() < -1e-6 or early.max() > float(_TICK_S[extension]) + 1e-6:
         raise DecodeError(REASON, f"frames of the copy are {early.min():.6f} to {early.max():.6f} s early")

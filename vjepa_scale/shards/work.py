@@ -27,6 +27,7 @@ from typing import Any
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, read_json, write_json, writing
+from vjepa_scale.core.folders import move_dir, publish_first, restore_dir
 from vjepa_scale.data.manifest import MANIFEST, REJECTED
 from vjepa_scale.shards.droid import LOG
 from vjepa_scale.shards.relist import Known
@@ -173,8 +174,7 @@ def begin(videos: Path, out: Path, settings: Settings, *, relist: bool | None = 
 
 
 def _begin(videos: Path, out: Path, settings: Settings, relist: bool) -> Work | None:
-    if (out / _BEFORE).exists() and not (out / WORK).exists():  # killed between two names
-        os.rename(out / _BEFORE, out / WORK)
+    restore_dir(out / WORK, old=out / _BEFORE)
     root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
     listing = _Listing(root, sources)
     if not _held(out):
@@ -221,17 +221,6 @@ def publish(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
     temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
-
-
-def publish_folder(temporary: Path, folder: Path) -> None:
-    """``publish`` for a folder of finished files."""
-    try:
-        os.rename(temporary, folder)
-        fsync_path(folder.parent)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # -- begin -----------------------------------------------------------------------------------------
@@ -309,8 +298,8 @@ def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> 
         work.check()  # another process may have been first
         for made in (*out.glob("shard-*.tar"), out / REJECTED):  # of the old plan
             made.unlink(missing_ok=True)
-        os.rename(work.folder, out / _BEFORE)
-        publish_folder(temporary, work.folder)
+        move_dir(work.folder, out / _BEFORE)
+        publish_first(temporary, work.folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -329,7 +318,7 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
         if made_out and out.exists() and not any(out.iterdir()):
             out.rmdir()
         raise
-    publish_folder(temporary, out / WORK)
+    publish_first(temporary, out / WORK)
     _same(out / WORK / "source.json", asked)  # another process may have begun it, otherwise
 
 

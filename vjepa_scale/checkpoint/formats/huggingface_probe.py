@@ -14,7 +14,7 @@ from torch import Tensor
 from vjepa_scale.checkpoint.formats.huggingface import Head, write_huggingface
 from vjepa_scale.checkpoint.formats.source import WeightSource
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.output_folder import content_of, replaced_folder
+from vjepa_scale.core.folders import content_of, replaced_folder
 from vjepa_scale.model.attention import Attention
 from vjepa_scale.model.blocks import LAYER_NORM_EPS
 from vjepa_scale.model.probe import AttentiveProbe, CrossAttention
