@@ -89,9 +89,8 @@ def normalised(tokens: Floats) -> Floats:
 
 
 def by_objective(ranks: Ranks, rollout_steps: int, exponent: float) -> dict[str, Any]:
-    objective = ActionConditioned(
-        stages_of(recipe(rollout_steps, loss_exponent=exponent))["action"], build_engine(ENGINE, ranks)
-    )
+    stage = stages_of(recipe(rollout_steps, loss_exponent=exponent))["action"]
+    objective = ActionConditioned(stage, build_engine(ENGINE, ranks), {}, {})
     objective.predictor = predictor = Formula()
     found = objective.loss(batch())
     frames = objective._normalised(batch().clips)

@@ -122,7 +122,10 @@ def test_a_row_of_the_ledger_that_is_not_whole_is_an_error(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"step": "4"}'])
 def test_a_damaged_result_of_a_probe_is_made_again(content: str, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", tmp_path, {"left": tmp_path / "no", "right": tmp_path / "data"})
-    recipe = load_recipe(path)
+    probe = (
+        "steps: 4, heads: 2, init_from: pretrain, evaluate_on: right, mixture: {left: 1}, clip: {frames: 4, size: 32}"
+    )
+    recipe = load_recipe(path, [f"probe={{{probe}, phases: [{{name: all, start_lr: 1}}]}}"])
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe/evaluation.json").write_text(content)
     assert not stages_of(recipe)["probe"].is_complete(4)

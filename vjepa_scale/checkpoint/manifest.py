@@ -22,6 +22,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
 from vjepa_scale.core.folders import move_dir
 from vjepa_scale.core.ranks import usable_cores
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -106,6 +107,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not all(isinstance(kept, dict) and kept.keys() >= {"bytes", "sha256"} for kept in files.values()):
         raise UserError("it does not say size and checksum of each file", where=path, fix=unusable)
     return content
+
+
+def kind_of(manifest: dict[str, Any], *, where: object) -> str:
+    """The kind of the stage that a checkpoint is of. Raises UserError for one that is not known here."""
+    section = manifest["recipe"].get(manifest["stage"])
+    kind = (section.get("kind") if isinstance(section, dict) else None) or DEFAULT_KINDS.get(manifest["stage"])
+    if kind not in STAGES:
+        raise UserError(
+            f"it is of a stage {manifest['stage']!r} of no kind that is known here",
+            where=where,
+            fix="use the code that trained it, or a line for its kind in recipe/registry.py",
+        )
+    return kind
 
 
 def identity(manifest: dict[str, Any]) -> str:

@@ -7,12 +7,20 @@ loads them.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vjepa_scale.checkpoint.manifest import MANIFEST, is_foreign, last_name, name_of, newest_name, read_manifest
+from vjepa_scale.checkpoint.manifest import (
+    MANIFEST,
+    is_foreign,
+    kind_of,
+    last_name,
+    name_of,
+    newest_name,
+    read_manifest,
+)
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stage_data import data_order, open_data
-from vjepa_scale.recipe import Phase, Stage, stages_of
+from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
 from vjepa_scale.recipe.stage import UNTRAINED
@@ -135,16 +143,16 @@ def source_of(
 def _refuse_unfit(stage: Stage, source: Path) -> None:
     """Of another objective, where an optimiser's state is wanted; or of another model."""
     manifest = read_manifest(source)
-    then = stages_of(validate_recipe(manifest["recipe"], source=source / MANIFEST))[manifest["stage"]]
-    if stage.starts_by == "continue_from" and then.kind != stage.kind:
+    then = validate_recipe(manifest["recipe"], source=source / MANIFEST)
+    if stage.starts_by == "continue_from" and kind_of(manifest, where=source) != stage.kind:
         raise UserError(
-            f"{source} is of {then.name}: nothing of {stage.name} can go on from it",
+            f"{source} is of {manifest['stage']}: nothing of {stage.name} can go on from it",
             where=f"{stage.name}.continue_from",
             fix="init_from, which takes its weights",
         )
     try:
         # Heads and positions have no tensors: only the models' words tell whether weights mean the same under both.
-        refuse_other_model(then.recipe.model, stage.recipe.model, where=source, networks=stage.networks_at_start)
+        refuse_other_model(then.model, stage.recipe.model, where=source, networks=stage.networks_at_start)
     except UserError as error:
         raise UserError(error.what, where=f"{stage.name}.{stage.starts_by}: {error.where}", fix=error.fix) from None
 

@@ -47,6 +47,7 @@ class StepGradients:
 class StepResult:
     """What one step gave, equal on every rank.
 
+    lr:        the learning rate of the step
     effective_rank: where it was asked for, on rank 0 alone
     grad_norm: of all gradients together that are finite
     parts:     what the objective reports beside its loss
@@ -55,6 +56,7 @@ class StepResult:
     """
 
     loss: float
+    lr: float
     grad_norm: float
     effective_rank: Future[float] | None
     parts: dict[str, float] = field(default_factory=dict)
@@ -139,4 +141,5 @@ def apply_gradients(
     engine.step(lr)
     objective.after_step()
     rank = gradients.observed.effective_rank() if gradients.observed else None
-    return StepResult(gradients.loss, math.hypot(*finite.values()), rank, gradients.reported, lost, gradients.stop)
+    norm = math.hypot(*finite.values())
+    return StepResult(gradients.loss, lr, norm, rank, gradients.reported, lost, gradients.stop)

@@ -167,7 +167,7 @@ class _Trainer:
                 "stage": self.stage.name,
                 "phase": phase.name,
                 "loss": result.loss,
-                "lr": phase.lr(step),
+                "lr": result.lr,
                 "ema": self.objective.ema_momentum,
                 **result.parts,
                 "grad_norm": result.grad_norm,

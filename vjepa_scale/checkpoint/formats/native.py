@@ -28,11 +28,12 @@ from vjepa_scale.checkpoint.formats.source import (
     WeightSource,
     parse_config,
 )
-from vjepa_scale.checkpoint.manifest import last_name
+from vjepa_scale.checkpoint.manifest import kind_of, last_name
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, write_json
 from vjepa_scale.recipe.load import load_recipe, validate_recipe
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.stage import CHECKPOINTS, Stage, stages_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -67,26 +68,27 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
             store.verify(source)
         return source
     stages = _stages_last_first(source)
-    acting = [stage for stage in stages if "action_predictor" in stage.networks]
+    acting = [name for name, stage in stages.items() if "action_predictor" in stage.networks]
     wants_action = networks is not None and "action_predictor" in networks
     # Where a run has nothing that trains an encoder, a frozen one beside an action predictor is its encoder.
-    meant = acting if wants_action else [*(stage for stage in stages if stage.has_target_encoder), *acting]
-    for folder in (source, source / CHECKPOINTS, *(source / stage.name / CHECKPOINTS for stage in meant)):
+    meant = acting if wants_action else [*(name for name in stages if stages[name].has_target_encoder), *acting]
+    for folder in (source, source / CHECKPOINTS, *(source / name / CHECKPOINTS for name in meant)):
         found = store.find_last(folder) if check else last_name(folder)
         if found is not None:
             return found
-    if wants_action and any((source / stage.name / CHECKPOINTS).is_dir() for stage in stages):
+    if wants_action and any((source / name / CHECKPOINTS).is_dir() for name in stages):
         raise UserError(
             "no checkpoint of the action stage in it", where=source, fix="give a run with one, or run that stage"
         )
     raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
 
 
-def _stages_last_first(run: Path) -> list[Stage]:
-    """The stages that a run's recipe has."""
-    if not (run / "recipe.yaml").is_file():
-        return []
-    return list(reversed(stages_of(load_recipe(run / "recipe.yaml")).values()))
+def _stages_last_first(run: Path) -> dict[str, type[Stage]]:
+    """The stages that a run may have: those that its recipe has, and those that need no recipe to be known."""
+    kinds = dict(DEFAULT_KINDS)
+    if (run / "recipe.yaml").is_file():
+        kinds |= {name: stage.kind for name, stage in stages_of(load_recipe(run / "recipe.yaml")).items()}
+    return {name: class_of(STAGES, kind) for name, kind in reversed(kinds.items())}
 
 
 def _refuse_shards(folder: Path) -> None:
@@ -108,7 +110,7 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
     """
     manifest = store.read_manifest(checkpoint)
     recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
-    stage = stages_of(recipe)[manifest["stage"]]
+    stage: type[Stage] = class_of(STAGES, kind_of(manifest, where=checkpoint))
     prefixes = _TRAINED[weights]
     if not stage.has_target_encoder:  # its encoder is frozen, and was a target encoder once: there is no other one
         if weights == "context":
