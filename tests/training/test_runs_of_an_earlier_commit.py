@@ -23,7 +23,8 @@ from tests.chain import ROOT, checkpoint_tensors, launch, metrics, tool
 from tests.processes import LIMIT_S
 from vjepa_scale import load_encoder
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# Of the first test, which begins with both runs of the earlier commit.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EARLIER = "4f00ce053f7e77167f53ce427c756a9b3c46827f"  # the last commit before the rooms of the package got new names
 LAST = {"pretrain": 40, "cooldown": 46, "action": 8, "probe": 6}
@@ -78,7 +79,7 @@ class Earlier:
 
 def finished(process: subprocess.Popen[str], accepted: int) -> str:
     try:
-        printed, errors = process.communicate(timeout=LIMIT_S)
+        printed, errors = process.communicate(timeout=4 * LIMIT_S)  # of four stages
     finally:
         process.kill()
     assert process.returncode == accepted, f"exit code {process.returncode}\n{printed}\n{errors}"
