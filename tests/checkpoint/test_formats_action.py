@@ -16,7 +16,7 @@ from tests.checkpoint.action_material import (
     save_stage,
 )
 from tests.checkpoint.formats_material import model, network_of, one_encoder, random_tensors, same
-from tests.checkpoint.test_formats_published import vit_g_file
+from tests.checkpoint.published_material import vit_g_file
 from tests.published import inputs
 from vjepa_scale.checkpoint.consolidate import consolidate
 from vjepa_scale.checkpoint.formats import open_weights, published_optimizer

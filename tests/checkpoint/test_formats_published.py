@@ -1,17 +1,15 @@
-"""Published ``.pt`` files: what is read out of them, what is refused, and their optimiser's state."""
+"""Files of the published format: what is read of them, and what is refused."""
 
 import os
 import pickle
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.checkpoint.formats_material import (
     SMALL,
@@ -19,28 +17,14 @@ from tests.checkpoint.formats_material import (
     network_of,
     one_encoder,
     published_dict,
-    random_tensors,
     same,
 )
+from tests.checkpoint.published_material import HEADS, saved, vit_g_file
 from vjepa_scale.checkpoint.formats import Match, open_weights, published_optimizer
 from vjepa_scale.checkpoint.load import load_encoder, load_predictor, read_config
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.positions import sincos_positions
 from vjepa_scale.recipe.schema import ModelConfig
-
-HEADS = "heads=3,predictor_heads=2"
-PUBLISHED = Path(__file__).parents[1] / "published"
-
-
-@pytest.fixture
-def tensors() -> dict[str, Tensor]:
-    return random_tensors(model(SMALL), 7)
-
-
-def saved(path: Path, content: Any) -> Path:
-    torch.save(content, path)
-    return path
-
 
 # -- what is read ------------------------------------------------------------------------------------
 
@@ -130,52 +114,6 @@ def test_a_file_of_vit_g_loads(tmp_path: Path) -> None:
     del content["target_encoder"]["module.backbone.blocks.39.norm2.bias"]
     with pytest.raises(UserError, match=r"1 missing.*encoder\.blocks\.39\.norm2\.bias is missing"):
         open_weights(saved(tmp_path / "hole.pt", content), model="vit_giant")
-
-
-def vit_g_file() -> dict[str, Any]:
-    """The published dict of ViT-g, by the sizes of docs/method.md, with tensors that take no room."""
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.zeros(1).expand(shape)
-
-    def block(prefix: str, width: int, hidden: int) -> dict[str, Tensor]:
-        out = {}
-        for name, rows, columns in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", hidden, width),
-            ("mlp.fc2", width, hidden),
-        ):
-            out |= {f"{prefix}.{name}.weight": tensor(rows, columns), f"{prefix}.{name}.bias": tensor(rows)}
-        for name in ("norm1", "norm2"):
-            out |= {f"{prefix}.{name}.weight": tensor(width), f"{prefix}.{name}.bias": tensor(width)}
-        return out
-
-    encoder = {"pos_embed": tensor(1, 2048, 1408), "patch_embed.proj.weight": tensor(1408, 3, 2, 16, 16)}
-    encoder |= {"patch_embed.proj.bias": tensor(1408), "norm.weight": tensor(1408), "norm.bias": tensor(1408)}
-    for i in range(40):
-        encoder |= block(f"blocks.{i}", 1408, 6144)
-    predictor = {"predictor_pos_embed": tensor(1, 2048, 384), "predictor_embed.weight": tensor(384, 1408)}
-    predictor |= {"predictor_embed.bias": tensor(384), "predictor_norm.weight": tensor(384)}
-    predictor |= {"predictor_norm.bias": tensor(384), "predictor_proj.weight": tensor(1408, 384)}
-    predictor |= {"predictor_proj.bias": tensor(1408)} | {f"mask_tokens.{j}": tensor(1, 1, 384) for j in range(10)}
-    for i in range(12):
-        predictor |= block(f"predictor_blocks.{i}", 384, 1536)
-
-    def behind(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"module.backbone.{name}": value for name, value in state.items()}
-
-    opt = {"state": {}, "param_groups": [{"params": list(range(9)), "lr": 1e-4} for _ in range(4)]}
-    networks = {"encoder": behind(encoder), "predictor": behind(predictor), "target_encoder": behind(encoder)}
-    return networks | {
-        "opt": opt,
-        "scaler": None,
-        "epoch": 1,
-        "loss": 0.4,
-        "batch_size": 24,
-        "world_size": 1,
-        "lr": 1e-4,
-    }
 
 
 @torch.no_grad()
@@ -319,138 +257,3 @@ def test_released_weights_are_of_the_tiled_layout(tmp_path: Path, tensors: dict[
     path = saved(tmp_path / "x.pt", published_dict(tensors))
     with pytest.raises(UserError, match=r"rope\.layout tiled in the file, interleaved in the recipe"):
         open_weights(path, model=model(SMALL | {"rope": {"layout": "interleaved"}}))
-
-
-# -- the optimiser -----------------------------------------------------------------------------------
-
-
-class Backbone(nn.Module):
-    """The published networks as far as their parameters go: their names, order and a fixed table of positions."""
-
-    def __init__(self, tensors: dict[str, Tensor], table: str) -> None:
-        super().__init__()
-        setattr(self, table, nn.Parameter(torch.ones(1, 4, 2), requires_grad=False))
-        for name, value in tensors.items():
-            *path, last = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, nn.Parameter(value.clone()))
-
-
-def trained_file(
-    tensors: dict[str, Tensor], steps: int = 2
-) -> tuple[dict[str, Any], torch.optim.AdamW, dict[str, Any]]:
-    """A published dict after AdamW steps over four groups, the way the published code makes them."""
-    networks = {
-        "encoder": Backbone(network_of(tensors, "encoder"), "pos_embed"),
-        "predictor": Backbone(network_of(tensors, "predictor"), "predictor_pos_embed"),
-    }
-
-    def group(network: str, decayed: bool) -> list[nn.Parameter]:
-        named = networks[network].named_parameters()
-        return [p for name, p in named if (("bias" not in name) and (len(p.shape) != 1)) == decayed]
-
-    groups = [
-        {"params": group("encoder", True)},
-        {"params": group("predictor", True)},
-        {"params": group("encoder", False), "weight_decay": 0},
-        {"params": group("predictor", False), "weight_decay": 0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    parameters = {f"{n}.{name}": p for n, network in networks.items() for name, p in network.named_parameters()}
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        for name, parameter in parameters.items():
-            if parameter.requires_grad and not re.search(r"mask_tokens\.[12]$", name):  # those are never trained
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-    content = published_dict(tensors)
-    for name, network in networks.items():
-        content[name] = {f"module.backbone.{key}": value for key, value in network.state_dict().items()}
-    return content | {"opt": optimizer.state_dict()}, optimizer, parameters
-
-
-def test_optimizer_state_goes_to_the_right_names(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    content, optimizer, parameters = trained_file(tensors)
-    found = published_optimizer(saved(tmp_path / "x.pt", content), model=HEADS)
-    wanted = {name for name in tensors if not name.startswith("target_encoder.")}
-    assert found.keys() == wanted
-    untrained = {"predictor.mask_tokens.1", "predictor.mask_tokens.2"}
-    for name, state in found.items():
-        if name in untrained:
-            assert not any(value.any() for value in state.values())
-            assert state["exp_avg"].shape == tensors[name].shape
-            continue
-        kept = optimizer.state[parameters[name]]
-        assert same(state, {key: kept[key] for key in ("exp_avg", "exp_avg_sq", "step")}), name
-        assert state["step"] == 2
-
-
-def _group_of_another_length(opt: dict[str, Any]) -> None:
-    opt["param_groups"][1]["params"].pop()
-
-
-def _one_group(opt: dict[str, Any]) -> None:
-    opt["param_groups"] = [{"params": list(opt["state"])}]
-
-
-def _other_shape(opt: dict[str, Any]) -> None:
-    opt["state"][3]["exp_avg"] = torch.zeros(3)
-
-
-def _no_state(opt: dict[str, Any]) -> None:
-    del opt["state"][3]
-
-
-def _sgd(opt: dict[str, Any]) -> None:
-    opt["state"] = {number: {"momentum_buffer": None} for number in opt["state"]}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_group_of_another_length, r"groups of \[\d+, \d+, \d+, \d+\] parameters, the networks have"),
-        (_one_group, r"groups of \[\d+\] parameters, the networks have"),
-        (_other_shape, r"exp_avg of encoder\.\S+ is \[3\], not \["),
-        (_no_state, r"no AdamW state for encoder\."),
-        (_sgd, r"no AdamW state for encoder\."),
-    ],
-)
-def test_an_optimizer_that_does_not_fit_is_refused(
-    tmp_path: Path, tensors: dict[str, Tensor], change: Callable[[dict[str, Any]], None], message: str
-) -> None:
-    content, _, _ = trained_file(tensors)
-    change(content["opt"])
-    with pytest.raises(UserError, match=message):
-        published_optimizer(saved(tmp_path / "x.pt", content), model=HEADS)
-
-
-def test_a_file_without_optimizer_or_in_another_order_is_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    with pytest.raises(UserError, match="holds no optimiser state"):
-        published_optimizer(saved(tmp_path / "x.pt", published_dict(tensors)), model=HEADS)
-    content, _, _ = trained_file(tensors)
-    content["encoder"] = dict(reversed(content["encoder"].items()))
-    with pytest.raises(UserError, match="encoder: weights in another order"):
-        published_optimizer(saved(tmp_path / "x.pt", content), model=HEADS)
-
-
-def test_a_file_that_the_published_training_saved() -> None:
-    """tests/published/checkpoint.pt: after k gradients g, exp_avg_sq sums to Σ (1 − β₂)·β₂^(K−k)·‖g‖², by name.
-
-    The norms were measured by the published run itself, so that a moment under another name would show.
-    """
-    path, heads = PUBLISHED / "checkpoint.pt", "heads=2,predictor_heads=2"
-    steps = load_file(PUBLISHED / "steps.safetensors")
-    found = published_optimizer(path, model=heads)
-    source = open_weights(path, model=heads, weights="both")
-    assert found.keys() == {name for name, _, _ in source.entries if not name.startswith("target_encoder.")}
-    assert source.networks() == {"encoder", "target_encoder", "predictor"}
-    for name, state in found.items():
-        norms = [float(steps.get(f"step{k}.norm.{name}", torch.zeros(()))) for k in range(3)]
-        expected = sum(0.001 * 0.999 ** (2 - k) * norm**2 for k, norm in enumerate(norms))
-        # float32 in the moments and in the recorded norms: about 1e-6 of each.
-        assert float(state["exp_avg_sq"].double().sum()) == pytest.approx(expected, rel=1e-5), name
-        assert state["step"] == (3 if expected else 0)

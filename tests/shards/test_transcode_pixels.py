@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.shards.test_transcode import transcoded
+from tests.shards.transcoding import transcoded
 from tests.video.test_decode import sequential
 
 SIZE = (144, 240)
