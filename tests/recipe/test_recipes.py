@@ -49,9 +49,9 @@ def test_real_recipes_are_the_papers(name: str) -> None:
     assert recipe.data.fps == 4
     augment = recipe.data.augment
     assert (augment.area, augment.aspect, augment.flip) == ((0.3, 1.0), (0.75, 1.35), 0.5)
-    assert sorted(s.weight for s in recipe.data.sets.values()) == [0.1, 0.335, 0.565]
 
     warmup, constant = stages_of(recipe)["pretrain"].phases
+    assert sorted(warmup.mixture.values()) == [0.1, 0.335, 0.565]
     (decay,) = stages_of(recipe)["cooldown"].phases
     assert (warmup.first, warmup.end, constant.end, decay.end) == (0, 12_000, 240_000, 252_000)
     assert warmup.lr(11_999) == constant.lr(12_000) == constant.lr(239_999) == 5.25e-4
@@ -64,10 +64,15 @@ def test_real_recipes_are_the_papers(name: str) -> None:
     assert decay.size == ((384, 384) if name == "vitg_384" else (256, 256))
 
 
-def test_action_conditioned_recipe_is_the_published_one() -> None:
+@pytest.mark.parametrize(
+    ("name", "stages"), [("vitg_droid", ["action"]), ("vitg_384", ["pretrain", "cooldown", "action"])]
+)
+def test_action_conditioned_recipe_is_the_published_one(name: str, stages: list[str]) -> None:
     """315 epochs of 300 steps, of which 15 warm up and 15 decay; 32 GPUs with 8 clips each."""
-    recipe = load_recipe(RECIPES / "vitg_droid.yaml")
-    assert list(recipe.stages()) == ["action"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert list(recipe.stages()) == stages
+    assert stages_of(recipe)["action"].world_size == 32
+    assert stages_of(recipe)["action"].data_sets == ["droid"]
     predictor = recipe.model.action_predictor
     assert (predictor.width, predictor.depth, predictor.heads, predictor.mlp_hidden) == (1024, 24, 16, 4096)
     assert (predictor.grid, predictor.extrinsics) == ((16, 16), False)

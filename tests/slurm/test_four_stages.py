@@ -1,6 +1,7 @@
 """pretrain → cooldown → action → probe by one launch on a real Slurm: the run of this machine without Slurm, again.
 
-On two nodes with a rank each; without Slurm, the finished run of two processes that all tests share goes on.
+On two nodes with a rank each, the last stage on one node with two ranks; without Slurm, the finished run of two
+processes that all tests share goes on.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.chain import checkpoint_tensors, launch, metrics, write_four_stages
+from tests.chain import PROBE, checkpoint_tensors, launch, metrics, write_four_stages
 from tests.slurm.chain import Run
 from tests.slurm.cluster import Cluster
 
@@ -24,15 +25,17 @@ def test_one_launch_runs_all_four(
     shutil.copytree(finished, tmp_path / "here")
     launch(write_four_stages(tmp_path / "here.yaml", tmp_path / "here", *sets, launch={"tasks_per_node": 2}))
     on_slurm = {"nodes": 2, "tasks_per_node": 1, "timeout_min": 30, "profile": "sandbox"}
-    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", *sets, launch=on_slurm)
+    probe = {**PROBE, "launch": {"nodes": 1, "tasks_per_node": 2}}
+    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", *sets, launch=on_slurm, probe=probe)
     run = Run(cluster, tmp_path / "there", there)
     run.launch("--wait")
 
     assert {name: stage["state"] for name, stage in run.status().items()} == dict.fromkeys(LAST, "done")
     jobs = [run.job_id(stage) for stage in LAST]
-    for job in jobs:
+    for stage, job in zip(LAST, jobs, strict=True):
         row = cluster.wait_for(job)
-        assert (row["JobState"], row["NumNodes"], row["NumTasks"]) == ("COMPLETED", "2", "2")
+        nodes = "1" if stage == "probe" else "2"
+        assert (row["JobState"], row["NumNodes"], row["NumTasks"]) == ("COMPLETED", nodes, "2")
     began = {stage: run.events("started", stage=stage)[0]["time"] for stage in LAST}
     ended = {stage: run.events("done", stage=stage)[0]["time"] for stage in LAST}
     for before, after in zip(list(LAST)[:-1], list(LAST)[1:], strict=True):

@@ -6,18 +6,31 @@ from pathlib import Path
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
-from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe import Phase, Stage, stages_of
 
 
 def open_data(stage: Stage) -> dict[str, Manifest]:
-    """The manifests of a stage's data sets, in the recipe's order. Raises UserError naming the key."""
+    """The manifests of a stage's data sets, in the recipe's order.
+
+    Raises UserError naming the key; where a folder is missing that only this stage needs, it says how to do without it.
+    """
     manifests = {}
     for name in stage.data_sets:
+        path = Path(stage.recipe.data.sets[name].path)
         try:
-            manifests[name] = Manifest.open(Path(stage.recipe.data.sets[name].path))
+            manifests[name] = Manifest.open(path)
         except UserError as error:
-            raise UserError(error.what, where=f"data.sets.{name}.path: {error.where}", fix=error.fix) from None
+            fix = str(error.fix) + _without(stage, name) if not path.is_dir() else error.fix
+            raise UserError(error.what, where=f"data.sets.{name}.path: {error.where}", fix=fix) from None
     return manifests
+
+
+def _without(stage: Stage, data_set: str) -> str:
+    """How to leave out a stage that alone needs a data set, in words; empty where another stage needs it too."""
+    others = [other for name, other in stages_of(stage.recipe).items() if name != stage.name]
+    if not others or any(data_set in other.data_sets for other in others):
+        return ""
+    return f"; or leave {stage.name!r} out: {stage.name}=null, or --stages {','.join(other.name for other in others)}"
 
 
 def data_order(
