@@ -71,7 +71,7 @@ def load(
 
 
 def told(batches: dict[int, list[MicroBatch]]) -> list[DecodeFailure]:
-    return [accident for batch in batches.values() for part in batch for accident in part.failures]
+    return [failure for batch in batches.values() for part in batch for failure in part.failures]
 
 
 def clips(batch: list[MicroBatch]) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_replacements_do_not_depend_on_who_loads_them(
     assert all(torch.equal(clips(again[step]), clips(replaced[step])) for step in replaced)
 
 
-def test_known_accidents_are_replayed_without_trying(
+def test_known_failures_are_replayed_without_trying(
     shards: Manifest, whole: dict[int, list[MicroBatch]], replaced: dict[int, list[MicroBatch]]
 ) -> None:
     """The shards are whole again, and still the run shows what it showed."""
@@ -156,7 +156,7 @@ def test_a_replacement_is_of_the_records_that_the_stage_draws_from(broken: Manif
     for slot in range(12):
         ref = ClipRef(0, slot, "a", 2, (0.0, 0.25), 4.0)
         instead, _, met = clip_or_substitute(broken, ref, data=recipe.data, known={}, records=kept)
-        assert [accident.replacement for accident in met] == [instead.record]
+        assert [failure.replacement for failure in met] == [instead.record]
         shown.add(instead.record)
     assert shown == {7, 8}
 

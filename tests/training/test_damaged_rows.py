@@ -13,7 +13,7 @@ from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.run.events import History, attempts
 from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.run.metrics import MetricsLog
-from vjepa_scale.training.skipped_clips import Ledger
+from vjepa_scale.training.skipped_clips import SkippedClips
 
 FAILED = {
     "kind": "ValueError",
@@ -107,16 +107,16 @@ def test_a_row_of_the_ledger_that_is_not_whole_is_an_error(tmp_path: Path) -> No
     row = {"event": "substituted", "stage": "pretrain", "step": 1, "slot": 2, "dataset": "a", "record": 3, "key": "k"}
     row |= {"shard": "s", "cause": "c", "detail": "", "replacement": None}
     write(tmp_path / "ledger.jsonl", [row])
-    assert len(Ledger(tmp_path, "pretrain").known()) == 1
+    assert len(SkippedClips(tmp_path, "pretrain").known()) == 1
     for change in ({"step": "x"}, {"record": None}):
         write(tmp_path / "ledger.jsonl", [row | change])
         with pytest.raises(UserError, match=r"ledger\.jsonl: a row of 'pretrain' that is not whole"):
-            Ledger(tmp_path, "pretrain")
+            SkippedClips(tmp_path, "pretrain")
     del row["shard"]
     write(tmp_path / "ledger.jsonl", [row])
     with pytest.raises(UserError, match="not whole"):
-        Ledger(tmp_path, "pretrain")
-    assert Ledger(tmp_path, "cooldown").known() == {}
+        SkippedClips(tmp_path, "pretrain")
+    assert SkippedClips(tmp_path, "cooldown").known() == {}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"step": "4"}'])

@@ -18,7 +18,7 @@ from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.recipe.schema import FaultsConfig
-from vjepa_scale.training.skipped_clips import Ledger
+from vjepa_scale.training.skipped_clips import SkippedClips
 from vjepa_scale.training.trainer import train_stage
 
 pytestmark = pytest.mark.distributed
@@ -57,7 +57,7 @@ def assert_same_run(left: Path, right: Path, folder: Path, *, bits: bool = True)
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
-def accident(step: int, slot: int, cause: str = "unreadable") -> DecodeFailure:
+def failure(step: int, slot: int, cause: str = "unreadable") -> DecodeFailure:
     return DecodeFailure(step, slot, "left", 7, key="000000007", shard="x.tar", cause=cause, replacement=3)
 
 
@@ -65,19 +65,19 @@ def test_the_rate_is_judged_over_the_window_and_a_refused_step_leaves_nothing(tm
     """2 of 10 × 20 clips may fail: the third stops the run, unless the first has left the window."""
     faults = FaultsConfig(max_rate=0.01, window=10)
 
-    def enter(book: Ledger, step: int, cause: str = "unreadable") -> None:
-        book.enter([accident(step, 4, cause)], step=step, global_batch=20, faults=faults, write=True)
+    def enter(book: SkippedClips, step: int, cause: str = "unreadable") -> None:
+        book.enter([failure(step, 4, cause)], step=step, global_batch=20, faults=faults, write=True)
 
-    book = Ledger(tmp_path, "pretrain")
+    book = SkippedClips(tmp_path, "pretrain")
     enter(book, 5)
     enter(book, 9)
     with open(book.path, "a") as file:
         file.write('{"event": "substituted", "stage": "pre')  # a kill in the middle of a row
-    again = Ledger(tmp_path, "pretrain")
+    again = SkippedClips(tmp_path, "pretrain")
     assert (
         again.known() == book.known() == {(5, 4, "left", 7): ("unreadable", ""), (9, 4, "left", 7): ("unreadable", "")}
     )
-    assert again.new([accident(9, 4), accident(9, 5)]) == [accident(9, 5)]
+    assert again.new([failure(9, 4), failure(9, 5)]) == [failure(9, 5)]
     content = book.path.read_text()
     with pytest.raises(
         UserError, match=r"3 clips do not decode; .*200 clips of 10 steps, 2 may: .*step 14.*step 9"
@@ -86,11 +86,11 @@ def test_the_rate_is_judged_over_the_window_and_a_refused_step_leaves_nothing(tm
     assert "decode_timeout_s" in str(e.value)
     assert book.path.read_text() == content
     enter(again, 15)
-    assert len(Ledger(tmp_path, "pretrain").known()) == 3
-    assert not Ledger(tmp_path, "cooldown").known()
+    assert len(SkippedClips(tmp_path, "pretrain").known()) == 3
+    assert not SkippedClips(tmp_path, "cooldown").known()
     strict = FaultsConfig(max_rate=0)
     with pytest.raises(UserError, match="0 may"):
-        Ledger(tmp_path, "cooldown").enter([accident(0, 0)], step=0, global_batch=3072, faults=strict, write=True)
+        SkippedClips(tmp_path, "cooldown").enter([failure(0, 0)], step=0, global_batch=3072, faults=strict, write=True)
 
 
 def test_peers_wait_longer_than_a_clip_may_take(two_data_sets: Sets, tmp_path: Path) -> None:

@@ -111,27 +111,27 @@ class Engine(ABC):
         return forward()
 
     def reduced(self, values: Tensor) -> tuple[list[float], dict[str, float]]:
-        """Averages of some float values over all ranks, and the L2 norms of the step's gradients, by part (part_of).
+        """Averages of some float values over all ranks, and the L2 norms of the step's gradients, by clip group.
 
         Norms are of whole networks. Equal on every rank: one collective, and one wait for the device.
         """
-        parts = list(dict.fromkeys(group["part"] for group in self._optimizer.param_groups))
-        squares = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
-        for part, gradients in self._gradients().items():
-            squares[parts.index(part)] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        groups = list(dict.fromkeys(group["clip_group"] for group in self._optimizer.param_groups))
+        squares = torch.zeros(len(groups), dtype=torch.float64, device=self.device)
+        for group, gradients in self._gradients().items():
+            squares[groups.index(group)] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         both = torch.cat([values.detach().double() / self.dp_world_size, squares / self._gradient_copies])
         dist.all_reduce(both)
         summed = both.tolist()
         norms = [math.sqrt(square) for square in summed[len(values) :]]  # NaN and infinity stay what they are
-        return summed[: len(values)], dict(zip(parts, norms, strict=True))
+        return summed[: len(values)], dict(zip(groups, norms, strict=True))
 
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
-        """Multiply the gradients of some parts: clipping is scaling by ``limit / norm`` where that is below 1.
+        """Multiply the gradients of some clip groups: clipping is scaling by ``limit / norm`` where that is below 1.
 
         0 makes zeros of what is not finite, too.
         """
-        for part, gradients in self._gradients().items():
-            factor = factors.get(part, 1.0)
+        for group, gradients in self._gradients().items():
+            factor = factors.get(group, 1.0)
             if factor == 0:
                 torch._foreach_zero_(gradients)
             elif factor != 1:
@@ -139,7 +139,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _gradients(self) -> dict[str, list[Tensor]]:
-        """This rank's share of the averaged gradients, by part; without parts of which it has none."""
+        """This rank's share of the averaged gradients, by clip group; without those of which it has none."""
 
     # On how many ranks each gradient is.
     _gradient_copies = 1

@@ -168,7 +168,7 @@ class FsdpEngine(Engine):
         for group in self._optimizer.param_groups:
             for shard in group["params"]:
                 if (gradient := self._gradient(shard)) is not None:
-                    gradients.setdefault(group["part"], []).append(gradient)
+                    gradients.setdefault(group["clip_group"], []).append(gradient)
         return gradients
 
     @torch.no_grad()

@@ -18,14 +18,14 @@ class GroupSetting(NamedTuple):
     weight_decay: float
 
 
-# The part (see part_of) of all networks without a setting of their own.
+# The clip group of all networks without a setting of their own.
 TOGETHER = ""
 
 
-def part_of(name: str, settings: Mapping[str, GroupSetting] | None) -> str:
-    """What a parameter learns in: its network, where that has a setting of its own, or all others together.
+def clip_group(name: str, settings: Mapping[str, GroupSetting] | None) -> str:
+    """Of a parameter: its network, where that has a setting of its own, or all others together.
 
-    A part learns by itself: its gradient is clipped by its own norm, and lost alone where it is not finite.
+    A clip group learns by itself: its gradient is clipped by its own norm, and lost alone where it is not finite.
     """
     network = name.partition(".")[0]
     return network if network in (settings or {}) else TOGETHER
@@ -62,13 +62,13 @@ def make_optimizer(
     """
     split: dict[tuple[str, GroupSetting], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        part = part_of(name, settings)
-        own = (settings or {}).get(part, GroupSetting(1.0, cfg.weight_decay))
+        group = clip_group(name, settings)
+        own = (settings or {}).get(group, GroupSetting(1.0, cfg.weight_decay))
         if name in unreached or not is_decayed(name, shape(parameter)):
             own = own._replace(weight_decay=0.0)
-        split.setdefault((part, own), []).append(parameter)
+        split.setdefault((group, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "part": part, **own._asdict()} for (part, own), parameters in split.items()
+        {"params": parameters, "clip_group": group, **own._asdict()} for (group, own), parameters in split.items()
     ]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)

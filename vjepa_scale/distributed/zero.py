@@ -149,8 +149,8 @@ class ZeroEngine(Engine):
         gradients: dict[str, list[Tensor]] = {}
         for number, pieces in self._zero.averaged_gradients.items():
             if pieces:
-                part = self._optimizer.param_groups[group_of.get(number, number)]["part"]
-                gradients.setdefault(part, []).extend(pieces)
+                group = self._optimizer.param_groups[group_of.get(number, number)]["clip_group"]
+                gradients.setdefault(group, []).extend(pieces)
         return gradients
 
     def discard_gradients(self) -> None:

@@ -11,7 +11,7 @@ from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Stage, recipe_yaml
 from vjepa_scale.run.events import History
 from vjepa_scale.run.metrics import MetricsLog
-from vjepa_scale.training.skipped_clips import NAME
+from vjepa_scale.training.skipped_clips import LEDGER
 from vjepa_scale.training.start import Start
 
 
@@ -78,7 +78,7 @@ class AttemptLog:
         self.flush()
         if self._ranks.is_main:
             row = {"event": "stop", "stage": self._stage.name, "step": step, "reason": str(error), "pid": os.getpid()}
-            append_jsonl(Path(self._stage.recipe.run.dir) / NAME, row, durable=True)
+            append_jsonl(Path(self._stage.recipe.run.dir) / LEDGER, row, durable=True)
 
     def refuse_if_superseded(self) -> None:
         """A start of this stage after ours (its node was given up, yet lives) is the one that counts. Collective."""

@@ -18,7 +18,7 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.run.metrics import touch
 from vjepa_scale.training.attempt_log import AttemptLog
 from vjepa_scale.training.load_weights import load_foreign, load_initial
-from vjepa_scale.training.skipped_clips import NAME, Ledger
+from vjepa_scale.training.skipped_clips import LEDGER, SkippedClips
 from vjepa_scale.training.start import Start, find_start, origin_of
 from vjepa_scale.video.decode import TORCHCODEC
 from vjepa_scale.video.torchcodec import import_torchcodec
@@ -31,7 +31,7 @@ class Training:
     start:     where it starts; origin: where its first weights came from, for its checkpoints
     phases:    on the global step, from ``start.first``
     manifests: of its data sets; records: those that it draws from, where that is not all of them
-    ledger:    the clips that were replaced so far
+    skipped:   the clips that were replaced so far
     """
 
     stage: Stage
@@ -44,7 +44,7 @@ class Training:
     manifests: Mapping[str, Manifest]
     records: Mapping[str, Ints]
     order: DataOrder
-    ledger: Ledger
+    skipped: SkippedClips
     log: AttemptLog
 
     @property
@@ -62,7 +62,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     engine = build_engine(recipe.engine, ranks)
     if ranks.is_main:
         store.remove_unfinished(stage.checkpoints)
-        touch(Path(recipe.run.dir) / NAME)
+        touch(Path(recipe.run.dir) / LEDGER)
     check_limits(stage, ranks_on_node=ranks.local_world_size)
     if recipe.data.decoder == TORCHCODEC:
         import_torchcodec()  # now, not in the first worker
@@ -88,7 +88,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
         manifests=manifests,
         records=records,
         order=data_order(stage, manifests, phases, start.base, records),
-        ledger=Ledger(Path(recipe.run.dir), stage.name),
+        skipped=SkippedClips(Path(recipe.run.dir), stage.name),
         log=log,
     )
 

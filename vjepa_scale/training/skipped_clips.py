@@ -1,4 +1,4 @@
-"""ledger.jsonl of a run: the accidents that its numbers depend on, beside recipe, seed and step.
+"""ledger.jsonl of a run: the failures that its numbers depend on, beside recipe, seed and step.
 
 Rows have ``event``:
 
@@ -20,19 +20,19 @@ from vjepa_scale.data.substitution import TIME_LIMIT, DecodeFailure, Place
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import FaultsConfig
 
-NAME = "ledger.jsonl"
+LEDGER = "ledger.jsonl"
 _NUMBERS = ("step", "slot", "record")
 _NAMED = 4  # clips that an error names
 
 
-class Ledger:
+class SkippedClips:
     """A stage's part of the run's ledger, equal on every rank.
 
     Every rank must make it: rank 0's reading is everyone's.
     """
 
     def __init__(self, run_dir: Path, stage: str) -> None:
-        self.path, self._stage = run_dir / NAME, stage
+        self.path, self._stage = run_dir / LEDGER, stage
         rows = [row for row in read_jsonl(self.path) if row.get("event") == "substituted" and row.get("stage") == stage]
         names = [field.name for field in fields(DecodeFailure)]
         for row in rows:
@@ -43,44 +43,42 @@ class Ledger:
                     fix="restore this file from a copy: the numbers of the run depend on it",
                 )
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
-        self._accidents = {accident.place: accident for accident in (DecodeFailure(**row) for row in read)}
+        self._failures = {failure.place: failure for failure in (DecodeFailure(**row) for row in read)}
 
     def known(self) -> dict[Place, tuple[str, str]]:
         """The clips that are not to be tried: place -> (cause, detail)."""
-        return {place: (accident.cause, accident.detail) for place, accident in self._accidents.items()}
+        return {place: (failure.cause, failure.detail) for place, failure in self._failures.items()}
 
-    def new(self, accidents: Iterable[DecodeFailure]) -> list[DecodeFailure]:
+    def new(self, failures: Iterable[DecodeFailure]) -> list[DecodeFailure]:
         """Those that it does not hold."""
-        return [accident for accident in accidents if accident.place not in self._accidents]
+        return [failure for failure in failures if failure.place not in self._failures]
 
     def substituted(self, step: int) -> int:
         """How many clips of a step were replaced."""
-        return len({place.slot for place in self._accidents if place.step == step})
+        return len({place.slot for place in self._failures if place.step == step})
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Clips that were not shown, by data set and cause."""
-        return dict(Counter((accident.dataset, accident.cause) for accident in self._accidents.values()).most_common())
+        return dict(Counter((failure.dataset, failure.cause) for failure in self._failures.values()).most_common())
 
     def enter(
-        self, accidents: Iterable[DecodeFailure], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
+        self, failures: Iterable[DecodeFailure], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
     ) -> list[DecodeFailure]:
-        """Take in all ranks' new accidents of a step, durably, and return them by slot.
+        """Take in all ranks' new failures of a step, durably, and return them by slot.
 
         write: this is rank 0. Raises UserError where they are too many; then nothing is written, since the step
         does not move: with its shards restored, the run goes on as if nothing had been.
         """
-        new = sorted(accidents, key=lambda accident: accident.slot)
-        before = [a for a in self._accidents.values() if step - faults.window < a.step <= step]
+        new = sorted(failures, key=lambda failure: failure.slot)
+        before = [a for a in self._failures.values() if step - faults.window < a.step <= step]
         recent = new + before[::-1]
         allowed = int(faults.max_rate * global_batch * faults.window + 1e-6)  # 0.29 · 100 is 28.999…
         if len(recent) > allowed:
             raise _too_many(recent, allowed, global_batch, faults)
         if write:
-            for accident in new:
-                append_jsonl(
-                    self.path, {"event": "substituted", "stage": self._stage, **asdict(accident)}, durable=True
-                )
-        self._accidents |= {accident.place: accident for accident in new}
+            for failure in new:
+                append_jsonl(self.path, {"event": "substituted", "stage": self._stage, **asdict(failure)}, durable=True)
+        self._failures |= {failure.place: failure for failure in new}
         return new
 
 

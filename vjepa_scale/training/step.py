@@ -28,7 +28,7 @@ class StepGradients:
     """What one step's micro-batches gave, equal on every rank. Nothing has moved.
 
     loss:     the mean over all micro-batches of all ranks, which have equal size
-    norms:    L2, by part of the networks that learns by itself (optim.part_of)
+    norms:    L2, by clip group (distributed/optim.py)
     reported: what the objective reports beside its loss
     stop:     some rank has been asked to save and stop
     failures: some rank has had clips that do not decode and that the run does not know of yet
@@ -123,18 +123,19 @@ def apply_gradients(
 ) -> StepResult:
     """Check, clip, step, EMA. All ranks judge the reduced loss and gradients before anything moves.
 
-    clip_grad_norm: of each part of the networks that learns by itself (optim.part_of)
+    clip_grad_norm: of each clip group (distributed/optim.py)
     Raises NonFiniteLossError where the loss is not finite, and where no part's gradient is.
     """
-    finite = {part: norm for part, norm in gradients.norms.items() if math.isfinite(norm)}
+    finite = {group: norm for group, norm in gradients.norms.items() if math.isfinite(norm)}
     if not (math.isfinite(gradients.loss) and finite):
         engine.discard_gradients()
         found = ", ".join(str(norm) for norm in gradients.norms.values())
         raise NonFiniteLossError(
             f"loss {gradients.loss}, gradient norm {found}; weights, optimiser and EMA did not move"
         )
-    lost = tuple(part for part in gradients.norms if part not in finite)
-    clipped = {part: clip_grad_norm / norm for part, norm in finite.items() if clip_grad_norm and norm > clip_grad_norm}
+    lost = tuple(group for group in gradients.norms if group not in finite)
+    limit = clip_grad_norm or math.inf
+    clipped = {group: limit / norm for group, norm in finite.items() if norm > limit}
     if factors := clipped | dict.fromkeys(lost, 0.0):
         engine.scale_gradients(factors)
 

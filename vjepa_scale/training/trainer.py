@@ -108,7 +108,7 @@ class _Trainer:
     def _step(self, phase: Phase, step: int, batch: StepBatch) -> StepResult:
         """Masks, target, context, prediction, loss; reduce; then, on all ranks or on none, clip, step, EMA."""
         last = step + 1 == self.training.end
-        failures = self.training.ledger.new(failure for part in batch for failure in part.failures)
+        failures = self.training.skipped.new(failure for part in batch for failure in part.failures)
         gradients = compute_gradients(
             self.objective,
             self.engine,
@@ -137,7 +137,7 @@ class _Trainer:
             dp_world_size=self.engine.dp_world_size,
             first_step=first,
             pin_memory=self.engine.device.type == "cuda",
-            known=self.training.ledger.known(),
+            known=self.training.skipped.known(),
             records=self.training.records,
         )
 
@@ -146,7 +146,7 @@ class _Trainer:
         self.log.refuse_if_superseded()  # a row that the successor has not read would change the run at its next resume
         everyone = [failure for failures in process_group.from_all(mine) for failure in failures]
         # No barrier behind it: rank 0's step, and with it every checkpoint, comes after its writing.
-        entered = self.training.ledger.enter(
+        entered = self.training.skipped.enter(
             everyone,
             step=step,
             global_batch=phase.global_batch,
@@ -155,7 +155,7 @@ class _Trainer:
         )
         for failure in entered:
             self.log.say(f"replaced: {failure}")
-        counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.training.ledger.counts().items())
+        counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.training.skipped.counts().items())
         self.log.say(f"{self.stage.name}: clips replaced so far: {counts}")
 
     def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float) -> None:
@@ -173,7 +173,7 @@ class _Trainer:
                 "grad_norm": result.grad_norm,
                 "clips_per_s": phase.global_batch / seconds,
                 "effective_rank": result.effective_rank,
-                "substituted": self.training.ledger.substituted(step),
+                "substituted": self.training.skipped.substituted(step),
             }
         )
 
