@@ -11,11 +11,12 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
 from vjepa_scale.checkpoint.formats.open import open_weights
-from vjepa_scale.checkpoint.manifest import name_of
+from vjepa_scale.checkpoint.manifest import kind_of, last_name, name_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.model.probe import AttentiveProbe, probe_of
 from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.recipe.registry import STAGES, class_of
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION, stages_of
 
@@ -35,8 +36,14 @@ class TrainedProbe:
 
 
 def is_probe_stage(folder: Path) -> bool:
-    """Is this the folder of a probe stage that is finished?"""
-    return (folder / EVALUATION).is_file()
+    """Is this the folder of a probe stage that is finished? Stages of other kinds may have an evaluation too."""
+    if not (folder / EVALUATION).is_file():
+        return False
+    checkpoint = last_name(folder / CHECKPOINTS)
+    if checkpoint is None:  # which load_probe refuses
+        return True
+    kind = kind_of(store.read_manifest(checkpoint), where=checkpoint)
+    return bool(class_of(STAGES, kind).trains_probes)
 
 
 def load_probe(folder: Path) -> TrainedProbe:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 class ActionStage(Stage):
     section = ActionStageConfig
     networks = ("encoder", "action_predictor")
-    draws_some_records = True
     config: ActionStageConfig
 
     @property

@@ -22,12 +22,10 @@ class Objective(ABC):
 
     observes:     whether ``loss`` gives features to look at for a collapse
     ema_momentum: of a target encoder; None without one
-    evaluates:    whether the stage ends with an ``evaluation``
     """
 
     observes = False
     ema_momentum: float | None = None
-    evaluates = False
 
     def __init__(self, stage: Stage, engine: Engine) -> None:
         self._recipe, self._engine = stage.recipe, engine
@@ -77,9 +75,10 @@ class Objective(ABC):
     def evaluation(
         self, phases: Sequence[Phase], stop_if_asked: Callable[[], None]
     ) -> tuple[dict[str, Any], Iterator[str]] | None:
-        """After the last step: evaluation.json's content, and lines for a terminal. On rank 0; None on the others.
+        """After the last step, of a kind that ``evaluates``. Collective; returns None on all ranks but rank 0.
 
         phases: the stage's
+        Returns evaluation.json's content (``origin`` and ``step`` are added to it), and lines for a terminal.
         """
         raise NotImplementedError
 

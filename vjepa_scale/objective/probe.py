@@ -37,8 +37,6 @@ class Probes(Objective):
           of all that are trained on, and the encoder is not called
     """
 
-    evaluates = True
-
     def __init__(
         self, stage: ProbeStage, engine: Engine, manifests: Mapping[str, Manifest], records: Mapping[str, Ints]
     ) -> None:

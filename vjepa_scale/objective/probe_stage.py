@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json
 from vjepa_scale.data.labels import few_labels, label_of, labels_of
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.data.order import Ints
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 class ProbeStage(Stage):
     section = ProbeStageConfig
     networks = ("encoder",)
-    draws_some_records = True
+    evaluates = True
+    trains_probes = True
     config: ProbeStageConfig
 
     @property
@@ -192,11 +192,3 @@ class ProbeStage(Stage):
         from vjepa_scale.objective.probe import Probes
 
         return Probes(self, engine, manifests, records)
-
-    def is_complete(self, step: int) -> bool:
-        """Whether the probes of this step are evaluated, too."""
-        try:
-            result = read_json(self.evaluation)
-        except UserError:  # absent or damaged: the probes are evaluated again
-            return False
-        return isinstance(result, dict) and result.get("step") == step

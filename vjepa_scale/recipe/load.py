@@ -55,6 +55,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
     """Check a parsed tree against the schema and across sections."""
+    if "others" in tree:  # of the schema alone: in a file these stages stand beside the four
+        known = ", ".join(_known_keys(Recipe, [], {}))
+        raise UserError("unknown key", where=f"{source}:others", fix=f"known here: {known}")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -232,6 +235,8 @@ def explain_invalid(
         known = _known_keys(schema, location[:-1], sections or {})
         close = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        if schema is Recipe and len(location) == 1 and isinstance(first["input"], dict) and "phases" in first["input"]:
+            fix = f"a stage of this name says its kind: {', '.join(STAGES)}"
         return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
     plain = _PLAIN_WORDS.get(first["type"])
     what = plain.format(**first.get("ctx", {})) if plain else first["msg"].removeprefix("Value error, ")
@@ -245,7 +250,9 @@ def explain_invalid(
 def _sections_by_kind(tree: dict[str, Any]) -> dict[str, type[BaseModel]]:
     """The sections of stages that say their kind."""
     kinds = {name: value.get("kind") for name, value in tree.items() if isinstance(value, dict)}
-    return {name: class_of(STAGES, kind).section for name, kind in kinds.items() if kind in STAGES}
+    return {
+        name: class_of(STAGES, kind).section for name, kind in kinds.items() if isinstance(kind, str) and kind in STAGES
+    }
 
 
 def _known_keys(schema: type[BaseModel], location: list[str], sections: Mapping[str, type[BaseModel]]) -> list[str]:
@@ -258,7 +265,9 @@ def _known_keys(schema: type[BaseModel], location: list[str], sections: Mapping[
             continue
         field = section.model_fields.get(part)
         section = _section_of(field.annotation) if field is not None else section
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return []
+    return [name for name in section.model_fields if (section, name) != (Recipe, "others")]
 
 
 def _section_of(annotation: Any) -> Any:

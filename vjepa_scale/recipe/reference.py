@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vjepa_scale.recipe.mask_sections import MaskSection, section_of_kind
-from vjepa_scale.recipe.registry import DEFAULT_KINDS, MASK_GENERATORS
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, MASK_GENERATORS, STAGES, class_of
 from vjepa_scale.recipe.schema import Recipe
+from vjepa_scale.recipe.stage_sections import StageConfig
 
 
 def reference() -> str:
@@ -30,7 +31,7 @@ def reference() -> str:
     for key, default, meaning in _rows(Recipe, ""):
         stage, dot, rest = key.partition(".")
         general = f"<stage>{dot}{rest}" if stage in DEFAULT_KINDS else key
-        if DEFAULT_KINDS.get(stage) in ("action", "probe"):
+        if stage in DEFAULT_KINDS and class_of(STAGES, DEFAULT_KINDS[stage]).section is not StageConfig:
             known = seen.get(general) == (default, meaning)
         else:
             known, key = general in seen, general

@@ -11,12 +11,13 @@ Where a run keeps what (names only; nothing here opens a file):
     <run>/code/<hash>/vjepa_scale/  the code that the jobs run
     <run>/<stage>/history.jsonl     submitted, started, saved, interrupted, failed, done
     <run>/<stage>/metrics.jsonl     a row per step
-    <run>/<stage>/evaluation.json   of probes: what they are worth; the stage is finished when it is there
+    <run>/<stage>/evaluation.json   of a kind that evaluates (probes): such a stage is finished when it is there
     <run>/<stage>/checkpoints/, logs/JOB_RANK_log.{out,err}, failures/JOB.RANK.json, rendezvous/
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json
 from vjepa_scale.recipe.networks import Network
 from vjepa_scale.recipe.phases import Phase, phase_steps
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
@@ -41,6 +43,8 @@ if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training t
     from vjepa_scale.objective.objective import Objective
 
 CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
+# A stage's name is a folder's, a job's, and an item of --stages; these folders of a run are no stage's.
+_NAME, _FOLDERS_OF_RUNS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*"), ("launches", "code")
 
 # Of ``init_from``: a fresh encoder, to compare with.
 UNTRAINED = "untrained"
@@ -58,7 +62,8 @@ class Stage(ABC):
     section: ClassVar[type[StageConfig]] = StageConfig  # what a recipe may say of such a stage
     networks: ClassVar[tuple[Network, ...]]  # of the model, those that it has
     has_target_encoder: ClassVar[bool] = False  # beside the encoder; without one, a stage takes it as its encoder
-    draws_some_records: ClassVar[bool] = False  # of its data sets, by ``records``
+    evaluates: ClassVar[bool] = False  # after its last step, by its objective's ``evaluation``
+    trains_probes: ClassVar[bool] = False  # whose best one can be exported as a classifier
     # Consecutive slots of one geometry, which the global batch is made of: what they are called, and the key.
     group_words: ClassVar[tuple[str, str]] = ("micro-batches", "micro_batch")
 
@@ -207,6 +212,12 @@ class Stage(ABC):
     def check(self, source: object) -> None:
         """Everything about the stage that needs more than one key. source: what errors name before the key."""
         key = f"{source}:{self.name}"
+        if not _NAME.fullmatch(self.name) or self.name in _FOLDERS_OF_RUNS:
+            raise UserError(
+                f"{self.name!r} cannot be a stage's name, which is that of a folder of the run",
+                where=key,
+                fix=f"letters, digits, - and _, but not {' or '.join(_FOLDERS_OF_RUNS)}",
+            )
         for word in ("continue_from", "init_from"):
             value = getattr(self.config, word)
             if value in {*self.recipe.stages(), *DEFAULT_KINDS} and value not in self.earlier:
@@ -285,6 +296,11 @@ class Stage(ABC):
 
     # -- its data --------------------------------------------------------------------------------------
 
+    @property
+    def draws_some_records(self) -> bool:
+        """Whether its kind chooses among the records of its data sets."""
+        return type(self).records is not Stage.records
+
     def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
         """The records that it draws from: record numbers, rising, by data set; a data set that is not here gives all.
 
@@ -345,8 +361,14 @@ class Stage(ABC):
         return {self.name: {key: value for key, value in whole.items() if key not in StageConfig.model_fields}}
 
     def is_complete(self, step: int) -> bool:
-        """Whether what follows its last step is there too. step: of its last checkpoint"""
-        return True
+        """Whether what follows its last step is there too: the evaluation. step: of its last checkpoint"""
+        if not self.evaluates:
+            return True
+        try:
+            result = read_json(self.evaluation)
+        except UserError:  # absent or damaged: it is evaluated again
+            return False
+        return isinstance(result, dict) and result.get("step") == step
 
 
 def kind_of(name: str, config: StageConfig) -> str:

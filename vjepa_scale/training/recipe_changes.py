@@ -14,6 +14,8 @@ def recipe_changes(done: Stage, today: Stage, *, first: int, step: int) -> list[
     done: the stage by the recipe that trained these steps. Later steps may differ, and so may what no number depends
           on.
     """
+    if done.kind != today.kind:
+        return [f"{today.name}.kind: {done.kind} then, {today.kind} now"]
     changed = list(_differences(_decisive(done), _decisive(today)))
     then, now = (_trained(stage.recipe, stage.phases_from(first), step) for stage in (done, today))
     if list(then) != list(now):

@@ -82,7 +82,7 @@ class _Trainer:
         for phase in self.training.phases:
             if phase.end > start.step:
                 self._train_phase(phase)
-        if self.objective.evaluates:
+        if self.stage.evaluates:
             self._evaluate()
         self.log.event("done", step=end)
 
@@ -184,7 +184,7 @@ class _Trainer:
         if found is not None:
             result, lines = found
             origin = {"init_from": self.stage.config.init_from, **self.training.origin}
-            write_json(self.stage.evaluation, {"origin": origin, **result})
+            write_json(self.stage.evaluation, {"origin": origin, "step": self.training.end, **result})
             self.log.say("\n".join(lines))
 
     # -- ends ------------------------------------------------------------------------------------------

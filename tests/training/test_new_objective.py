@@ -1,0 +1,313 @@
+"""Adding a kind of training is one file and one line: a copy of the package gets one, and trains it."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chain import ROOT, metrics, write_recipe
+from tests.processes import LIMIT_S
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.recipe import load_recipe
+
+pytestmark = pytest.mark.distributed
+
+FILE = '''
+"""Toy: from a frozen encoder's mean token, a linear layer predicts how many bytes a video's file has."""
+
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.data.augment import random_crop
+from vjepa_scale.distributed import process_group
+from vjepa_scale.model import flops
+from vjepa_scale.objective.objective import Objective
+from vjepa_scale.recipe import Stage
+from vjepa_scale.recipe.sections import PositiveInt
+from vjepa_scale.recipe.stage_sections import StageConfig
+
+
+class ToyStageConfig(StageConfig):
+    every: PositiveInt = Field(description="records are drawn whose numbers are multiples of this")
+
+
+class ToyStage(Stage):
+    section = ToyStageConfig
+    networks = ("encoder",)
+    evaluates = True
+
+    def check(self, source):
+        super().check(source)
+        if self.config.every > self.config.global_batch:
+            raise UserError(
+                f"every {self.config.every} is more than the {self.config.global_batch} clips of a step",
+                where=f"{source}:{self.name}.every",
+                fix="a smaller one",
+            )
+
+    def records(self, manifests):
+        return {name: np.arange(0, manifest.records, self.config.every) for name, manifest in manifests.items()}
+
+    def crop(self, pictures, phase, *, step, slot, out):
+        cfg, seed = self.recipe.data.augment, self.recipe.run.seed
+        random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=slot, out=out)
+
+    def complete(self, batch, shown, phase, manifests, prepared):
+        sizes = [float(manifests[ref.dataset].place(ref.record, "video")[1]) for ref in shown]
+        return replace(batch, extras={"bytes": torch.tensor(sizes)})
+
+    def clip_flops(self, phase, frames):
+        t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
+        return flops.encoder_forward(self.recipe.model, t * h * w)
+
+    def objective(self, engine, manifests, records):
+        return Toy(self, engine, manifests, records)
+
+
+class Toy(Objective):
+    def __init__(self, stage, engine, manifests, records):
+        super().__init__(stage, engine)
+        self._manifests, self._records, self._step = manifests, records, -1
+        self.encoder = self._frozen_encoder()
+        with torch.device("meta"):
+            head = nn.Linear(stage.recipe.model.encoder.width, 1)
+        self.head = engine.shard(head, name="head", seed=stage.recipe.run.seed, trainable=True)
+
+    @property
+    def trained(self):
+        return {"head": self.head}
+
+    @property
+    def networks(self):
+        return {"encoder": self.encoder, "head": self.head}
+
+    def loss(self, batch, observe=None):
+        self._step = batch.step
+        sizes_B = batch.extras["bytes"].to(self._engine.device)
+        with torch.no_grad():
+            tokens_BND = self.encoder(self._normalised(batch.clips))
+        error_B = self.head(tokens_BND.mean(1)).squeeze(1).float() - sizes_B.log2()
+        return {"loss": error_B.square().mean(), "kilobytes": sizes_B.mean() / 1024}
+
+    def after_step(self):
+        if os.environ.get("STOP_AFTER") == str(self._step) and self._engine.dp_rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def checkpoint_facts(self):
+        return {"records": {name: len(numbers) for name, numbers in self._records.items()}}
+
+    def evaluation(self, phases, stop_if_asked):
+        stop_if_asked()
+        grey = torch.full((1, 3, phases[-1].frames, *phases[-1].size), 128, dtype=torch.uint8)
+        found = self._engine.evaluate(lambda: self.head(self.encoder(self._normalised(grey)).mean(1)).item())
+        if not process_group.is_main():
+            return None
+        sizes = {
+            name: [self._manifests[name].place(int(number), "video")[1] for number in numbers]
+            for name, numbers in self._records.items()
+        }
+        result = {"grey": found, "bytes": {name: sum(of_records) for name, of_records in sizes.items()}}
+        return result, iter([f"toy: {name}: {total} bytes" for name, total in result["bytes"].items()])
+'''
+LINE = '    "toy": "vjepa_scale.objective.toy:ToyStage",\n'
+
+STAGE: dict[str, Any] = {
+    "kind": "toy",
+    "init_from": "pretrain",
+    "every": 2,
+    "steps": 6,
+    "mixture": {"left": 1},
+    "clip": {"frames": 4, "size": [32, 40]},
+    "global_batch": 4,
+    "micro_batch": 2,
+    "phases": [{"name": "all", "start_lr": 0.1, "final_lr": 0}],
+}
+BEFORE: dict[str, Any] = {
+    "launch": {"tasks_per_node": 2},
+    "pretrain": {"steps": 1, "phases": [{"name": "all", "start_lr": 1e-3}]},
+    "cooldown": None,
+}
+LAUNCH = ROOT / "tools" / "launch.py"
+CONSOLIDATE = ROOT / "tools" / "consolidate.py"
+# Whether two recipes are the same.
+SAME = "import sys; from vjepa_scale.recipe import load_recipe as load; print(load(sys.argv[1]) == load(sys.argv[2]))"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The package with one more file and one more line."""
+    folder = tmp_path / "checkout"
+    package = folder / "vjepa_scale"
+    shutil.copytree(ROOT / "vjepa_scale", package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (package / "objective" / "toy.py").write_text(FILE)
+    registry = package / "recipe" / "registry.py"
+    head, start, rest = registry.read_text().partition("STAGES = {\n")
+    assert start
+    registry.write_text(head + start + LINE + rest)
+    return folder
+
+
+# Runs several command lines one after the other, as processes would: PyTorch is imported once.
+SEVERAL = """
+import contextlib, io, json, runpy, sys
+answers = []
+for sys.argv in json.loads(sys.argv[1]):
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def python(checkout: Path, *words: object, stop_after: int | None = None) -> str:
+    """What a Python prints that imports from the checkout.
+
+    stop_after: rank 0 gets a signal to stop behind this step of the toy
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=checkout.parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "PYTHONSAFEPATH": "1",
+            "OMP_NUM_THREADS": "1",
+            "STOP_AFTER": str(stop_after),
+        },
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def commands(checkout: Path, *lines: tuple[object, ...]) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each command line."""
+    every = json.dumps([[str(word) for word in line] for line in lines])
+    return [tuple(answer) for answer in json.loads(python(checkout, "-c", SEVERAL, every))]
+
+
+def video_bytes(shards: Path) -> Iterator[int]:
+    """Of each record, in order, the size of its video."""
+    for shard in sorted(shards.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            yield from (member.size for member in archive if member.name.endswith(".mp4"))
+
+
+def drawn(dumped: str) -> list[list[int]]:
+    """The records of each step that --dump-order printed."""
+    rows = [line.split("\t") for line in dumped.splitlines() if not line.startswith("#")]
+    assert {row[2] for row in rows} == {"left"}
+    steps = sorted({int(row[0]) for row in rows})
+    return [[int(row[3]) for row in rows if int(row[0]) == step] for step in steps]
+
+
+def events(run: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / stage / "history.jsonl").read_text().splitlines()]
+
+
+def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path) -> None:
+    """12 of 24 records, six steps of four clips: each record twice. On two processes, behind a pretraining."""
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", run, two_data_sets, **BEFORE, sizes=STAGE)
+
+    # The plan, and what is refused before anything starts.
+    wrong = write_recipe(tmp_path / "wrong.yaml", run, two_data_sets, **BEFORE, sizes=STAGE | {"every": 5})
+    (planned, refused, unknown, order) = commands(
+        checkout,
+        (LAUNCH, recipe, "--dry-run"),
+        (LAUNCH, wrong, "--wait"),
+        (LAUNCH, recipe, "--wait", "sizes.evry=3"),
+        (LAUNCH, recipe, "--dump-order", "0:6", "--stages", "sizes"),
+    )
+    assert planned[::2] == (0, "")
+    assert "sizes: 6 steps, starts from the weights of pretrain" in planned[1]
+    assert "refused" not in planned[1]
+    what = "every 5 is more than the 4 clips of a step (a smaller one)"
+    assert refused == (2, "", f"error: {wrong}:sizes.every: {what}\n")
+    assert unknown == (2, "", "error: command line:sizes.evry: unknown key (did you mean 'every'?)\n")
+    assert not run.exists()
+    with pytest.raises(UserError, match="sizes: no kind of stage 'toy'; there are jepa, action, probe"):
+        load_recipe(recipe)  # by the package without that line
+
+    # What it draws, and what it then reports: arithmetic over the tars.
+    steps = drawn(order[1])
+    assert sorted(sum(steps, [])) == sorted([*range(0, 24, 2)] * 2)
+    said = python(checkout, LAUNCH, recipe, "--wait")
+    sizes = list(video_bytes(two_data_sets["left"]))
+    assert len(sizes) == 24
+    rows = metrics(run, "sizes")
+    assert [row["kilobytes"] for row in rows] == pytest.approx(
+        [sum(sizes[record] for record in step) / 4 / 1024 for step in steps]
+    )
+    assert rows[0]["loss"] > 1
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    total = sum(sizes[::2])
+    assert f"toy: left: {total} bytes" in said.splitlines()
+    evaluation = json.loads((run / "sizes" / "evaluation.json").read_text())
+    assert evaluation["bytes"] == {"left": total}
+    assert evaluation["step"] == 6
+    assert math.isfinite(evaluation["grey"])
+    pretrained = evaluation["origin"]
+    assert (pretrained["init_from"], pretrained["stage"], pretrained["step"]) == ("pretrain", "pretrain", 1)
+    checkpoint = json.loads((run / "sizes" / "checkpoints" / "step_00000006" / "manifest.json").read_text())
+    assert checkpoint["records"] == {"left": 12}
+
+    # Who looks at the run later.
+    of_run, of_stage = tmp_path / "of run", tmp_path / "of stage"
+    (tmp_path / "same.py").write_text(SAME)
+    status, again, changed, same, *consolidated, other = commands(
+        checkout,
+        (LAUNCH, "status", run, "--json"),
+        (LAUNCH, recipe, "--wait"),
+        (LAUNCH, recipe, "--wait", "sizes.every=1"),
+        (tmp_path / "same.py", recipe, run / "recipe.yaml"),
+        (CONSOLIDATE, run, "--out", of_run),
+        (CONSOLIDATE, run / "sizes", "--out", of_stage),
+        (CONSOLIDATE, run / "sizes", "--to", "huggingface", "--out", tmp_path / "hf"),
+    )
+    stages = json.loads(status[1])["stages"]
+    assert [(stage["name"], stage["state"]) for stage in stages] == [("pretrain", "done"), ("sizes", "done")]
+    assert "every stage is already complete" in again[1]
+    assert changed[0] == 2
+    assert "sizes.every: 2 then, 1 now" in changed[2]
+    assert same[:2] == (0, "True\n")
+    assert [answer[0] for answer in consolidated] == [0, 0]
+    for out, stage, networks in ((of_run, "pretrain", ["encoder", "predictor"]), (of_stage, "sizes", ["encoder"])):
+        config = json.loads((out / "config.json").read_text())
+        assert (config["stage"], config["networks"]) == (stage, networks)
+    assert other[0] == 2
+    assert "probe" not in other[2]  # its evaluation.json is none of a probe's
+
+    # The same, stopped by a signal behind its second step, and started again by the launcher.
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    shutil.rmtree(stopped / "sizes")
+    recipe = write_recipe(tmp_path / "stopped.yaml", stopped, two_data_sets, **BEFORE, sizes=STAGE)
+    python(checkout, LAUNCH, recipe, "--wait", "data.workers=0", stop_after=1)
+    assert [(row["kind"], row["step"]) for row in events(stopped, "sizes") if row["event"] == "started"] == [
+        ("init", 0),
+        ("resume", 3),
+    ]
+    assert metrics(stopped, "sizes") == rows
+    assert json.loads((stopped / "sizes" / "evaluation.json").read_text())["grey"] == evaluation["grey"]
