@@ -252,7 +252,7 @@ def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: P
 
     # What it draws, and what it then reports: arithmetic over the tars.
     steps = drawn(order[1])
-    assert sorted(sum(steps, [])) == sorted([*range(0, 24, 2)] * 2)
+    assert sorted(record for step in steps for record in step) == sorted([*range(0, 24, 2)] * 2)
     said = python(checkout, LAUNCH, recipe, "--wait")
     sizes = list(video_bytes(two_data_sets["left"]))
     assert len(sizes) == 24

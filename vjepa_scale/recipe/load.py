@@ -83,12 +83,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]
         ) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
-    tree = parse_yaml(text, _Loader, where=path)
+    tree = _copied(parse_yaml(text, _Loader, where=path))
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections", where=path)
     parent = tree.pop("extends", None)
     below = _read(path.parent / str(parent), (*seen, path.resolve())) if parent is not None else []
     return [(path, tree), *below]
+
+
+def _copied(node: Any) -> Any:
+    """With its aliases written out: an override of a stage must not change the one that it was copied from."""
+    if isinstance(node, dict):
+        return {key: _copied(value) for key, value in node.items()}
+    return [_copied(item) for item in node] if isinstance(node, list) else node
 
 
 def _is_stage(name: str, layers: list[tuple[Path, dict[str, Any]]]) -> bool:
@@ -250,9 +257,8 @@ def explain_invalid(
 def _sections_by_kind(tree: dict[str, Any]) -> dict[str, type[BaseModel]]:
     """The sections of stages that say their kind."""
     kinds = {name: value.get("kind") for name, value in tree.items() if isinstance(value, dict)}
-    return {
-        name: class_of(STAGES, kind).section for name, kind in kinds.items() if isinstance(kind, str) and kind in STAGES
-    }
+    known = {name: kind for name, kind in kinds.items() if isinstance(kind, str) and kind in STAGES}
+    return {name: class_of(STAGES, kind).section for name, kind in known.items()}
 
 
 def _known_keys(schema: type[BaseModel], location: list[str], sections: Mapping[str, type[BaseModel]]) -> list[str]:
