@@ -148,10 +148,10 @@ CONSOLIDATE = ROOT / "tools" / "consolidate.py"
 SAME = "import sys; from vjepa_scale.recipe import load_recipe as load; print(load(sys.argv[1]) == load(sys.argv[2]))"
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package with one more file and one more line."""
-    folder = tmp_path / "checkout"
+    folder = tmp_path_factory.mktemp("toy") / "checkout"
     package = folder / "vjepa_scale"
     shutil.copytree(ROOT / "vjepa_scale", package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     (package / "objective" / "toy.py").write_text(FILE)
@@ -222,23 +222,23 @@ def drawn(dumped: str) -> list[list[int]]:
     return [[int(row[3]) for row in rows if int(row[0]) == step] for step in steps]
 
 
-def events(run: Path, stage: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / stage / "history.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def trained(two_data_sets: dict[str, Path], checkout: Path) -> tuple[Path, str]:
+    """A run of a pretraining and of the toy behind it, on two processes; what the launcher printed."""
+    run = checkout.parent / "run"
+    recipe = write_recipe(checkout.parent / "recipe.yaml", run, two_data_sets, **BEFORE, sizes=STAGE)
+    return run, python(checkout, LAUNCH, recipe, "--wait")
 
 
-def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path) -> None:
-    """12 of 24 records, six steps of four clips: each record twice. On two processes, behind a pretraining."""
+def test_the_plan_and_what_is_refused(two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path) -> None:
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "recipe.yaml", run, two_data_sets, **BEFORE, sizes=STAGE)
-
-    # The plan, and what is refused before anything starts.
     wrong = write_recipe(tmp_path / "wrong.yaml", run, two_data_sets, **BEFORE, sizes=STAGE | {"every": 5})
-    (planned, refused, unknown, order) = commands(
+    planned, refused, unknown = commands(
         checkout,
         (LAUNCH, recipe, "--dry-run"),
         (LAUNCH, wrong, "--wait"),
         (LAUNCH, recipe, "--wait", "sizes.evry=3"),
-        (LAUNCH, recipe, "--dump-order", "0:6", "--stages", "sizes"),
     )
     assert planned[::2] == (0, "")
     assert "sizes: 6 steps, starts from the weights of pretrain" in planned[1]
@@ -250,10 +250,30 @@ def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: P
     with pytest.raises(UserError, match="sizes: no kind of stage 'toy'; there are jepa, action, probe"):
         load_recipe(recipe)  # by the package without that line
 
-    # What it draws, and what it then reports: arithmetic over the tars.
+
+def test_one_file_and_one_line_train(
+    two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path, trained: tuple[Path, str]
+) -> None:
+    """12 of 24 records, six steps of four clips: each record twice. Then all that reads a run reads this one."""
+    run, said = trained
+    recipe = run.parent / "recipe.yaml"
+    of_run, of_stage = tmp_path / "of run", tmp_path / "of stage"
+    (tmp_path / "same.py").write_text(SAME)
+    order, status, again, changed, same, *consolidated, other = commands(
+        checkout,
+        (LAUNCH, recipe, "--dump-order", "0:6", "--stages", "sizes"),
+        (LAUNCH, "status", run, "--json"),
+        (LAUNCH, recipe, "--wait"),
+        (LAUNCH, recipe, "--wait", "sizes.every=1"),
+        (tmp_path / "same.py", recipe, run / "recipe.yaml"),
+        (CONSOLIDATE, run, "--out", of_run),
+        (CONSOLIDATE, run / "sizes", "--out", of_stage),
+        (CONSOLIDATE, run / "sizes", "--to", "huggingface", "--out", tmp_path / "hf"),
+    )
+
+    # What it drew, and what it reported: arithmetic over the tars.
     steps = drawn(order[1])
     assert sorted(record for step in steps for record in step) == sorted([*range(0, 24, 2)] * 2)
-    said = python(checkout, LAUNCH, recipe, "--wait")
     sizes = list(video_bytes(two_data_sets["left"]))
     assert len(sizes) == 24
     rows = metrics(run, "sizes")
@@ -273,19 +293,7 @@ def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: P
     checkpoint = json.loads((run / "sizes" / "checkpoints" / "step_00000006" / "manifest.json").read_text())
     assert checkpoint["records"] == {"left": 12}
 
-    # Who looks at the run later.
-    of_run, of_stage = tmp_path / "of run", tmp_path / "of stage"
-    (tmp_path / "same.py").write_text(SAME)
-    status, again, changed, same, *consolidated, other = commands(
-        checkout,
-        (LAUNCH, "status", run, "--json"),
-        (LAUNCH, recipe, "--wait"),
-        (LAUNCH, recipe, "--wait", "sizes.every=1"),
-        (tmp_path / "same.py", recipe, run / "recipe.yaml"),
-        (CONSOLIDATE, run, "--out", of_run),
-        (CONSOLIDATE, run / "sizes", "--out", of_stage),
-        (CONSOLIDATE, run / "sizes", "--to", "huggingface", "--out", tmp_path / "hf"),
-    )
+    # What others read.
     stages = json.loads(status[1])["stages"]
     assert [(stage["name"], stage["state"]) for stage in stages] == [("pretrain", "done"), ("sizes", "done")]
     assert "every stage is already complete" in again[1]
@@ -299,15 +307,20 @@ def test_one_file_and_one_line_train(two_data_sets: dict[str, Path], tmp_path: P
     assert other[0] == 2
     assert "probe" not in other[2]  # its evaluation.json is none of a probe's
 
-    # The same, stopped by a signal behind its second step, and started again by the launcher.
-    stopped = tmp_path / "stopped"
+
+@pytest.mark.slow
+def test_stopped_and_resumed(
+    two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path, trained: tuple[Path, str]
+) -> None:
+    """A signal behind the second step; the launcher starts the stage again, which ends as if nothing had been."""
+    run, stopped = trained[0], tmp_path / "stopped"
     shutil.copytree(run, stopped)
     shutil.rmtree(stopped / "sizes")
-    recipe = write_recipe(tmp_path / "stopped.yaml", stopped, two_data_sets, **BEFORE, sizes=STAGE)
+    recipe = write_recipe(tmp_path / "recipe.yaml", stopped, two_data_sets, **BEFORE, sizes=STAGE)
     python(checkout, LAUNCH, recipe, "--wait", "data.workers=0", stop_after=1)
-    assert [(row["kind"], row["step"]) for row in events(stopped, "sizes") if row["event"] == "started"] == [
-        ("init", 0),
-        ("resume", 3),
-    ]
-    assert metrics(stopped, "sizes") == rows
-    assert json.loads((stopped / "sizes" / "evaluation.json").read_text())["grey"] == evaluation["grey"]
+    history = [json.loads(line) for line in (stopped / "sizes" / "history.jsonl").read_text().splitlines()]
+    started = [(row["kind"], row["step"]) for row in history if row["event"] == "started"]
+    assert started == [("init", 0), ("resume", 3)]
+    assert metrics(stopped, "sizes") == metrics(run, "sizes")
+    evaluations = [json.loads((folder / "sizes" / "evaluation.json").read_text()) for folder in (stopped, run)]
+    assert evaluations[0]["grey"] == evaluations[1]["grey"]

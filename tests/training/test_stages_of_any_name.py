@@ -11,11 +11,15 @@ import torch
 from tests.chain import ACTION, PROBE, RECIPE, checkpoint_tensors, launch, metrics, tool, write_four_stages
 from vjepa_scale.checkpoint.load import load_action_predictor
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is off")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 ONE = [{"name": "all", "start_lr": 1e-3}]
 NAMED: dict[str, Any] = {
-    "probe_few": {"kind": "probe", **PROBE, "eps": 1e-6, "steps": 2, "phases": ONE},
+    "probe_few": {"kind": "probe", **PROBE, "clip": {"frames": 4, "size": 32}, "eps": 1e-6, "steps": 2, "phases": ONE},
     "finetune": {"kind": "action", **ACTION, "steps": 2, "phases": ONE},
     "decay2": {**RECIPE["cooldown"], "kind": "jepa", "continue_from": "cooldown", "steps": 2},
 }

@@ -1,4 +1,16 @@
-"""What the trainer asks of an objective: its networks, its loss, and what it reports."""
+"""What the trainer asks of an objective: its networks, its loss, and what it reports.
+
+A new one (recipe/registry.py says what else its kind needs) has, in order:
+
+    __init__          builds networks on the meta device and shards each by ``engine.shard``; ``_frozen_encoder`` is one
+    trained           those that the optimiser moves; ``settings`` and ``unreached``, what is particular to some
+    networks          all that a checkpoint holds; by ``init_from`` a stage takes those that its Stage names in
+                      ``networks``, and others start fresh
+    loss              of one micro-batch, with ``batch.extras`` beside its clips; other scalars go into metrics.jsonl
+    after_step        such as the EMA of a target encoder
+    checkpoint_facts  what a manifest says of its data
+    evaluation        where its Stage ``evaluates``
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -2,6 +2,17 @@
 
 A kind is a class, by the name of its module and its own. Modules are imported when a recipe names the kind, so that
 launchers, which work without PyTorch, pay for nothing else.
+
+To add a kind of training, write in one file of objective/ (or in two, of which this one's is without PyTorch), in order:
+
+    1. its section: a subclass of recipe/stage_sections.py's StageConfig, with the keys of its own
+    2. its Stage: ``section``, ``networks``, ``has_target_encoder``, ``evaluates``; ``check``, what keys say together;
+       ``records``, those that it draws; ``crop`` and ``complete``, what a micro-batch is and has beside clips;
+       ``clip_flops``; ``objective``
+    3. its Objective: see objective/objective.py
+    4. a line in STAGES
+
+A recipe then has it as ``NAME: {kind: …}``. tests/training/test_new_objective.py does all of this.
 """
 
 import importlib
