@@ -3,7 +3,7 @@
 A kind is a class, by the name of its module and its own. Modules are imported when a recipe names the kind, so that
 launchers, which work without PyTorch, pay for nothing else.
 
-To add a kind of training, write in one file of objective/ (or in two, of which this one's is without PyTorch), in order:
+To add a kind of training, write in one file of objective/ (or in two, as here, one of them without PyTorch), in order:
 
     1. its section: a subclass of recipe/stage_sections.py's StageConfig, with the keys of its own
     2. its Stage: ``section``, ``networks``, ``has_target_encoder``, ``evaluates``; ``check``, what keys say together;
