@@ -12,7 +12,7 @@ import pytest
 from tests.chain import ROOT, metrics, write_recipe
 from tests.processes import LIMIT_S
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 FILE = '''
 """Every period-th token is predicted from the others."""

@@ -18,7 +18,7 @@ from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import load_recipe
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 FILE = '''
 """Toy: from a frozen encoder's mean token, a linear layer predicts how many bytes a video's file has."""
@@ -308,7 +308,6 @@ def test_one_file_and_one_line_train(
     assert "probe" not in other[2]  # its evaluation.json is none of a probe's
 
 
-@pytest.mark.slow
 def test_stopped_and_resumed(
     two_data_sets: dict[str, Path], tmp_path: Path, checkout: Path, trained: tuple[Path, str]
 ) -> None:

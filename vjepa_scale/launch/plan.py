@@ -249,7 +249,7 @@ def _geometries(stage: Stage, phase: Phase) -> str:
 
 def _count(value: float) -> str:
     """1.234e15 → ``1.23 P``."""
-    thousands = min(int(math.log10(value)) // 3, 6)
+    thousands = min(int(math.log10(max(value, 1))) // 3, 6)
     return f"{value / 1000**thousands:.3g} {' kMGTPE'[thousands].strip()}"
 
 
