@@ -31,7 +31,7 @@ from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
-from vjepa_scale.model import rope
+from vjepa_scale.model import positions
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 
@@ -166,10 +166,10 @@ def tables(repeats: int) -> tuple[float, float]:
 
     def five() -> None:
         for _ in range(5):
-            rope.rope_tables(index, grid=(8, 16, 16), head_dim=64, layout="tiled")
+            positions.rope_tables(index, grid=(8, 16, 16), head_dim=64, layout="tiled")
 
     def anew() -> None:
-        with patch.dict(rope._kept, clear=True):
+        with patch.dict(positions._kept, clear=True):
             five()
 
     return median_ms(anew, repeats), median_ms(five, repeats)

@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from vjepa_scale.core.errors import run_command
-from vjepa_scale.demo.impossible import EVENTS
-from vjepa_scale.demo.surprise import PAIRS, surprise_of_pairs
+from vjepa_scale.demo.surprise import EVENTS, PAIRS, surprise_of_pairs
 from vjepa_scale.demo.synthetic import world_of
 from vjepa_scale.inference.model import load_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_scale.core.file_lock import file_lock
+from vjepa_scale.core.files import file_lock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -16,9 +16,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, find_checkpoint, result_config
-from vjepa_scale.checkpoint.describe import describe
-from vjepa_scale.checkpoint.trained_probe import export_classifier, is_probe_stage
+from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, export_classifier, find_checkpoint, result_config
+from vjepa_scale.checkpoint.formats.native import describe_checkpoint
+from vjepa_scale.checkpoint.load import is_probe_stage
 from vjepa_scale.core.errors import run_command
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
     arguments = parser.parse_args(argv)
     if arguments.describe is not None:
-        print("\n".join(describe(find_checkpoint(arguments.describe, check=False))))
+        print("\n".join(describe_checkpoint(find_checkpoint(arguments.describe, check=False))))
         return 0
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH")

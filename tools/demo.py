@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
              "--to", "safetensors", "--out", out)  # fmt: skip
 
     print("\n5. Load them back and measure them on held-out clips and in episodes with the robot", flush=True)
-    from vjepa_scale.demo.chain import measure_demo
-    from vjepa_scale.demo.summary import table
+    from vjepa_scale.demo.summary import measure_demo, table
 
     summary = measure_demo(
         recipe, train, val, untrained=untrained, episodes=arguments.episodes, seed=arguments.data_seed

@@ -173,8 +173,7 @@ def look_after(command: str, words: Sequence[str]) -> int:
         from vjepa_scale.monitor.cancel import cancel
 
         return cancel(arguments.run)
-    from vjepa_scale.monitor.status import read_status
-    from vjepa_scale.monitor.status_text import as_json, render
+    from vjepa_scale.monitor.status import as_json, read_status, render
 
     status = read_status(arguments.run)
     print(as_json(status) if arguments.json else render(status))

@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.ranks import usable_cores
-from vjepa_scale.data.trajectory_statistics import NUMBERS
+from vjepa_scale.data.trajectories import NUMBERS
 from vjepa_scale.shards.check import check_shards
 from vjepa_scale.shards.index import index_shards
-from vjepa_scale.shards.make import Settings, make_shards
-from vjepa_scale.shards.summary import FPS, Summary
+from vjepa_scale.shards.make import FPS, Settings, Summary, make_shards
 from vjepa_scale.shards.trajectories import LAYOUTS
 from vjepa_scale.shards.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 

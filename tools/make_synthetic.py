@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("only for moving shapes", where=f"--{' and --'.join(looks)}", fix="leave it out with --robot")
     counts = {"seed": args.seed, "train": train, "val": val, "workers": args.workers}
     if args.robot:
-        from vjepa_scale.demo.robot_files import write_trajectories  # PyTorch
+        from vjepa_scale.demo.robot import write_trajectories  # PyTorch
 
         progress = write_trajectories(args.out, RobotWorld(size=size, fps=fps, seconds=seconds), **counts)
     else:

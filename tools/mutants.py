@@ -28,7 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from vjepa_scale.core.errors import UserError, run_command
-from vjepa_scale.core.process_tree import kill_processes, process_tree
+from vjepa_scale.core.worker_pool import kill_processes, process_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path("tools/mutants.toml")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vjepa_scale.core.lazy import lazy_names
+from vjepa_scale.core import lazy_names
 
 if TYPE_CHECKING:
     from vjepa_scale.checkpoint.load import load_encoder

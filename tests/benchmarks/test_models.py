@@ -12,7 +12,7 @@ import torch
 from tests.benchmarks.peer import write_peer
 from tests.benchmarks.running import SMALL, STEPS, TINY, Run, column, load, numbers, of_step, run_process, table
 from tests.inference.checkpoint import SIZE, write_checkpoint
-from vjepa_scale.demo.impossible import EVENTS
+from vjepa_scale.demo.surprise import EVENTS
 from vjepa_scale.demo.synthetic import World, write_videos
 
 # -- models ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.checkpoint.formats_material import SMALL, model, random_tensors
 from tests.published import inputs
 from vjepa_scale.checkpoint import store
-from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.model.predictor import ActionPredictor
 from vjepa_scale.recipe.schema import ModelConfig, Recipe
 
 PUBLISHED = Path(__file__).parents[1] / "published"

@@ -26,9 +26,8 @@ from tests.checkpoint.formats_material import (
     wide,
 )
 from tests.model.published import our_weights, random_published
-from vjepa_scale.checkpoint.consolidate import consolidate
+from vjepa_scale.checkpoint.consolidate import consolidate, write_video_classifier
 from vjepa_scale.checkpoint.formats import open_weights
-from vjepa_scale.checkpoint.formats.huggingface_probe import write_video_classifier
 from vjepa_scale.checkpoint.load import load_encoder, load_predictor, read_config
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.probe import AttentiveProbe
@@ -313,7 +312,7 @@ def test_a_probe_that_their_head_cannot_express_is_refused(
 
 
 def test_a_failure_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vjepa_scale.core import folders
+    from vjepa_scale.core import files
 
     def full_disk(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
@@ -321,7 +320,7 @@ def test_a_failure_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch:
     run_of(tmp_path / "run", SMALL)
     out = consolidate(tmp_path / "run", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(folders, "_rename", full_disk)
+    monkeypatch.setattr(files, "_rename", full_disk)
     for folder in (out, tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             consolidate(tmp_path / "run", folder)

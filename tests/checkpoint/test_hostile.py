@@ -18,9 +18,9 @@ from tests.checkpoint.formats_material import SMALL, run_of
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.consolidate import consolidate
 from vjepa_scale.checkpoint.dcp import CheckpointReader
-from vjepa_scale.checkpoint.formats.open import open_weights
+from vjepa_scale.checkpoint.formats import open_weights
+from vjepa_scale.checkpoint.load import load_probe
 from vjepa_scale.checkpoint.manifest import MANIFEST, describe_file, read_manifest, write_manifest
-from vjepa_scale.checkpoint.trained_probe import load_probe
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.processes import killed_when, run_processes
 from vjepa_scale.checkpoint import store
-from vjepa_scale.core import folders
+from vjepa_scale.core import files
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 
@@ -253,7 +253,7 @@ def test_retention_keeps_the_newest_and_the_ends_of_phases(tmp_path: Path) -> No
 
 def _save_and_hang(ranks: Ranks, folder: str, function: str) -> None:
     """Save step 2, but stop for ever inside ``function``; then say so with a file."""
-    module = folders if function == "_rename" else store
+    module = files if function == "_rename" else store
     original = getattr(module, function)
 
     def hang(*args: object, **kwargs: object) -> None:

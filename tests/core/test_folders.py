@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_scale.core import folders
-from vjepa_scale.core.folders import (
+from vjepa_scale.core import files
+from vjepa_scale.core.files import (
     move_dir,
     publish_dir,
     publish_first,
@@ -66,7 +66,7 @@ def test_where_it_cannot_be_replaced_the_old_one_stays(tmp_path: Path, monkeypat
     made(tmp_path / "a", "old")
     for step in ("flush_dir", "_rename"):
         with monkeypatch.context() as patch:
-            patch.setattr(folders, step, fails)
+            patch.setattr(files, step, fails)
             with pytest.raises(OSError, match="no room"), replaced_folder(tmp_path / "a") as folder:
                 made(folder, "new")
         assert held(tmp_path) == {"a": "old"}
@@ -88,7 +88,7 @@ def test_a_kill_at_any_step_leaves_one_of_both(tmp_path: Path, monkeypatch: pyte
     made(tmp_path / "a", "old")
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", counted(os.rename))
-        patch.setattr(folders.shutil, "rmtree", counted(folders.shutil.rmtree))
+        patch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
         try:
             with replaced_folder(tmp_path / "a") as folder:
                 made(folder, "new")

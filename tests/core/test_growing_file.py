@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_scale.core.growing_file import GrowingFile
+from vjepa_scale.core.files import GrowingFile
 
 
 def test_lines_come_once_and_whole(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from vjepa_scale.core.process_tree import end_processes, kill_processes, process_tree
+from vjepa_scale.core.worker_pool import end_processes, kill_processes, process_tree
 
 LIMIT_S = 60.0
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);"

@@ -10,9 +10,8 @@ import pytest
 from tests.chain import tool
 from tests.data.test_loader_mixtures import recipe_for
 from tests.videos import encoded, still_image
-from vjepa_scale.data.clips import ClipRef, with_window
+from vjepa_scale.data.clips import ClipRef, repeats_last, with_window
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.short_videos import repeats_last
 from vjepa_scale.demo import summary
 from vjepa_scale.launch.plan import describe
 from vjepa_scale.recipe import Recipe, stages_of

@@ -8,8 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from tests.data.robots import robots
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.trajectories import read_trajectory
-from vjepa_scale.data.trajectory_statistics import Moments, merged, trajectory_statistics
+from vjepa_scale.data.trajectories import Moments, merged, read_trajectory, trajectory_statistics
 
 FPS = 5.0
 

@@ -19,11 +19,10 @@ from tests.videos import (  # 14 frames, 4.52 a second, at times that no constan
     quiet,
     still_image,
 )
-from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of
+from vjepa_scale.data.clips import ClipRef, clip_refs, pictures_of, strided_frames
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.data.substitution import substitute
 from vjepa_scale.recipe import stages_of
 from vjepa_scale.shards.make import Settings, make_shards

@@ -11,8 +11,7 @@ from tests.videos import number_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import ClipRef, decode_ref, window
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.trajectories import StateLog, read_trajectory
-from vjepa_scale.data.trajectory_clips import long_enough, states_at, trajectory_clip
+from vjepa_scale.data.trajectories import StateLog, long_enough, read_trajectory, states_at, trajectory_clip
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.demo.impossible import EVENTS, CrossedVideos, render_impossible
+from vjepa_scale.demo.surprise import EVENTS, CrossedVideos, render_impossible
 from vjepa_scale.demo.synthetic import LABELS, MOTIONS, World, render_clip
 
 SMALL = World(size=32, fps=8, seconds=3.0)

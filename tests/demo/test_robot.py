@@ -13,8 +13,7 @@ from tests.videos import quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.trajectories import read_trajectory
-from vjepa_scale.demo.robot import Reach, Robot, explore
-from vjepa_scale.demo.robot_files import SERIAL, write_trajectories, write_trajectory
+from vjepa_scale.demo.robot import SERIAL, Reach, Robot, explore, write_trajectories, write_trajectory
 from vjepa_scale.demo.robot_world import RobotWorld, arm_joints, draw_scene, render
 from vjepa_scale.shards.make import Settings, make_shards
 

@@ -9,8 +9,7 @@ import torch
 from tests.inference.checkpoint import FPS, SIZE, write_checkpoint
 from vjepa_scale import load_model
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.demo.impossible import EVENTS, render_impossible
-from vjepa_scale.demo.surprise import clips_of, surprise_of_pairs, untrained_like
+from vjepa_scale.demo.surprise import EVENTS, clips_of, render_impossible, surprise_of_pairs, untrained_like
 from vjepa_scale.demo.synthetic import World
 from vjepa_scale.inference.model import Model
 from vjepa_scale.model import Encoder

@@ -11,8 +11,8 @@ from vjepa_scale.distributed.ac_compile import blocks_of, checkpoint_activations
 from vjepa_scale.model.blocks import Block
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
+from vjepa_scale.model.positions import rope_tables
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.model.rope import rope_tables
 from vjepa_scale.recipe.schema import EngineConfig
 
 

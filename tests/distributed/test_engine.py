@@ -18,11 +18,11 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import build_engine
 from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import TOGETHER
-from vjepa_scale.model import attention
+from vjepa_scale.model import blocks
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
+from vjepa_scale.model.positions import RopeTables
 from vjepa_scale.model.predictor import Predictor
-from vjepa_scale.model.rope import RopeTables
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 from vjepa_scale.training.preflight import check_installed
@@ -138,14 +138,14 @@ def _types_under_bf16(ranks: Ranks) -> dict[str, set[torch.dtype]]:
     engine.shard(predictor, name="predictor", seed=3, trainable=True)
     engine.shard(target, name="encoder", seed=3, trainable=False)
     seen: dict[str, set[torch.dtype]] = {"tables": set(), "tokens": set()}
-    rotate = attention.rotate
+    rotate = blocks.rotate
 
     def watching(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
         seen["tables"] |= {value.dtype for value in vars(tables).values()}
         seen["tokens"].add(x.dtype)
         return rotate(x, tables)
 
-    attention.rotate = watching
+    blocks.rotate = watching
     clips, pairs = batch(0)
     loss = loss_of(encoder, predictor, target, clips, pairs)
     loss.backward()

@@ -20,7 +20,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.distributed.optim import named_parameters
 from vjepa_scale.masking import MaskPair
-from vjepa_scale.model import rope
+from vjepa_scale.model import positions
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 from vjepa_scale.recipe.schema import EngineConfig
@@ -256,7 +256,7 @@ def test_no_copy_inside_the_loss_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     def axis_tables(length: int, scale: float, channels: int, layout: str, device: torch.device) -> Tensor:
         return torch.zeros(2, length, channels, device=device)
 
-    monkeypatch.setattr(rope, "_axis_tables", axis_tables)
+    monkeypatch.setattr(positions, "_axis_tables", axis_tables)
     objective = Jepa(stages_of(recipe_of(ENGINE))["pretrain"], OnStandIns())  # type: ignore[arg-type]
     given = batch()
     with Blocking() as seen:
@@ -269,15 +269,15 @@ def test_no_copy_inside_the_loss_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rotary_tables_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[tuple[Any, ...]] = []
-    usual = rope._compute_axis_tables
-    monkeypatch.setattr(rope, "_kept", {})
-    monkeypatch.setattr(rope, "_compute_axis_tables", lambda *key: (computed.append(key), usual(*key))[1])
+    usual = positions._compute_axis_tables
+    monkeypatch.setattr(positions, "_kept", {})
+    monkeypatch.setattr(positions, "_compute_axis_tables", lambda *key: (computed.append(key), usual(*key))[1])
     index = torch.tensor([[0, 5, 7]])
-    first = rope.rope_tables(index, grid=(2, 3, 4), head_dim=16, layout="tiled")
+    first = positions.rope_tables(index, grid=(2, 3, 4), head_dim=16, layout="tiled")
     with torch.inference_mode():  # what is kept there must serve training, too
-        rope.rope_tables(index, grid=(2, 3, 5), head_dim=16, layout="tiled")
-    then = rope.rope_tables(index, grid=(2, 3, 5), head_dim=16, layout="tiled")
-    again = rope.rope_tables(index, grid=(2, 3, 4), head_dim=16, layout="tiled")
+        positions.rope_tables(index, grid=(2, 3, 5), head_dim=16, layout="tiled")
+    then = positions.rope_tables(index, grid=(2, 3, 5), head_dim=16, layout="tiled")
+    again = positions.rope_tables(index, grid=(2, 3, 4), head_dim=16, layout="tiled")
     assert len(computed) == len(set(computed)) == 4  # of lengths 2, 3, 4 and 5
     assert torch.equal(first.cos, again.cos)
     assert torch.equal(first.signed_sin, again.signed_sin)

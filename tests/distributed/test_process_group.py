@@ -14,7 +14,7 @@ from tests.processes import ENGINE, LIMIT_S, run_processes
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
-from vjepa_scale.distributed.mesh import build_mesh
+from vjepa_scale.distributed.process_group import build_mesh
 
 ROOT = Path(__file__).parents[2]
 

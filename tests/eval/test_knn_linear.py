@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vjepa_scale.data.labels import few_labels
+from vjepa_scale.data.manifest import few_labels
 from vjepa_scale.eval.knn_linear import (
     effective_rank,
     encoder_features,

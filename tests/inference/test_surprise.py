@@ -19,8 +19,8 @@ from tests.inference.checkpoint import FPS, FRAMES, GRID, SIZE
 from tests.inference.judge import close, sampled, tokens_of
 from tests.inference.test_model import SPACE, prediction_by_hand
 from tests.videos import encoded, picture
+from vjepa_scale.checkpoint.formats.source import future_mask_token
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.inference.mask_tokens import future_mask_token
 from vjepa_scale.inference.model import Model
 from vjepa_scale.inference.surprise import sliding
 

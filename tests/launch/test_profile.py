@@ -14,7 +14,7 @@ import submitit
 from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.profile import Profile, load_profile
-from vjepa_scale.launch.profile_job import python_command, setup_lines, submitit_parameters
+from vjepa_scale.launch.sbatch import python_command, setup_lines, submitit_parameters
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ["example_apptainer", "example_h100", "example_pyxis", "sandbox"]

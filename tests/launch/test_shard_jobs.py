@@ -22,7 +22,7 @@ from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.follow_shard_jobs import Files, last_words
 from vjepa_scale.launch.profile import Profile
-from vjepa_scale.launch.profile_job import submitit_parameters, without_gpus
+from vjepa_scale.launch.sbatch import submitit_parameters, without_gpus
 from vjepa_scale.launch.shard_worker import Attempt
 from vjepa_scale.shards import work as work_module
 from vjepa_scale.shards.make import make_shards as make

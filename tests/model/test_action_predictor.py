@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.model.action_predictor import ActionPredictor
 from vjepa_scale.model.init import initial_value
+from vjepa_scale.model.predictor import ActionPredictor
 from vjepa_scale.recipe.schema import ActionPredictorConfig
 
 STEPS, GRID, WIDTH = 4, (2, 3), 20

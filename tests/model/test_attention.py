@@ -10,8 +10,8 @@ from torch import Tensor
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed import attention_backend
 from vjepa_scale.distributed.attention_backend import set_kernel
-from vjepa_scale.model import attention
-from vjepa_scale.model.attention import Attention
+from vjepa_scale.model import blocks
+from vjepa_scale.model.blocks import Attention
 
 CPU = torch.device("cpu")
 HEAD_SIZES = (32, 48, 64, 88)
@@ -25,7 +25,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Ten
     return scores.softmax(-1) @ v
 
 
-def errors(kernel: attention.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> list[float]:
+def errors(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Error against float64, root mean square, of the output and of the gradients of q, k and v. (The largest error
     is one element's luck.)"""
     generator = torch.Generator().manual_seed(head_size)
@@ -45,23 +45,23 @@ def errors(kernel: attention.Kernel, head_size: int, device: torch.device, dtype
 def test_kernels_that_run_on_cpu(head_size: int, dtype: torch.dtype) -> None:
     """On a CPU PyTorch's own choice is its flash kernel, so both are held to the arithmetic written out."""
     plain = errors(exact, head_size, CPU, dtype)
-    for kernel in (attention.sdpa, attention.torch_flash):
+    for kernel in (blocks.sdpa, blocks.torch_flash):
         for ours, theirs in zip(errors(kernel, head_size, CPU, dtype), plain, strict=True):
             assert ours <= 1.5 * theirs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("kernel", [attention.torch_flash, attention.torch_varlen, attention.fa3, attention.fa4])
-def test_kernels_on_a_gpu(kernel: attention.Kernel, head_size: int) -> None:
+@pytest.mark.parametrize("kernel", [blocks.torch_flash, blocks.torch_varlen, blocks.fa3, blocks.fa4])
+def test_kernels_on_a_gpu(kernel: blocks.Kernel, head_size: int) -> None:
     device = torch.device("cuda")
     if problem := attention_backend._problem(kernel, head_size, device, torch.bfloat16):
-        assert kernel in (attention.fa3, attention.fa4), problem
+        assert kernel in (blocks.fa3, blocks.fa4), problem
         pytest.skip(f"{kernel.__name__}: {problem}")
     of_kernel = errors(kernel, head_size, device, torch.bfloat16)
-    if kernel in (attention.fa3, attention.fa4):
+    if kernel in (blocks.fa3, blocks.fa4):
         torch.nn.attention.restore_flash_attention_impl()
-    of_sdpa = errors(attention.sdpa, head_size, device, torch.bfloat16)
+    of_sdpa = errors(blocks.sdpa, head_size, device, torch.bfloat16)
     for ours, theirs in zip(of_kernel, of_sdpa, strict=True):
         assert ours <= 1.5 * theirs
 
@@ -69,8 +69,8 @@ def test_kernels_on_a_gpu(kernel: attention.Kernel, head_size: int) -> None:
 def test_a_mask_is_obeyed_or_refused() -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 8)
     allowed = torch.arange(6)[:, None] // 2 >= torch.arange(6) // 2
-    torch.testing.assert_close(attention.sdpa(q, k, v, allowed), exact(q, k, v, allowed))
-    for kernel in (attention.torch_flash, attention.torch_varlen):
+    torch.testing.assert_close(blocks.sdpa(q, k, v, allowed), exact(q, k, v, allowed))
+    for kernel in (blocks.torch_flash, blocks.torch_varlen):
         with pytest.raises(AssertionError, match="no mask"):
             kernel(q, k, v, allowed)
 
@@ -89,11 +89,11 @@ def test_flash_attn_gets_and_gives_its_own_layout(monkeypatch: pytest.MonkeyPatc
     package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     q, k, v = torch.randn(3, 2, 4, 5, 8)
-    torch.testing.assert_close(attention.flash_attn(q, k, v, None), exact(q, k, v))
+    torch.testing.assert_close(blocks.flash_attn(q, k, v, None), exact(q, k, v))
     assert shapes == [(2, 5, 4, 8)]
     torch.use_deterministic_algorithms(True)  # engine.deterministic
     try:
-        attention.flash_attn(q, k, v, None)
+        blocks.flash_attn(q, k, v, None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert asked == [False, True]
@@ -109,10 +109,10 @@ def test_other_flash_kernels_are_put_in_place_of_pytorchs(
     asked: list[str] = []
     monkeypatch.setattr(registry, "activate_flash_attention_impl", asked.append)
     monkeypatch.setattr(registry, "current_flash_attention_impl", lambda: asked[-1] if asked else None)
-    kernel = getattr(attention, choice)
+    kernel = getattr(blocks, choice)
     for _ in range(2):
-        attention.activate(kernel)
-    attention.activate(attention.sdpa)
+        blocks.activate(kernel)
+    blocks.activate(blocks.sdpa)
     assert asked == [name]
     q, k, v = torch.randn(3, 1, 2, 6, 8)
     torch.testing.assert_close(kernel(q, k, v, None), exact(q, k, v))  # PyTorch's flash operation, whoever computes it
@@ -132,9 +132,9 @@ def test_other_flash_kernels_are_put_in_place_of_pytorchs(
 def test_what_is_chosen() -> None:
     layer = Attention(64, 2)
     for choice, name, kernel in (
-        ("auto", "PyTorch's scaled_dot_product_attention", attention.sdpa),
-        ("sdpa", "PyTorch's scaled_dot_product_attention", attention.sdpa),
-        ("flash", "PyTorch's flash kernel", attention.torch_flash),
+        ("auto", "PyTorch's scaled_dot_product_attention", blocks.sdpa),
+        ("sdpa", "PyTorch's scaled_dot_product_attention", blocks.sdpa),
+        ("flash", "PyTorch's flash kernel", blocks.torch_flash),
     ):
         assert set_kernel(layer, choice, device=CPU, dtype=torch.float32) == name
         assert layer.kernel is kernel
@@ -144,18 +144,16 @@ def test_what_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("major", "right", "kernel"),
     [
-        (9, {"fa3", "fa4", "flash_attn"}, attention.fa3),
-        (9, {"flash_attn"}, attention.sdpa),  # cuDNN is faster there
-        (10, {"fa3", "fa4"}, attention.fa4),
-        (8, {"flash_attn", "fa3"}, attention.flash_attn),
-        (8, set(), attention.sdpa),
-        (7, {"flash_attn"}, attention.sdpa),
-        (12, {"fa4"}, attention.sdpa),
+        (9, {"fa3", "fa4", "flash_attn"}, blocks.fa3),
+        (9, {"flash_attn"}, blocks.sdpa),  # cuDNN is faster there
+        (10, {"fa3", "fa4"}, blocks.fa4),
+        (8, {"flash_attn", "fa3"}, blocks.flash_attn),
+        (8, set(), blocks.sdpa),
+        (7, {"flash_attn"}, blocks.sdpa),
+        (12, {"fa4"}, blocks.sdpa),
     ],
 )
-def test_what_auto_takes(
-    major: int, right: set[str], kernel: attention.Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_auto_takes(major: int, right: set[str], kernel: blocks.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
     monkeypatch.setattr(
         attention_backend,
@@ -180,7 +178,7 @@ def test_what_auto_takes(
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_that_runs_and_is_wrong_is_found(wrong: attention.Kernel, problem: str, dtype: torch.dtype) -> None:
+def test_a_kernel_that_runs_and_is_wrong_is_found(wrong: blocks.Kernel, problem: str, dtype: torch.dtype) -> None:
     found = attention_backend._problem(wrong, 88, CPU, dtype)
     assert found.startswith(problem)
     assert bool(found) == bool(problem)
@@ -190,10 +188,10 @@ def test_what_was_activated_for_a_trial_that_failed_is_undone(monkeypatch: pytes
     """And not what another network uses already."""
     done: list[str] = []
     monkeypatch.setattr(attention_backend, "_largest_error", lambda *_: 1.0)
-    monkeypatch.setattr(attention, "deactivate", lambda: done.append("undone"))
+    monkeypatch.setattr(blocks, "deactivate", lambda: done.append("undone"))
     for active in (True, False):
-        monkeypatch.setattr(attention, "activate", lambda _, active=active: not active)
-        assert "wrong by 100%" in attention_backend._problem(attention.fa3, 64, torch.device("cuda"), torch.bfloat16)
+        monkeypatch.setattr(blocks, "activate", lambda _, active=active: not active)
+        assert "wrong by 100%" in attention_backend._problem(blocks.fa3, 64, torch.device("cuda"), torch.bfloat16)
     assert done == ["undone"]
 
 

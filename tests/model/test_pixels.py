@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa_scale.model.pixels import PixelNormaliser
+from vjepa_scale.model.encoder import PixelNormaliser
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

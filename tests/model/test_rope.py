@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vjepa_scale.model.rope import Layout, RopeTables, rescale_to, rope_tables, rotate, time_tables
+from vjepa_scale.model.positions import Layout, RopeTables, rescale_to, rope_tables, rotate, time_tables
 
 
 def reference(x: Tensor, index: list[int], grid: tuple[int, int, int], layout: Layout) -> Tensor:

@@ -18,8 +18,7 @@ from vjepa_scale.monitor.jobs import (
     this_process,
 )
 from vjepa_scale.monitor.states import RunStatus, StageStatus
-from vjepa_scale.monitor.status import read_status
-from vjepa_scale.monitor.status_text import as_json, render
+from vjepa_scale.monitor.status import as_json, read_status, render
 
 # The chain's stages: pretrain has steps 0 to 11, cooldown 12 to 17. 8 clips per step.
 NOW = time.time()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.monitor.run_by_hand import Run, as_launcher, plan_both
-from vjepa_scale.core.growing_file import GrowingFile
+from vjepa_scale.core.files import GrowingFile
 from vjepa_scale.monitor import follow as follow_module
 from vjepa_scale.monitor.follow import follow, show_lines
 from vjepa_scale.monitor.jobs import (

@@ -14,7 +14,7 @@ from vjepa_scale.monitor.jobs import (
     local_launcher,
     this_process,
 )
-from vjepa_scale.monitor.status_text import render
+from vjepa_scale.monitor.status import render
 from vjepa_scale.run.events import Row
 
 

@@ -22,8 +22,7 @@ from vjepa_scale.monitor.follow import follow
 from vjepa_scale.monitor.jobs import (
     JobState,
 )
-from vjepa_scale.monitor.status import read_status
-from vjepa_scale.monitor.status_text import render
+from vjepa_scale.monitor.status import read_status, render
 
 
 def test_no_torch(run: Run) -> None:

@@ -11,7 +11,7 @@ from tests.chain import tool
 from tests.planning.worlds import Bowl, some_states
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.planning.landscape import Landscape, draw_landscape, energy_landscape
-from vjepa_scale.video.stills import still_picture
+from vjepa_scale.video.image_files import still_picture
 
 BEST = torch.tensor([[0.0, 0.0, 0.0, 0, 0, 0, 0.0], [0.02, 0.01, -0.03, 0, 0, 0, 0.5]])
 

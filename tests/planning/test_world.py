@@ -37,7 +37,7 @@ from vjepa_scale.checkpoint.consolidate import consolidate
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.poses import advance
 from vjepa_scale.model import Encoder
-from vjepa_scale.model.action_predictor import ActionPredictor
+from vjepa_scale.model.predictor import ActionPredictor
 from vjepa_scale.planning.world import WorldModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

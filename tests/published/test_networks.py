@@ -8,8 +8,8 @@ import torch
 from tests.published import inputs
 from tests.published.results import MODEL, filled, networks, relative
 from vjepa_scale.model import Encoder
-from vjepa_scale.model.action_predictor import ActionPredictor
 from vjepa_scale.model.positions import sincos_positions
+from vjepa_scale.model.predictor import ActionPredictor
 from vjepa_scale.model.probe import AttentiveProbe
 from vjepa_scale.recipe.schema import ActionPredictorConfig, EncoderConfig, ModelConfig, PredictorConfig, SincosConfig
 

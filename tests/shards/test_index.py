@@ -16,7 +16,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards import index
 from vjepa_scale.shards.check import check_shards
 from vjepa_scale.shards.index import index_shards
-from vjepa_scale.video.media import FileSlice, open_media
+from vjepa_scale.video.container import FileSlice, open_media
 
 
 @pytest.fixture(scope="module")

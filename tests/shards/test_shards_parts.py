@@ -24,7 +24,7 @@ from vjepa_scale.core.worker_pool import Silent, beat, map_in_workers
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards import work as work_module
 from vjepa_scale.shards.index import index_shards
-from vjepa_scale.shards.make import Part, Settings, Work, begin, finish, make_shards, plan, probe, write
+from vjepa_scale.shards.make import Part, Settings, Work, begin, finish, make_shards, plan, probe, summarize, write
 from vjepa_scale.shards.tars import TarWriter
 
 SETTINGS = Settings(seed=3, shard_records=2)  # nine records: five shards
@@ -99,7 +99,8 @@ def test_halves_of_an_array_merge_into_one_manifest(
         finish(Work.open(out))
     jobs = [job(tmp_path, "write", part) for part in (0, 1, 0)]
     assert [ended(process) for process in jobs] == [0, 0, 0]
-    summary = finish(Work.open(out))
+    finish(Work.open(out))
+    summary = summarize(out)
     assert (summary.clips, summary.shards, summary.existed) == (9, 5, False)
     assert contents(out) == whole
     assert begin(videos, out, SETTINGS) is None

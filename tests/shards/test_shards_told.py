@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from vjepa_scale.shards.summary import Summary
+from vjepa_scale.shards.make import Summary
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards import encode
 from vjepa_scale.shards import write as write_module
 from vjepa_scale.shards.check import check_shards
-from vjepa_scale.shards.make import Part, Settings, begin, finish, make_shards, plan, probe, write
+from vjepa_scale.shards.make import Part, Settings, begin, finish, make_shards, plan, probe, summarize, write
 from vjepa_scale.shards.plan import Plan
 from vjepa_scale.shards.transcode import Transcode
 from vjepa_scale.video.container import DecodeError
@@ -155,7 +155,8 @@ def test_what_cannot_be_encoded_is_rejected_and_the_others_are_written(
     monkeypatch.setattr(write_module, "transcode", fails)
     for shard in range(2):
         write_module._write_shard(work, shard)
-    summary = finish(work)
+    finish(work)
+    summary = summarize(tmp_path / "out")
     kept = [path for path in order if path not in spoilt]
     assert [(known["path"], clip) for known, clip in samples(tmp_path / "out")] == [(p, whole[p]) for p in sorted(kept)]
     assert summary.rejected == {"cannot be transcoded": len(spoilt)}

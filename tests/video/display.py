@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vjepa_scale.shards.cut import checked_cut, plan_cuts
+from vjepa_scale.shards.remux import checked_cut, plan_cuts
 from vjepa_scale.video.inspect import decode_whole
 
 # By EXIF's number of an orientation: a, b, c, d of the matrix by which a video says the same (ISO 14496-12), and what

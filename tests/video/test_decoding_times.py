@@ -14,8 +14,8 @@ import pytest
 
 from tests.video.test_decode import sequential
 from tests.videos import encoded, number_of
-from vjepa_scale.shards.cut import checked_cut, plan_cuts
 from vjepa_scale.shards.encode import transcode
+from vjepa_scale.shards.remux import checked_cut, plan_cuts
 from vjepa_scale.shards.transcode import plan_transcodes
 from vjepa_scale.video.decode import decode_clip, times_of_frames
 from vjepa_scale.video.inspect import decode_whole, probe_video

@@ -9,9 +9,8 @@ import pytest
 from tests.video.judge import edited
 from tests.video.test_decode import sequential
 from tests.videos import encoded, number_of
-from vjepa_scale.shards.cut import checked_cut, plan_cuts
 from vjepa_scale.shards.encode import transcode
-from vjepa_scale.shards.retime import checked_retimed
+from vjepa_scale.shards.remux import checked_cut, checked_retimed, plan_cuts
 from vjepa_scale.shards.transcode import plan_transcodes
 from vjepa_scale.video.container import DecodeError
 from vjepa_scale.video.decode import decode_clip, times_of_frames

@@ -1,18 +1,31 @@
-"""Weights of any format, into files that other tools load."""
+"""Weights of any format, into files that other tools load.
+
+A folder for Hugging Face is run beside our networks: where the numbers differ, the export is wrong.
+"""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vjepa_scale.checkpoint.formats import huggingface, native, published
+import torch
+from torch import Tensor
+
+from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.dcp import CheckpointReader
+from vjepa_scale.checkpoint.formats import huggingface, native, open_weights, published
+from vjepa_scale.checkpoint.formats.huggingface import Head, mask_token, write_huggingface
 from vjepa_scale.checkpoint.formats.model_card import predicts_as
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
-from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
+from vjepa_scale.checkpoint.load import TrainedProbe, load_probe
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.folders import content_of, replaced_folder
+from vjepa_scale.core.files import content_of, replaced_folder
+from vjepa_scale.model import Encoder, Predictor
+from vjepa_scale.model.blocks import LAYER_NORM_EPS, Attention
+from vjepa_scale.model.probe import AttentiveProbe, CrossAttention
+from vjepa_scale.recipe.stage import EVALUATION
 
 __all__ = ["FORMATS", "Format", "consolidate", "find_checkpoint", "result_config"]
 
@@ -111,8 +124,6 @@ def _check(folder: Path, source: WeightSource, wanted: bool, say: Callable[[str]
     elif importlib.util.find_spec("transformers") is None:
         say("not checked: transformers is not installed (pip install transformers, then run this again)")
     else:
-        from vjepa_scale.checkpoint.formats.huggingface_check import check_against_transformers
-
         say(check_against_transformers(folder, source))
 
 
@@ -151,3 +162,172 @@ def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> 
             raise UserError(f"holds this result and also {', '.join(strangers[:3])}", where=out, fix=fix)
         return
     raise UserError("not empty, and not a result of this program", where=out, fix=fix)
+
+
+# -- the check against transformers ---------------------------------------------------------------------
+
+# Largest difference over largest output, float32. Rounding gives about 1e-6; a wrong name, 1e-2 and more.
+LIMIT = 1e-4
+# Positions along time enter like those along height and width: two steps are enough, whatever the clip's length.
+TIME_STEPS = 2
+
+
+@torch.no_grad()
+def check_against_transformers(folder: Path, source: WeightSource) -> str:
+    """Features and predictions of a random clip through both, float32 on the CPU; a sentence with the differences.
+
+    source: what ``folder`` was written from. Mask tokens are used as they are.
+    Both models are in memory. Raises UserError where they differ by more than LIMIT, or transformers cannot load it.
+    """
+    # Here: only this check needs the package, which may be missing.
+    from transformers import VJEPA2Model
+    from transformers.utils import logging
+
+    config = source.config
+    logging.disable_progress_bar()
+    try:
+        theirs, info = VJEPA2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"transformers cannot load the result: {error}", where=source.where) from None
+    if strangers := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise UserError(f"transformers finds {strangers[:3]} missing or unexpected in the result", where=source.where)
+    theirs.eval()
+    with torch.device("meta"):
+        encoder, predictor = Encoder(config.model), Predictor(config.model)
+    for prefix, network in (("encoder.", encoder), ("predictor.", predictor)):
+        names = [name for name, _, _ in source.entries if name.startswith(prefix)]
+        state = {name.removeprefix(prefix): source.read(name).float() for name in names}
+        network.load_state_dict(state, assign=True)
+
+    generator = torch.Generator().manual_seed(0)
+    height, width = config.size
+    clips = torch.randn(1, 3, TIME_STEPS * config.model.tubelet, height, width, generator=generator)
+    grid = (TIME_STEPS, height // config.model.patch, width // config.model.patch)
+    order = torch.randperm(grid[0] * grid[1] * grid[2], generator=generator)[None]
+    context, target = order[:, : order.shape[1] // 3], order[:, order.shape[1] // 2 :]
+    output = theirs(clips.transpose(1, 2), context_mask=[context], target_mask=[target])
+    tokens = encoder(clips)
+    kept = tokens.gather(1, context[..., None].expand(-1, -1, tokens.shape[-1]))
+    predictions = predictor(kept, context, target, grid, mask_token=mask_token(config.model))
+    differences = {
+        "features": _difference(tokens, output.last_hidden_state),
+        "predictions": _difference(predictions, output.predictor_output.last_hidden_state),
+    }
+    text = ", ".join(f"{name} differ by {value:.1e}" for name, value in differences.items())
+    if not all(value <= LIMIT for value in differences.values()):  # also where it is not a number
+        raise UserError(
+            f"transformers computes something else: {text} of the largest output (at most {LIMIT:g})",
+            where=source.where,
+            fix="report this; --no-check writes it all the same",
+        )
+    return f"checked against transformers: {text} of the largest output, float32"
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+# -- a trained probe as Hugging Face's VJEPA2ForVideoClassification (docs/method.md 10) ------------
+
+
+def export_classifier(folder: Path, out: Path) -> TrainedProbe:
+    """Write the best probe of a stage's folder, and the model that it was trained on, as VJEPA2ForVideoClassification.
+
+    The model, with the predictor that theirs holds too, is read from where the stage started. Raises UserError where
+    its encoder is not the one beside the probe, to the bit, or where theirs cannot compute the probe.
+    """
+    trained = load_probe(folder)
+    origin = trained.result["origin"].get("path")
+    if origin is None:
+        raise UserError("its encoder was never trained", where=folder / EVALUATION, fix="a probe of a trained one")
+    manifest = store.read_manifest(trained.checkpoint)
+    # Of a published file of others the stage's recipe knows what the file does not say.
+    foreign = Path(origin).suffix == ".pt" and not Path(f"{origin}.json").exists()
+    model = trained.model
+    heads = f"heads={model.encoder.heads},predictor_heads={model.predictor.heads}"
+    source = open_weights(origin, model=heads if foreign else None)
+    config = source.config
+    if foreign:
+        positions = {key: getattr(model, key) for key in ("positions", "rope", "sincos")}
+        config = config.model_copy(update={"model": config.model.model_copy(update=positions)})
+    config = config.model_copy(update={"frames": manifest["frames"], "size": tuple(manifest["size"])})
+    for name, shape, dtype in source.only(("encoder",)).entries:
+        beside: dict[str, Tensor] = {name: torch.empty(shape)}
+        CheckpointReader(trained.checkpoint).fill(beside, alone=True)
+        if not torch.equal(beside[name].to(dtype), source.read(name)):
+            raise UserError(f"{name} is not the one that the probe was trained on", where=origin, fix="restore it")
+    write_video_classifier(out, replace(source, config=config), trained.probe, trained.classes)
+    return trained
+
+
+def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProbe, classes: Sequence[str]) -> Path:
+    """Write a folder that ``VJEPA2ForVideoClassification.from_pretrained`` loads; returns it.
+
+    out:     a new or empty folder
+    source:  the encoder that the probe was trained on, and its predictor, which that model also holds
+    classes: names, in the order of the logits
+
+    Its head is the published attentive classifier with the encoder's number of heads and eps 1e-6. Raises UserError
+    where it cannot express the probe, or ``out`` holds something.
+    """
+    config = source.config.model_copy(update={"classes": tuple(classes)})
+    _refuse_inexpressible(probe, source, len(classes))
+    if content_of(out):
+        raise UserError("not empty", where=out, fix="give another folder, or remove this one")
+    names = dict(enumerate(classes))
+    keys = {
+        "num_pooler_layers": len(probe.pooler.blocks),
+        "id2label": {str(number): name for number, name in names.items()},
+        "label2id": {name: number for number, name in names.items()},
+    }
+    # One type for the whole model: from_pretrained loads it in the one of config.json.
+    dtype = source.entries[0][2]
+    head = Head({name: value.to(dtype) for name, value in _their_head(probe).items()}, keys)
+    with replaced_folder(out) as folder:
+        write_huggingface(folder, replace(source, config=config), head=head)
+    return out
+
+
+def _refuse_inexpressible(probe: AttentiveProbe, source: WeightSource, classes: int) -> None:
+    encoder, pooler = source.config.model.encoder, probe.pooler
+    every = [part for part in pooler.modules() if isinstance(part, Attention | CrossAttention)]
+    norms = [norm for norm in pooler.modules() if isinstance(norm, torch.nn.LayerNorm)]
+    reasons = []
+    if heads := {part.heads for part in every} - {encoder.heads}:
+        reasons.append(f"it has {heads.pop()} heads, theirs as many as the encoder: {encoder.heads}")
+    if eps := {norm.eps for norm in norms} - {LAYER_NORM_EPS}:
+        reasons.append(f"its LayerNorms have eps {eps.pop():g}, theirs {LAYER_NORM_EPS:g}")
+    if probe.linear.in_features != encoder.width:
+        reasons.append(f"it is {probe.linear.in_features} wide, the encoder {encoder.width}")
+    if (hidden := pooler.cross_attention_block.mlp.fc1.out_features) != 4 * probe.linear.in_features:
+        reasons.append(f"its MLPs have {hidden} hidden channels, theirs {4 * probe.linear.in_features}")
+    if probe.linear.out_features != classes:
+        reasons.append(f"it has {probe.linear.out_features} outputs, and there are {classes} names of classes")
+    if reasons:
+        raise UserError(
+            "VJEPA2ForVideoClassification cannot express this probe: " + "; ".join(reasons),
+            where=source.where,
+            fix="train a probe with the encoder's number of heads and eps 1e-6",
+        )
+
+
+def _their_head(probe: AttentiveProbe) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, value in probe.state_dict().items():
+        theirs = (
+            name.replace("linear.", "classifier.")
+            .replace("cross_attention_block.", "cross_attention_layer.")
+            .replace("pooler.blocks.", "pooler.self_attention_layers.")
+            .replace(".norm", ".layer_norm")
+            .replace(".attn.proj.", ".self_attn.out_proj.")
+            .replace(".attn.", ".self_attn.")
+            .replace(".xattn.", ".cross_attn.")
+        )
+        for joined, parts in (("qkv", "qkv"), ("kv", "kv"), ("q", "q")):
+            if f"attn.{joined}." in theirs:
+                pieces = zip(parts, value.chunk(len(parts)), strict=True)
+                out |= {theirs.replace(f".{joined}.", f".{part}_proj."): piece for part, piece in pieces}
+                break
+        else:
+            out[theirs] = value
+    return out

@@ -1,4 +1,4 @@
-"""What a user of trained weights loads: the networks, from weights of any format.
+"""What a user of trained weights loads: the networks, from weights of any format, and a stage's best probe.
 
 >>> encoder = load_encoder("exported/demo")            # a folder of tools/consolidate.py, a run, Hugging Face's …
 >>> encoder = load_encoder("vitg.pt", model="vit_giant")  # a published file does not say its number of heads
@@ -6,19 +6,28 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.dcp import CheckpointReader
+from vjepa_scale.checkpoint.formats import open_weights
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
-from vjepa_scale.checkpoint.formats.open import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
+from vjepa_scale.checkpoint.manifest import kind_of, last_name, name_of
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.action_predictor import ActionPredictor, build_action_predictor
+from vjepa_scale.model.predictor import ActionPredictor, build_action_predictor
+from vjepa_scale.model.probe import AttentiveProbe, probe_of
+from vjepa_scale.recipe.load import validate_recipe
+from vjepa_scale.recipe.registry import STAGES, class_of
 from vjepa_scale.recipe.schema import ModelConfig
+from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION, stages_of
 
 __all__ = [
     "CONFIG_FILE",
@@ -28,6 +37,7 @@ __all__ = [
     "load_action_predictor",
     "load_encoder",
     "load_predictor",
+    "load_probe",
     "network_of",
     "read_config",
     "write_consolidated",
@@ -94,3 +104,58 @@ def network_of(
     network.load_state_dict(tensors, assign=True)
     print(f"{source.where}: {name}: {match.sentence()}", file=sys.stderr)
     return network.eval()
+
+
+# -- the best probe of a finished probe stage ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedProbe:
+    """probe: of the setting that evaluation.json calls best, in eval mode; classes: of its logits, in order.
+
+    checkpoint: where it and its encoder lie;  model: of that encoder;  result: evaluation.json's content
+    """
+
+    probe: AttentiveProbe
+    classes: tuple[str, ...]
+    checkpoint: Path
+    model: ModelConfig
+    result: dict[str, Any]
+
+
+def is_probe_stage(folder: Path) -> bool:
+    """Is this the folder of a probe stage that is finished? Stages of other kinds may have an evaluation too."""
+    if not (folder / EVALUATION).is_file():
+        return False
+    checkpoint = last_name(folder / CHECKPOINTS)
+    if checkpoint is None:  # which load_probe refuses
+        return True
+    kind = kind_of(store.read_manifest(checkpoint), where=checkpoint)
+    return bool(class_of(STAGES, kind).trains_probes)
+
+
+def load_probe(folder: Path) -> TrainedProbe:
+    """The best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
+    result = _evaluation(folder / EVALUATION)
+    checkpoint = folder / CHECKPOINTS / name_of(result["step"])
+    store.verify(checkpoint)
+    manifest = store.read_manifest(checkpoint)
+    recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
+    classes = tuple(result["class_names"])
+    probe = probe_of(recipe.model, stages_of(recipe)[manifest["stage"]].config, classes=len(classes))
+    best = result["best"]["probe"]
+    tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
+    CheckpointReader(checkpoint).fill(tensors, alone=True)  # into the probe's own
+    return TrainedProbe(probe.eval(), classes, checkpoint, recipe.model, result)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """What a probe stage wrote at its end. Raises UserError where it is damaged."""
+    result = read_json(path)
+    best = result.get("best") if isinstance(result, dict) else None
+    whole = isinstance(best, dict) and isinstance(best.get("probe"), str) and isinstance(result.get("step"), int)
+    if not whole or not isinstance(result.get("class_names"), list) or not isinstance(result.get("origin"), dict):
+        raise UserError(
+            "not the result of a probe stage", where=path, fix="remove it, and launch the run again: it is made anew"
+        )
+    return result

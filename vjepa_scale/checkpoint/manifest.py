@@ -19,8 +19,7 @@ from typing import Any
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import parse_json, sha256_file, write_atomic
-from vjepa_scale.core.folders import move_dir
+from vjepa_scale.core.files import move_dir, parse_json, sha256_file, write_atomic
 from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES
 

@@ -47,7 +47,7 @@ from vjepa_scale.checkpoint.manifest import (
     write_manifest,
 )
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.folders import remove_dir, replace_dir, restore_dir
+from vjepa_scale.core.files import remove_dir, replace_dir, restore_dir
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.process_group import from_all, from_rank_0, is_main
 

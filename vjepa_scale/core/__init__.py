@@ -1,1 +1,21 @@
-"""What every room needs: the user error, keyed randomness, atomic files, the rank environment."""
+"""What every room needs: the user error, keyed randomness, atomic files, the rank environment, lazy packages."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package's ``__init__`` (PEP 562): imports a name's module when the name is first used.
+
+    So that commands which do without PyTorch start quickly.
+
+    modules: name -> the module that defines it
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(modules[name]), name)
+
+    return get

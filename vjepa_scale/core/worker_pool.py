@@ -1,4 +1,4 @@
-"""Worker processes: how they start, and that they end with the process that wanted them.
+"""Worker processes: how they start, and that they end with the process that wanted them; and ends other processes.
 
 They come from a fork server, which imports what they need once, before any thread exists; forking the trainer itself,
 with its threads and devices, would be unsafe. Workers that decode videos for shards need no PyTorch.
@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker, util
@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
+
+import psutil
 
 from vjepa_scale.core.errors import UserError
 
@@ -317,3 +319,41 @@ class _Crew:
     def end(self) -> None:
         for worker in [*self._idle, *self._busy.values()]:
             worker.kill()
+
+
+# -- ending processes with everything that they have started ---------------------------------------
+
+
+# How long the kernel may take to end a process that was killed.
+_KILLED_S = 5.0
+
+
+def process_tree(root: int | psutil.Process) -> list[psutil.Process]:
+    """A process (or the one of this id), then everything below it; empty where it has ended."""
+    try:
+        process = psutil.Process(root) if isinstance(root, int) else root
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_processes(tree: Sequence[psutil.Process]) -> None:
+    """Kill processes (SIGKILL), parents first: they must not start others. Does not wait for them."""
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end_processes(tree: Sequence[psutil.Process], *, patience_s: float) -> bool:
+    """Ask the root of a process tree to end (SIGTERM), and kill what is left of all after ``patience_s`` seconds.
+
+    Returns whether nothing had to be killed.
+    """
+    deadline = time.monotonic() + patience_s
+    with suppress(psutil.NoSuchProcess):
+        tree[0].terminate()
+    psutil.wait_procs(tree[:1], timeout=patience_s)
+    _, alive = psutil.wait_procs(tree, timeout=max(1.0, deadline - time.monotonic()))
+    kill_processes(alive)
+    psutil.wait_procs(alive, timeout=_KILLED_S)
+    return not alive

@@ -1,4 +1,4 @@
-"""Which seconds of which video each slot of a step shows; from the manifests alone, nothing is decoded."""
+"""Which seconds, or frames, of which video each slot of a step shows; and which videos are shorter than a clip."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,6 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.data.stride import strided_frames
 from vjepa_scale.recipe import Phase
 from vjepa_scale.recipe.schema import DataConfig
 from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError
@@ -152,3 +151,82 @@ def dump_order(
         key = manifests[ref.dataset].key(ref.record)
         times = f"{ref.start_s:.6f}\t{len(ref.times_s)}\t{ref.fps:.9g}"
         yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}"
+
+
+# -- ``data.sampling: stride``: frames at equal distances, whatever their times, as the published code does ------
+
+# A rate that is measured from rounded timestamps (30.004) is not 31.
+_RATE_TOLERANCE = 0.01
+
+
+def strides(source_fps: float | npt.NDArray[np.float64], fps: float) -> npt.NDArray[np.int64]:
+    """Frames from one of a clip to the next, of videos of these rates, before they are spread over the window."""
+    return np.asarray(np.maximum(1, np.ceil(np.asarray(source_fps) - _RATE_TOLERANCE) // fps), np.int64)
+
+
+def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: float, frames: int) -> tuple[int, ...]:
+    """Numbers of the frames, from 0 in the order of display, of a clip of T frames: never past the video's last.
+
+    draw: uniform in [0, 1): where in a video the window lies
+    source_frames, source_fps: of the video; fps, frames: asked for, frames = T
+    As published (src/datasets/video_dataset.py, one clip per video, without overlap): the stride is ⌈source fps⌉ // fps
+    and the window T·stride frames, over which T numbers are spread evenly, first and last included, so that they
+    are T·stride/(T−1) apart. A video that is not longer than the window is spread over as many of the T as
+    its length holds strides, and its last frame fills the rest. The published code fails where the stride is 0; here
+    it is 1 at least.
+    """
+    stride = int(strides(source_fps, fps))
+    length = frames * stride
+    if source_frames > length:
+        first = int(draw * (source_frames - length))
+        numbers = np.linspace(first, first + length, num=frames).clip(first, first + length - 1)
+    else:
+        spread = np.linspace(0, source_frames, num=source_frames // stride)[:frames]
+        numbers = np.append(spread, [source_frames] * (frames - len(spread))).clip(0, source_frames - 1)
+    return tuple(numbers.astype(int).tolist())
+
+
+# -- videos shorter than a clip, whose last picture is repeated ---------------------------------------
+
+
+@dataclass(frozen=True)
+class ShortVideos:
+    """Of one data set: records whose clips repeat their last picture, of how many. frames, fps: of its clips."""
+
+    records: int
+    of: int
+    frames: int
+    fps: float
+
+
+def repeats_last(manifest: Manifest, *, frames: int, fps: float, sampling: str) -> npt.NDArray[np.bool_]:
+    """Of which records [records] a clip goes past the end. Pictures, which have no end, never do.
+
+    frames, fps: of a clip; sampling: as data.sampling
+    """
+    source_fps = manifest.column("fps")
+    if sampling == "stride":
+        whole = manifest.column("frames") // strides(source_fps, fps)
+        return np.asarray((source_fps > 0) & (whole < frames))
+    duration = manifest.column("duration")
+    return np.asarray((duration > 0) & (duration <= (frames - 1) / fps + 1e-9))
+
+
+def short_videos(
+    data: DataConfig, phase: Phase, manifests: Mapping[str, Manifest]
+) -> tuple[dict[str, ShortVideos], float]:
+    """Those of each data set of a phase that has any, and the share of the phase's clips that comes from them.
+
+    data:      its stage's, without jitter of the rate
+    manifests: of the phase's data sets; one that is missing counts as having none
+    """
+    found, share = dict[str, ShortVideos](), 0.0
+    for name, weight in phase.mixture.items():
+        if name not in manifests:
+            continue
+        manifest, frames, fps = manifests[name], phase.frames_of(name), data.fps_of(name)
+        records = int(repeats_last(manifest, frames=frames, fps=fps, sampling=data.sampling).sum())
+        if records:
+            found[name] = ShortVideos(records, manifest.records, frames, fps)
+            share += weight / sum(phase.mixture.values()) * records / manifest.records
+    return found, share

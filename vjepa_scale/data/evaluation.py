@@ -10,9 +10,8 @@ from torch import Tensor
 
 from vjepa_scale.data.augment import empty_clips, view_crops
 from vjepa_scale.data.clips import ClipRef, decode_ref, undecodable, window
-from vjepa_scale.data.labels import labels_of, metadata_of
 from vjepa_scale.data.loader import ClipsLost, Prefetched
-from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.manifest import Manifest, labels_of, metadata_of
 from vjepa_scale.data.watchdog import DecodeStatus
 from vjepa_scale.video.container import DecodeError
 

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
-from vjepa_scale.data.batch import MicroBatch, StepBatch
+from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
 from vjepa_scale.data.manifest import Manifest
-from vjepa_scale.data.micro_batches import load_micro_batch
 from vjepa_scale.data.order import DataOrder, Ints
 from vjepa_scale.data.substitution import Known, Place
 from vjepa_scale.data.watchdog import DecodeStatus, WorkerWatchdog

@@ -18,8 +18,7 @@ from torch import Tensor
 from vjepa_scale.checkpoint.load import load_encoder, read_config
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.evaluation import evaluation_clips
-from vjepa_scale.data.labels import few_labels, labels_of
-from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.data.manifest import Manifest, few_labels, labels_of
 from vjepa_scale.eval import knn_linear
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise

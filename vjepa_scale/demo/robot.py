@@ -1,22 +1,24 @@
-"""The synthetic robot in motion: random exploration to learn from, and an environment that executes actions.
+"""The synthetic robot in motion: exploration to learn from, as data in DROID's layout; an environment for actions.
 
 Without inertia: the next state depends on the last one and the action alone. In exploration each of the seven numbers
 changes at a rate of its own, redrawn a few times a second, so that what a hand did before tells little of what it
 will do: a model has to read the actions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import write_json
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.poses import advance
 from vjepa_scale.data.trajectories import STATE, Floats
 from vjepa_scale.demo.robot_world import Range, RobotWorld, draw_scene, render
-from vjepa_scale.demo.synthetic import SPLITS, U8
+from vjepa_scale.demo.synthetic import SPLITS, U8, encode_mp4, write_whole
 
 _SETTLING_S = 0.05  # a new rate is taken up within about this time
 _LOOKAHEAD_S = 0.1  # what would leave its range so soon turns round
@@ -106,3 +108,42 @@ def _start_and_goal(world: RobotWorld, reach: Reach, draws: KeyedRng) -> tuple[F
             return start, goal
     fix = f"the hand's range is {(high - low)[:3].tolist()} m"
     raise UserError(f"no start and goal are {reach.distance_m} m apart", where="Reach.distance_m", fix=fix)
+
+
+# -- exploration in DROID's layout (shards/droid.py), videos and all -------------------------------
+
+
+SERIAL = "10000001"
+_START_MS = 1_700_000_000_000  # logs count from 1970
+
+
+def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, index: int) -> Path:
+    """Explore, film and log trajectory ``index`` of a split in folder/<split>/NNNNN."""
+    import h5py  # not every data set is of robots
+
+    states, scene = explore(world, seed, split, index), draw_scene(world, seed, split, index)
+    path = folder / split / f"{index:05d}"
+    videos = path / "recordings" / "MP4"
+    videos.mkdir(parents=True)
+    (videos / f"{SERIAL}.mp4").write_bytes(encode_mp4(render(scene, states), world.fps, preset="ultrafast"))
+    name = f"synthetic+{seed}+{split}+{index:05d}"
+    video = f"{split}/{index:05d}/recordings/MP4/{SERIAL}.mp4"
+    known = {"uuid": name, "lab": "synthetic", "success": True, "current_task": "explore"}
+    # Both names: `left` is what DROID's later exports call the first exterior camera.
+    write_json(path / f"metadata_{name}.json", known | {"ext1_mp4_path": video, "left_mp4_path": video})
+    arrays = {
+        "robot_state/cartesian_position": states[:, :6],
+        "robot_state/gripper_position": states[:, 6],
+        f"camera_extrinsics/{SERIAL}_left": np.tile(scene.extrinsics, (len(states), 1)),
+        "timestamp/robot_state/read_start": _START_MS + np.round(np.arange(len(states)) * 1000 / world.fps).astype(int),
+    }
+    with h5py.File(path / "trajectory.h5", "w") as file:
+        for key, array in arrays.items():
+            file.create_dataset(f"observation/{key}", data=array, track_times=False)  # no times: equal bytes
+    return path
+
+
+def write_trajectories(out: Path, world: RobotWorld, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
+    """Write a data set of trajectories into out/{train,val}/NNNNN (see ``synthetic.write_whole``)."""
+    about = {"robot": asdict(world), "seed": seed, "train": train, "val": val}
+    return write_whole(out, write_trajectory, world, about, workers=workers)

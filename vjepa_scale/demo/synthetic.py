@@ -28,8 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import read_json, write_json
-from vjepa_scale.core.folders import publish_dir, remove_dir
+from vjepa_scale.core.files import publish_dir, read_json, remove_dir, write_json
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.core.worker_pool import worker_context
 

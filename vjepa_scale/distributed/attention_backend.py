@@ -7,22 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.model import attention
-from vjepa_scale.model.attention import Attention
+from vjepa_scale.model import blocks
+from vjepa_scale.model.blocks import Attention
 
-_NAMES: dict[attention.Kernel, str] = {
-    attention.sdpa: "PyTorch's scaled_dot_product_attention",
-    attention.torch_flash: "PyTorch's flash kernel",
-    attention.torch_varlen: "PyTorch's variable-length flash kernel",
-    attention.flash_attn: "the flash-attn package",
-    attention.fa3: "FlashAttention-3",
-    attention.fa4: "FlashAttention-4",
+_NAMES: dict[blocks.Kernel, str] = {
+    blocks.sdpa: "PyTorch's scaled_dot_product_attention",
+    blocks.torch_flash: "PyTorch's flash kernel",
+    blocks.torch_varlen: "PyTorch's variable-length flash kernel",
+    blocks.flash_attn: "the flash-attn package",
+    blocks.fa3: "FlashAttention-3",
+    blocks.fa4: "FlashAttention-4",
 }
-_BY_NAME = {"varlen": attention.torch_varlen, "fa3": attention.fa3, "fa4": attention.fa4}
+_BY_NAME = {"varlen": blocks.torch_varlen, "fa3": blocks.fa3, "fa4": blocks.fa4}
 # What auto takes before PyTorch's own choice, where it is installed, by the GPU's generation (compute capability).
 # PyTorch's choice is cuDNN on H100. Others measured there, forward, heads of 64, 2k tokens, in TFLOP/s:
 # FlashAttention-2 318, cuDNN 395, FlashAttention-3 460.
-_FASTER = {8: attention.flash_attn, 9: attention.fa3, 10: attention.fa4}
+_FASTER = {8: blocks.flash_attn, 9: blocks.fa3, 10: blocks.fa4}
 # Largest error of a kernel that is right, in parts of the largest value. bfloat16 alone makes 0.01; a wrong kernel 0.5.
 _TOLERANCE = 0.05
 
@@ -60,42 +60,42 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
     return _NAMES[kernel]
 
 
-def _candidates(choice: str, device: torch.device) -> list[attention.Kernel]:
+def _candidates(choice: str, device: torch.device) -> list[blocks.Kernel]:
     """Kernels to try, the best first; the last of ``auto`` runs everywhere."""
     if choice in _BY_NAME:
         return [_BY_NAME[choice]]
     if choice == "flash":
         package = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        return [attention.flash_attn if package else attention.torch_flash]
+        return [blocks.flash_attn if package else blocks.torch_flash]
     if choice == "auto" and device.type == "cuda":
         faster = _FASTER.get(torch.cuda.get_device_capability(device)[0])
-        return [faster, attention.sdpa] if faster is not None else [attention.sdpa]
-    return [attention.sdpa]
+        return [faster, blocks.sdpa] if faster is not None else [blocks.sdpa]
+    return [blocks.sdpa]
 
 
-def _problem(kernel: attention.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> str:
+def _problem(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernel cannot compute such heads; empty if it can."""
-    if kernel is attention.sdpa:
+    if kernel is blocks.sdpa:
         return ""
-    if kernel in (*_BY_NAME.values(), attention.flash_attn) and device.type != "cuda":
+    if kernel in (*_BY_NAME.values(), blocks.flash_attn) and device.type != "cuda":
         return "it needs a GPU"
     activated = False
     try:
-        activated = attention.activate(kernel)
+        activated = blocks.activate(kernel)
         error = _largest_error(kernel, head_size, device, dtype)
         problem = "" if error <= _TOLERANCE else f"its results are wrong by {error:.0%} of the largest value"
     except Exception as error:  # noqa: BLE001 (kernels refuse in many ways: RuntimeError, ImportError, NotImplementedError …)
         problem = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
     if problem and activated:
-        attention.deactivate()
+        blocks.deactivate()
     return problem
 
 
-def _largest_error(kernel: attention.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> float:
+def _largest_error(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> float:
     """Of the output and the gradients of q, k and v, against float64, in parts of each one's largest value."""
     given = torch.randn(4, 2, 2, 40, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     results: list[list[Tensor]] = []
-    for compute, where, kind in ((kernel, device, dtype), (attention.exact, torch.device("cpu"), torch.float64)):
+    for compute, where, kind in ((kernel, device, dtype), (blocks.exact, torch.device("cpu"), torch.float64)):
         *inputs, weight = given.to(where, kind)
         q, k, v = (x.detach().requires_grad_() for x in inputs)
         out = compute(q, k, v, None)

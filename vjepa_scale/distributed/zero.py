@@ -25,7 +25,6 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.ac_compile import prepare_blocks
 from vjepa_scale.distributed.engine import Engine, InitialValue, T, checked_start
-from vjepa_scale.distributed.mesh import build_mesh
 from vjepa_scale.distributed.optim import (
     MOMENTS,
     GroupSetting,
@@ -34,6 +33,7 @@ from vjepa_scale.distributed.optim import (
     set_rate,
     start_moments,
 )
+from vjepa_scale.distributed.process_group import build_mesh
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig

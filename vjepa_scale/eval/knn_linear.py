@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vjepa_scale.eval import effective_rank as spectrum
-from vjepa_scale.model.encoder import pooled
-from vjepa_scale.model.pixels import PixelNormaliser
+from vjepa_scale.model.encoder import PixelNormaliser, pooled
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -1,9 +1,10 @@
-"""Files, arrays and images → uint8 pictures of the size that the encoder sees."""
+"""Files, arrays and images → uint8 pictures of the size that the encoder sees; a long video → chunks of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -86,3 +87,67 @@ def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, sta
     clip = center_crop(list(np.ascontiguousarray(pictures)), size)
     wanted = frames if frames is not None else still if is_image else len(pictures)
     return torch.cat([clip, *[clip[:, -1:]] * (wanted - clip.shape[1])], dim=1)
+
+
+# -- a long video in chunks: which pictures each forward pass sees, which of its tokens count ------
+
+
+Picture = TypeVar("Picture")
+
+
+@dataclass(frozen=True)
+class Chunk(Generic[Picture]):
+    """One clip for the encoder. The last ``new`` of its frames are this chunk's; those before, an earlier one's.
+
+    frames:  the clip
+    first:   number of the first new picture in the video
+    new:     frames that no chunk before had, repetitions included; a multiple of the tubelet
+    real:    how many of these are pictures of the video; the others repeat the last one
+    """
+
+    frames: list[Picture]
+    first: int
+    new: int
+    real: int
+
+
+def cut_chunks(pictures: Iterable[Picture], *, chunk: int, tubelet: int) -> Iterator[Chunk[Picture]]:
+    """Chunks of ``chunk`` pictures, one after the other; at most two are in memory.
+
+    What is left at the end goes into one more, which begins so much earlier that it is whole, too: its tokens have
+    as much to look back on as all others; those of the repeated pictures are not its new ones. Where the number of
+    pictures is no multiple of the tubelet, the last picture is repeated to complete its token. A video shorter than
+    a chunk is one clip of its own length.
+    """
+    assert chunk % tubelet == 0, f"chunks of {chunk} frames do not divide into tubelets of {tubelet}"
+    before, now, first = list[Picture](), list[Picture](), 0
+    for picture in pictures:
+        now.append(picture)
+        if len(now) == chunk:
+            yield Chunk(now, first, chunk, chunk)
+            before, now, first = now, [], first + chunk
+    if now:
+        real = len(now)
+        now += now[-1:] * (-real % tubelet)
+        seen = before[len(now) :]  # empty where nothing came before
+        yield Chunk([*seen, *now], first, len(now), real)
+
+
+def pictures_of(given: Any) -> npt.NDArray[np.uint8]:
+    """uint8 RGB [B, H, W, 3] of the same, of one [H, W, 3], or of an image file. Raises UserError for anything else."""
+    if isinstance(given, str | Path):
+        return _of_image_file(Path(given))
+    array = rgb_array(given, where="encode", fix="uint8 RGB [B, H, W, 3], or [H, W, 3] for one")
+    return np.ascontiguousarray(array if array.ndim == 4 else array[None])
+
+
+def _of_image_file(path: Path) -> npt.NDArray[np.uint8]:
+    if not path.is_file():
+        raise UserError("no such file", where=path, fix="give an image")
+    try:
+        picture = decode_image(path)
+    except DecodeError as error:
+        raise UserError(str(error), where=path, fix="give a whole image file") from None
+    if picture is None:
+        raise UserError("a video, not an image", where=path, fix="give one picture of it")
+    return picture[None]

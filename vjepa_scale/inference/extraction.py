@@ -29,20 +29,17 @@ from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.data.clips import ClipRef
-from vjepa_scale.data.labels import metadata_of
 from vjepa_scale.data.loader import Prefetched, past_lost_clips
-from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, metadata_of
 from vjepa_scale.data.substitution import Known
 from vjepa_scale.data.watchdog import DecodeStatus
-from vjepa_scale.inference.chunks import Chunk, cut
-from vjepa_scale.inference.clips import cropped
+from vjepa_scale.inference.clips import Chunk, cropped, cut_chunks
 from vjepa_scale.inference.model import Model
 from vjepa_scale.shards.probe import probe_sources
 from vjepa_scale.shards.records import Rejected
 from vjepa_scale.shards.sources import folder_source, list_sources
 from vjepa_scale.shards.work import Settings as ShardSettings
-from vjepa_scale.video.container import DecodeError
-from vjepa_scale.video.media import Media
+from vjepa_scale.video.container import DecodeError, Media
 from vjepa_scale.video.stream import picture_count, stream_pictures
 
 SETTINGS = "extract.json"
@@ -297,7 +294,7 @@ def _jsonl(rows: Any) -> str:
 
 def _jobs(video: _Video, model: Model, settings: Settings) -> Iterator[_Job]:
     pictures = picture_count(video.duration_s, model.config.fps)
-    chunks = list(cut(range(pictures), chunk=settings.chunk, tubelet=model.config.model.tubelet))
+    chunks = list(cut_chunks(range(pictures), chunk=settings.chunk, tubelet=model.config.model.tubelet))
     for i in range(0, len(chunks), settings.batch):
         yield _Job(video, chunks[i : i + settings.batch])
 

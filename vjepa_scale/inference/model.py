@@ -9,18 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.formats.open import open_weights
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
+from vjepa_scale.checkpoint.formats import open_weights
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, future_mask_token, trained_mask_token
 from vjepa_scale.checkpoint.load import network_of
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.inference.chunks import Chunk, cut
-from vjepa_scale.inference.clips import Size, clip_of_array, clip_of_file, cropped_pictures
-from vjepa_scale.inference.device import usable_device
-from vjepa_scale.inference.mask_tokens import future_mask_token, trained_mask_token
+from vjepa_scale.inference.clips import Chunk, Size, clip_of_array, clip_of_file, cropped_pictures, cut_chunks
 from vjepa_scale.inference.surprise import Surprise, surprise
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.pixels import PixelNormaliser
-from vjepa_scale.model.rope import Grid
+from vjepa_scale.model.encoder import PixelNormaliser
+from vjepa_scale.model.positions import Grid
 from vjepa_scale.recipe.schema import ModelConfig
 
 
@@ -167,7 +164,7 @@ class Model:
         tubelet = self.config.model.tubelet
         if chunk < 1 or chunk % tubelet:
             raise UserError(f"chunks of {chunk} frames", where="encode", fix=f"a multiple of {tubelet} (the tubelet)")
-        for part in cut(self.pictures(video, fps=fps, size=size, start=start), chunk=chunk, tubelet=tubelet):
+        for part in cut_chunks(self.pictures(video, fps=fps, size=size, start=start), chunk=chunk, tubelet=tubelet):
             clip = self.joined(part.frames)
             yield self._features(clip, part, layers=layers, fps=fps, start_s=start)
 
@@ -342,3 +339,17 @@ def _normalised(clip: Tensor) -> Tensor:
             fix="normalised clips [B, 3, T, H, W] (preprocess)",
         )
     return clip
+
+
+def usable_device(asked: str | torch.device | None) -> torch.device:
+    """The device asked for; None: a GPU where there is one. Raises UserError where it is not there."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"{str(asked)!r} is no device", where="device", fix="cpu, cuda, or cuda:1") from None
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UserError(f"{device}: {found} GPUs found", where="device", fix="cpu, or a GPU that PyTorch sees")
+    return device

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vjepa_scale.checkpoint.formats.source import future_mask_token
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.inference.clips import Size
-from vjepa_scale.inference.mask_tokens import future_mask_token
 
 if TYPE_CHECKING:
     from vjepa_scale.inference.model import Model

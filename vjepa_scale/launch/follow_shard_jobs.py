@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.growing_file import GrowingFile
+from vjepa_scale.core.files import GrowingFile
 from vjepa_scale.data.manifest import MANIFEST
 from vjepa_scale.launch.shard_worker import STEPS
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable, is_alive, run_slurm

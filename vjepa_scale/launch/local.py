@@ -15,15 +15,13 @@ from types import FrameType
 import submitit
 
 from vjepa_scale.core.errors import PassingError, UserError
-from vjepa_scale.core.files import keep_reserve
-from vjepa_scale.core.growing_file import GrowingFile
-from vjepa_scale.core.process_tree import kill_processes, process_tree
+from vjepa_scale.core.files import GrowingFile, keep_reserve
+from vjepa_scale.core.worker_pool import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.retry_policy import Verdict, end_of_attempt
 from vjepa_scale.launch.worker import run_launched
-from vjepa_scale.monitor.follow import show_lines
+from vjepa_scale.monitor.follow import LiveLines, show_lines
 from vjepa_scale.monitor.jobs import this_process
-from vjepa_scale.monitor.live import LiveLines
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from vjepa_scale.checkpoint.manifest import set_aside
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.clips import DUMPED, dump_order
+from vjepa_scale.data.clips import DUMPED, dump_order, short_videos
 from vjepa_scale.data.manifest import MANIFEST, Manifest
-from vjepa_scale.data.short_videos import short_videos
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
 from vjepa_scale.model import flops

@@ -24,11 +24,9 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.file_lock import file_lock
-from vjepa_scale.core.files import read_json, write_json
+from vjepa_scale.core.files import file_lock, read_json, write_json
 from vjepa_scale.launch.follow_shard_jobs import Job, follow
 from vjepa_scale.launch.profile import load_profile
-from vjepa_scale.launch.profile_job import without_gpus
 from vjepa_scale.launch.sbatch import (
     SEE_SLURM,
     ScriptExecutor,
@@ -40,11 +38,12 @@ from vjepa_scale.launch.sbatch import (
     refuse_short,
     said_by_sbatch,
     undisturbed,
+    without_gpus,
 )
 from vjepa_scale.launch.shard_worker import STEPS, run_share
 from vjepa_scale.launch.snapshot import code_folder, snapshot_code
 from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
-from vjepa_scale.shards.summary import Summary, summarize
+from vjepa_scale.shards.make import Summary, summarize
 from vjepa_scale.shards.work import JOBS, Part, Progress, Settings, Work, begin
 
 _ARRAYS = ("probe", "write")

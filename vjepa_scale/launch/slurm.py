@@ -14,7 +14,6 @@ from submitit.core.utils import FailedJobError
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import keep_reserve, write_atomic
 from vjepa_scale.launch.profile import Profile, load_profile
-from vjepa_scale.launch.profile_job import python_command, srun_arguments
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.sbatch import (
     SEE_SLURM,
@@ -24,9 +23,11 @@ from vjepa_scale.launch.sbatch import (
     jobs_of,
     need_sbatch,
     objection,
+    python_command,
     refuse_pattern,
     refuse_short,
     said_by_sbatch,
+    srun_arguments,
     undisturbed,
 )
 from vjepa_scale.launch.worker import run_launched

@@ -22,8 +22,7 @@ from typing import Any
 
 import vjepa_scale
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import writing
-from vjepa_scale.core.folders import publish_dir, remove_dir
+from vjepa_scale.core.files import publish_dir, remove_dir, writing
 
 GIT_TIMEOUT_S = 10.0
 PATCH_LIMIT = 16 * 2**20  # bytes

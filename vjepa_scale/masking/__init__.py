@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from vjepa_scale.core.lazy import lazy_names
-from vjepa_scale.masking.draw import check_masks, drawn_masks
+from vjepa_scale.core import lazy_names
+from vjepa_scale.masking.generator import check_masks, drawn_masks
 
 if TYPE_CHECKING:
     from vjepa_scale.masking.pairs import MaskPair, draw_masks

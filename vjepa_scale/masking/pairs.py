@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.masking.draw import drawn_masks
-from vjepa_scale.masking.generator import Grid, Mask
+from vjepa_scale.masking.generator import Grid, Mask, drawn_masks
 from vjepa_scale.recipe.mask_sections import MasksConfig
 
 

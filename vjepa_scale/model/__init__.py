@@ -7,20 +7,19 @@ K tokens kept, M tokens predicted, D width, h heads, d channels of a head.
 
 from typing import TYPE_CHECKING
 
-from vjepa_scale.core.lazy import lazy_names
+from vjepa_scale.core import lazy_names
 
 if TYPE_CHECKING:
-    from vjepa_scale.model.action_predictor import ActionPredictor
     from vjepa_scale.model.encoder import Encoder
     from vjepa_scale.model.init import initial_value, initialise
-    from vjepa_scale.model.predictor import Predictor
+    from vjepa_scale.model.predictor import ActionPredictor, Predictor
     from vjepa_scale.model.probe import AttentiveProbe
 
 __all__ = ["ActionPredictor", "AttentiveProbe", "Encoder", "Predictor", "initial_value", "initialise"]
 __getattr__ = lazy_names(
     __name__,
     {
-        "ActionPredictor": "vjepa_scale.model.action_predictor",
+        "ActionPredictor": "vjepa_scale.model.predictor",
         "Encoder": "vjepa_scale.model.encoder",
         "initial_value": "vjepa_scale.model.init",
         "initialise": "vjepa_scale.model.init",

@@ -6,14 +6,14 @@ The context encoder, its EMA copy (the target encoder) and the encoder that user
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block, LayerNorm
-from vjepa_scale.model.positions import Positions
-from vjepa_scale.model.rope import Grid
+from vjepa_scale.model.positions import Grid, Positions
 from vjepa_scale.recipe.schema import CHANNELS, ModelConfig
 
 
@@ -121,3 +121,23 @@ def pooled(tokens_BND: Tensor, times: int) -> Tensor:
     """Tokens of so many time steps, averaged over space: [B, times · D]."""
     B, _, D = tokens_BND.shape
     return tokens_BND.view(B, times, -1, D).mean(2).flatten(1)
+
+
+class PixelNormaliser:
+    """Normalises pictures and clips: (pixel / 255 − mean) / std, channel by channel.
+
+    To the same bits in training, inference, evaluation and planning.
+
+    mean, std: of the three channels, of pixels in 0 … 1
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._mean, self._std = (torch.tensor(list(value), dtype=torch.float32, device=device) for value in (mean, std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, …] in any memory layout → float32 [B, 3, …] on the normaliser's device, a tensor of its own."""
+        per_channel = (3, *(1 for _ in pixels.shape[2:]))
+        # Moved as bytes, then in place: a micro-batch in float32 is gigabytes.
+        values = pixels.to(self._device).to(torch.float32, copy=True).div_(255.0)
+        return values.sub_(self._mean.view(per_channel)).div_(self._std.view(per_channel))

@@ -1,16 +1,163 @@
 """Where a token is: what encoder and predictor do about it, by the recipe's ``model.positions``.
 
-rope:   queries and keys are rotated (rope.py)
+rope:   queries and keys are rotated, in three axes: time, height, width (V-JEPA 2 paper, section 2.1)
 sincos: a fixed sine-cosine table is added to the tokens (V-JEPA 1, I-JEPA). The table belongs to one geometry, that of
         the pretraining; a clip of another size takes it interpolated.
+
+RoPE: a head's d channels are cut into three axis groups of a = 2·((d//3)//2) channels and a rest that is
+not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') becomes
+(x·cos − x'·sin, x'·cos + x·sin), each of the two with its own angle from the table:
+
+    tiled        θ0 … θ(a/2−1), θ0 … θ(a/2−1)    every released V-JEPA 2 weight; the two angles of a pair differ
+    interleaved  θ0, θ0, θ1, θ1, …               a true rotation; V-JEPA 2.1
+
+with θk = p · 10000^(−k/(a/2)) for a token at position p of the axis: its place in the grid, an integer, unless
+positions are rescaled to the grid of the pretraining.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vjepa_scale.model.rope import BASE, Grid, RopeTables, rescale_to, rope_tables
 from vjepa_scale.recipe.schema import ModelConfig
+
+BASE = 10000.0
+
+Grid = tuple[int, int, int]
+Scale = tuple[float, float, float]
+UNSCALED: Scale = (1.0, 1.0, 1.0)
+Layout = Literal["tiled", "interleaved"]
+
+
+class RopeTables:
+    """What rotates the queries and keys of all blocks in one forward: float32, [K, d] or [B, K, d].
+
+    cos:         1 in channels that are not rotated
+    signed_sin:  what the other channel of the pair is multiplied by: −sin in even channels, +sin in odd
+                 ones, 0 in channels that are not rotated
+
+    A plain class, on purpose: FSDP2 casts every floating-point tensor that it finds in a module's arguments,
+    also inside tuples, dictionaries and dataclasses, and cos and sin rounded to bfloat16 tell neighbouring
+    positions apart only in the highest frequencies.
+    """
+
+    def __init__(self, cos: Tensor, signed_sin: Tensor) -> None:
+        self.cos, self.signed_sin = cos, signed_sin
+
+
+def rope_tables(
+    index: Tensor | None,
+    *,
+    grid: Grid,
+    head_dim: int,
+    layout: Layout,
+    device: torch.device | None = None,
+    scale: Scale = UNSCALED,
+) -> RopeTables:
+    """The tables for the tokens that are present, computed once per forward.
+
+    index:   token numbers n = τ·h·w + y·w + x, int64 [K] or [B, K]; None: all t·h·w in order
+    grid:    (t, h, w) in tokens
+    device:  where to build them if ``index`` is None
+    scale:   a token's position on each axis is its place times this
+    """
+    index, places = token_places(index, grid, device)
+    channels = axis_channels(head_dim)
+    cos, signed_sin = [], []
+    for place, length, factor in zip(places, grid, scale, strict=True):
+        axis_cos, axis_signed_sin = _axis_tables(length, factor, channels, layout, index.device)
+        cos.append(axis_cos[place])
+        signed_sin.append(axis_signed_sin[place])
+    rest = index.new_zeros((), dtype=torch.float32).expand(*index.shape, head_dim - 3 * channels)
+    return RopeTables(torch.cat([*cos, rest + 1], dim=-1), torch.cat([*signed_sin, rest], dim=-1))
+
+
+def time_tables(steps: int, *, tokens: int, head_dim: int, layout: Layout, device: torch.device) -> RopeTables:
+    """For tokens that have a time and no place, such as a robot's action: only the time group is rotated.
+
+    tokens: so many in a row have the same time; the tables are [steps · tokens, d]
+    """
+    channels = axis_channels(head_dim)
+    both = _axis_tables(steps, 1.0, channels, layout, device)
+    cos, signed_sin = (table.repeat_interleave(tokens, dim=0) for table in both)
+    rest = cos.new_zeros(len(cos), head_dim - channels)
+    return RopeTables(torch.cat([cos, rest + 1], dim=-1), torch.cat([signed_sin, rest], dim=-1))
+
+
+def rescale_to(pretraining: tuple[int, int] | None, grid: Grid) -> Scale:
+    """The ``scale`` that spreads any grid's rows and columns over those of the pretraining grid (V-JEPA 2.1).
+
+    Row y of h becomes y·(h₀−1)/(h−1), so first and last rows stay first and last. None: nothing is rescaled.
+    """
+    if pretraining is None:
+        return UNSCALED
+    height, width = ((of - 1) / max(here - 1, 1) for of, here in zip(pretraining, grid[1:], strict=True))
+    return 1.0, height, width
+
+
+def token_places(
+    index: Tensor | None, grid: Grid, device: torch.device | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Token numbers (all of them for None) and their (τ, y, x), each in the shape of ``index``."""
+    _, height, width = grid
+    if index is None:
+        index = torch.arange(grid[0] * height * width, device=device)
+    rows = index // width
+    return index, (rows // height, rows % height, index - rows * width)
+
+
+def axis_channels(head_dim: int) -> int:
+    """a: how many channels of a head one axis rotates."""
+    return 2 * ((head_dim // 3) // 2)
+
+
+_kept: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _axis_tables(
+    length: int, scale: float, channels: int, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of every place of one axis, [length, a]. Kept: small, and the same in every step.
+
+    (To compute them takes blocking copies to a GPU, 15 in the loss of a micro-batch.)
+    """
+    key = (length, scale, channels, layout, device)
+    if key in _kept:
+        return _kept[key]
+    with torch.inference_mode(False):  # else nobody could train with them
+        made = _compute_axis_tables(length, scale, channels, layout, device)
+    if type(made[0]) is Tensor:  # no stand-in, of whoever counts FLOPs or traces
+        _kept[key] = made
+    return made
+
+
+def _compute_axis_tables(
+    length: int, scale: float, channels: int, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
+    the rounding of the result does.
+    """
+    frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
+    positions = torch.arange(length, dtype=torch.float64, device=device) * scale
+    angles = positions[:, None] * frequencies
+    angles = angles.repeat(1, 2) if layout == "tiled" else angles.repeat_interleave(2, dim=1)
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=device).repeat(channels // 2)
+    return angles.cos().float(), (angles.sin() * sign).float()
+
+
+def rotate(x_BhKd: Tensor, tables: RopeTables) -> Tensor:
+    """Queries or keys, rotated: computed in float32 whatever their type, and returned in it."""
+    cos, signed_sin = tables.cos, tables.signed_sin
+    if cos.ndim == 3:
+        cos, signed_sin = cos[:, None], signed_sin[:, None]
+    x = x_BhKd.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, signed_sin).to(x_BhKd.dtype)
+
+
+# -- either kind of positions ----------------------------------------------------------------------
 
 
 class Positions:

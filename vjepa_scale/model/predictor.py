@@ -1,12 +1,15 @@
-"""The pretraining predictor: from context tokens to the tokens at other places (V-JEPA 2 paper, section 2.1)."""
+"""The predictors: of pretraining, context tokens → tokens elsewhere; V-JEPA 2-AC's, frames and actions → next frame.
+
+V-JEPA 2 paper, sections 2.1 and 3.1. Letters beside the package's: K time steps, c condition tokens of a step.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Block, LayerNorm
-from vjepa_scale.model.positions import Positions
-from vjepa_scale.model.rope import Grid
-from vjepa_scale.recipe.schema import ModelConfig
+from vjepa_scale.model.positions import Grid, Positions, RopeTables, rope_tables, time_tables
+from vjepa_scale.recipe.schema import ActionPredictorConfig, ModelConfig
 
 
 class Predictor(nn.Module):
@@ -48,3 +51,115 @@ class Predictor(nn.Module):
             x = block(x, tables)
         predicted_BMP = x[:, context_BK.shape[1] :]
         return self.predictor_proj(self.predictor_norm(predicted_BMP).to(self.predictor_proj.weight.dtype))
+
+
+# -- the action-conditioned predictor --------------------------------------------------------------
+
+
+POSE = 7  # end-effector position (3), Euler angles (3), gripper (1); an action is a difference of these
+CAMERA = 6  # camera position (3), Euler angles (3)
+
+
+class ActionPredictor(nn.Module):
+    """A ViT over [action, state, (extrinsics), h·w patches] of every step, causal from step to step.
+
+    All tokens of a step see each other and all earlier steps. Patch tokens are rotated by step and by place,
+    rescaled to the pretraining grid (y·g/h, x·g/w); condition tokens by step only.
+    """
+
+    masked_attention = True
+
+    def __init__(self, config: ActionPredictorConfig, *, encoder_width: int) -> None:
+        super().__init__()
+        self.extrinsics, self.grid = config.extrinsics, config.grid
+        self.head_dim = config.width // config.heads
+        self.rope_layout = config.layout
+        self.predictor_embed = nn.Linear(encoder_width, config.width)
+        self.action_encoder = nn.Linear(POSE, config.width)
+        self.state_encoder = nn.Linear(POSE, config.width)
+        # There even where it is not used, as in the published weights: they load and are written name by name.
+        self.extrinsics_encoder = nn.Linear(CAMERA, config.width)
+        # Without a gradient it must not be decayed away either.
+        self.extrinsics_encoder.requires_grad_(config.extrinsics)
+        self.predictor_blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
+        )
+        self.predictor_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.predictor_proj = nn.Linear(config.width, encoder_width)
+
+    def forward(
+        self,
+        tokens_BND: Tensor,
+        actions_BK7: Tensor,
+        states_BK7: Tensor,
+        extrinsics_BK6: Tensor | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Predicted encoder tokens of the frame after each step, [B, K·h·w, D].
+
+        tokens_BND:      encoder tokens of K frames, N = K·h·w
+        actions_BK7:     what leads from each frame to the next: of position (metres), Euler angles (radians), gripper
+        states_BK7:      where the arm is at each frame: the same, absolute
+        extrinsics_BK6:  the camera's pose; exactly where the config says ``extrinsics``
+        grid:            (h, w) of a frame in tokens; None: the pretraining grid
+
+        The published code normalises this result once more, without parameters: that is the objective's.
+        Raises UserError where these do not fit together.
+        """
+        height, width = grid or self.grid
+        steps = actions_BK7.shape[1]
+        if tokens_BND.shape[1] != steps * height * width:
+            raise UserError(
+                f"{tokens_BND.shape[1]} tokens are not {steps} steps of {height}×{width}",
+                where="action predictor",
+                fix="one action per frame, and grid=(h, w) where it is not the pretraining grid",
+            )
+        conditions = [self.action_encoder(actions_BK7), self.state_encoder(states_BK7)]
+        if (extrinsics_BK6 is not None) != self.extrinsics:
+            raise UserError(
+                f"extrinsics {'given' if extrinsics_BK6 is not None else 'missing'}",
+                where="action predictor",
+                fix=f"this one has extrinsics: {str(self.extrinsics).lower()}",
+            )
+        if extrinsics_BK6 is not None:
+            conditions.append(self.extrinsics_encoder(extrinsics_BK6))
+
+        tokens_BND = tokens_BND.to(self.predictor_embed.weight.dtype)  # an encoder's are float32
+        patches = self.predictor_embed(tokens_BND).unflatten(1, (steps, height * width))
+        x = torch.cat([torch.stack(conditions, dim=2), patches], dim=2).flatten(1, 2)
+        tables = self._tables(steps, height, width, conditions=len(conditions), device=x.device)
+        step_of_token = torch.arange(steps, device=x.device).repeat_interleave(x.shape[1] // steps)
+        allowed_KK = step_of_token[:, None] >= step_of_token
+        for block in self.predictor_blocks:
+            x = block(x, tables, allowed_KK)
+        patches = x.unflatten(1, (steps, -1))[:, :, len(conditions) :].flatten(1, 2)
+        return self.predictor_proj(self.predictor_norm(patches))
+
+    def _tables(self, steps: int, height: int, width: int, *, conditions: int, device: torch.device) -> RopeTables:
+        """Rotations of the whole sequence: of each step, its condition tokens, then its patches."""
+        of_patches = rope_tables(
+            None,
+            grid=(steps, height, width),
+            head_dim=self.head_dim,
+            layout=self.rope_layout,
+            device=device,
+            scale=(1.0, self.grid[0] / height, self.grid[1] / width),
+        )
+        of_conditions = time_tables(
+            steps, tokens=conditions, head_dim=self.head_dim, layout=self.rope_layout, device=device
+        )
+        return RopeTables(
+            _per_step(steps, of_conditions.cos, of_patches.cos),
+            _per_step(steps, of_conditions.signed_sin, of_patches.signed_sin),
+        )
+
+
+def build_action_predictor(config: ModelConfig) -> ActionPredictor:
+    """The action-conditioned predictor of a model, for its encoder's tokens."""
+    return ActionPredictor(config.action_predictor, encoder_width=config.encoder.width)
+
+
+def _per_step(steps: int, first: Tensor, then: Tensor) -> Tensor:
+    """Two sequences of the same steps as one: of each step, its part of the first, then of the other."""
+    return torch.cat([first.unflatten(0, (steps, -1)), then.unflatten(0, (steps, -1))], dim=1).flatten(0, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.process_tree import end_processes, process_tree
+from vjepa_scale.core.worker_pool import end_processes, process_tree
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import StageStatus

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState
 from vjepa_scale.monitor.stage_files import StageFiles, is_over
-from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, StageStatus
-from vjepa_scale.monitor.status_text import clock, duration
+from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, StageStatus, clock, duration
 from vjepa_scale.run.events import Attempt
 
 # Without a step for this many usual ones, and this long, a running stage is said to stand still.

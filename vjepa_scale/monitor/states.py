@@ -18,6 +18,7 @@ The states of a stage:
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from vjepa_scale.monitor.jobs import JobState
 
@@ -113,3 +114,18 @@ class RunStatus:
     def alive(self) -> list[str]:
         """The stages that somebody is still at work on, or will be."""
         return [stage.name for stage in self.stages if stage.state in ALIVE]
+
+
+def duration(seconds: float) -> str:
+    """90 s, 2.5 min, 3.0 h, 12 days: at most two digits that matter."""
+    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}" if seconds < 10 * size else f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def clock(when: float, now: float) -> str:
+    """A local time; with its date if it is another day's."""
+    moment = datetime.fromtimestamp(when)
+    same_day = moment.date() == datetime.fromtimestamp(now).date()
+    return moment.strftime("%H:%M:%S" if same_day else "%Y-%m-%d %H:%M")

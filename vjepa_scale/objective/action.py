@@ -10,11 +10,11 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.data.poses import actions_between
-from vjepa_scale.data.trajectory_statistics import merged, trajectory_statistics
+from vjepa_scale.data.trajectories import merged, trajectory_statistics
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
-from vjepa_scale.model.action_predictor import build_action_predictor
+from vjepa_scale.model.predictor import build_action_predictor
 from vjepa_scale.objective.action_stage import ActionStage
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 

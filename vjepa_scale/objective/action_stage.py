@@ -9,7 +9,7 @@ import numpy as np
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
-from vjepa_scale.data.trajectory_clips import long_enough, trajectory_clip
+from vjepa_scale.data.trajectories import long_enough, trajectory_clip
 from vjepa_scale.model import flops
 from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.schema import DataConfig

@@ -24,8 +24,7 @@ from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.eval.effective_rank import FeatureCovariance
-from vjepa_scale.model.encoder import Encoder
-from vjepa_scale.model.pixels import PixelNormaliser
+from vjepa_scale.model.encoder import Encoder, PixelNormaliser
 from vjepa_scale.recipe import Phase, Stage
 
 

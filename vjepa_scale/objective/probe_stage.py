@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.labels import few_labels, label_of, labels_of
-from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.data.manifest import MANIFEST, Manifest, few_labels, label_of, labels_of
 from vjepa_scale.data.order import Ints
 from vjepa_scale.model import flops
 from vjepa_scale.recipe import Phase, Stage

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.formats.open import open_weights
+from vjepa_scale.checkpoint.formats import open_weights
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig
 from vjepa_scale.checkpoint.load import network_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.augment import squashed_crop
 from vjepa_scale.data.poses import states_along
-from vjepa_scale.inference.device import usable_device
+from vjepa_scale.inference.clips import pictures_of
+from vjepa_scale.inference.model import usable_device
 from vjepa_scale.model import Encoder
-from vjepa_scale.model.action_predictor import CAMERA, POSE, ActionPredictor, build_action_predictor
-from vjepa_scale.model.pixels import PixelNormaliser
+from vjepa_scale.model.encoder import PixelNormaliser
+from vjepa_scale.model.predictor import CAMERA, POSE, ActionPredictor, build_action_predictor
 from vjepa_scale.objective.action import frame_tokens
 from vjepa_scale.objective.objective import normalised
 from vjepa_scale.planning.cem import Imagine, Imagined, Plan, PlanConfig, cross_entropy_plan
 from vjepa_scale.planning.landscape import AXES, Landscape, energy_landscape
-from vjepa_scale.planning.pictures import pictures_of
 from vjepa_scale.recipe.schema import ModelConfig
 
 # Width over height of what the published training sees of a picture (docs/action.md).

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.file_lock import file_lock
+from vjepa_scale.core.files import file_lock
 
 # The ranks of a run that was just killed may take a moment to be gone.
 PATIENCE_S = 10.0

@@ -14,12 +14,10 @@ from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard
 from vjepa_scale.data.trajectories import MEMBERS, read_trajectory
 from vjepa_scale.shards.index import SILENCE_S
 from vjepa_scale.shards.plan import FACTS
-from vjepa_scale.shards.sums import sha256_beating
-from vjepa_scale.shards.tars import list_tar
+from vjepa_scale.shards.tars import list_tar, sha256_beating
 from vjepa_scale.shards.work import Progress
-from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.container import DecodeError, FileSlice, Media
 from vjepa_scale.video.inspect import decode_whole
-from vjepa_scale.video.media import FileSlice, Media
 
 _COLUMNS = frozenset(
     [

@@ -17,12 +17,10 @@ from av.video.stream import VideoStream
 
 from vjepa_scale.core.worker_pool import beat
 from vjepa_scale.shards.transcode import Transcode, clock, digest_of, facts_of, middles
-from vjepa_scale.video.container import DecodeError, ffmpeg_errors, open_video
+from vjepa_scale.video.container import DecodeError, Media, ffmpeg_errors, open_video
 from vjepa_scale.video.decode import decoding_from, on_screen, pts_of, ticks_of, time_base, timed_frames
 from vjepa_scale.video.display import UPRIGHT, Orientation, orientation_of
-from vjepa_scale.video.inspect import decode_whole, picture_digest
-from vjepa_scale.video.media import Media
-from vjepa_scale.video.soundness import frames_stamped_anew
+from vjepa_scale.video.inspect import decode_whole, frames_stamped_anew, picture_digest
 
 REASON = "cannot be transcoded"
 KEYFRAME_EVERY = 30

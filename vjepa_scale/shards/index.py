@@ -18,14 +18,12 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, read_json, write_atomic
 from vjepa_scale.core.worker_pool import Silent, map_in_workers
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
+from vjepa_scale.shards.make import Summary, summarize
 from vjepa_scale.shards.records import Rejected
-from vjepa_scale.shards.summary import Summary, summarize
-from vjepa_scale.shards.sums import sha256_beating
-from vjepa_scale.shards.tars import Member, Sample, list_tar
+from vjepa_scale.shards.tars import Member, Sample, list_tar, sha256_beating
 from vjepa_scale.shards.work import Progress
-from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.container import DecodeError, FileSlice, open_media
 from vjepa_scale.video.inspect import VideoFacts, decode_whole
-from vjepa_scale.video.media import FileSlice, open_media
 
 SILENCE_S = 600.0  # a decoder that gives no new frame for so long hangs; storage may be slow
 _LONGEST_TEXT = 2**26  # bytes of a member that is not a video: held whole

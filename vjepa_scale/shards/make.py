@@ -1,26 +1,98 @@
 """Videos and images -> WebDataset shards with a manifest. Steps, so that each can be scaled alone and continued:
 
     begin   (one process)  the sources are listed                                                         work.py
-    probe   (any number)   every file is decoded whole: facts, or a reason to reject it; long ones are cut  probing.py
-    plan    (one process)  duplicates are rejected; records are shuffled by the seed and dealt to shards    planning.py
-    write   (any number)   each shard under a temporary name, then renamed                                 writing.py
-    finish  (one process)  columns, rejected.jsonl, the manifest last                                      writing.py
+    probe   (any number)   every file is decoded whole: facts, or a reason to reject it; long ones are cut  probe.py
+    plan    (one process)  duplicates are rejected; records are shuffled by the seed and dealt to shards    plan.py
+    write   (any number)   each shard under a temporary name, then renamed                                 write.py
+    finish  (one process)  columns, rejected.jsonl, the manifest last                                      write.py
 
 What is done is never done again, so a run that was killed goes on, and the finished bytes do not depend on processes,
 jobs, kills or repetitions. One bad file never stops the run and is never dropped silently: it goes to rejected.jsonl.
 """
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.manifest import MANIFEST
+from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.data.clips import repeats_last
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.shards.plan import plan
 from vjepa_scale.shards.probe import probe
-from vjepa_scale.shards.summary import Summary, summarize
 from vjepa_scale.shards.work import Part, Progress, Settings, Work, begin, tidy
 from vjepa_scale.shards.write import finish, write
 
 __all__ = ["Part", "Progress", "Settings", "Work", "begin", "finish", "make_shards", "plan", "probe", "write"]
+
+CLIP_FRAMES, FPS = (16, 64), 4.0  # the paper's clips: of pretraining, of cooldown
+_BLOCK = 2**20  # records
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was made. existed: the finished data set was there already, and nothing was done.
+
+    resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
+    reason. The most frequent come first.
+    trajectories: of robots: statistics of states and actions (data/trajectories.py)
+    classes, unlabelled: classes, and clips of none
+    seconds: shortest, median and longest video (images are none); short: how many are shorter than a clip of so many
+             frames at FPS, which would repeat their last picture
+    """
+
+    clips: int
+    shards: int
+    hours: float
+    bytes: int
+    resolutions: dict[tuple[int, int], int]
+    rates: dict[float, int]
+    rejected: dict[str, int]
+    trajectories: dict[str, Any] | None = None
+    existed: bool = False
+    seconds: tuple[float, float, float] | None = None
+    short: dict[int, int] = field(default_factory=dict)
+    classes: int = 0
+    unlabelled: int = 0
+
+
+def summarize(out: Path, existed: bool = False) -> Summary:
+    """Raises UserError where ``out`` is no finished folder of shards."""
+    manifest = Manifest.open(out)
+    width, height, rate = (manifest.column(name) for name in ("width", "height", "fps"))
+    duration = manifest.column("duration")
+    lasting = np.asarray(duration[duration > 0])
+    blocks = [slice(i, i + _BLOCK) for i in range(0, manifest.records, _BLOCK)]
+    # width and height as one number: a column of pairs would be sorted far more slowly
+    sizes = (width[block].astype(np.int64) << 32 | height[block] for block in blocks)
+    return Summary(
+        clips=manifest.records,
+        shards=len(manifest.shards),
+        hours=float(duration.sum()) / 3600,
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        resolutions={(size >> 32, size & 0xFFFFFFFF): n for size, n in _frequent(sizes).items()},
+        rates=_frequent(np.round(rate[block], 2) for block in blocks),
+        rejected=dict(Counter(row["reason"] for row in read_jsonl(out / REJECTED)).most_common()),
+        trajectories=manifest.trajectories,
+        existed=existed,
+        seconds=(float(lasting.min()), float(np.median(lasting)), float(lasting.max())) if len(lasting) else None,
+        classes=len(manifest.classes),
+        unlabelled=int((manifest.column("label") < 0).sum()),
+        short={n: int(repeats_last(manifest, frames=n, fps=FPS, sampling="time").sum()) for n in CLIP_FRAMES},
+    )
+
+
+def _frequent(values: Iterable[np.ndarray]) -> dict:
+    """How often each value occurs in some blocks, the most frequent first."""
+    counts = Counter[float]()
+    for block in values:
+        found, times = np.unique(block, return_counts=True)
+        counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, progress: Progress) -> Summary:
@@ -38,9 +110,9 @@ def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, pr
         probe(work, everything, workers=workers, progress=progress)
         plan(work)
         write(work, everything, workers=workers, progress=progress)
-        return finish(work)
+        finish(work)
     except (UserError, FileNotFoundError):
         if not (out / MANIFEST).exists():
             raise
         tidy(out)  # another process has finished it meanwhile, and removed the work
-        return summarize(out)
+    return summarize(out)

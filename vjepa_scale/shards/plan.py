@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_path, read_json, temporary_beside, write_json, writing
-from vjepa_scale.core.folders import publish_first
+from vjepa_scale.core.files import fsync_path, publish_first, read_json, temporary_beside, write_json, writing
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import REJECTED
 from vjepa_scale.shards.probe import probed

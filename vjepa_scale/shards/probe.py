@@ -21,11 +21,10 @@ from pathlib import Path
 from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
 from vjepa_scale.core.worker_pool import Crashed, Silent, map_in_workers
 from vjepa_scale.data.substitution import CRASH, TIME_LIMIT
-from vjepa_scale.shards.cut import Cut, checked_cut, plan_cuts
-from vjepa_scale.shards.records import Record, Rejected, Verdict, verdict_tree
-from vjepa_scale.shards.relist import stamp_of
+from vjepa_scale.shards.records import Record, Rejected, Verdict, stamp_of, verdict_tree
+from vjepa_scale.shards.remux import Cut, checked_cut, plan_cuts
 from vjepa_scale.shards.sources import Source
-from vjepa_scale.shards.sums import sha256_beating
+from vjepa_scale.shards.tars import sha256_beating
 from vjepa_scale.shards.trajectories import probe_trajectory
 from vjepa_scale.shards.transcode import digest_of_part, facts_of, plan_transcodes, typical_bytes
 from vjepa_scale.shards.work import Part, Progress, Settings, Work, publish

@@ -1,9 +1,24 @@
-"""What becomes of a source: records, or why not; as objects, and as what is written down of them."""
+"""What becomes of a source: records, or why not; as objects, as what is written down of them, and as found again.
 
+What an unfinished data set knows of its sources holds for a new listing of them too, where some may be gone, new, or
+changed. A verdict is carried over to the source that is listed by the same words (path, label, part, metadata) and
+whose files have the sizes and times of change that they had before they were decoded.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
-from vjepa_scale.shards.cut import Cut
+import numpy as np
+
+from vjepa_scale.shards.droid import LOG, METADATA, VIDEOS
+from vjepa_scale.shards.remux import Cut
+from vjepa_scale.shards.sources import Source
 from vjepa_scale.shards.trajectories import Trajectory
 from vjepa_scale.shards.transcode import Transcode
 from vjepa_scale.video.inspect import VideoFacts
@@ -48,7 +63,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one source. Several records where it is cut. stamp: of its files (relisting.stamp_of)."""
+    """What became of one source. Several records where it is cut. stamp: of its files (``stamp_of``)."""
 
     records: list[Record]
     rejected: list[Rejected]
@@ -67,3 +82,96 @@ def record_of(tree: dict[str, Any]) -> Record:
     transcode = None if tree["transcode"] is None else Transcode(**tree["transcode"])
     made = {"cut": cut, "trajectory": trajectory, "transcode": transcode}
     return Record(**{**tree, "facts": VideoFacts(**tree["facts"]), **made})
+
+
+# -- found again for a new listing ---------------------------------------------------------------------
+
+_LOOKED_AT_AGAIN = "unreadable"  # a mended permission does not change a file
+
+
+def stamp_of(root: Path, source: Source) -> str:
+    """Sizes and times of change of what a verdict on a source depends on."""
+    if source.trajectory is None:
+        return _stamp(root / source.path)
+    folder = root / source.trajectory
+    names = [*sorted(folder.glob(METADATA)), folder / LOG, *sorted((folder / VIDEOS).glob("*"))]
+    return " ".join(f"{path.name!r} {_stamp(path)}" for path in names)
+
+
+def _stamp(path: Path) -> str:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return "none"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+class KnownVerdicts:
+    """The verdicts of begun work, by the lines of its listing. Held: 8 bytes a source, 20 a verdict.
+
+    folder: OUT/.work, as work.py describes it
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: list[Path] = []
+        listed, known, files, offsets = array("Q"), array("Q"), array("I"), array("Q")
+        for path in sorted((folder / "sources").glob("*.jsonl")):
+            digests = [_digest(line) for line in path.read_bytes().splitlines(keepends=True)]
+            listed.extend(digests)
+            done = folder / "probed" / path.name
+            for part in [done] if done.exists() else sorted(done.parent.glob(f"{path.stem}.*.part")):
+                self._files.append(part)
+                for offset, tree in _verdicts(part):
+                    known.append(digests[tree["n"]])
+                    files.append(len(self._files) - 1)
+                    offsets.append(offset)
+        self._listed = np.sort(np.frombuffer(listed, np.uint64))
+        found = np.frombuffer(known, np.uint64)
+        order = np.argsort(found, kind="stable")
+        self._known = found[order]
+        self._places = np.frombuffer(files, np.uint32)[order], np.frombuffer(offsets, np.uint64)[order]
+        self.kept = self.carried = 0
+
+    @property
+    def sources(self) -> int:
+        """How many were listed."""
+        return len(self._listed)
+
+    def carry(self, root: Path, sources: Sequence[Source], lines: Sequence[str]) -> Iterator[str]:
+        """Verdicts on some sources of the new listing, as lines for probed/. lines: as the sources are written down."""
+        digests = np.array([_digest(line.encode()) for line in lines], np.uint64)
+        self.kept += int(_contains(self._listed, digests).sum())
+        for number in np.flatnonzero(_contains(self._known, digests)).tolist():
+            at = int(np.searchsorted(self._known, digests[number]))
+            file, offset = (int(column[at]) for column in self._places)
+            with open(self._files[file], "rb") as stream:
+                stream.seek(offset)
+                tree = json.loads(stream.readline())
+            if tree["stamp"] == stamp_of(root, sources[number]):
+                self.carried += 1
+                yield json.dumps(tree | {"n": number}) + "\n"
+
+
+def _verdicts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset, verdict) of every whole line that can be carried over."""
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                tree = json.loads(line) if line.endswith(b"\n") else {}
+            except ValueError:  # cut short by a kill
+                tree = {}
+            if tree.get("stamp") and all(row["reason"] != _LOOKED_AT_AGAIN for row in tree["rejected"]):
+                yield offset, tree
+            offset += len(line)
+
+
+def _digest(line: bytes) -> int:
+    return int.from_bytes(blake2b(line, digest_size=8).digest())
+
+
+def _contains(ordered: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which of wanted are in an ordered array."""
+    if not len(ordered):
+        return np.zeros(len(wanted), bool)
+    return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted

@@ -19,9 +19,9 @@ import numpy as np
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.trajectories import MEMBERS, Floats, StateLog, check_clocks, step_s
 from vjepa_scale.shards.droid import LOG, METADATA, VIDEOS, read_log, read_view
-from vjepa_scale.shards.retime import checked_retimed, retimed
+from vjepa_scale.shards.remux import checked_retimed, retimed
 from vjepa_scale.shards.sources import Source, read_list, walk_sources
-from vjepa_scale.shards.sums import sha256_beating
+from vjepa_scale.shards.tars import sha256_beating
 from vjepa_scale.video.container import DecodeError
 from vjepa_scale.video.inspect import Decoded, VideoFacts, decode_whole
 

@@ -2,11 +2,11 @@
 
     OUT/.work/source.json            what was asked for; written last of this and sources/
     OUT/.work/sources/000000.jsonl   the sources in their order, a chunk to a file
-    OUT/.work/probed/000000.jsonl    what became of each of those (probing.py)
-    OUT/.work/plan/                  which record goes where (planning.py)
-    OUT/.work/written/               a receipt per finished shard (writing.py)
+    OUT/.work/probed/000000.jsonl    what became of each of those (probe.py)
+    OUT/.work/plan/                  which record goes where (plan.py)
+    OUT/.work/written/               a receipt per finished shard (write.py)
 
-Where the sources have changed since, they are listed anew, with what is known of those that have not (relisting.py).
+Where the sources have changed since, they are listed anew, with what is known of those that have not (records.py).
 
 Any number of processes may work on it at once, on any machines that see the folder. Nothing is locked: a file
 appears whole under its name or not at all, its bytes do not depend on who wrote it, and the first to write it wins.
@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_path, read_json, write_json, writing
-from vjepa_scale.core.folders import move_dir, publish_first, restore_dir
+from vjepa_scale.core.files import fsync_path, move_dir, publish_first, read_json, restore_dir, write_json, writing
 from vjepa_scale.data.manifest import MANIFEST, REJECTED
 from vjepa_scale.shards.droid import LOG
-from vjepa_scale.shards.relist import Known
+from vjepa_scale.shards.records import KnownVerdicts
 from vjepa_scale.shards.sources import Source, find_sources, folder_source
 from vjepa_scale.shards.trajectories import find_trajectories
 
@@ -53,7 +52,7 @@ class Settings:
 
     shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video
     images:        pictures are records too, as clips that stand still
-    segment_s:     longer videos are cut into clips of up to this many seconds (see cut.py)
+    segment_s:     longer videos are cut into clips of up to this many seconds (see remux.py)
     min_s:         shorter clips are rejected
     decode_timeout_s: a source is rejected when its decoder gives no new frame for so long
     trajectories:  sources are robot trajectories in this layout (trajectories.LAYOUTS); view: of which camera
@@ -289,7 +288,7 @@ def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> 
 
     Raises UserError where fewer than half of the sources are still there: those may be another data set.
     """
-    out, known = work.out, Known(work.folder)
+    out, known = work.out, KnownVerdicts(work.folder)
     temporary = _temporary(out)
     try:
         _write_listing(temporary, listing, videos, settings, made_out=work.made_out, known=known)
@@ -323,7 +322,13 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
 
 
 def _write_listing(
-    folder: Path, listing: _Listing, videos: Path, settings: Settings, *, made_out: bool, known: Known | None = None
+    folder: Path,
+    listing: _Listing,
+    videos: Path,
+    settings: Settings,
+    *,
+    made_out: bool,
+    known: KnownVerdicts | None = None,
 ) -> dict[str, Any]:
     """All sources, what is known of them, and what was asked for, in a new folder. Returns what identifies it."""
     sources = iter(listing)

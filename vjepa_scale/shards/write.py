@@ -28,15 +28,13 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
 from vjepa_scale.core.worker_pool import map_in_workers
 from vjepa_scale.data.manifest import REJECTED, Shard, write_manifest
-from vjepa_scale.data.trajectory_statistics import log_statistics, merged
-from vjepa_scale.shards.cut import copy_cut
+from vjepa_scale.data.trajectories import log_statistics, merged
 from vjepa_scale.shards.droid import LOG
 from vjepa_scale.shards.encode import transcode
 from vjepa_scale.shards.plan import FACTS, Plan, none_usable, planned, used_classes
 from vjepa_scale.shards.records import Record, Rejected
-from vjepa_scale.shards.summary import Summary, summarize
-from vjepa_scale.shards.sums import Sha256
-from vjepa_scale.shards.tars import Member, TarWriter
+from vjepa_scale.shards.remux import copy_cut
+from vjepa_scale.shards.tars import Member, Sha256, TarWriter
 from vjepa_scale.shards.trajectories import members, retimed_video
 from vjepa_scale.shards.transcode import Transcode, digest_of_part
 from vjepa_scale.shards.work import Part, Progress, Work, publish, tidy
@@ -58,7 +56,7 @@ def write(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
         progress("writing", done, len(shards))
 
 
-def finish(work: Work) -> Summary:
+def finish(work: Work) -> None:
     """Columns, rejected.jsonl, then the manifest; what the making needed is removed.
 
     Raises UserError while a shard is missing.
@@ -95,7 +93,6 @@ def finish(work: Work) -> Summary:
         trajectories=written.trajectories,
     )
     tidy(work.out)
-    return summarize(work.out)
 
 
 def keys(records: int) -> npt.NDArray[np.bytes_]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.dcp import CheckpointReader
-from vjepa_scale.checkpoint.formats import published
-from vjepa_scale.checkpoint.formats.open import open_weights
+from vjepa_scale.checkpoint.formats import open_weights, published
 from vjepa_scale.checkpoint.formats.source import Weights, WeightSource
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed.fsdp import fill_shard

@@ -1,10 +1,13 @@
-"""Media files opened by FFmpeg: which are videos, and which stream of one is the film that players show."""
+"""Media files opened by FFmpeg: where their bytes are, which are videos, and which stream is the film players show."""
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
@@ -12,7 +15,55 @@ from av.container.core import Flags
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from vjepa_scale.video.media import Media, open_media
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A stretch of a file, such as a member of a tar. offset, size: in bytes."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+# A long one is read from its file as it is decoded, never held whole.
+Media = bytes | Path | FileSlice
+
+
+def open_media(data: Media) -> BinaryIO:
+    """The bytes of a media file, to be read and sought in. Raises OSError."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    return io.BufferedReader(_SliceReader(data)) if isinstance(data, FileSlice) else open(data, "rb")
+
+
+class _SliceReader(io.RawIOBase):
+    """A file that begins and ends where the slice does."""
+
+    def __init__(self, part: FileSlice) -> None:
+        self._part, self._at = part, 0
+        self._file = open(part.path, "rb", buffering=0)  # noqa: SIM115 (closed with this)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._file.seek(self._part.offset + self._at)
+        found = self._file.readinto(memoryview(buffer)[: max(0, self._part.size - self._at)])
+        self._at += found or 0
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
 
 NOT_A_VIDEO = "not a video"
 _NOT_VIDEO_FORMATS = ("image2", "tty")

@@ -19,10 +19,9 @@ from av.packet import Packet
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.video.container import DECODING_TIMES, NOT_A_VIDEO, DecodeError, ffmpeg_errors, open_video
+from vjepa_scale.video.container import DECODING_TIMES, NOT_A_VIDEO, DecodeError, Media, ffmpeg_errors, open_video
 from vjepa_scale.video.display import SQUARE, orientation_of, pixel_aspect, shown_size
-from vjepa_scale.video.media import Media
-from vjepa_scale.video.stills import still_picture
+from vjepa_scale.video.image_files import still_picture
 
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6

@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from vjepa_scale.video.container import DecodeError
+from vjepa_scale.video.container import DecodeError, Media
 from vjepa_scale.video.decode import decoding_from, pts_of, ticks_of, timed_frames, upright_rgb
 from vjepa_scale.video.display import SQUARE, pixel_aspect
-from vjepa_scale.video.media import Media
-from vjepa_scale.video.soundness import check_declared, end_of_video, sound_frames
-from vjepa_scale.video.stills import still_picture
+from vjepa_scale.video.image_files import still_picture
+from vjepa_scale.video.inspect import check_declared, end_of_video, sound_frames
 
 # Of a picture: a time this close to the end of the video is not in it.
 _COUNT_TOLERANCE = 1e-6

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.video.container import DecodeError, open_video
+from vjepa_scale.video.container import DecodeError, Media, open_media, open_video
 from vjepa_scale.video.decode import decoding_from, frames_by_packet, ticks_of, time_base, timed_frames
 from vjepa_scale.video.display import SQUARE, orientation_of, pixel_aspect
-from vjepa_scale.video.media import Media, open_media
 
 # In other containers (MPEG streams, AVI) its seeks led to other pictures, with the right timestamps.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json
+from vjepa_scale.masking.generator import generator_class
 from vjepa_scale.model import Encoder, Predictor
-from vjepa_scale.model.action_predictor import build_action_predictor
+from vjepa_scale.model.predictor import build_action_predictor
 from vjepa_scale.recipe.networks import NETWORKS, Network
+from vjepa_scale.recipe.registry import MASK_GENERATORS
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.sections import Positive, PositiveInt, Section
 
@@ -252,3 +254,35 @@ class WeightSource:
             entries=[(name, shape, to) for name, shape, _ in self.entries],
             read=lambda name: self.read(name).to(to),
         )
+
+
+# -- which learned mask token stands for the unknown, as far as a checkpoint tells -----------------
+
+
+def trained_mask_token(config: ConsolidatedConfig) -> int:
+    """The mask token that predictions of large areas were trained with.
+
+    A recipe's mask generator j trains token j (modulo how many there are), unless ``jepa.mask_token`` says that all
+    train the first.
+    """
+    if config.recipe is None:
+        # Released weights trained the first; transformers, whose folders may come from anywhere, predicts with 1.
+        return 0 if config.origin is not None and Path(config.origin).is_file() else 1
+    several = len(config.recipe.get("masks", {}).get("generators", (0, 0))) > 1
+    return int(several and config.recipe.get("jepa", {}).get("mask_token") != "first")
+
+
+def future_mask_token(config: ConsolidatedConfig) -> int:
+    """The mask token that predictions of the future were trained with: that of the first mask generator whose context
+    is the past alone. Where there was none, ``trained_mask_token``."""
+    recipe = config.recipe or {}
+    if recipe.get("jepa", {}).get("mask_token") != "first":
+        for number, generator in enumerate(recipe.get("masks", {}).get("generators", ())):
+            if _hides_the_future(generator):
+                return number
+    return trained_mask_token(config)
+
+
+def _hides_the_future(generator: dict[str, Any]) -> bool:
+    kind = generator.get("kind", "blocks")
+    return kind in MASK_GENERATORS and generator_class(kind).hides_future(generator)

@@ -1,9 +1,12 @@
-"""Parts of a video by stream copy: the packets as they are, in a new file, nothing is encoded again.
+"""Videos by stream copy: the packets as they are, in a new file: a part of them, or at other times.
 
 A copy can begin and end only where a keyframe divides the file: no packet after it in the file is shown before it,
 and none before it is shown after it (so not inside open groups of pictures). Whole groups are copied: a part begins
 at the last such keyframe at or before its start, and ends at the first one at or after its end, or with the video.
 Sound and subtitles are left out. The new file is MP4, or Matroska for a codec that MP4 cannot hold.
+
+``retimed`` is for a video whose pictures are right and whose clock is not. DROID's MP4s have one frame per step of the
+control log, under whatever rate the camera was set to: in the new file frame k comes on screen at the time of step k.
 """
 
 import io
@@ -22,6 +25,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.data.trajectories import Floats, step_s
 from vjepa_scale.video.container import DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.video.decode import (
     MOST_HELD_BACK,
@@ -32,6 +36,7 @@ from vjepa_scale.video.decode import (
     stream_start,
     tells_decoding_times,
     time_base,
+    whole_ticks,
 )
 from vjepa_scale.video.display import aspect_of, pixel_aspect
 from vjepa_scale.video.inspect import Decoded, VideoFacts, decode_whole
@@ -245,3 +250,47 @@ def _decoding_times(pts: list[int]) -> list[int]:
     shown: npt.NDArray[np.int64] = np.sort(np.array(pts, np.int64))
     early = int((shown - np.array(pts, np.int64)).max(initial=0))
     return (shown - early).tolist()
+
+
+# -- the times at which the pictures really were ---------------------------------------------------------
+
+_NO_NEW_TIMES = "cannot be given the log's times"
+# Seconds per tick: MP4 counts as it is told (this is the usual clock of video), Matroska in milliseconds.
+_TICK_S = {"mp4": Fraction(1, 90_000), "mkv": Fraction(1, 1000)}
+
+
+def retimed(video: Path, times_s: Floats) -> tuple[bytes, str]:
+    """The new file, always the same bytes, and its extension. Raises DecodeError.
+
+    times_s: [frames], rising from 0: when each frame comes on screen, up to a tick before
+    """
+    with open_video(video) as (container, stream):
+        packets = without_hidden_end(list(packets_of(container, stream)), stream_start(stream), reason=_NO_NEW_TIMES)
+        hidden = sum(packet.is_discard for packet in packets)
+        if len(packets) - hidden != len(times_s):
+            raise DecodeError(_NO_NEW_TIMES, f"{len(packets) - hidden} packets for {len(times_s)} frames")
+        extension = extension_for(stream)
+        tick_s = _TICK_S[extension]
+        # Never late: at its own time a frame is to be on screen.
+        rising = whole_ticks(times_s, float(tick_s))
+        last = max(1, round(step_s(times_s) / float(tick_s)))
+        lasting = np.concatenate([np.full(hidden, last), np.diff(rising), [last]])
+        rising = np.concatenate([last * np.arange(-hidden, 0), rising])
+        ticks = np.zeros(len(packets), np.int64)
+        for frame, number in enumerate(np.argsort([shown_at(packet) for packet in packets], kind="stable")):
+            packets[number].time_base, packets[number].duration = tick_s, int(lasting[frame])
+            ticks[number] = rising[frame]
+        return muxed(stream, packets, ticks.tolist(), extension, tick_s), extension
+
+
+def checked_retimed(video: Path, decoded: Decoded, times_s: Floats) -> tuple[bytes, str, Decoded]:
+    """``retimed``, decoded and found to show the same pictures at these times. Raises DecodeError."""
+    data, extension = retimed(video, times_s)
+    seen = decode_whole(data)
+    if seen.digests != decoded.digests:
+        raise DecodeError(_NO_NEW_TIMES, "the copy does not decode to the same pictures")
+    check_display(seen, decoded, extension, reason=_NO_NEW_TIMES)
+    early = times_s - seen.times_s
+    if early.min() < -1e-6 or early.max() > float(_TICK_S[extension]) + 1e-6:
+        raise DecodeError(_NO_NEW_TIMES, f"frames of the copy are {early.min():.6f} to {early.max():.6f} s early")
+    return data, extension, seen
