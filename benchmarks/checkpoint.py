@@ -28,10 +28,9 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MicroBatch, draw_masks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import build_engine
-from vjepa_scale.masking import draw_masks
 from vjepa_scale.model import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.predictor import Predictor

@@ -32,10 +32,9 @@ from torch.distributed.tensor import DTensor
 
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MicroBatch, draw_masks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine, build_engine
-from vjepa_scale.masking import draw_masks
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Phase, Recipe, load_recipe, stages_of
 from vjepa_scale.training.step import training_step

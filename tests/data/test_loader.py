@@ -19,13 +19,12 @@ import torch
 from tests.processes import LIMIT_S
 from tests.videos import encoded, number_of, quiet
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MicroBatch, draw_masks
 from vjepa_scale.data.clips import clip_refs, dump_order
 from vjepa_scale.data.evaluation import evaluation_clips
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest, labels_of
 from vjepa_scale.data.order import DataOrder
-from vjepa_scale.masking import draw_masks
 from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.shards.make import Settings, make_shards

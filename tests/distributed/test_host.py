@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.test_real_recipes import one_of_many
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MaskPair, MicroBatch
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.distributed.optim import named_parameters
-from vjepa_scale.masking import MaskPair
 from vjepa_scale.model import positions
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe, stages_of

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.masking import check_masks, draw_masks
+from vjepa_scale.data.batch import draw_masks
+from vjepa_scale.masking import check_masks
 from vjepa_scale.masking.blocks import BlockMasksConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
 

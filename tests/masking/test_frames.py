@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.masking import MaskPair, check_masks, draw_masks
+from vjepa_scale.data.batch import MaskPair, draw_masks
+from vjepa_scale.masking import check_masks
 from vjepa_scale.recipe import Recipe
 from vjepa_scale.recipe.load import recipe_yaml, validate_recipe
 from vjepa_scale.recipe.mask_sections import MasksConfig

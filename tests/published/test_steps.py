@@ -15,10 +15,9 @@ from tests.processes import ENGINE, run_processes
 from tests.published import inputs
 from tests.published.results import MODEL, checkpoint, relative, steps
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MaskPair, MicroBatch
 from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import named_parameters
-from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import stages_of
 from vjepa_scale.recipe.load import validate_recipe

@@ -16,10 +16,9 @@ from transformers import VJEPA2Model
 from tests.model.published import our_weights, random_published
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.data.batch import MicroBatch
+from vjepa_scale.data.batch import MaskPair, MicroBatch
 from vjepa_scale.distributed.fsdp import FsdpEngine
 from vjepa_scale.distributed.optim import named_parameters
-from vjepa_scale.masking import MaskPair
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import stages_of
 from vjepa_scale.recipe.load import validate_recipe

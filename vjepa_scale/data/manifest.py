@@ -29,8 +29,6 @@ from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import open_atomic, parse_json, read_json, write_json
 from vjepa_scale.core.rng import KeyedRng
 
-Ints = npt.NDArray[np.int64]
-
 VERSION = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
@@ -219,7 +217,7 @@ def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str
 # -- what is known of a record beside its pictures: its class, its JSON; and a few labels of each class
 
 
-def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> Ints:
+def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> npt.NDArray[np.int64]:
     """The class of every record: int64 [records], an index into ``classes``.
 
     classes: of the task, usually the training set's ``manifest.classes``; default: this data set's own.
@@ -248,7 +246,7 @@ def label_of(manifest: Manifest, record: int, classes: Sequence[str]) -> int:
     return classes.index(manifest.classes[int(manifest.column("label")[record])])
 
 
-def few_labels(labels: Ints, *, per_class: int, seed: int, skip: int = 0) -> Ints:
+def few_labels(labels: npt.NDArray[np.int64], *, per_class: int, seed: int, skip: int = 0) -> npt.NDArray[np.int64]:
     """Indices of ``per_class`` examples of every class, sorted: a keyed draw, so equal for all encoders.
 
     skip: examples of each class that come before them in the draw: for others than those of ``per_class=skip``

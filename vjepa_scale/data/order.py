@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.rng import key64, keys64, permuted
-from vjepa_scale.data.manifest import Ints
 from vjepa_scale.recipe.phases import Phase
+
+Ints = npt.NDArray[np.int64]
 
 _SHARE_BITS = 40  # weights become integers of this precision: exact to a clip over 10^11 draws
 _EPOCHS_KEPT = 4

@@ -1,12 +1,8 @@
-"""Which tokens are context and which are targets (method: multi-block masking, V-JEPA 2 paper section 2.1)."""
+"""Which tokens are context and which are targets (method: multi-block masking, V-JEPA 2 paper section 2.1).
 
-from typing import TYPE_CHECKING
+Nothing here imports PyTorch: ``data/batch.py`` makes index tensors of what is drawn.
+"""
 
-from vjepa_scale.core import lazy_names
 from vjepa_scale.masking.generator import check_masks, drawn_masks
 
-if TYPE_CHECKING:
-    from vjepa_scale.masking.pairs import MaskPair, draw_masks
-
-__all__ = ["MaskPair", "check_masks", "draw_masks", "drawn_masks"]
-__getattr__ = lazy_names(__name__, {"MaskPair": "vjepa_scale.masking.pairs", "draw_masks": "vjepa_scale.masking.pairs"})
+__all__ = ["check_masks", "drawn_masks"]

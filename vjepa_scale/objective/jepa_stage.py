@@ -51,7 +51,7 @@ class JepaStage(Stage):
         prepared: None,
     ) -> "MicroBatch":
         """With its masks."""
-        from vjepa_scale.masking import draw_masks
+        from vjepa_scale.data.batch import draw_masks
 
         masks = draw_masks(
             self.recipe.masks,
