@@ -164,7 +164,7 @@ def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> 
     raise UserError("not empty, and not a result of this program", where=out, fix=fix)
 
 
-# -- the check against transformers ---------------------------------------------------------------------
+# -- the check against transformers ----------------------------------------------------------------
 
 # Largest difference over largest output, float32. Rounding gives about 1e-6; a wrong name, 1e-2 and more.
 LIMIT = 1e-4

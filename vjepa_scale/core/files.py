@@ -322,7 +322,7 @@ def _rename(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-# -- the folder of a command's --out -------------------------------------------------------------------
+# -- the folder of a command's --out ---------------------------------------------------------------
 
 
 def content_of(out: Path) -> list[str]:

@@ -153,7 +153,7 @@ def dump_order(
         yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}"
 
 
-# -- ``data.sampling: stride``: frames at equal distances, whatever their times, as the published code does ------
+# -- ``data.sampling: stride``: frames at equal distances, as the published code takes them ----------
 
 # A rate that is measured from rounded timestamps (30.004) is not 31.
 _RATE_TOLERANCE = 0.01
@@ -186,7 +186,7 @@ def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: f
     return tuple(numbers.astype(int).tolist())
 
 
-# -- videos shorter than a clip, whose last picture is repeated ---------------------------------------
+# -- videos shorter than a clip, whose last picture is repeated ------------------------------------
 
 
 @dataclass(frozen=True)

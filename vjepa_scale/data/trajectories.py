@@ -111,7 +111,7 @@ def _array(name: str, data: bytes) -> npt.NDArray[np.float64]:
     return array
 
 
-# -- the states of a clip -----------------------------------------------------------------------------
+# -- the states of a clip --------------------------------------------------------------------------
 
 F32 = npt.NDArray[np.float32]
 
@@ -169,7 +169,7 @@ def long_enough(manifest: Manifest, *, frames: int, fps: float) -> npt.NDArray[n
     return found.astype(np.int64)
 
 
-# -- statistics: how states and actions of a data set are spread ---------------------------------------
+# -- statistics: how states and actions of a data set are spread -----------------------------------
 #
 # Of the numbers as the network sees them, float32 at the clips' rate, and plain: of Euler angles too, though an arm
 # that points down has a roll of about π and -π in turn, which no plain mean tells. Nothing is normalised by them

@@ -24,7 +24,7 @@ from vjepa_scale.launch.profile_values import VARIABLE
 from vjepa_scale.launch.snapshot import import_lines
 from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
 
-# -- what a job gets of a profile: parameters of submitit, arguments of srun, lines of its script ------------
+# -- what a job gets of a profile: parameters of submitit, arguments of srun, lines of its script ----
 
 _GPU_GRES = re.compile(r"(gres[:/])?gpu(:|$)")
 _GPU_OPTION = re.compile(r"(^|[-:/=])gpus?($|[-:=])")  # gpus, gpu-bind, mem-per-gpu, tres-per-task=gres/gpu:1
@@ -126,6 +126,8 @@ def _quoted(word: str) -> str:
         end = found.end()
     return '"' + "".join(parts) + re.sub(r'([\\"$`])', r"\\\1", word[end:]) + '"'
 
+
+# -- how a job is submitted --------------------------------------------------------------------------
 
 SIGNAL = "USR2"
 SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says

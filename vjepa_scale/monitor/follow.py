@@ -254,6 +254,8 @@ def _what_failed(stage: StageStatus) -> str:
     return "; ".join(parts)
 
 
+# -- one live line on a terminal, a line a minute in a log -------------------------------------------
+
 # What rank 0 prints of a step (run/metrics.py): stage/phase, step of steps, figures.
 _STEP = re.compile(r"(?P<stage>[^\s/]+)/(?P<phase>\S+)  step (?P<step>\d+)/(?P<last>\d+)  (?P<figures>.*)")
 LOG_EVERY_S = 60.0

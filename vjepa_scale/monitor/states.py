@@ -1,4 +1,4 @@
-"""What there is to know about a run and its stages: the answer of ``watch.status``.
+"""What there is to know about a run and its stages: the answer of ``status.read_status``.
 
 The states of a stage:
 

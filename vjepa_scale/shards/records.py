@@ -84,7 +84,7 @@ def record_of(tree: dict[str, Any]) -> Record:
     return Record(**{**tree, "facts": VideoFacts(**tree["facts"]), **made})
 
 
-# -- found again for a new listing ---------------------------------------------------------------------
+# -- found again for a new listing -----------------------------------------------------------------
 
 _LOOKED_AT_AGAIN = "unreadable"  # a mended permission does not change a file
 

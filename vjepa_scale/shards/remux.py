@@ -252,7 +252,7 @@ def _decoding_times(pts: list[int]) -> list[int]:
     return (shown - early).tolist()
 
 
-# -- the times at which the pictures really were ---------------------------------------------------------
+# -- the times at which the pictures really were ---------------------------------------------------
 
 _NO_NEW_TIMES = "cannot be given the log's times"
 # Seconds per tick: MP4 counts as it is told (this is the usual clock of video), Matroska in milliseconds.
