@@ -20,7 +20,7 @@ from tests.shared import contents
 from tests.videos import encoded, quiet
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.core.worker_pool import Silent, beat, map_in_workers
+from vjepa_scale.core.worker_pool import Silent, heartbeat, map_in_workers
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards import work as work_module
 from vjepa_scale.shards.index import index_shards
@@ -350,7 +350,7 @@ def _wait(seconds: float) -> float:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.1)
-        beat()
+        heartbeat()
     if seconds < 0:
         ctypes.PyDLL(None).sleep(1000)
     return seconds

@@ -28,7 +28,7 @@ from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.distributed.engine import build_engine
-from vjepa_scale.eval import probe_rounds
+from vjepa_scale.eval import attentive_probe
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
 from vjepa_scale.model.probe import AttentiveProbe
@@ -137,7 +137,7 @@ def test_too_little_memory_is_said_before_a_clip_is_encoded(
         found = SimpleNamespace(available=free)
         monkeypatch.setattr(psutil, "virtual_memory", lambda found=found: found)
         if enough:
-            probe_rounds.check_memory(stage, kept, phases[0], ranks)
+            attentive_probe.check_memory(stage, kept, phases[0], ranks)
         else:
             with pytest.raises(UserError, match=r"probe\.keep_tokens.*18 clips.*fewer labels_per_class"):
-                probe_rounds.check_memory(stage, kept, phases[0], ranks)
+                attentive_probe.check_memory(stage, kept, phases[0], ranks)

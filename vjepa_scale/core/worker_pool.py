@@ -167,7 +167,7 @@ def map_in_workers(
     """(number of the item, function(item)) for every item, as they finish.
 
     items: taken as workers become free, never all at once
-    silence_s: a worker that has not called ``beat`` for so long is ended, and its item comes back as Silent
+    silence_s: a worker that has not called ``heartbeat`` for so long is ended, and its item comes back as Silent
     A worker that dies may have died of its neighbours (no memory is left): its item is done again at the end,
     alone, and comes back as Crashed only if it kills a worker then too. Exceptions propagate.
     """
@@ -185,10 +185,10 @@ def map_in_workers(
         crew.end()
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """In a worker: tell whoever waits for it that there is progress. Anywhere else, nothing."""
     if _line is not None:
-        _line.beat()
+        _line.heartbeat()
 
 
 class _Line:
@@ -198,7 +198,7 @@ class _Line:
         self._connection = connection
         self._said = time.monotonic()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         now = time.monotonic()
         if now - self._said > _BEAT_S:
             self._said = now

@@ -15,9 +15,8 @@ from vjepa_scale.data.order import Ints
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
-from vjepa_scale.eval.attentive_probe import ProbeEvaluation, table
+from vjepa_scale.eval.attentive_probe import ProbeEvaluation, keep_tokens, table
 from vjepa_scale.eval.effective_rank import FeatureCovariance
-from vjepa_scale.eval.probe_rounds import keep_tokens
 from vjepa_scale.model.encoder import pooled
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of

@@ -15,7 +15,7 @@ from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.core.worker_pool import heartbeat
 from vjepa_scale.shards.transcode import Transcode, clock, digest_of, facts_of, middles
 from vjepa_scale.video.container import DecodeError, Media, ffmpeg_errors, open_video
 from vjepa_scale.video.decode import decoding_from, on_screen, pts_of, ticks_of, time_base, timed_frames
@@ -80,7 +80,7 @@ def _encoded(source: Media, part: Transcode, from_s: float) -> tuple[bytes, str,
         encoder, before, picture = None, None, None
         ticks = ticks_of(stream, middles(part.start_s, rate, part.frames).tolist())
         for k, shown in enumerate(on_screen(frames, ticks)):
-            beat()
+            heartbeat()
             if picture is None or shown is not before:
                 before, picture, digest = shown, converter(shown), picture_digest(digester, shown)
             digests.append(digest)

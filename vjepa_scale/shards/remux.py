@@ -24,7 +24,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.core.worker_pool import heartbeat
 from vjepa_scale.data.trajectories import Floats, step_s
 from vjepa_scale.video.container import DecodeError, ffmpeg_errors, open_video
 from vjepa_scale.video.decode import (
@@ -149,7 +149,7 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packe
     else:
         packets = chain([first], packets)
     for packet in packets:
-        beat()
+        heartbeat()
         if packet.size:
             yield packet
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.core.worker_pool import heartbeat
 
 _VIDEO = {
     "mp4",
@@ -78,7 +78,7 @@ def list_tar(path: Path) -> Contents:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                beat()
+                heartbeat()
                 if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")
@@ -220,5 +220,5 @@ def sha256_beating(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(block):
             digest.update(memoryview(block)[:n])
-            beat()
+            heartbeat()
     return digest.hexdigest()

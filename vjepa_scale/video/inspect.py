@@ -17,7 +17,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vjepa_scale.core.worker_pool import beat
+from vjepa_scale.core.worker_pool import heartbeat
 from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError, Media, ffmpeg_errors, open_video
 from vjepa_scale.video.decode import (
     TimedDecoder,
@@ -142,7 +142,7 @@ def _sought_picture(data: Media, time_s: float) -> VideoFrame:
 
 def _frames_beating(container: InputContainer, stream: VideoStream, **how: bool) -> Iterator[VideoFrame]:
     for frame in timed_frames(container, stream, **how):
-        beat()
+        heartbeat()
         yield frame
 
 
@@ -170,7 +170,7 @@ def _decode_all(
         if size not in (None, (last.width, last.height)):
             raise DecodeError("the picture size changes inside the video", f"frame {len(ticks)}")
         size = (last.width, last.height)
-        beat()
+        heartbeat()
         if last.key_frame:
             keys.append(len(ticks))
         ticks.append(pts_of(last))
