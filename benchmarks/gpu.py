@@ -118,7 +118,7 @@ def main() -> int:
         if not session.problem:  # else NCCL would raise, or wait
             process_group.stop()
     book.say_left_out(left)
-    wrong = [row for row in book.rows if row["card"] == card and row["clip_group"] in parts and is_wrong(row)]
+    wrong = [row for row in book.rows if row["card"] == card and row["part"] in parts and is_wrong(row)]
     for row in wrong:
         print(f"wrong: {row['part']}, {row['name']}: {row['reason']}", file=sys.stderr)
     return 1 if wrong else 0
@@ -247,7 +247,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 def is_wrong(row: Row) -> bool:
     """Does this row make the exit code 1?"""
-    return row["clip_group"] in JUDGED and row["state"] == "failed"
+    return row["part"] in JUDGED and row["state"] == "failed"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Unit:
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    return row["clip_group"], row["name"], row["shape"], row["settings"]
+    return row["part"], row["name"], row["shape"], row["settings"]
 
 
 EMPTY: Row = {
@@ -102,7 +102,7 @@ class Book:
         self._json, self._markdown = folder / "rows.json", folder / "rows.md"
         known: list[Row] = read_json(self._json) if self._json.exists() else []
         self.rows = [
-            row for row in known if row["state"] != "absent" or row["clip_group"] not in parts or row["card"] != card
+            row for row in known if row["state"] != "absent" or row["part"] not in parts or row["card"] != card
         ]
 
     def add(self, unit: Unit, rows: Sequence[Row], *, seconds: float) -> None:
@@ -124,7 +124,7 @@ class Book:
             same = [old for old in self.rows if key_of(old) == key_of(whole) and old["card"] == self.card]
             if whole["state"] in FINISHED or not any(old["state"] in FINISHED for old in same):
                 self.rows = [*(old for old in self.rows if old not in same), whole]
-        self.rows.sort(key=lambda row: PARTS.index(row["clip_group"]))
+        self.rows.sort(key=lambda row: PARTS.index(row["part"]))
         self._write()
 
     def say_left_out(self, units: Sequence[Unit]) -> None:

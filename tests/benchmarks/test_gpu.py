@@ -132,26 +132,26 @@ def test_the_toy(tmp_path: Path) -> None:
     done = benchmark("--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {part: sum(row["clip_group"] == part for row in rows) for part in PARTS} == PARTS
+    assert {part: sum(row["part"] == part for row in rows) for part in PARTS} == PARTS
     for row in rows:
         assert set(row) == WORDS | NUMBERS | OTHERS
         values = [row[name] for name in NUMBERS] + [*row["shares"].values()]
         assert all(math.isfinite(value) for value in values if value is not None), row
         assert row["mfu_data_sheet"] is None
-        if row["clip_group"] in ("step", "loader", "save") and row["state"] == "measured":
+        if row["part"] in ("step", "loader", "save") and row["state"] == "measured":
             assert row["median_ms"] > 0
             if row["name"] not in ("the loader alone", "what training waits for a save"):
                 assert row["low_ms"] <= row["median_ms"] <= row["high_ms"]
                 assert row["clips_per_s"] == pytest.approx(1000 * int(row["shape"][-1]) / row["median_ms"])
                 assert row["tflops"] / row["product_tflops"] == pytest.approx(row["mfu_product"])
-        if row["clip_group"] == "step" and row["state"] == "measured":
+        if row["part"] == "step" and row["state"] == "measured":
             assert set(row["shares"]) == STEP
             assert sum(row["shares"].values()) == pytest.approx(1)
     # What a CPU cannot do is said, and nothing else failed.
     assert {row["settings"].rpartition(" ")[2] for row in rows if row["state"] == "failed"} == {"varlen", "fa3", "fa4"}
     assert all("it needs a GPU" in row["reason"] for row in rows if row["state"] == "failed")
-    assert [row["clip_group"] for row in rows if row["state"] == "absent"] == ["peer"]
-    facts = {(row["clip_group"], row["name"]): row["facts"] for row in rows}
+    assert [row["part"] for row in rows if row["state"] == "absent"] == ["peer"]
+    facts = {(row["part"], row["name"]): row["facts"] for row in rows}
     assert facts["tests", "kernels' tests"]["passed"] > 0
     assert facts["tests", "kernels' tests"]["failed"] == 0
     assert 0 <= facts["loader", "fed by the loader"]["share waited for data"] < 1

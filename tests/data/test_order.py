@@ -89,7 +89,7 @@ def test_each_record_comes_once_per_epoch_across_phases_and_stages(sizes, lanes,
     stage = [phase(first, 5, 9, dict.fromkeys(sets, 1.0), "cooldown")]
     after = order(sets, stage, seed=seed, lanes=lanes, base=before.drawn(first))
 
-    # KeyedRng inside a batch are spread by lane: put them back in the order of k by taking whole epochs only.
+    # Draws inside a batch are spread by lane: put them back in the order of k by taking whole epochs only.
     by_set: dict[int, Counter] = {}
     drawn_of: dict[int, int] = {}
     for data_order, steps in ((before, range(first)), (after, range(first, first + 5))):

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from tests.chain import tool
 from tests.processes import run_processes
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.distributed.ac_compile import blocks_of
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.distributed.optim import named_parameters
+from vjepa_scale.distributed.prepare_blocks import blocks_of
 from vjepa_scale.launch.plan import chosen_stages, describe
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor

@@ -14,7 +14,7 @@ from vjepa_scale.checkpoint.manifest import identity, last_name, newest_name, pr
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor.status import read_status
 from vjepa_scale.recipe import load_recipe, stages_of
-from vjepa_scale.training.origin import source_of
+from vjepa_scale.training.planned_start import source_of
 from vjepa_scale.training.start import find_start
 
 PRETRAIN_END, COOLDOWN_END = "pretrain/checkpoints/step_00000012", "cooldown/checkpoints/step_00000018"

@@ -117,11 +117,11 @@ class DataOrder:
         return BatchOrder(datasets, records)
 
     def _spread(self, members: Sequence[int], first: Sequence[int], end: Sequence[int]) -> Ints:
-        """KeyedRng first[i] … end[i]−1 of some data sets i, spread evenly: int64 [2, draws], data set and record."""
+        """Draws first[i] … end[i]−1 of some data sets i, spread evenly: int64 [2, draws], data set and record."""
         dataset, record, lane_rank = [], [], []
         for i in members:
             n = end[i] - first[i]
-            # KeyedRng of a set by (lane, k), so that neighbours in the batch are neighbours in a shard;
+            # Draws of a set by (lane, k), so that neighbours in the batch are neighbours in a shard;
             # then the sets are spread evenly over the batch. Equal quotients of integers are equal floats.
             records, kept = self._sets[i].records(np.arange(first[i], end[i], dtype=np.int64)), self._kept[i]
             record.append(records if kept is None else kept[records])
@@ -137,7 +137,7 @@ class DataOrder:
         return bisect_right([phase.first for phase in self._phases], step) - 1
 
     def _given(self, step: int, *, at_end: bool) -> list[int]:
-        """KeyedRng of each set before a step, or before the next one."""
+        """Draws of each set before a step, or before the next one."""
         number = self._number(step)
         given = self._deals[number].given(step + at_end - self._phases[number].first)
         return [b + n for b, n in zip(self._base[number], given, strict=True)]
@@ -165,7 +165,7 @@ class _Deal:
         self._of_geometry = [sum(self._shares[i] for i in members) for members in self.geometries]
 
     def given(self, steps: int) -> list[int]:
-        """KeyedRng of each data set in the first steps of the phase."""
+        """Draws of each data set in the first steps of the phase."""
         given = [0] * len(self._shares)
         of_geometry = split_draws(self._groups_per_step * steps, self._of_geometry)
         for members, groups in zip(self.geometries, of_geometry, strict=True):

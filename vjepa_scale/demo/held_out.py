@@ -25,7 +25,7 @@ from vjepa_scale.model.init import initialise
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
-# KeyedRng of labels, from a pool of so many clips of each class: more clips would only cost time.
+# Draws of labels, from a pool of so many clips of each class: more clips would only cost time.
 LABEL_DRAWS, LABEL_POOL = 10, 20
 NAMES = ("trained", "untrained", "pixels")
 SHUFFLED = "frames shuffled"

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vjepa_scale.core.ranks import Ranks, count_replicas
-from vjepa_scale.distributed.ac_compile import blocks_of, prepare_blocks
 from vjepa_scale.distributed.ema import ShardedEma, sharded_parameters
 from vjepa_scale.distributed.engine import Engine, InitialValue, checked_start
 from vjepa_scale.distributed.optim import GroupSetting, build_optimizer, named_parameters, optimizer_tensors, set_rate
+from vjepa_scale.distributed.prepare_blocks import blocks_of, prepare_blocks
 from vjepa_scale.distributed.process_group import build_mesh
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.recipe.schema import EngineConfig

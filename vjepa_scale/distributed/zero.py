@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.distributed.ac_compile import prepare_blocks
 from vjepa_scale.distributed.engine import Engine, InitialValue, T, checked_start
 from vjepa_scale.distributed.optim import (
     MOMENTS,
@@ -33,6 +32,7 @@ from vjepa_scale.distributed.optim import (
     set_rate,
     start_moments,
 )
+from vjepa_scale.distributed.prepare_blocks import prepare_blocks
 from vjepa_scale.distributed.process_group import build_mesh
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.recipe.schema import EngineConfig

@@ -22,7 +22,7 @@ from vjepa_scale.recipe.networks import NETWORKS
 from vjepa_scale.recipe.phases import accumulation
 from vjepa_scale.recipe.schema import LaunchConfig
 from vjepa_scale.run.lock import refuse_if_training
-from vjepa_scale.training.origin import planned_first, planned_order
+from vjepa_scale.training.planned_start import planned_first, planned_order
 from vjepa_scale.training.preflight import Damage, check_finished, damage_of, is_finished, preflight
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 class ActionStage(Stage):
+    """Learns what a robot's actions do to what a frozen encoder sees (docs/method.md 8)."""
+
     section = ActionStageConfig
     networks = ("encoder", "action_predictor")
     config: ActionStageConfig

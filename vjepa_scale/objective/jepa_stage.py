@@ -23,6 +23,8 @@ SAMPLED_STEPS = 16
 
 
 class JepaStage(Stage):
+    """Learns to predict, in feature space, what masks hide of clips."""
+
     networks = ("encoder", "predictor")
     has_target_encoder = True
     group_words = ("mask groups", "masks.group")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class ProbeStage(Stage):
+    """Learns to tell classes apart by a frozen encoder's tokens, and is evaluated at its end (docs/method.md 10)."""
+
     section = ProbeStageConfig
     networks = ("encoder",)
     evaluates = True

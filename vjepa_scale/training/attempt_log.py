@@ -20,6 +20,8 @@ class SupersededError(RuntimeError):
 
 
 class AttemptLog:
+    """Of one attempt, by all of its ranks. Files are written from ``begin`` on; ``say`` only prints."""
+
     def __init__(self, stage: Stage, ranks: Ranks) -> None:
         self._stage, self._ranks = stage, ranks
         self._history = History(stage.folder)

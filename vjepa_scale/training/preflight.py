@@ -1,6 +1,7 @@
 """What can be decided before a stage's processes start: whether it is finished, and what would be refused.
 
-By names, manifests and recipes alone, without PyTorch, so that launchers and dry runs are quick.
+By names, manifests and recipes alone, without PyTorch, so that launchers and dry runs are quick. What the nodes must
+offer (shared memory, open files) is checked there, by the ranks: data/host_limits.py.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage import UNTRAINED
-from vjepa_scale.training.origin import end_of, foreign_step, source_of, starts_elsewhere
+from vjepa_scale.training.planned_start import end_of, foreign_step, source_of, starts_elsewhere
 from vjepa_scale.training.recipe_changes import recipe_changes
 
 

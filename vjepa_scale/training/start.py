@@ -18,7 +18,7 @@ from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Stage
 from vjepa_scale.recipe.stage import UNTRAINED
 from vjepa_scale.training.load_weights import check_foreign
-from vjepa_scale.training.origin import DamagedEndError, carried, end_checkpoint, source_of, starts_elsewhere
+from vjepa_scale.training.planned_start import DamagedEndError, carried, end_checkpoint, source_of, starts_elsewhere
 from vjepa_scale.training.preflight import refuse_other_data, refuse_other_recipe
 
 # The verdict of all ranks, and every byte read.

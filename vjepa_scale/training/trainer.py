@@ -67,6 +67,8 @@ def _only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterat
 
 
 class _Trainer:
+    """The loop over phases and steps. Decisions are all ranks' together: what one rank learned comes with the loss."""
+
     def __init__(self, training: Training, interrupt: Interrupt, progress: Progress) -> None:
         self.training, self.interrupt, self.progress = training, interrupt, progress
         self.stage, self.recipe = training.stage, training.stage.recipe

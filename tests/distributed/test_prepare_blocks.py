@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.jepa_shape import MODEL
-from vjepa_scale.distributed.ac_compile import blocks_of, checkpoint_activations, prepare_blocks
+from vjepa_scale.distributed.prepare_blocks import blocks_of, checkpoint_activations, prepare_blocks
 from vjepa_scale.model.blocks import Block
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.init import initialise
