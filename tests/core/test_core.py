@@ -1,6 +1,8 @@
 """core: errors, keyed randomness, files, ranks."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,52 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: a.yaml:key: bad thing (do this)\n"
+
+
+def test_what_cannot_be_printed_is_one_line_and_exit_code_2() -> None:
+    """``/dev/full`` takes nothing: Python notices when it empties its buffer, which it does as it exits."""
+    program = "from vjepa_scale.core.errors import run_command\nrun_command(lambda: print('made'))\n"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered
+        )
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+def test_an_error_that_the_system_gives_no_path_for_names_the_line_of_code(tmp_path: Path) -> None:
+    """The memory of another process: it opens, and reading its start is an I/O error without a path."""
+    program = (
+        "from pathlib import Path\n"
+        "from vjepa_scale.core.errors import run_command\n"
+        "from vjepa_scale.core.files import sha256_file\n"
+        "run_command(lambda: sha256_file(Path('/proc/self/mem')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: the system refused a read or write \(vjepa_scale/core/files\.py:\d+\): Input/output error\n",
+        done.stderr,
+    )
+
+
+def test_numpys_words_for_a_full_disk_are_told(tmp_path: Path) -> None:
+    """NumPy raises an OSError without a number where a write is cut short."""
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from vjepa_scale.core.errors import run_command\n"
+        "from vjepa_scale.core.files import writing\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "def main():\n"
+        "    with writing(Path('plan')):\n"
+        "        np.save(sys.argv[1], np.ones(10_000))\n"
+        "run_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.npy"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: plan: 10000 requested and \d+ written\n", done.stderr)
 
 
 def test_files_are_whole_or_absent(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import vjepa_scale
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import move_dir, parse_json, sha256_file, write_atomic
 from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES
@@ -89,7 +89,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
-        raise UserError(f"cannot be read: {error.strerror}", where=path, fix=unusable) from None
+        raise UserError(f"cannot be read: {reason_of(error)}", where=path, fix=unusable) from None
     except ValueError:  # not JSON, or not even text
         raise UserError("not valid JSON", where=path, fix=unusable) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -144,7 +144,7 @@ def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read:
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
-        return f"{name} cannot be read: {error.strerror}"
+        return f"{name} cannot be read: {reason_of(error)}"
     return None
 
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from vjepa_scale.checkpoint import store
-from vjepa_scale.core.errors import PassingError
+from vjepa_scale.core.errors import PassingError, reason_of
 
 _CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ class Saver:
             return step, future.result()
         except OSError as error:
             raise PassingError(
-                f"the checkpoint of step {step} cannot be written: {error.strerror or error}",
+                f"the checkpoint of step {step} cannot be written: {reason_of(error)}",
                 where=self._folder,
                 fix="the one before it is whole; with space and permission there, the same launch goes on from it",
             ) from None

@@ -1,9 +1,12 @@
 """The one exception for mistakes a user can mend, and how a command line reports it."""
 
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
@@ -47,20 +50,52 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command line; what its process should end with: 0, what it returned, or 2 with one line on stderr.
 
-    The line is a UserError's, or names the path that the operating system refused. Ctrl-C is 130.
+    The line is a UserError's, or names the path that the operating system refused, or where the code was when the
+    system gave no path. Ctrl-C is 130.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        _flush_output()
+        return code
     except UserError as error:
         _say(f"error: {error}")
         return EXIT_USER_ERROR
-    except OSError as error:  # a full disk, a folder that may not be written: the user's to mend, where it has a path
-        if error.filename is None and error.errno not in FULL:
-            raise
-        _say(f"error: {error.filename or 'a file cannot be written'}: {error.strerror or error}")
+    except OSError as error:  # a full disk, a folder that may not be written, a file server that fails
+        _say(f"error: {_place_of(error)}: {reason_of(error)}")
+        with suppress(OSError):  # where it was standard output that failed
+            _flush_output()
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def reason_of(error: OSError) -> str:
+    """The system's words for an error. NumPy's writes raise one without a number: then its own words."""
+    if error.strerror:
+        return error.strerror
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+def _place_of(error: OSError) -> str:
+    if error.filename is not None:
+        return str(error.filename)
+    package = Path(__file__).parents[1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
+    at = f" ({Path(ours[-1].filename).relative_to(package.parent)}:{ours[-1].lineno})" if ours else ""
+    return ("a file cannot be written" if error.errno in FULL else "the system refused a read or write") + at
+
+
+def _flush_output() -> None:
+    """Write what was printed. Python itself does so only at its exit, and ends with code 120 where that fails."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        error.filename = error.filename or "standard output"
+        with suppress(OSError, ValueError):  # else Python tries again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vjepa_scale.core.errors import FULL, UserError
+from vjepa_scale.core.errors import FULL, UserError, reason_of
 
 _RESERVE, _RESERVE_BYTES = ".reserve", 256 * 1024
 
@@ -183,7 +183,7 @@ def file_lock(path: Path, *, patience_s: float = 0.0) -> Iterator[bool]:
             held = _lock(file.fileno(), patience_s)
         except OSError as error:
             raise UserError(
-                f"this file system has no locks: {error.strerror}", where=path, fix="mount it with flock"
+                f"this file system has no locks: {reason_of(error)}", where=path, fix="mount it with flock"
             ) from None
         yield held
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.errors import PassingError, UserError
+from vjepa_scale.core.errors import PassingError, UserError, reason_of
 from vjepa_scale.core.files import open_atomic, parse_json, read_json, write_json
 from vjepa_scale.core.rng import KeyedRng
 
@@ -150,7 +150,7 @@ class Manifest:
         except OSError as error:
             gone = isinstance(error, FileNotFoundError | PermissionError)
             kind = UserError if gone else PassingError  # an I/O error of a file server may pass
-            raise kind(f"cannot read record {self.key(record)}: {error.strerror}", where=path) from None
+            raise kind(f"cannot read record {self.key(record)}: {reason_of(error)}", where=path) from None
         if len(data) != size:
             raise UserError(f"the shard ends inside record {self.key(record)}", where=path, fix="copy it again")
         return data

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vjepa_scale.checkpoint.safetensors_writer import write_safetensors
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import read_json, read_jsonl, write_atomic, write_json
 from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.loader import Prefetched, past_lost_clips
@@ -344,7 +344,7 @@ def _decode(
     except DecodeError as error:
         return rejected(error.reason, error.detail)
     except OSError as error:
-        return rejected("unreadable", str(error.strerror))
+        return rejected("unreadable", reason_of(error))
     if len(clips) < count:
         return rejected("does not decode to the end", f"{job.first + len(clips)} of {job.first + count} pictures")
     return [torch.cat([clips[n - job.first] for n in chunk.frames], dim=1) for chunk in job.chunks]

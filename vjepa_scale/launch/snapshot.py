@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import vjepa_scale
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import publish_dir, remove_dir, writing
 
 GIT_TIMEOUT_S = 10.0
@@ -206,7 +206,7 @@ def _git(*arguments: str, at: Path, accepted: tuple[int, ...] = (0,)) -> str:
         except subprocess.TimeoutExpired:
             raise _NoGit(f"git {arguments[0]} took longer than {GIT_TIMEOUT_S:g} s") from None
         except OSError as error:
-            raise _NoGit(f"git cannot be run: {error.strerror}") from None
+            raise _NoGit(f"git cannot be run: {reason_of(error)}") from None
         if done.returncode not in accepted:
             said = done.stderr.decode(errors="replace").strip().partition("\n")[0]
             raise _NoGit(said or f"git {arguments[0]} ended with status {done.returncode}")

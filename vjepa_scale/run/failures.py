@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.errors import FULL, PassingError, UserError
+from vjepa_scale.core.errors import FULL, PassingError, UserError, reason_of
 from vjepa_scale.core.files import read_json, write_json, write_last_words
 from vjepa_scale.core.ranks import Ranks
 
@@ -54,7 +54,7 @@ def told_as(error: BaseException) -> BaseException:
     if not isinstance(error, OSError) or error.errno not in FULL:
         return error
     return PassingError(
-        f"cannot be written: {error.strerror}",
+        f"cannot be written: {reason_of(error)}",
         where=error.filename or "a log or a file",
         fix="with space there, the same launch goes on from the last checkpoint, which is whole",
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import file_lock
 
 # The ranks of a run that was just killed may take a moment to be gone.
@@ -35,7 +35,7 @@ def only_launcher_of(run_folder: Path) -> Iterator[None]:
             held = stack.enter_context(file_lock(run_folder / ".launch.lock"))
         except OSError as error:
             raise UserError(
-                f"{run_folder} cannot be written: {error.strerror}",
+                f"{run_folder} cannot be written: {reason_of(error)}",
                 where="run.dir",
                 fix="a folder on a file system that all nodes see",
             ) from None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import parse_json, read_json, write_atomic
 from vjepa_scale.core.worker_pool import Silent, map_in_workers
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
@@ -111,7 +111,7 @@ def _index(path: Path) -> _Indexed:
     try:
         return _indexed(path)
     except OSError as error:
-        raise UserError(f"cannot read the shard: {error.strerror}", where=path, fix="make it readable") from None
+        raise UserError(f"cannot read the shard: {reason_of(error)}", where=path, fix="make it readable") from None
 
 
 def _indexed(path: Path) -> _Indexed:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from vjepa_scale.core.errors import reason_of
 from vjepa_scale.core.files import append_jsonl, temporary_beside, writing
 from vjepa_scale.core.worker_pool import Crashed, Silent, map_in_workers
 from vjepa_scale.data.substitution import CRASH, TIME_LIMIT
@@ -196,7 +197,7 @@ def _probe_source(root: str, source: Source, settings: Settings) -> Verdict:
         )
         return Verdict([record], [])
     except OSError as error:
-        return Verdict([], [Rejected(source.path, "unreadable", str(error.strerror))])
+        return Verdict([], [Rejected(source.path, "unreadable", reason_of(error))])
     except DecodeError as error:
         return Verdict([], [Rejected(source.path, error.reason, error.detail)])
     except Exception as error:  # a mistake of ours or of PyAV's: it stops the run, and must name the file

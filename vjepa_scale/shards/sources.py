@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import parse_json
+from vjepa_scale.core.files import parse_json, writing
 
 _NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
 
@@ -127,9 +127,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _on_disk(names: list[str]) -> Iterator[str]:
-    file = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as what reads it lives)
-    file.writelines(json.dumps(name) + "\n" for name in names)
-    file.seek(0)
+    with writing(Path(tempfile.gettempdir())):
+        file = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as what reads it lives)
+        file.writelines(json.dumps(name) + "\n" for name in names)
+        file.seek(0)
     return map(json.loads, file)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import read_json, read_jsonl, sha256_file, temporary_beside, write_atomic
 from vjepa_scale.core.worker_pool import map_in_workers
 from vjepa_scale.data.manifest import REJECTED, Shard, write_manifest
@@ -202,7 +202,7 @@ def _write_shard(work: Work, shard: int) -> Path:
         work.source_changed()
         raise
     except OSError as error:
-        raise UserError(f"cannot write the shard: {error.strerror}", where=path) from None
+        raise UserError(f"cannot write the shard: {reason_of(error)}", where=path) from None
     finally:
         temporary.unlink(missing_ok=True)
     for places in members.values():
@@ -321,7 +321,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fix = "restore it; or run the command again, to go on without it"
-        raise UserError(f"cannot be read any more: {error.strerror}", where=path, fix=fix) from None
+        raise UserError(f"cannot be read any more: {reason_of(error)}", where=path, fix=fix) from None
 
 
 class _SourceChanged(UserError):
