@@ -55,8 +55,32 @@ def rejected(folder: Path) -> dict[str, str]:
             '{"path": "a.mp4", "label": 4, "caption": "ö", "start": 2}\n{"path": "b.mp4"}\n',
             [Source("a.mp4", "4", 2.0, None, {"caption": "ö", "start": 2}), Source("b.mp4")],
         ),
+        ("path;label\na, b.mp4;playing guitar\n", [Source("a, b.mp4", "playing guitar")]),
+        (
+            "Video_Path\tClass\tfold\na.mp4\tplaying guitar\t3\n",
+            [Source("a.mp4", "playing guitar", None, None, {"fold": "3"})],
+        ),
+        ("filename,label\na.mp4,up\n", [Source("a.mp4", "up")]),
+        ("path,class\na.mp4,up\n", [Source("a.mp4", None, None, None, {"class": "up"})]),
+        ("a.mp4,up\nb c.mp4, 3\nd.mp4\n", [Source("a.mp4", "up"), Source("b c.mp4", "3"), Source("d.mp4")]),
+        ('"a; b.mp4";up and down\n', [Source("a; b.mp4", "up and down")]),
+        ("a.mp4,take 2.mp4 3\n", [Source("a.mp4,take 2.mp4", "3")]),
+        (
+            "b c.mp4\tplaying guitar\na.mp4\t\t3\nd.mp4 4\n",
+            [Source("b c.mp4", "playing guitar"), Source("a.mp4", "3"), Source("d.mp4", "4")],
+        ),
+        ('"b c.mp4"\tup\n', [Source("b c.mp4", "up")]),
+        (
+            '[\n {"path": "a.mp4", "label": 4},\n "b.mp4",\n {"video": "c.mp4"}\n]\n',
+            [Source("a.mp4", "4"), Source("b.mp4"), Source("c.mp4")],
+        ),
+        ("[group] a.mp4 3\n", [Source("[group] a.mp4", "3")]),
     ],
-    ids=["lines", "colons", "quotes", "csv", "csv with times", "json lines"],
+    ids=[
+        *("lines", "colons", "quotes", "csv", "csv with times", "json lines", "semicolons", "tabs", "another name"),
+        *("a class beside a path", "no header", "no header, quoted", "a comma in a name", "lines with tabs"),
+        *("tabs and quotes", "json array", "a bracket in a name"),
+    ],
 )
 def test_a_list_says_what_is_wanted(text: str, expected: list[Source], tmp_path: Path) -> None:
     (tmp_path / "list").write_text(text, encoding="utf-8")
@@ -75,12 +99,58 @@ def test_a_list_says_what_is_wanted(text: str, expected: list[Source], tmp_path:
         ("path,start\na.mp4,soon\n", r"list:2: start 'soon'"),
         ("path,start,end\na.mp4,3,2\n", r"list:2: end 2.0 is not after"),
         ('"a b.mp4\n', r"list:1: No closing quotation"),
+        ("video;file;label\na;b;c\n", r"list:1: which is the path: video or file\?"),
+        ("file,class,action\na,b,c\n", r"list:1: which is the label: class or action\?"),
+        ("a.mp4,up,1.5\n", r"list:1: 3 cells, and no header.*path,label,"),
+        ("a.mp4\tup\tdown\n", r"list:1: 3 cells between tabs"),
+        ("path;label\na.mp4\n", r"list:2: 1 cells under 2 columns \(quote cells that have a ';'"),
+        ('[{"path": "a"}, {"id": 1}]', r"list:item 2: no path among id"),
+        ('["a.mp4",', "list: not JSON"),
+        ('{\n"path": "a"}\n', "list:1: not JSON.*one object a line, or one array"),
+        ("label,youtube_id,time_start,time_end,split\nx,abc,soon,10,train\n", "list:2: no row of Kinetics"),
     ],
 )
 def test_a_list_that_is_wrong_is_refused_by_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list").write_text(text)
     with pytest.raises(UserError, match=message):
         list(read_list(tmp_path / "list"))
+
+
+def test_kinetics_own_list_finds_the_videos_that_its_downloaders_wrote(tmp_path: Path) -> None:
+    """In one folder, in one for each split, in one for each class, or both."""
+    rows = [("-3B32lodo2M", 59, 69), ("abc", 0, 10), ("d_e", 120, 130), ("gone", 1, 11), ("f", 7, 17)]
+    places = ["", "train", "playing guitar", None, "train/playing guitar"]
+    names = [f"{name}_{start:06d}_{end:06d}.mp4" for name, start, end in rows]
+    for place, name in zip(places, names, strict=True):
+        if place is not None:
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / name).write_bytes(b"")
+    text = "label,youtube_id,time_start,time_end,split\n"
+    text += "".join(f"playing guitar,{name},{start},{end},train\n" for name, start, end in rows)
+    (tmp_path / "train.csv").write_text(text)
+    found = list(read_list(tmp_path / "train.csv"))
+    assert [source.path for source in found] == [
+        "-3B32lodo2M_000059_000069.mp4",
+        "train/abc_000000_000010.mp4",
+        "playing guitar/d_e_000120_000130.mp4",
+        "gone_000001_000011.mp4",
+        "train/playing guitar/f_000007_000017.mp4",
+    ]
+    assert {(source.label, source.start_s, source.end_s) for source in found} == {("playing guitar", None, None)}
+    assert found[0].metadata is not None
+    assert found[0].metadata["youtube_id"] == "-3B32lodo2M"
+
+
+def test_a_list_of_which_nothing_can_be_used_shows_how_it_was_read(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("\nwhat;which\na;b\n")
+    with pytest.raises(UserError) as raised:
+        make_shards(tmp_path / "list", tmp_path / "out", Settings(), workers=1, progress=quiet)
+    assert str(raised.value) == (
+        f"{tmp_path / 'list'}: none of 2 files can be used: 2 unreadable; the first is {tmp_path / 'what;which'}: "
+        "no such file; the list's first line is 'what;which' (a list has `path label` lines, or CSV or JSON with a "
+        "`path`; paths are relative to the list's folder)"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_video_is_no_list(tmp_path: Path) -> None:

@@ -22,11 +22,20 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import fsync_path, publish_first, read_json, temporary_beside, write_json, writing
+from vjepa_scale.core.files import (
+    fsync_path,
+    publish_first,
+    read_json,
+    read_jsonl,
+    temporary_beside,
+    write_json,
+    writing,
+)
 from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.data.manifest import REJECTED
 from vjepa_scale.shards.probe import probed
-from vjepa_scale.shards.records import Record, Rejected, record_of
+from vjepa_scale.shards.records import UNREADABLE, Record, Rejected, record_of
+from vjepa_scale.shards.sources import first_line
 from vjepa_scale.shards.work import Settings, Work
 from vjepa_scale.video.container import NOT_A_VIDEO
 
@@ -49,6 +58,7 @@ _ROW = np.dtype(
     ]
 )
 _PLACE = ("chunk", "offset", "number")
+_SHOWN = 80  # characters of a line
 FACTS = ("duration", "fps", "frames", "width", "height")
 
 
@@ -136,16 +146,24 @@ def _gather(work: Work, folder: Path) -> dict[str, int]:
         for file in files.values():
             file.close()
     if not found:
+        first = next(read_jsonl(folder / REJECTED), None)
         work.remove()
-        raise none_usable(work, reasons)
+        raise none_usable(work, reasons, first)
     return labels
 
 
-def none_usable(work: Work, reasons: Counter[str]) -> UserError:
-    """That all sources were rejected."""
-    counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+def none_usable(work: Work, reasons: Counter[str], first: dict[str, Any] | None) -> UserError:
+    """That all sources were rejected. first: the first of them, as in rejected.jsonl."""
+    what = f"none of {work.files} files can be used: " + ", ".join(f"{n} {why}" for why, n in reasons.most_common())
+    if first is not None:
+        what += f"; the first is {work.root / first['path']}: {first['detail'] or first['reason']}"
     fix = "--images takes pictures as clips that stand still" if reasons[NOT_A_VIDEO] else None
-    return UserError(f"none of {work.files} files can be used: {counts}", where=work.videos, fix=fix)
+    if work.videos.is_file():
+        with open(work.videos, encoding="utf-8-sig", errors="replace") as file:
+            what += f"; the list's first line is {first_line(file).strip()[:_SHOWN]!r}"
+        if reasons[UNREADABLE]:
+            fix = "a list has `path label` lines, or CSV or JSON with a `path`; paths are relative to the list's folder"
+    return UserError(what, where=work.videos, fix=fix)
 
 
 def _lines(work: Work, chunk: int) -> Iterator[tuple[int, dict[str, Any]]]:

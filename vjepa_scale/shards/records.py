@@ -23,6 +23,8 @@ from vjepa_scale.shards.trajectories import Trajectory
 from vjepa_scale.shards.transcode import Transcode
 from vjepa_scale.video.inspect import VideoFacts
 
+UNREADABLE = "unreadable"  # a reason. Such a source is looked at again: a mended permission does not change a file
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -85,8 +87,6 @@ def record_of(tree: dict[str, Any]) -> Record:
 
 
 # -- found again for a new listing -----------------------------------------------------------------
-
-_LOOKED_AT_AGAIN = "unreadable"  # a mended permission does not change a file
 
 
 def stamp_of(root: Path, source: Source) -> str:
@@ -161,7 +161,7 @@ def _verdicts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 tree = json.loads(line) if line.endswith(b"\n") else {}
             except ValueError:  # cut short by a kill
                 tree = {}
-            if tree.get("stamp") and all(row["reason"] != _LOOKED_AT_AGAIN for row in tree["rejected"]):
+            if tree.get("stamp") and all(row["reason"] != UNREADABLE for row in tree["rejected"]):
                 yield offset, tree
             offset += len(line)
 

@@ -1,8 +1,10 @@
 """What shards are to be made of: the files below a folder, or the rows of a list.
 
-    lines       path label          as the published code's lists: the last word is the label, "::" may divide too
-    CSV         a header with a column ``path``; ``label``, ``start``, ``end`` and any other column
-    JSON lines  objects with a key ``path``; ``label``, ``start``, ``end`` and any other key
+    lines       path label          as the published code's lists: the last word is the label; a tab or "::" may divide
+    CSV         a header with a column ``path``; ``label``, ``start``, ``end`` and any other column; commas, semicolons,
+                tabs or bars divide. Without a header: path, label
+    JSON        objects with a key ``path``; ``label``, ``start``, ``end`` and any other key: one a line, or an array
+    Kinetics    its own CSV, whose rows have youtube_id, time_start and time_end in place of a path
 
 start, end: the part of the video that is wanted, in seconds. Columns and keys but path and label are kept as they
 are in the record's JSON, under ``metadata``. Paths are relative to the folder of the list.
@@ -13,18 +15,25 @@ import heapq
 import json
 import math
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, writing
 
 _NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
+# Other names of the column ``path``, and of ``label`` beside one of those.
+_PATH_NAMES = ("video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip")
+_LABEL_NAMES = ("label", "class", "class_name", "category", "action")
+_KINETICS = ("youtube_id", "time_start", "time_end")
+# Tells a row from a header where a list has none.
+_MEDIA = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|ts|flv|wmv|3gp|ogv|gif|jpe?g|png|webp|tiff?|heic|avif)$", re.I)
 
 
 @dataclass(frozen=True)
@@ -142,48 +151,122 @@ def read_list(path: Path) -> Iterator[Source]:
     rows = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = next((line for line in file if line.strip()), "")
+            first = first_line(file)
             file.seek(0)
-            for number, row in _rows(path, file, first):
+            for place, row in _rows(path, file, first):
                 rows += 1
-                yield _source(f"{path}:{number}", row)
+                yield _source(f"{path}:{place}", row)
     except UnicodeDecodeError:
         fix = "give a folder of video files, or a text file with one path a line"
         raise UserError("neither a folder nor a list", where=path, fix=fix) from None
     if not rows:
-        raise UserError("the list is empty", where=path, fix="one path a line, or CSV or JSON lines with a `path`")
+        raise UserError("the list is empty", where=path, fix="one path a line, or CSV or JSON with a `path`")
 
 
-def _rows(path: Path, lines: Iterable[str], first: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of its line, what it says) of every row."""
+def first_line(lines: Iterable[str]) -> str:
+    """The first line of a list that is not blank."""
+    return next((line for line in lines if line.strip()), "")
+
+
+_Row = tuple[int | str, dict[str, Any]]  # its line or item, and what it says
+
+
+def _rows(path: Path, file: TextIO, first: str) -> Iterator[_Row]:
+    if re.match(r'\s*\[\s*($|[]{["])', first):
+        return _array_rows(path, file.read())
     if first.lstrip().startswith("{"):
-        return _json_rows(path, lines)
-    if "path" in (columns := [name.strip() for name in next(csv.reader([first]), [])]) and "::" not in first:
-        return _csv_rows(path, lines, columns)
-    return _line_rows(path, lines)
+        return _json_rows(path, file)
+    table = _table(path, first)
+    if table is None:
+        return _line_rows(path, file)
+    rows = _csv_rows(path, file, table)
+    return _kinetics_rows(path, rows) if set(_KINETICS) <= set(table.columns) else rows
 
 
-def _line_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Table:
+    """How a CSV list is read. header: whether its first row names the columns."""
+
+    delimiter: str
+    columns: list[str]
+    header: bool
+
+
+def _table(path: Path, first: str) -> _Table | None:
+    """The form of a CSV list, by its first line; None where the list has none. Raises UserError."""
+    if "::" in first:
+        return None
+    for delimiter in ",;\t|":
+        names = _cells(first, delimiter)
+        if "path" in names or set(_KINETICS) <= set(names):
+            return _Table(delimiter, names, header=True)
+        if len(names) > 1 and "path" in (renamed := _renamed(f"{path}:1", names)):
+            return _Table(delimiter, renamed, header=True)
+    for delimiter in ",;":
+        cells = _cells(first, delimiter)
+        others = [word for cell in cells[1:] for word in cell.split()]  # of a path with commas one ends like a file
+        if len(cells) > 1 and _MEDIA.search(cells[0]) and not any(map(_MEDIA.search, others)):
+            if len(cells) > 2:
+                fix = f"begin the list with a line such as path{delimiter}label{delimiter}…"
+                raise UserError(f"{len(cells)} cells, and no header that names them", where=f"{path}:1", fix=fix)
+            return _Table(delimiter, ["path", "label"], header=False)
+    return None
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
+def _renamed(where: str, names: Sequence[str]) -> list[str]:
+    """Names of columns or keys, with ``path`` and ``label`` for what others call so. Unchanged where one is ``path``.
+
+    Raises UserError where several may be meant.
+    """
+    if "path" in names:
+        return list(names)
+    paths = [name for name in names if name.lower() in ("path", *_PATH_NAMES)]
+    if not paths:
+        return list(names)
+    labels = ["label"] if "label" in names else [name for name in names if name.lower() in _LABEL_NAMES]
+    for meant, found in (("path", paths), ("label", labels)):
+        if len(found) > 1:
+            fix = f"name one of them `{meant}`"
+            raise UserError(f"which is the {meant}: {' or '.join(found)}?", where=where, fix=fix)
+    new = {paths[0]: "path"} | dict.fromkeys(labels, "label")
+    return [new.get(name, name) for name in names]
+
+
+def _line_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
+        tabbed = [cell for cell in _cells(line, "\t") if cell]
         if "::" in line:
             words = [word.strip() for word in line.rsplit("::", 1)]
+        elif len(tabbed) > 1:
+            words = tabbed
+            if len(words) > 2:
+                fix = "write path, tab, label; or begin with a header that names the columns"
+                raise UserError(f"{len(words)} cells between tabs", where=where, fix=fix)
         elif line.lstrip().startswith('"'):
             try:
                 words = shlex.split(line)
             except ValueError as error:
-                raise UserError(f"{error}", where=f"{path}:{number}", fix='write "path" label') from None
+                raise UserError(f"{error}", where=where, fix='write "path" label') from None
             if len(words) > 2:
-                raise UserError(f"{len(words)} words", where=f"{path}:{number}", fix='write "path" label')
+                raise UserError(f"{len(words)} words", where=where, fix='write "path" label')
         else:
             words = line.strip().rsplit(None, 1)
         yield number, dict(zip(("path", "label"), words, strict=False))
 
 
-def _csv_rows(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(lines)
-    header = True
+def _csv_rows(path: Path, lines: Iterable[str], table: _Table) -> Iterator[_Row]:
+    reader = csv.reader(lines, delimiter=table.delimiter)
+    header, columns = table.header, table.columns
     while True:
         try:
             row = next(reader, None)
@@ -194,31 +277,72 @@ def _csv_rows(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Itera
         if header or not row:
             header = header and not row
             continue
-        if len(row) != len(columns):
+        if len(row) != len(columns) and (table.header or len(row) > 1):
             where = f"{path}:{reader.line_num}"
             raise UserError(
-                f"{len(row)} cells under {len(columns)} columns", where=where, fix="quote cells with commas"
+                f"{len(row)} cells under {len(columns)} columns",
+                where=where,
+                fix=f"quote cells that have a {table.delimiter!r} inside",
             )
-        yield reader.line_num, {name: cell for name, cell in zip(columns, row, strict=True) if cell != ""}
+        if not table.header:
+            row = [cell.strip() for cell in row]
+        yield reader.line_num, {name: cell for name, cell in zip(columns, row, strict=False) if cell != ""}
 
 
-def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _kinetics_rows(path: Path, rows: Iterator[_Row]) -> Iterator[_Row]:
+    """Rows with the path of a video that was cut and named as Kinetics' downloaders do: ID_000010_000020.mp4.
+
+    It is searched beside the list, and there in the folders of its split, its class, or both. Its times are of the
+    video that it was cut from: nothing is cut again.
+    """
+    for place, row in rows:
+        try:
+            times = [int(float(row[name])) for name in _KINETICS[1:]]
+            name = f"{row['youtube_id']}_{times[0]:06d}_{times[1]:06d}.mp4"
+        except (KeyError, ValueError, OverflowError):
+            fix = f"give every row {', '.join(_KINETICS)}, or a column `path`"
+            raise UserError("no row of Kinetics", where=f"{path}:{place}", fix=fix) from None
+        split, label = row.get("split", ""), row.get("label", "")
+        folders = ["", split, label, os.path.join(split, label)]
+        found = (folder for folder in folders if os.path.exists(path.parent / folder / name))
+        yield place, row | {"path": os.path.join(next(found, ""), name)}
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from None
+            fix = "one object a line, or one array of objects"
+            raise UserError(f"not JSON: {error}", where=f"{path}:{number}", fix=fix) from None
         if not isinstance(row, dict):
             raise UserError("not a JSON object", where=f"{path}:{number}", fix='write {"path": …}')
-        yield number, row
+        yield number, _keyed(f"{path}:{number}", row)
+
+
+def _array_rows(path: Path, text: str) -> Iterator[_Row]:
+    """The items of one JSON array, which is held: objects, or paths."""
+    try:
+        items = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=path, fix="one array of objects, or one object a line") from None
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict | str):
+            raise UserError("no object and no path", where=f"{path}:item {number}", fix='write {"path": …}')
+        yield f"item {number}", {"path": item} if isinstance(item, str) else _keyed(f"{path}:item {number}", item)
+
+
+def _keyed(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_renamed(where, list(row)), row.values(), strict=True))
 
 
 def _source(where: str, row: dict[str, Any]) -> Source:
     path, label = row.get("path"), row.get("label")
     if not isinstance(path, str) or not path:
-        raise UserError("no path", where=where, fix="give every row a `path`")
+        keys = f" among {', '.join(row)}" if row else ""
+        raise UserError(f"no path{keys}", where=where, fix="give every row a `path`")
     if isinstance(label, bool) or not (label is None or isinstance(label, str | int)):
         raise UserError(f"label {label!r} is no text and no integer", where=where, fix="keep it under another name")
     start_s, end_s = (_seconds(where, name, row.get(name)) for name in ("start", "end"))

@@ -70,7 +70,7 @@ def finish(work: Work) -> None:
     if not written.shards:
         rejected = list(read_jsonl(planned(work) / REJECTED)) + written.rejected
         work.remove()
-        raise none_usable(work, Counter(row["reason"] for row in rejected))
+        raise none_usable(work, Counter(row["reason"] for row in rejected), rejected[0] if rejected else None)
     temporary = temporary_beside(work.out / REJECTED)
     shutil.copyfile(planned(work) / REJECTED, temporary)
     with open(temporary, "a") as file:
