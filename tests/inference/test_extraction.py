@@ -1,6 +1,7 @@
 """tools/extract_features.py: files and index against Hugging Face's model; broken videos, kills, shards of an array."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from tests.processes import LIMIT_S
 from tests.videos import encoded, still_image
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.inference import extraction
 from vjepa_scale.inference.model import Model
 
 RATE = 20
@@ -276,3 +278,16 @@ def test_shards_with_pictures_and_shards_of_others(checkpoint: Path, tmp_path: P
     tool("make_shards", "index", tmp_path / "theirs")
     extract(tmp_path / "theirs", checkpoint, tmp_path / "out2")
     assert {row["source"] for row in rows(tmp_path / "out2" / "index.jsonl")} == {"s-000.tar:one"}
+
+
+def test_features_that_an_earlier_version_began_go_on_beside_what_a_file_manager_left(tmp_path: Path) -> None:
+    """It counted such files among the sources, whose stretches have numbers."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in (".DS_Store", "a.mp4"):
+        (tmp_path / "videos" / name).write_bytes(b"x")
+    assert extraction._folder(tmp_path / "videos", tmp_path / "out").count == 1
+    listing = hashlib.sha256(b"'.DS_Store' 1\n'a.mp4' 1\n").hexdigest()
+    begun = {"source": {"videos": 2, "listing": listing}}
+    (tmp_path / "out" / extraction.SETTINGS).write_text(json.dumps(begun))
+    assert extraction._folder(tmp_path / "videos", tmp_path / "out").count == 2

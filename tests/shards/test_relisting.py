@@ -1,6 +1,8 @@
 """Sources that are gone, new or changed before a data set is finished: it goes on with what is known of the others."""
 
+import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -116,13 +118,13 @@ def test_sources_of_which_most_are_others_are_refused(videos: Path, tmp_path: Pa
     before = contents(tmp_path / "out")
     (tmp_path / "others/class 0").mkdir(parents=True)
     shutil.copyfile(videos / "class 0/0.mp4", tmp_path / "others/class 0/0.mp4")
-    with pytest.raises(UserError, match="other videos, seed or shard size"):
+    with pytest.raises(UserError, match="OUT holds another data set"):
         begin(tmp_path / "others", tmp_path / "out", SETTINGS)
     (videos / "class 1/1.mp4").unlink()
-    with pytest.raises(UserError, match="other videos, seed or shard size"):
+    with pytest.raises(UserError, match=r"settings differ: seed 3, now 4; 7 sources, now 6; class 1/1\.mp4 is gone"):
         begin(videos, tmp_path / "out", Settings(seed=4, shard_records=2))
     (tmp_path / "out/.slurm").mkdir()  # jobs may be at work on the sources as they were
-    with pytest.raises(UserError, match="other videos, seed or shard size"):
+    with pytest.raises(UserError, match="OUT holds another data set"):
         begin(videos, tmp_path / "out", SETTINGS)
     assert contents(tmp_path / "out") == before
 
@@ -159,3 +161,62 @@ def test_killed_between_two_names(videos: Path, tmp_path: Path, decoded: list[st
     decoded.clear()
     as_from_nothing(videos, tmp_path / "out")
     assert len(decoded) == 6  # of the one that is made at once
+
+
+# -- a finished set ---------------------------------------------------------------------------------
+
+
+def refused(videos: Path, out: Path, settings: Settings = SETTINGS) -> str:
+    """What is said of a finished data set that is made again."""
+    with pytest.raises(UserError) as raised:
+        begin(videos, out, settings)
+    return str(raised.value)
+
+
+def test_it_is_said_what_differs_from_a_finished_set(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_shards(videos, out, SETTINGS, workers=1, progress=quiet)
+    begin_of = f"{out / 'manifest.json'}: OUT holds another data set: "
+    fix = " (give another folder, or remove this one)"
+    assert refused(videos, out, Settings(seed=3, shard_records=4, images=True)) == (
+        f"{begin_of}settings differ: images None, now True; shard_records 2, now 4{fix}"
+    )
+    (videos / "class 1/5.mp4").rename(tmp_path / "5.mp4")
+    assert refused(videos, out) == f"{begin_of}7 sources, now 6; class 1/5.mp4 is gone{fix}"
+    shutil.copyfile(tmp_path / "5.mp4", videos / "class 0/new.mp4")
+    assert refused(videos, out) == f"{begin_of}class 0/new.mp4 is new{fix}"
+    (videos / "class 0/new.mp4").unlink()
+    (videos / "class 1/5.mp4").write_bytes((tmp_path / "5.mp4").read_bytes() + b"x")
+    size = (tmp_path / "5.mp4").stat().st_size
+    assert refused(videos, out) == f"{begin_of}class 1/5.mp4 has {size + 1} bytes, before {size}{fix}"
+
+
+def test_another_label_in_a_list_is_named(videos: Path, tmp_path: Path) -> None:
+    (videos / "list.csv").write_text("path,label\nclass 0/0.mp4,a\nclass 1/1.mp4,b\n")
+    make_shards(videos / "list.csv", tmp_path / "out", SETTINGS, workers=1, progress=quiet)
+    (videos / "list.csv").write_text("path,label\nclass 0/0.mp4,a\nclass 1/1.mp4,c\n")
+    assert "class 1/1.mp4 has label 'c', before 'b'" in refused(videos / "list.csv", tmp_path / "out")
+
+
+LEFT = (".DS_Store", "class 0/Thumbs.db", "class 0/._0.mp4", "class 1/desktop.ini", "__MACOSX/0.mp4", "@eaDir/0.jpg")
+
+
+def test_what_file_managers_leave_is_no_source(videos: Path, tmp_path: Path) -> None:
+    make_shards(videos, tmp_path / "out", SETTINGS, workers=1, progress=quiet)
+    for name in LEFT:
+        (videos / name).parent.mkdir(exist_ok=True)
+        (videos / name).write_bytes(b"x")
+    assert begin(videos, tmp_path / "out", SETTINGS) is None
+    assert begun(videos, tmp_path / "other").files == 7
+
+
+def test_a_set_for_which_an_earlier_version_listed_them_is_known(videos: Path, tmp_path: Path) -> None:
+    """Earlier versions listed every file, and rejected these."""
+    make_shards(videos, tmp_path / "out", SETTINGS, workers=1, progress=quiet)
+    (videos / ".DS_Store").write_bytes(b"x")
+    names = sorted(str(path.relative_to(videos)) for path in videos.rglob("*") if path.is_file())
+    digest = sha256("".join(f"{name!r} {(videos / name).stat().st_size}\n" for name in names).encode())
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["source"] |= {"files": 8, "listing": digest.hexdigest()}
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert begin(videos, tmp_path / "out", SETTINGS) is None

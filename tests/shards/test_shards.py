@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on(videos: Path, shards: Manifest, tmp_path: Pa
 def test_out_that_holds_something_else_is_refused(videos: Path, shards: Manifest, tmp_path: Path) -> None:
     before = contents(shards.folder)
     for settings in (Settings(seed=9, shard_records=4), Settings(seed=3, shard_records=5)):
-        with pytest.raises(UserError, match="other videos, seed or shard size"):
+        with pytest.raises(UserError, match="OUT holds another data set"):
             make_shards(videos, shards.folder, settings, workers=1, progress=quiet)
     assert contents(shards.folder) == before
     (tmp_path / "foreign.tar").write_bytes(b"x")

@@ -248,7 +248,7 @@ def test_work_that_was_not_begun(tmp_path: Path) -> None:
 
 def test_a_begun_data_set_of_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
     begin(videos, tmp_path / "out", SETTINGS)
-    with pytest.raises(UserError, match="other videos, seed or shard size"):
+    with pytest.raises(UserError, match="OUT holds another data set"):
         begin(videos, tmp_path / "out", Settings(seed=4, shard_records=2))
 
 

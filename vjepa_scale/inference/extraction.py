@@ -97,9 +97,9 @@ class _Video:
 class _Folder:
     """Video files below a folder. The label of one is the folder it is in."""
 
-    def __init__(self, folder: Path, out: Path) -> None:
+    def __init__(self, folder: Path, out: Path, *, everything: bool = False) -> None:
         self._folder = folder
-        self._paths = list_sources(folder, out)
+        self._paths = list_sources(folder, out, everything=everything)
         self.count = len(self._paths)
 
     def identity(self) -> dict[str, Any]:
@@ -119,6 +119,17 @@ class _Folder:
 
     def media(self, video: _Video) -> Media:
         return self._folder / video.source
+
+
+def _folder(folder: Path, out: Path) -> _Folder:
+    """A folder's videos; where OUT was begun by an earlier version, also what file managers left there, as it did."""
+    videos = _Folder(folder, out)
+    begun = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else None
+    if isinstance(begun, dict) and begun.get("source") != videos.identity():
+        earlier = _Folder(folder, out, everything=True)
+        if begun.get("source") == earlier.identity():
+            return earlier
+    return videos
 
 
 class _Shards:
@@ -170,7 +181,7 @@ def extract(
     Raises UserError before anything is written where there is nothing to read, or ``out`` holds something else; and
     at the end where not one video of all could be used.
     """
-    videos = _Shards(source) if (source / MANIFEST).is_file() else _Folder(source, out)
+    videos = _Shards(source) if (source / MANIFEST).is_file() else _folder(source, out)
     _claim(out, {"source": videos.identity(), "model": _identity(model), **asdict(settings)})
     parts = -(-videos.count // settings.part)
     mine = range(share[0], parts, share[1])

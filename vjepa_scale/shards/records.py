@@ -8,7 +8,7 @@ whose files have the sizes and times of change that they had before they were de
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_jsonl
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, metadata_of
 from vjepa_scale.shards.droid import LOG, METADATA, VIDEOS
 from vjepa_scale.shards.remux import Cut
 from vjepa_scale.shards.sources import Source
@@ -175,3 +178,67 @@ def _contains(ordered: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     if not len(ordered):
         return np.zeros(len(wanted), bool)
     return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
+
+
+# -- what differs between a data set and what is asked for -------------------------------------------
+
+_COMPARED = 100_000  # sources: of more, it is not searched which one differs
+
+
+def what_differs(made: Any, asked: dict[str, Any], out: Path, root: Path, sources: Iterable[Source]) -> str:
+    """Words for why a data set, begun or finished in ``out``, is not the one that is asked for.
+
+    made, asked: what identifies each (``source`` in its manifest); root, sources: what is found now
+    """
+    if not isinstance(made, dict) or "listing" not in made or "indexed" in made:
+        return "it was not made from videos by make_shards"
+    names = sorted((made.keys() | asked.keys()) - {"files", "listing"})
+    settings = [f"{n} {made.get(n)}, now {asked.get(n)}" for n in names if made.get(n) != asked.get(n)]
+    found = [f"settings differ: {'; '.join(settings)}"] if settings else []
+    if made["files"] != asked["files"]:
+        found.append(f"{made['files']} sources, now {asked['files']}")
+    if made["listing"] != asked["listing"]:
+        found.append(_differing_source(out, root, sources) if asked["files"] <= _COMPARED else "other sources")
+    return "; ".join(found)
+
+
+def _differing_source(out: Path, root: Path, sources: Iterable[Source]) -> str:
+    """The first source that is new, gone or not as it was."""
+    try:
+        before, gone = _sources_of(out), dict.fromkeys(_sources_of(out))
+    except (OSError, UserError, ValueError, KeyError):  # a data set that is damaged, too
+        return "the sources differ"
+    changed = ""
+    for source in sources:
+        gone.pop(source.path, None)
+        if source.path not in before:
+            return f"{source.path} is new"
+        labels, size = before[source.path]
+        now = os.stat(root / source.path).st_size if size is not None and (root / source.path).is_file() else size
+        if labels and source.label not in labels:
+            changed = changed or f"{source.path} has label {source.label!r}, before {' or '.join(map(repr, labels))}"
+        elif size != now:
+            changed = changed or f"{source.path} has {now} bytes, before {size}"
+    return f"{next(iter(gone))} is gone" if gone else changed or "the order, a size, a part or metadata of the sources"
+
+
+_Known = dict[str, tuple[list[str | None], int | None]]
+
+
+def _sources_of(out: Path) -> _Known:
+    """Path -> labels and bytes of what a data set, begun or finished, is made of; of each what is known."""
+    found: _Known = {}
+    if not (out / MANIFEST).exists():
+        for path in sorted(out.glob(".work/sources/*.jsonl")):
+            for row in read_jsonl(path):
+                found.setdefault(row["path"], ([], None))[0].append(row.get("label"))
+        return found
+    manifest = Manifest.open(out, look=False)
+    found = {row["path"]: ([], None) for row in read_jsonl(out / REJECTED)}
+    for record in range(min(manifest.records, _COMPARED)):
+        known = metadata_of(manifest, record)
+        whole = "start" not in known and "transcode" not in manifest.source and "trajectory" not in known
+        path = known.get("trajectory", {}).get("folder", known["path"])
+        labels = found[path][0] if path in found else []
+        found[path] = [*labels, known["label"]], manifest.place(record, "video")[1] if whole else None
+    return found

@@ -20,6 +20,7 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +29,11 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, writing
 
 _NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
+# What file managers and storage leave in folders, and no source.
+_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "ehthumbs.db", "desktop.ini", "._*")
+_SYSTEM_FOLDERS = frozenset(
+    ("__MACOSX", "@eaDir", ".Spotlight-V100", ".Trashes", ".fseventsd", "$RECYCLE.BIN", "System Volume Information")
+)
 # Other names of the column ``path``, and of ``label`` beside one of those.
 _PATH_NAMES = ("video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip")
 _LABEL_NAMES = ("label", "class", "class_name", "category", "action")
@@ -52,15 +58,16 @@ class Source:
     trajectory: str | None = field(default=None, repr=False)
 
 
-def find_sources(videos: Path, out: Path) -> tuple[Path, Iterator[Source]]:
+def find_sources(videos: Path, out: Path, *, everything: bool = False) -> tuple[Path, Iterator[Source]]:
     """The folder that paths are relative to, and all sources: of a folder by path, of a list in its order.
 
+    everything: as ``walk_sources``
     Sources come one after the other and are never held. Raises UserError where there are none, or (as they come)
     where a list cannot be read.
     """
     if videos.is_file():
         return videos.parent, read_list(videos)
-    return videos, map(folder_source, walk_sources(videos, out))
+    return videos, map(folder_source, walk_sources(videos, out, everything=everything))
 
 
 def folder_source(path: str) -> Source:
@@ -69,14 +76,15 @@ def folder_source(path: str) -> Source:
     return Source(path, parent or None)
 
 
-def list_sources(videos: Path, out: Path) -> list[str]:
+def list_sources(videos: Path, out: Path, *, everything: bool = False) -> list[str]:
     """``walk_sources`` as a list."""
-    return list(walk_sources(videos, out))
+    return list(walk_sources(videos, out, everything=everything))
 
 
-def walk_sources(videos: Path, out: Path) -> Iterator[str]:
+def walk_sources(videos: Path, out: Path, *, everything: bool = False) -> Iterator[str]:
     """All files under a folder, relative to it, sorted. Links are followed, each folder once.
 
+    everything: also what file managers leave there (.DS_Store, Thumbs.db, …), as earlier versions listed it
     A folder that cannot be read stands among them itself, so that it is rejected and not forgotten. Held meanwhile:
     names of one folder (of a larger one, those of a stretch) for each level of depth, and a number per folder.
     """
@@ -84,14 +92,14 @@ def walk_sources(videos: Path, out: Path) -> Iterator[str]:
         raise UserError("no such folder or list", where=videos, fix="give a folder of video files, or a list of them")
     if out.resolve().is_relative_to(videos.resolve()):
         raise UserError("OUT lies inside VIDEOS", where=out, fix="give a folder elsewhere")
-    found = _walk(videos)
+    found = _walk(videos, everything)
     first = next(found, None)
     if first is None:
         raise UserError("no files in this folder or below it", where=videos, fix="give a folder of video files")
     return chain([first], found)
 
 
-def _walk(videos: Path) -> Iterator[str]:
+def _walk(videos: Path, everything: bool) -> Iterator[str]:
     seen = set[tuple[int, int]]()
     levels = [iter(["./"])]  # a stack of our own: folders may lie deeper than Python's calls may
     names = [""]
@@ -110,22 +118,28 @@ def _walk(videos: Path) -> Iterator[str]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            levels.append(_names(videos / path))
+            levels.append(_names(videos / path, everything))
             names.append(path)
         except OSError:
             yield path
 
 
-def _names(folder: Path) -> Iterator[str]:
+def _names(folder: Path, everything: bool) -> Iterator[str]:
     """What is in a folder, sorted; folders end with a slash, so that their files come where their paths belong."""
     held, runs = list[str](), list[Iterator[str]]()
     with os.scandir(folder) as entries:
         for entry in entries:
+            if not everything and _is_system(entry.name):
+                continue
             held.append(entry.name + "/" * _is_folder(entry))
             if len(held) == _NAMES_HELD:
                 runs.append(_on_disk(sorted(held)))
                 held.clear()
     return heapq.merge(*runs, iter(sorted(held)))
+
+
+def _is_system(name: str) -> bool:
+    return name in _SYSTEM_FOLDERS or any(fnmatchcase(name.lower(), one.lower()) for one in _SYSTEM_FILES)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -68,15 +68,16 @@ class Found:
     known: dict[str, Any]
 
 
-def find_trajectories(videos: Path, out: Path) -> tuple[Path, Iterator[Source]]:
+def find_trajectories(videos: Path, out: Path, *, everything: bool = False) -> tuple[Path, Iterator[Source]]:
     """The folder that paths are relative to, and each trajectory: a folder with metadata or with a log. By path.
 
     videos: a folder, or a list of trajectories' folders (as the published code's), in its order
+    everything: as ``walk_sources``
     Raises UserError where there are none, or (as they come) where a list cannot be read.
     """
     if videos.is_file():
         return videos.parent, map(_whole, read_list(videos))
-    found = _folders(videos, out)
+    found = _folders(videos, out, everything)
     first = next(found, None)
     if first is None:
         fix = f"a trajectory is a folder with {LOG} and {METADATA}"
@@ -91,9 +92,9 @@ def _whole(row: Source) -> Source:
     return replace(row, trajectory=row.path)
 
 
-def _folders(videos: Path, out: Path) -> Iterator[str]:
+def _folders(videos: Path, out: Path, everything: bool) -> Iterator[str]:
     around = list[str]()  # trajectories that the files come from, one inside the other
-    for path in walk_sources(videos, out):
+    for path in walk_sources(videos, out, everything=everything):
         while around and around[-1] != "." and not path.startswith(f"{around[-1]}/"):
             around.pop()
         parent, name = os.path.split(path)

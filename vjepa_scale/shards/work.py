@@ -29,7 +29,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, move_dir, publish_first, read_json, restore_dir, write_json, writing
 from vjepa_scale.data.manifest import MANIFEST, REJECTED
 from vjepa_scale.shards.droid import LOG
-from vjepa_scale.shards.records import KnownVerdicts
+from vjepa_scale.shards.records import KnownVerdicts, what_differs
 from vjepa_scale.shards.sources import Source, find_sources, folder_source
 from vjepa_scale.shards.trajectories import find_trajectories
 
@@ -174,27 +174,25 @@ def begin(videos: Path, out: Path, settings: Settings, *, relist: bool | None = 
 
 def _begin(videos: Path, out: Path, settings: Settings, relist: bool) -> Work | None:
     restore_dir(out / WORK, old=out / _BEFORE)
-    root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
-    listing = _Listing(root, sources)
+    listing = _listing(videos, out, settings)
     if not _held(out):
         _list_sources(listing, videos, out, settings)
-        return replace(Work.open(out), videos=videos, root=root)
+        return replace(Work.open(out), videos=videos, root=listing.root)
     for _ in listing:
         pass
+    asked = listing.describe(settings)
     if (out / MANIFEST).exists():
-        _same(out / MANIFEST, listing.describe(settings))
+        _same(out / MANIFEST, asked, videos, out, settings)
         tidy(out)
         return None
     work = Work.open(out)
-    asked = listing.describe(settings)
     other = {name for name in asked.keys() | work.source.keys() if asked.get(name) != work.source.get(name)}
     if relist and other <= {"files", "listing"} and (other or (work.folder / _CHANGED).exists()):
-        root, sources = (find_trajectories if settings.trajectories else find_sources)(videos, out)
-        _relist(_Listing(root, sources), work, videos, settings)
+        _relist(_listing(videos, out, settings), work, videos, settings)
         work = Work.open(out)
     else:
-        _same(work.folder / "source.json", asked)
-    return replace(work, videos=videos, root=root)
+        _same(work.folder / "source.json", asked, videos, out, settings)
+    return replace(work, videos=videos, root=listing.root)
 
 
 def tidy(out: Path) -> None:
@@ -223,6 +221,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 # -- begin -----------------------------------------------------------------------------------------
+
+
+def _listing(videos: Path, out: Path, settings: Settings, *, everything: bool = False) -> "_Listing":
+    find = find_trajectories if settings.trajectories else find_sources
+    return _Listing(*find(videos, out, everything=everything))
 
 
 class _Listing:
@@ -273,14 +276,23 @@ def _held(out: Path) -> bool:
     return False
 
 
-def _same(path: Path, source: dict[str, Any]) -> None:
+def _same(path: Path, asked: dict[str, Any], videos: Path, out: Path, settings: Settings) -> None:
+    """Raises UserError, which says what differs, where ``out`` was made of anything else. path: of what says so."""
     tree = read_json(path)
-    if not isinstance(tree, dict) or tree.get("source") != source:
-        raise UserError(
-            "OUT holds a data set of other videos, seed or shard size, or made otherwise",
-            where=path,
-            fix="give another folder, or remove this one",
-        )
+    made = tree.get("source") if isinstance(tree, dict) else None
+    if made == asked:
+        return
+    earlier = _listing(videos, out, settings, everything=True)  # as a version listed them that ignored no file
+    for _ in earlier:
+        pass
+    if made == earlier.describe(settings):
+        return
+    found = _listing(videos, out, settings)
+    raise UserError(
+        f"OUT holds another data set: {what_differs(made, asked, out, found.root, found)}",
+        where=path,
+        fix="give another folder, or remove this one",
+    )
 
 
 def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> None:
@@ -293,7 +305,7 @@ def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> 
     try:
         _write_listing(temporary, listing, videos, settings, made_out=work.made_out, known=known)
         if 2 * known.kept < known.sources:
-            _same(work.folder / "source.json", listing.describe(settings))
+            _same(work.folder / "source.json", listing.describe(settings), videos, out, settings)
         work.check()  # another process may have been first
         for made in (*out.glob("shard-*.tar"), out / REJECTED):  # of the old plan
             made.unlink(missing_ok=True)
@@ -318,7 +330,7 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
             out.rmdir()
         raise
     publish_first(temporary, out / WORK)
-    _same(out / WORK / "source.json", asked)  # another process may have begun it, otherwise
+    _same(out / WORK / "source.json", asked, videos, out, settings)  # another process may have begun it, otherwise
 
 
 def _write_listing(
