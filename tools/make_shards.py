@@ -283,16 +283,17 @@ class Watch:
 def report(out: Path, summary: Summary) -> None:
     done = "already there" if summary.existed else "written"
     print(
-        f"{out}: {summary.clips} clips, {summary.hours:.2f} h, {summary.bytes / 1e6:.1f} MB "
-        f"in {summary.shards} shards {done}"
+        f"{out}: {_counted(summary.clips, 'clip')}, {_lasting(summary.hours)}, {summary.bytes / 1e6:.1f} MB "
+        f"in {_counted(summary.shards, 'shard')} {done}"
     )
     sizes = {f"{width}x{height}": count for (width, height), count in summary.resolutions.items()}
     rates = {f"{rate:g}" if rate else "still": count for rate, count in summary.rates.items()}
     print(f"resolutions: {_most(sizes)}")
     print(f"frames a second: {_most(rates)}")
     if summary.classes or summary.unlabelled:
-        without = f"; {summary.unlabelled} clips without a label" if summary.unlabelled else ""
-        print(f"classes: {summary.classes}{without}")
+        named = f": {_most(summary.class_clips)}" if summary.class_clips else ""
+        without = f"; {_counted(summary.unlabelled, 'clip')} without a label" if summary.unlabelled else ""
+        print(f"classes: {summary.classes}{named}{without}")
     if summary.seconds is not None:
         shortest, median, longest = summary.seconds
         line = f"seconds: {shortest:.3g} to {longest:.3g}, half of them at most {median:.3g}"
@@ -310,6 +311,17 @@ def report(out: Path, summary: Summary) -> None:
     )
     for reason, count in summary.rejected.items():
         print(f"  {count:6d}  {reason}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _lasting(hours: float) -> str:
+    """A length in the unit that has digits to show: hours, or minutes below one, or seconds below a minute."""
+    if hours >= 1:
+        return f"{hours:.2f} h"
+    return f"{60 * hours:.1f} min" if 60 * hours >= 1 else f"{3600 * hours:.1f} s"
 
 
 def _most(counts: dict[str, int], shown: int = 6) -> str:

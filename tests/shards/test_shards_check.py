@@ -236,11 +236,25 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path, shards: Manifest) -> 
         index_shards(tmp_path / "nowhere", workers=1, progress=quiet)
     with pytest.raises(UserError, match=r"no \.tar files"):
         index_shards(tmp_path, workers=1, progress=quiet)
-    with pytest.raises(UserError, match="manifest of something else"):
-        index_shards(shards.folder, workers=1, progress=quiet)
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"no sample that can be used.*a\.tar: damaged shard"):
         index_shards(tmp_path, workers=1, progress=quiet)
+
+
+def test_ones_own_shards_are_found_indexed(tmp_path: Path, shards: Manifest) -> None:
+    shutil.copytree(shards.folder, tmp_path / "own")
+    before = contents(tmp_path / "own")
+    summary = index_shards(tmp_path / "own", workers=1, progress=quiet)
+    assert (summary.existed, summary.clips) == (True, 9)
+    assert contents(tmp_path / "own") == before
+    shutil.copyfile(tmp_path / "own/shard-000000.tar", tmp_path / "own/more.tar")
+    with pytest.raises(UserError, match=r"more\.tar is not in the manifest, which make_shards has written \(move"):
+        index_shards(tmp_path / "own", workers=1, progress=quiet)
+    (tmp_path / "own/manifest.json").unlink()
+    index_shards(tmp_path / "own", workers=1, progress=quiet)
+    (tmp_path / "own/more.tar").unlink()
+    with pytest.raises(UserError, match="not as they were when they were indexed: 4 tars, now 3"):
+        index_shards(tmp_path / "own", workers=1, progress=quiet)
 
 
 # -- kill -9 --------------------------------------------------------------------------------------

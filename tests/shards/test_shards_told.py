@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from vjepa_scale.shards.make import Summary
+from vjepa_scale.data.manifest import Manifest
+from vjepa_scale.shards.make import Summary, summarize
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_the_closing_summary(tool: ModuleType, capsys: pytest.CaptureFixture[str
     [
         (0, 5, "classes: 0; 5 clips without a label"),
         (3, 0, "classes: 3"),
-        (3, 1, "classes: 3; 1 clips without a label"),
+        (3, 1, "classes: 3; 1 clip without a label"),
     ],
 )
 def test_clips_without_a_label_are_counted(
@@ -86,3 +87,20 @@ def test_clips_without_a_label_are_counted(
 ) -> None:
     tool.report(Path("out"), Summary(5, 1, 0.1, 1000, {}, {}, {}, classes=classes, unlabelled=unlabelled))
     assert line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("hours", "told"), [(1.0, "1.00 h"), (0.06, "3.6 min"), (0.0166, "59.8 s"), (0.0, "0.0 s"), (123.456, "123.46 h")]
+)
+def test_short_and_few_are_told_so(
+    hours: float, told: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.report(Path("out"), Summary(1, 1, hours, 2_000_000, {}, {}, {}))
+    assert capsys.readouterr().out.splitlines()[0] == f"out: 1 clip, {told}, 2.0 MB in 1 shard written"
+
+
+def test_classes_are_named_with_their_clips(
+    shards: Manifest, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.report(shards.folder, summarize(shards.folder))
+    assert "classes: 2: up (5), down/deep (3); 1 clip without a label" in capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import parse_json, read_json, write_atomic
 from vjepa_scale.core.worker_pool import Silent, map_in_workers
-from vjepa_scale.data.manifest import MANIFEST, REJECTED, Shard, write_manifest
+from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest, Shard, write_manifest
 from vjepa_scale.shards.make import Summary, summarize
 from vjepa_scale.shards.records import Rejected
 from vjepa_scale.shards.tars import Member, Sample, list_tar, sha256_beating
@@ -51,7 +51,8 @@ class _Indexed:
 def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
     """Decode every sample of every tar in a folder and write the manifest beside them.
 
-    Raises UserError where there is nothing to index, or a manifest of another origin.
+    Where make_shards has written the manifest, nothing is done. Raises UserError where there is nothing to index, or a
+    manifest of other tars.
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, fix="give a folder of .tar files")
@@ -63,9 +64,7 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
     listing = hashlib.sha256("".join(f"{tar.name!r} {tar.stat().st_size}\n" for tar in tars).encode())
     source = {"indexed": len(tars), "listing": listing.hexdigest()}
     if (folder / MANIFEST).exists():
-        tree = read_json(folder / MANIFEST)
-        if not isinstance(tree, dict) or tree.get("source") != source:
-            raise UserError("there is a manifest of something else", where=folder / MANIFEST, fix="remove it")
+        _same(folder, named, source)
         return summarize(folder, existed=True)
     results: list[_Indexed | None] = [None] * len(tars)
     found_in = map_in_workers(_index, tars, workers=workers, silence_s=SILENCE_S)
@@ -87,6 +86,23 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
     shards = [result.shard for result in indexed if result.found]
     write_manifest(folder, shards=shards, classes=classes, columns=columns, source=source)
     return summarize(folder)
+
+
+def _same(folder: Path, tars: Sequence[Path], source: dict[str, Any]) -> None:
+    """Raises UserError where the manifest is not of these tars. One that make_shards has written is as good."""
+    path, fix = folder / MANIFEST, "remove the manifest and run index again"
+    tree = read_json(path)
+    made = tree.get("source") if isinstance(tree, dict) else None
+    if made == source:
+        return
+    if isinstance(made, dict) and "indexed" in made:
+        count = f"{made['indexed']} tars, now {source['indexed']}"
+        what = f"the tars are not as they were when they were indexed: {count}, or other names or sizes"
+        raise UserError(what, where=path, fix=fix)
+    listed = {shard.name for shard in Manifest.open(folder).shards}  # which compares their sizes
+    if new := [tar.name for tar in tars if tar.name not in listed]:
+        what = f"{new[0]} is not in the manifest, which make_shards has written"
+        raise UserError(what, where=path, fix="move the tar to a folder of its own and index that")
 
 
 def _columns(found: Sequence[_Found]) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:

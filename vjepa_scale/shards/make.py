@@ -40,7 +40,7 @@ class Summary:
     resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
     reason. The most frequent come first.
     trajectories: of robots: statistics of states and actions (data/trajectories.py)
-    classes, unlabelled: classes, and clips of none
+    classes, unlabelled: how many classes, and clips of none; class_clips: clips by class, the most frequent first
     seconds: shortest, median and longest video (images are none); short: how many are shorter than a clip of so many
              frames at FPS, which would repeat their last picture
     """
@@ -57,6 +57,7 @@ class Summary:
     seconds: tuple[float, float, float] | None = None
     short: dict[int, int] = field(default_factory=dict)
     classes: int = 0
+    class_clips: dict[str, int] = field(default_factory=dict)
     unlabelled: int = 0
 
 
@@ -67,6 +68,8 @@ def summarize(out: Path, existed: bool = False) -> Summary:
     duration = manifest.column("duration")
     lasting = np.asarray(duration[duration > 0])
     blocks = [slice(i, i + _BLOCK) for i in range(0, manifest.records, _BLOCK)]
+    labels = _frequent(manifest.column("label")[block] for block in blocks)
+    unlabelled = labels.pop(-1, 0)
     # width and height as one number: a column of pairs would be sorted far more slowly
     sizes = (width[block].astype(np.int64) << 32 | height[block] for block in blocks)
     return Summary(
@@ -81,7 +84,8 @@ def summarize(out: Path, existed: bool = False) -> Summary:
         existed=existed,
         seconds=(float(lasting.min()), float(np.median(lasting)), float(lasting.max())) if len(lasting) else None,
         classes=len(manifest.classes),
-        unlabelled=int((manifest.column("label") < 0).sum()),
+        class_clips={manifest.classes[number]: count for number, count in labels.items()},
+        unlabelled=unlabelled,
         short={n: int(repeats_last(manifest, frames=n, fps=FPS, sampling="time").sum()) for n in CLIP_FRAMES},
     )
 
