@@ -3,6 +3,7 @@
 
 python tools/make_shards.py VIDEOS OUT       make the shards; run it again to go on after an interruption
 python tools/make_shards.py DROID OUT --trajectories droid     robot trajectories, with their states
+python tools/make_shards.py VIDEOS OUT --val 0.05     two data sets, OUT/train and OUT/val
 python tools/make_shards.py VIDEOS OUT --cluster slurm --jobs 64 --profile mine     the same, as Slurm jobs
 python tools/make_shards.py check DIR        verify a folder of shards; exit code 1 if something is wrong
 python tools/make_shards.py index DIR        a manifest for shards that others have made
@@ -15,7 +16,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from vjepa_scale.core.ranks import usable_cores
 from vjepa_scale.data.trajectories import NUMBERS
 from vjepa_scale.shards.check import check_shards
 from vjepa_scale.shards.index import index_shards
-from vjepa_scale.shards.make import FPS, Settings, Summary, make_shards
+from vjepa_scale.shards.make import FPS, Settings, Summary, make_shards, make_split
+from vjepa_scale.shards.sources import SIDES
 from vjepa_scale.shards.trajectories import LAYOUTS
 from vjepa_scale.shards.transcode import FASTEST, SHORTEST_SIDE, SLOWEST, standard_rate
 
@@ -66,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=60.0,
         help="reject a file whose decoder gives no new frame for so long (default: 60)",
     )
+    split = parser.add_argument_group("a split")
+    split.add_argument("--val", type=float, metavar="FRACTION", help="make OUT/train, and of this fraction OUT/val")
+    split.add_argument(
+        "--val-by",
+        metavar="GROUP",
+        help="what stays on one side: source (the default: all parts of a file), folder, or a column of the list",
+    )
     _add_encoding_flags(parser)
     _add_trajectory_flags(parser)
     _add_cluster_flags(parser)
@@ -91,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.min_seconds >= 0:
         raise UserError(f"{args.min_seconds} is no length", where="make_shards.py --min-seconds", fix="0 or more")
 
+    if args.val is not None and not 0 < args.val < 1:
+        raise UserError(f"{args.val} is no fraction", where="make_shards.py --val", fix="for example 0.05")
+    if args.val is None and args.val_by is not None:
+        raise UserError("only for a split", where="make_shards.py --val-by", fix="give --val too, for example 0.05")
+
     settings = Settings(
         seed=args.seed,
         shard_records=args.shard_records,
@@ -105,13 +119,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         transcode=args.transcode is not None,
         short_side=None if args.transcode is True else args.transcode,
         fps=args.fps and str(args.fps),
+        val=args.val or 0.0,
+        val_by=args.val_by or Settings.val_by,
     )
     if args.cluster == "slurm":
         return _on_slurm(args, settings)
-    report(
-        args.out, make_shards(args.videos, args.out, settings, workers=args.workers or usable_cores(), progress=Watch())
-    )
+
+    def make(out: Path, asked: Settings) -> Summary:
+        return make_shards(args.videos, out, asked, workers=args.workers or usable_cores(), progress=Watch())
+
+    _make(args, settings, make)
     return 0
+
+
+def _make(args: argparse.Namespace, settings: Settings, make: Callable[[Path, Settings], Summary]) -> None:
+    if args.val is None:
+        report(args.out, make(args.out, settings))
+        return
+    for side, summary in make_split(args.videos, args.out, settings, make).items():
+        report(args.out / side, summary)
 
 
 def _add_encoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,15 +243,19 @@ def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
         timeout_min=args.timeout_min or _TIMEOUT_MIN,
     )
     if args.print_sbatch:
-        for step, text in shard_jobs.scripts(args.out, asked).items():
-            print(f"# -- {step}.sbatch\n{text}")
+        for out in [args.out] if args.val is None else [args.out / side for side in SIDES]:
+            for step, text in shard_jobs.scripts(out, asked).items():
+                print(f"# -- {step}.sbatch\n{text}")
         return 0
+
+    def make(out: Path, settings: Settings) -> Summary:
+        return shard_jobs.make_shards_on_slurm(args.videos, out, settings, asked, progress=Watch())
+
     try:
-        summary = shard_jobs.make_shards_on_slurm(args.videos, args.out, settings, asked, progress=Watch())
+        _make(args, settings, make)
     except JobFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report(args.out, summary)
     return 0
 
 

@@ -11,8 +11,8 @@ jobs, kills or repetitions. One bad file never stops the run and is never droppe
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from vjepa_scale.data.clips import repeats_last
 from vjepa_scale.data.manifest import MANIFEST, REJECTED, Manifest
 from vjepa_scale.shards.plan import plan
 from vjepa_scale.shards.probe import probe
-from vjepa_scale.shards.work import Part, Progress, Settings, Work, begin, tidy
+from vjepa_scale.shards.sources import SIDES
+from vjepa_scale.shards.work import DIGESTS, Part, Progress, Settings, Work, begin, check_sides, tidy
 from vjepa_scale.shards.write import finish, write
 
 __all__ = ["Part", "Progress", "Settings", "Work", "begin", "finish", "make_shards", "plan", "probe", "write"]
@@ -120,3 +121,18 @@ def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, pr
             raise
         tidy(out)  # another process has finished it meanwhile, and removed the work
     return summarize(out)
+
+
+def make_split(
+    videos: Path, out: Path, settings: Settings, make: Callable[[Path, Settings], Summary]
+) -> dict[str, Summary]:
+    """Two data sets, OUT/train and OUT/val, of which no group of sources and no clip is in both.
+
+    settings: ``val`` and ``val_by`` say how (sources.of_side); make: makes one of them, given its folder and settings
+    Raises UserError, before anything is written, where one would have no source.
+    """
+    sides = {side: replace(settings, side=side) for side in SIDES}
+    check_sides(videos, out, list(sides.values()))
+    summaries = {side: make(out / side, asked) for side, asked in sides.items()}  # train first: val lacks what it has
+    (out / DIGESTS).unlink(missing_ok=True)
+    return summaries

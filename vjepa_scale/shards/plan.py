@@ -24,6 +24,7 @@ import numpy.typing as npt
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import (
     fsync_path,
+    open_atomic,
     publish_first,
     read_json,
     read_jsonl,
@@ -36,7 +37,7 @@ from vjepa_scale.data.manifest import REJECTED
 from vjepa_scale.shards.probe import probed
 from vjepa_scale.shards.records import UNREADABLE, Record, Rejected, record_of
 from vjepa_scale.shards.sources import first_line
-from vjepa_scale.shards.work import Settings, Work
+from vjepa_scale.shards.work import DIGESTS, Settings, Work
 from vjepa_scale.video.container import NOT_A_VIDEO
 
 # Where a record's line is (chunk, offset in its file, number in the line), what fills a shard, what tells duplicates
@@ -195,11 +196,26 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
 
     raw = {name: np.memmap(folder / f"{name}.raw", _ROW[name], "r") for name in _ROW.names or ()}
     copies, firsts = duplicates(raw["digest"], raw["digest_2"])
-    with open(folder / REJECTED, "a") as rejected:
-        for row in _copies(work, raw, copies, firsts):
-            rejected.write(json.dumps(asdict(row)) + "\n")
     kept = np.ones(len(raw["size"]), bool)
+    if work.settings.side == "val":
+        kept[_of_train(work, raw)] = False
+    with open(folder / REJECTED, "a") as rejected:
+        for index in np.flatnonzero(~kept):
+            record = _record_at(work, *(int(raw[name][index]) for name in _PLACE))
+            row = Rejected(_path_of(record), "duplicate", f"of a clip in train{_part_of(record)}")
+            rejected.write(json.dumps(asdict(row)) + "\n")
+        outside = kept[copies]  # the others are named already
+        for row in _copies(work, raw, copies[outside], firsts[outside]):
+            rejected.write(json.dumps(asdict(row)) + "\n")
     kept[copies] = False
+    if not kept.any():
+        first = next(read_jsonl(folder / REJECTED), None)
+        reasons = Counter(row["reason"] for row in read_jsonl(folder / REJECTED))
+        work.remove()
+        raise none_usable(work, reasons, first)
+    if work.settings.side == "train":
+        with open_atomic(work.out.parent / DIGESTS) as file:
+            np.save(file, np.stack([raw["digest"][kept], raw["digest_2"][kept]], axis=1))
     order = np.flatnonzero(kept)
     order = order[KeyedRng(work.settings.seed, "shards.deal").shuffled(len(order))]
     np.save(folder / "ends.npy", shard_ends(raw["size"][order], work.settings))
@@ -243,14 +259,32 @@ def _copies(
 ) -> Iterator[Rejected]:
     for copy, first in zip(copies, firsts, strict=True):
         record, original = (_record_at(work, *(int(raw[name][i]) for name in _PLACE)) for i in (copy, first))
-        part = "" if record.part is None else f", from {record.part[0]:.3f} s on"
-        path = record.path if record.trajectory is None else record.trajectory.folder
-        detail = f"of {original.path}{part}"
+        path, detail = _path_of(record), f"of {original.path}{_part_of(record)}"
         if record.label != original.label:  # which one is right is not known
             detail += f", whose label is {original.label!r}; this one's is {record.label!r}"
             yield Rejected(path, "duplicate with another label", detail)
         else:
             yield Rejected(path, "duplicate", detail)
+
+
+def _of_train(work: Work, raw: dict[str, np.memmap]) -> npt.NDArray[np.int64]:
+    """Records of val with the bytes of one in train, in their order. Raises UserError where train is not planned."""
+    path = work.out.parent / DIGESTS
+    if not path.exists():
+        raise UserError("not there: what val must not share with train", where=path, fix="make both sides again")
+    train = np.load(path)
+    suspects = np.flatnonzero(np.isin(raw["digest"], train[:, 0]))
+    same = set(map(tuple, train[np.isin(train[:, 0], raw["digest"][suspects])].tolist()))
+    found = [i for i in suspects.tolist() if (int(raw["digest"][i]), int(raw["digest_2"][i])) in same]
+    return np.array(found, np.int64)
+
+
+def _path_of(record: Record) -> str:
+    return record.path if record.trajectory is None else record.trajectory.folder
+
+
+def _part_of(record: Record) -> str:
+    return "" if record.part is None else f", from {record.part[0]:.3f} s on"
 
 
 def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,6 +69,45 @@ def find_sources(videos: Path, out: Path, *, everything: bool = False) -> tuple[
     if videos.is_file():
         return videos.parent, read_list(videos)
     return videos, map(folder_source, walk_sources(videos, out, everything=everything))
+
+
+SIDES = ("train", "val")
+
+
+def of_side(
+    sources: Iterator[Source], root: Path, *, side: str, val: float, by: str, seed: int, where: Path
+) -> Iterator[Source]:
+    """The sources of one side of a split. A source's side depends on its group and the seed only, not on the others.
+
+    val: the fraction of all groups that is for validation; by: what a group is: ``source``, all parts of one file;
+    ``folder``, all files of one folder; or the column or key of a list whose value names it
+    where: the folder or list. Raises UserError where this side has no source, or (as they come) one has no group.
+    """
+    chosen = (s for s in sources if (_fraction_of(seed, _group(s, root, by, where)) < val) == (side == "val"))
+    first = next(chosen, None)
+    if first is None:
+        fix = f"a {'larger' if side == 'val' else 'smaller'} fraction, or another --seed"
+        raise UserError(f"no source falls into {side}", where="make_shards.py --val", fix=fix)
+    return chain([first], chosen)
+
+
+def _group(source: Source, root: Path, by: str, where: Path) -> str:
+    if by in ("source", "folder"):
+        path = os.path.normpath(source.path)  # one name for one file, and the same where all was moved
+        if path.startswith(("..", "/")):
+            path = os.path.relpath(os.path.join(root, path), root)
+        return path if by == "source" else os.path.dirname(path)
+    value = (source.metadata or {}).get(by)
+    if value is None:
+        fix = f"give every row of the list {by!r}, or split by source or folder"
+        raise UserError(f"{source.path} has no {by!r} to split by", where=where, fix=fix)
+    return str(value)
+
+
+def _fraction_of(seed: int, group: str) -> float:
+    """A number in [0, 1) that belongs to a group."""
+    name = f"{seed} {group}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(blake2b(name, digest_size=6).digest()) / 2**48
 
 
 def folder_source(path: str) -> Source:

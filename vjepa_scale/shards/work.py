@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -30,13 +30,14 @@ from vjepa_scale.core.files import fsync_path, move_dir, publish_first, read_jso
 from vjepa_scale.data.manifest import MANIFEST, REJECTED
 from vjepa_scale.shards.droid import LOG
 from vjepa_scale.shards.records import KnownVerdicts, what_differs
-from vjepa_scale.shards.sources import Source, find_sources, folder_source
+from vjepa_scale.shards.sources import Source, find_sources, folder_source, of_side
 from vjepa_scale.shards.trajectories import find_trajectories
 
 WORK = ".work"
 _BEFORE = ".work.before"  # the work of an earlier listing, while the new one takes its place
 _CHANGED = "changed"  # in the work: a source was found to be another than was probed
 JOBS = ".slurm"  # launch/shard_jobs.py: beside the work, since its jobs write logs until after its end
+DIGESTS = ".digests_of_train.npy"  # beside the two data sets of a split: what val must not have (plan.py)
 CHUNK = 1000  # sources of a long listing
 SHORT = 64_000  # sources: a listing of fewer is held until its length is known
 SHARES = 256  # chunks of a short listing, at most: many jobs are to have some each, however few the videos
@@ -59,6 +60,8 @@ class Settings:
     retime:        their videos are given the log's times where they have one frame per step
     transcode:     videos are encoded anew (transcode.py). short_side: in pixels, at most; None keeps the size
     fps:           at this rate, a fraction; None for the source's
+    side:          of a split, train or val, whose sources these are (sources.of_side); None: all sources
+    val, val_by:   the fraction of val, and what is not torn apart: source, folder, or a list's column
     """
 
     seed: int = 0
@@ -74,6 +77,9 @@ class Settings:
     transcode: bool = False
     short_side: int | None = None
     fps: str | None = None
+    side: str | None = None
+    val: float = 0.0
+    val_by: str = "source"
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,18 @@ def _begin(videos: Path, out: Path, settings: Settings, relist: bool) -> Work | 
     return replace(work, videos=videos, root=listing.root)
 
 
+def check_sides(videos: Path, out: Path, settings: Sequence[Settings]) -> None:
+    """Raises UserError where ``out`` cannot be the folder of a split's data sets, or one of them has no source."""
+    names = {asked.side for asked in settings}
+    if out.exists() and not out.is_dir():
+        raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
+    held = sorted(p.name for p in out.iterdir() if p.name not in names and p.name != DIGESTS) if out.exists() else []
+    if held:
+        raise UserError(f"OUT is not empty: {held[0]}", where=out, fix="with --val give a new or empty folder")
+    for asked in settings:
+        _listing(videos, out, asked)
+
+
 def tidy(out: Path) -> None:
     """Remove what making has left: the work, and files under temporary names."""
     if (out / WORK).exists():
@@ -225,7 +243,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 def _listing(videos: Path, out: Path, settings: Settings, *, everything: bool = False) -> "_Listing":
     find = find_trajectories if settings.trajectories else find_sources
-    return _Listing(*find(videos, out, everything=everything))
+    root, sources = find(videos, out, everything=everything)
+    if settings.side is not None:
+        side, val, by = settings.side, settings.val, settings.val_by
+        sources = of_side(sources, root, side=side, val=val, by=by, seed=settings.seed, where=videos)
+    return _Listing(root, sources)
 
 
 class _Listing:
