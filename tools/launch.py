@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.files import read_jsonl
 from vjepa_scale.recipe import Recipe, Stage, load_recipe
 
@@ -49,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = list(plan.describe(stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
-        for problem in plan.objections(stages, source=arguments.recipe, cluster=cluster):
+        # A plan for a cluster is looked at on a laptop: what this machine lacks is no mistake in recipe or data.
+        if lacking := plan.machine_lacks(stages, source=arguments.recipe, cluster=cluster):
+            print(f"not on this machine: {lacking}")
+        problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
+        for problem in problems:
             print(f"refused now: {problem}")
-        return 0
+        return EXIT_USER_ERROR if problems else 0
     return _launch(recipe, stages, cluster, description, arguments, overrides)
 
 
@@ -64,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="launch.cluster of the recipe")
     parser.add_argument("--stages", help="comma-separated; default: all of the recipe")
     parser.add_argument("--wait", action="store_true", help="stay until the last stage is complete, showing its lines")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; exit code 2 where a launch would be refused"
+    )
     parser.add_argument("--print-sbatch", action="store_true", help="with --dry-run: print the batch scripts instead")
     parser.add_argument("--dump-order", metavar="FIRST:LAST", help="print every clip of these global steps and stop")
     return parser
