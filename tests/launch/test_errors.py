@@ -89,6 +89,17 @@ def test_an_order_of_steps_that_do_not_exist(two_data_sets: dict[str, Path], tmp
     assert len(done.stdout.splitlines()) == 1 + 8
 
 
+def test_an_order_names_the_stage_of_each_clip(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Both stages have steps 0 and 1: only the stage tells their clips apart."""
+    alone = {"continue_from": None, "steps": 2, "phases": [{"name": "all", "start_lr": 1e-4}]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=alone)
+    header, *rows = tool("launch", recipe, "--dump-order", "0:2").stdout.splitlines()
+    columns = header.removeprefix("# ").split("\t")
+    found = [dict(zip(columns, row.split("\t"), strict=True)) for row in rows]
+    expected = [(stage, str(step)) for stage in ("pretrain", "cooldown") for step in (0, 1) for _ in range(8)]
+    assert [(row["stage"], row["step"]) for row in found] == expected
+
+
 def test_the_plan_says_what_each_data_set_holds(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
     left, right, nowhere = two_data_sets["left"], tmp_path / "shards", tmp_path / "nowhere"

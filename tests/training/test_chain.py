@@ -266,7 +266,7 @@ def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "not run yet", two_data_sets)
     whole = tool("launch", recipe, "--dump-order", "12:15").stdout
     header, *rows = whole.splitlines()
-    assert header == "# step\tslot\tdata set\trecord\tstart in seconds\tframes\tframes per second"
+    assert header == "# step\tslot\tdata set\trecord\tstart in seconds\tframes\tframes per second\tstage"
     assert [row.split("\t")[:2] for row in rows] == [[str(step), str(i)] for step in (12, 13, 14) for i in range(8)]
     assert tool("launch", recipe, "--stages", "cooldown", "--dump-order", "12:15").stdout == whole
     assert tool("launch", finished / "recipe.yaml", "--dump-order", "12:15").stdout == whole  # as it was trained
