@@ -95,6 +95,7 @@ def _launch(
         return 0
     if cluster == "local" and not arguments.wait:
         names = ",".join(stage.name for stage in remaining)
+        print("\n".join(description), flush=True)
         return _in_background(remaining[0], [arguments.recipe, *overrides, "--stages", names])
     with only_launcher_of(run):
         plan.refuse_if_at_work(recipe)  # another launch may have come between
@@ -150,6 +151,8 @@ def _in_background(first: Stage, again: list[str]) -> int:
             stderr=output,
             start_new_session=True,
         )
+    # Imports of PyTorch, here and in each rank, take most of the time until the first line of the run.
+    print(f"process {process.pid} starts {first.name!r} in the background and writes {log}", flush=True)
     history = first.folder / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):
         if (code := process.poll()) is not None:
@@ -158,7 +161,7 @@ def _in_background(first: Stage, again: list[str]) -> int:
             return code
         time.sleep(0.1)
     print(
-        f"started as process {process.pid}, which writes {log}\n"
+        f"started as process {process.pid}, which writes {log}: what is opened, loaded and built, then steps\n"
         f"look after it with: python tools/launch.py status|follow|cancel {run}"
     )
     return 0
