@@ -6,9 +6,11 @@ loads them.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vjepa_scale.checkpoint.manifest import (
     MANIFEST,
+    is_checkpoint,
     is_foreign,
     kind_of,
     last_name,
@@ -23,7 +25,7 @@ from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
-from vjepa_scale.recipe.stage import UNTRAINED
+from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
 
 
 def planned_first(stage: Stage) -> int:
@@ -79,6 +81,26 @@ def foreign_step(stage: Stage) -> int:
     from vjepa_scale.training.load_weights import check_foreign
 
     return check_foreign(stage)
+
+
+def starts_from_the_same(done: Stage, today: Stage, origin: Mapping[str, Any]) -> bool:
+    """Is what the stage starts from what it began with, wherever that was moved and however its path is spelled?
+
+    done:   the stage by the recipe that it was trained with
+    origin: of its first weights, as the manifests of its checkpoints have it
+    A checkpoint is known by its identity. Weights of another format have none there: their place decides.
+    """
+    then, now = str(done.starts_from), str(today.starts_from)
+    if done.starts_by != today.starts_by or today.starts_from in (None, UNTRAINED):
+        return False
+    by_path = then not in (UNTRAINED, *done.earlier) and now not in today.earlier
+    if by_path and Path(then).resolve() == Path(now).resolve():
+        return True
+    if "identity" not in origin:
+        return False
+    path = today.earlier[now].folder if now in today.earlier else Path(now)
+    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    return any(is_checkpoint(place, origin["identity"]) for place in (path, folder / name_of(origin["step"])))
 
 
 class DamagedEndError(UserError):
