@@ -191,19 +191,6 @@ def test_the_preprocessing_is_ours(tmp_path: Path) -> None:
     assert "global_batch: 4" in card
 
 
-def test_the_configuration_is_printed_in_short_lines(tmp_path: Path) -> None:
-    run_of(tmp_path / "run", SMALL)
-    consolidate(tmp_path / "run", tmp_path / "out")
-    config = read_config(tmp_path / "out")
-    assert config.recipe is not None
-    lines = str(config).splitlines()
-    assert len(lines) > 5
-    assert max(map(len, lines)) <= 120
-    assert "frames: 8" in lines
-    assert lines[-1] == f"recipe: {len(config.recipe)} sections, in config.recipe"
-    assert len(repr(config)) < 1000  # without the recipe, too
-
-
 @pytest.mark.parametrize(
     ("tokens", "generators", "jepa", "words"),
     [
