@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.recipe import Recipe, Stage, load_recipe
+from vjepa_scale.recipe import Recipe, Stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if close := difflib.get_close_matches(arguments.recipe, ("status", "follow", "cancel"), n=1):
         raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     from vjepa_scale.launch import plan  # imports torch, which status does without
+    from vjepa_scale.training.planned_start import load_for_training
 
     overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_for_training(arguments.recipe, overrides)
     stages = plan.chosen_stages(recipe, arguments.stages.split(",") if arguments.stages else None)
     if arguments.dump_order:
         for line in plan.order_lines(stages, arguments.dump_order):

@@ -216,6 +216,7 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
         )
         own = f", on {_ranks(stage.launch)} ranks" if stage.launch != recipe.launch else ""
         yield f"{stage.name}: {config.steps} steps, {origin}{own}"
+        yield from (f"  warning: {text}" for text in stage.warnings())
         for phase in stage.phases_from(planned_first(stage)):
             yield "  " + _phase_line(stage, phase)
             short, share = short_videos(stage.data, phase, manifests)

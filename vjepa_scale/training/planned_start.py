@@ -4,7 +4,8 @@ Without PyTorch, so that launchers and dry runs are quick. Only weights of anoth
 loads them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,33 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stage_data import data_order, open_data
-from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe import Phase, Recipe, Stage, load_recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
 from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
+
+
+def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """``load_recipe`` for whoever trains: a run that has begun keeps values that were another version's defaults."""
+    recipe = load_recipe(path, overrides)
+    kept = []
+    for stage in stages_of(recipe).values():
+        keys = [key for key in stage.kept_defaults if getattr(stage.config, key) is None]
+        then = _recorded(stage) if keys else {}
+        kept += [f"{stage.name}.{key}={then[key]}" for key in keys if then.get(key) is not None]
+    return load_recipe(path, [*overrides, *kept]) if kept else recipe
+
+
+def _recorded(stage: Stage) -> dict[str, Any]:
+    """A stage's section as its newest checkpoint has it, or else the last launch of its run; empty: neither."""
+    own = newest_name(stage.checkpoints)
+    if own is not None:
+        return read_manifest(own)["recipe"].get(stage.name, {})
+    launched = Path(stage.recipe.run.dir) / "recipe.yaml"
+    with suppress(UserError):  # a damaged one is written again by the next launch
+        if launched.is_file():
+            return load_recipe(launched).model_dump(mode="json", exclude_none=True).get(stage.name, {})
+    return {}
 
 
 def planned_first(stage: Stage) -> int:
