@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.files import read_jsonl
-from vjepa_scale.recipe import Recipe, Stage, load_recipe
+from vjepa_scale.recipe import Recipe, Stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if close := difflib.get_close_matches(arguments.recipe, ("status", "follow", "cancel"), n=1):
         raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     from vjepa_scale.launch import plan  # imports torch, which status does without
+    from vjepa_scale.training.planned_start import load_for_training
 
     overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_for_training(arguments.recipe, overrides)
     stages = plan.chosen_stages(recipe, arguments.stages.split(",") if arguments.stages else None)
     if arguments.dump_order:
         for line in plan.order_lines(stages, arguments.dump_order):
@@ -49,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = list(plan.describe(stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
-        for problem in plan.objections(stages, source=arguments.recipe, cluster=cluster):
+        # A plan for a cluster is looked at on a laptop: what this machine lacks is no mistake in recipe or data.
+        if lacking := plan.machine_lacks(stages, source=arguments.recipe, cluster=cluster):
+            print(f"not on this machine: {lacking}")
+        problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
+        for problem in problems:
             print(f"refused now: {problem}")
-        return 0
+        return EXIT_USER_ERROR if problems else 0
     return _launch(recipe, stages, cluster, description, arguments, overrides)
 
 
@@ -64,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="launch.cluster of the recipe")
     parser.add_argument("--stages", help="comma-separated; default: all of the recipe")
     parser.add_argument("--wait", action="store_true", help="stay until the last stage is complete, showing its lines")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; exit code 2 where a launch would be refused"
+    )
     parser.add_argument("--print-sbatch", action="store_true", help="with --dry-run: print the batch scripts instead")
     parser.add_argument("--dump-order", metavar="FIRST:LAST", help="print every clip of these global steps and stop")
     return parser
@@ -89,6 +96,7 @@ def _launch(
         return 0
     if cluster == "local" and not arguments.wait:
         names = ",".join(stage.name for stage in remaining)
+        print("\n".join(description), flush=True)
         return _in_background(remaining[0], [arguments.recipe, *overrides, "--stages", names])
     with only_launcher_of(run):
         plan.refuse_if_at_work(recipe)  # another launch may have come between
@@ -144,6 +152,8 @@ def _in_background(first: Stage, again: list[str]) -> int:
             stderr=output,
             start_new_session=True,
         )
+    # Imports of PyTorch, here and in each rank, take most of the time until the first line of the run.
+    print(f"process {process.pid} starts {first.name!r} in the background and writes {log}", flush=True)
     history = first.folder / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):
         if (code := process.poll()) is not None:
@@ -152,7 +162,7 @@ def _in_background(first: Stage, again: list[str]) -> int:
             return code
         time.sleep(0.1)
     print(
-        f"started as process {process.pid}, which writes {log}\n"
+        f"started as process {process.pid}, which writes {log}: what is opened, loaded and built, then steps\n"
         f"look after it with: python tools/launch.py status|follow|cancel {run}"
     )
     return 0

@@ -190,7 +190,7 @@ def test_videos_are_shown_at_the_rate_of_their_data_set_times_the_jitter(
         for line, ref in zip(
             dump_order(recipe.data, phases[1], order, sets, step), refs_of(sets, recipe, step), strict=True
         ):
-            _, slot, name, key, start, frames, fps = line.split("\t")
+            _, slot, name, key, start, frames, fps, _ = line.split("\t")
             assert int(frames) == FRAMES[name]
             rates.append(float(fps) / FPS[name])
             if name == "pictures":

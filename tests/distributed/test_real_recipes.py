@@ -43,11 +43,11 @@ def test_a_real_recipe_has_a_plan_under_either_engine(name: str, engine: str) ->
 def test_a_real_recipe_passes_a_dry_run_under_zero() -> None:
     """As a user asks for it. tests/launch does the same under FSDP2."""
     options = ("engine.kind=deepspeed", "engine.zero_stage=2", "--cluster", "local")
-    plan = tool("launch", RECIPES / "vitg_384.yaml", "--dry-run", *options).stdout
+    plan = tool("launch", RECIPES / "vitg_384.yaml", "--dry-run", *options, check=False).stdout
     assert "128, deepspeed, bfloat16, on cuda" in plan
     refused = [line for line in plan.splitlines() if line.startswith("refused now")]
-    # By this machine, which has neither the data nor the GPUs; not for anything in the recipe.
-    assert all("no such data folder" in line or "launch.nodes" in line for line in refused), refused
+    # For the data, which are not here; not for anything in the recipe.
+    assert all("no such data folder" in line for line in refused), refused
 
 
 # -- 128 ranks -----------------------------------------------------------------------------------------

@@ -89,25 +89,53 @@ def test_an_order_of_steps_that_do_not_exist(two_data_sets: dict[str, Path], tmp
     assert len(done.stdout.splitlines()) == 1 + 8
 
 
+def test_an_order_names_the_stage_of_each_clip(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Both stages have steps 0 and 1: only the stage tells their clips apart."""
+    alone = {"continue_from": None, "steps": 2, "phases": [{"name": "all", "start_lr": 1e-4}]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, cooldown=alone)
+    header, *rows = tool("launch", recipe, "--dump-order", "0:2").stdout.splitlines()
+    columns = header.removeprefix("# ").split("\t")
+    found = [dict(zip(columns, row.split("\t"), strict=True)) for row in rows]
+    expected = [(stage, str(step)) for stage in ("pretrain", "cooldown") for step in (0, 1) for _ in range(8)]
+    assert [(row["stage"], row["step"]) for row in found] == expected
+
+
 def test_the_plan_says_what_each_data_set_holds(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
     left, right, nowhere = two_data_sets["left"], tmp_path / "shards", tmp_path / "nowhere"
     shutil.copytree(two_data_sets["right"], right)
     tar = sorted(right.glob("*.tar"))[1]
-    plan = tool("launch", recipe, "--dry-run", f"data.sets.right.path={right}").stdout.splitlines()
+    done = tool("launch", recipe, "--dry-run", f"data.sets.right.path={right}")
+    assert "refused now" not in done.stdout
+    plan = done.stdout.splitlines()
     assert f"data    left: {left}, 24 records in 3 shards, weight 2" in plan
     assert f"data    right: {right}, 32 records in 4 shards, weight 2" in plan
     tar.unlink()
-    plan = tool(
-        "launch", recipe, "--dry-run", f"data.sets.right.path={right}", f"data.sets.left.path={nowhere}"
-    ).stdout.splitlines()
+    paths = (f"data.sets.right.path={right}", f"data.sets.left.path={nowhere}")
+    done = tool("launch", recipe, "--dry-run", *paths, check=False)
+    assert done.returncode == 2
+    plan = done.stdout.splitlines()
+    assert plan[-1].startswith(f"refused now: {recipe}:data.sets.left.path: {nowhere}: no such data folder")
     assert f"data    left: {nowhere}, weight 2  (no manifest there yet)" in plan
     (line,) = (line for line in plan if line.startswith("data    right"))
     assert line.startswith(f"data    right: {right}, weight 2  (error: {tar}: the shard is missing")
 
 
+def test_a_dry_run_of_nodes_that_this_machine_has_not_is_no_mistake(
+    two_data_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
+    done = tool("launch", recipe, "--dry-run", "launch.nodes=2")
+    assert done.stdout.splitlines()[-1].startswith(f"not on this machine: {recipe}:launch.nodes: 2 nodes, but this is")
+    assert "launch.nodes: 2 nodes" in refused(recipe, "launch.nodes=2")
+
+
 @pytest.mark.parametrize("name", ["vitl_256", "vith_256", "vitg_256", "vitg_384"])
 def test_real_recipes_pass_dry_run(name: str) -> None:
-    done = tool("launch", f"recipes/{name}.yaml", "--dry-run")
+    done = tool("launch", f"recipes/{name}.yaml", "--dry-run", "--cluster", "local", check=False)
+    # This machine has not the data, and not the nodes: only the first is said to be refused, and counts.
+    said = [line for line in done.stdout.splitlines() if line.startswith(("refused now", "not on this machine"))]
+    assert ["no such data folder" in said[1], "launch.nodes" in said[0], len(said)] == [True, True, 2]
+    assert done.returncode == 2
     assert "3072 = 128 ranks × 1 × 24" in done.stdout
     assert ("64 × 384×384 px = 18432 tokens" in done.stdout) == (name == "vitg_384")

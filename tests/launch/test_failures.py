@@ -190,6 +190,7 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
     started = tool("launch", recipe)  # in the background
     pid = int(started.stdout.split("started as process ")[1].split(",")[0])
     first = psutil.Process(pid)
+    assert "pretrain: 100000 steps, starts fresh" in started.stdout.partition("started as process ")[0]  # the plan
     try:
         log = tmp_path / "run" / "pretrain" / "metrics.jsonl"
         deadline = time.monotonic() + LIMIT_S
@@ -205,5 +206,13 @@ def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], 
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert first.is_running()
+        # What it does before the first step is in its log.
+        said = tmp_path / "run" / "launch.log"
+        steps = ("opening the data", "left 24, right 32; building the networks", "starts fresh", "the first batch")
+        while not said.read_text().count(steps[-1]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        places = [said.read_text().rindex(step) for step in steps]
+        assert places == sorted(places)
     finally:
         os.killpg(pid, signal.SIGKILL)  # a background launch is a session of its own

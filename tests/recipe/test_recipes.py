@@ -268,8 +268,25 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 to 1"):
         load_recipe(RECIPES / "vitg_384.yaml", ["pretrain.phases.7.steps=100"])
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
-    with pytest.raises(UserError, match="extends itself"):
+    with pytest.raises(UserError, match=r"loop\.yaml:extends: extends itself"):
         load_recipe(tmp_path / "loop.yaml")
+
+
+def test_extends_says_what_its_path_is_relative_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    top = tmp_path / "mine/top.yaml"
+    for value, said in (
+        (
+            "base.yaml",
+            f"{top}:extends: no such recipe: {top.parent}/base.yaml (a path relative to the folder of this file, "
+            f"{top.parent}, or an absolute one)",
+        ),
+        ("[a.yaml, b.yaml]", f"{top}:extends: must be the path of one file, not ['a.yaml', 'b.yaml']"),
+    ):
+        top.write_text(f"extends: {value}\n")
+        with pytest.raises(UserError) as refusal:
+            load_recipe(top)
+        assert str(refusal.value) == said
 
 
 def chained(folder: Path, *files: dict) -> Path:

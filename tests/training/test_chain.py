@@ -1,5 +1,6 @@
 """Whole runs through tools/launch.py: the same numbers for any ranks, the cooldown's start, the schedule."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -236,6 +237,44 @@ def test_a_frozen_encoder_is_that_of_one_step_of_one_source(tmp_path: Path) -> N
             refuse_other_recipe(stages_of(load_recipe(path, [override]))["cooldown"], checkpoint)
 
 
+@pytest.mark.parametrize("word", ["continue_from", "init_from"])
+def test_a_source_is_known_by_its_identity(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a stage that began at ``old``, spelled as a relative path; ``new`` is where that was moved."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("new", 1.0), ("other", 2.0)):
+        source = store.save(tmp_path / name / "pretrain" / "checkpoints", 12, {"a": torch.full((1,), value)}, {})
+        files = sorted(source.glob("*.distcp"))
+        sums = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+        if name == "new":
+            identity = hashlib.sha256(sums.encode()).hexdigest()
+    stage = {**dict.fromkeys(["continue_from", "init_from"]), word: "old/pretrain"}
+    cooldown = stage | {"phases": [{"name": "decay", "start_lr": 1e-3}]}
+    data = {"left": tmp_path, "right": tmp_path}
+    path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", data, pretrain=None, cooldown=cooldown)
+    trained = load_recipe(path).model_dump(mode="json", exclude_none=True)
+    first = 12 if word == "continue_from" else 0
+    origin = {"path": "old/pretrain/checkpoints/step_00000012", "stage": "pretrain", "step": 12, "identity": identity}
+    manifest = {"recipe": trained, "first": first, "origin": origin}
+    checkpoint = store.save(tmp_path / "own", first + 2, {"a": torch.ones(1)}, manifest)
+    step = "checkpoints/step_00000012"
+    for same in (
+        tmp_path / "old/pretrain",
+        "new/pretrain",
+        "new/pretrain/checkpoints",
+        tmp_path / "new/pretrain" / step,
+    ):
+        refuse_other_recipe(stages_of(load_recipe(path, [f"cooldown.{word}={same}"]))["cooldown"], checkpoint)
+    other_word = {"continue_from": "init_from", "init_from": "continue_from"}[word]
+    for overrides in (
+        [f"cooldown.{word}=other/pretrain"],
+        [f"cooldown.{word}=other/pretrain/{step}"],
+        [f"cooldown.{word}=nowhere"],
+        [f"cooldown.{word}=null", f"cooldown.{other_word}=new/pretrain"],
+    ):
+        with pytest.raises(UserError, match=rf"cooldown\.{word}: old/pretrain then, "):
+            refuse_other_recipe(stages_of(load_recipe(path, overrides))["cooldown"], checkpoint)
+
+
 def test_a_finished_run_is_not_taken_for_another_recipes_result(finished: Path) -> None:
     for override, named in (("run.seed=9", "run.seed"), ("pretrain.steps=14", "goes back to step 12")):
         done = launch(finished / "recipe.yaml", override, "--stages", "cooldown", check=False)
@@ -266,7 +305,7 @@ def test_dumped_order_of_a_stage_is_that_of_the_whole_run(
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "not run yet", two_data_sets)
     whole = tool("launch", recipe, "--dump-order", "12:15").stdout
     header, *rows = whole.splitlines()
-    assert header == "# step\tslot\tdata set\trecord\tstart in seconds\tframes\tframes per second"
+    assert header == "# step\tslot\tdata set\trecord\tstart in seconds\tframes\tframes per second\tstage"
     assert [row.split("\t")[:2] for row in rows] == [[str(step), str(i)] for step in (12, 13, 14) for i in range(8)]
     assert tool("launch", recipe, "--stages", "cooldown", "--dump-order", "12:15").stdout == whole
     assert tool("launch", finished / "recipe.yaml", "--dump-order", "12:15").stdout == whole  # as it was trained

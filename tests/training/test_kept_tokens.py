@@ -79,7 +79,7 @@ def test_they_are_the_encoders_and_the_loss_is_of_them(world_size: int, sets: di
     initialise(encoder, seed=recipe.run.seed, prefix="encoder")
     manifest = Manifest.open(sets["train"])
     labels = torch.from_numpy(labels_in(sets["train"], manifest.classes))
-    probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2)
+    probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2, eps=1e-6)
     probe.load_state_dict(found[0]["weights"])
     for rank in found:
         kept: dict[tuple[str, int], Tensor] = rank["kept"]

@@ -1,6 +1,7 @@
 """What a probe stage can start from: every kind of weights gives the same probes, and says where it came from."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ PROBE: dict[str, Any] = {
     "clip": {"frames": 4, "size": 32},
     "depth": 2,
     "heads": 2,
-    "eps": 1e-6,
     "lr_scales": [1, 0.1],
     "weight_decays": [0.01],
     "global_batch": 4,
@@ -86,8 +86,15 @@ def test_a_checkpoint_in_the_middle_as_a_job_of_its_own(pretrained: Path, tmp_pa
 
 def test_the_best_probe_becomes_their_classifier(pretrained: Path, tmp_path: Path) -> None:
     """transformers' logits of a random clip against ours, from the checkpoint's tensors by PyTorch's converter."""
-    recipe = load_recipe(pretrained, [f"run.dir={tmp_path}", f"probe.init_from={pretrained.parent}/run/pretrain"])
+    shutil.copytree(pretrained.parent / "run" / "pretrain", tmp_path / "first" / "pretrain")
+    recipe = load_recipe(pretrained, [f"run.dir={tmp_path}", f"probe.init_from={tmp_path}/first/pretrain"])
     run_processes(probe_stage, 1, [recipe])
+    # As where the whole run is moved: beside the probe, it is known by its identity.
+    (tmp_path / "first" / "pretrain").rename(tmp_path / "away")
+    said = tool("consolidate", tmp_path / "probe", "--to", "huggingface", "--out", tmp_path / "theirs", check=False)
+    assert said.returncode == 2
+    assert "the checkpoint that the probe started from is not there, and not at " in said.stderr
+    (tmp_path / "away").rename(tmp_path / "pretrain")
     tool("consolidate", tmp_path / "probe", "--to", "huggingface", "--out", tmp_path / "theirs")
     theirs = VJEPA2ForVideoClassification.from_pretrained(tmp_path / "theirs").eval()
     found = result(recipe)

@@ -133,7 +133,7 @@ def test_accuracy_is_that_of_plain_code_on_the_checkpoint(
     with torch.no_grad():
         tokens = encoder(clips)
         for setting in result(recipe)["settings"]:
-            probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2)
+            probe = AttentiveProbe(width=32, heads=2, classes=3, depth=2, eps=1e-6)
             probe.load_state_dict(_of(tensors, setting["probe"]))
             probabilities = probe(tokens).softmax(1).reshape(len(labels), len(lefts), 3).mean(1)
             expected = accuracy_score(labels, probabilities.argmax(1))

@@ -20,12 +20,13 @@ from vjepa_scale.checkpoint.formats.model_card import predicts_as
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
 from vjepa_scale.checkpoint.load import TrainedProbe, load_probe
+from vjepa_scale.checkpoint.manifest import is_checkpoint
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import content_of, replaced_folder
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Attention
 from vjepa_scale.model.probe import AttentiveProbe, CrossAttention
-from vjepa_scale.recipe.stage import EVALUATION
+from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION
 
 __all__ = ["FORMATS", "Format", "consolidate", "find_checkpoint", "result_config"]
 
@@ -237,9 +238,9 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
     its encoder is not the one beside the probe, to the bit, or where theirs cannot compute the probe.
     """
     trained = load_probe(folder)
-    origin = trained.result["origin"].get("path")
-    if origin is None:
+    if trained.result["origin"].get("path") is None:
         raise UserError("its encoder was never trained", where=folder / EVALUATION, fix="a probe of a trained one")
+    origin = _source_of_probe(folder, trained.result["origin"])
     manifest = store.read_manifest(trained.checkpoint)
     # Of a published file of others the stage's recipe knows what the file does not say.
     foreign = Path(origin).suffix == ".pt" and not Path(f"{origin}.json").exists()
@@ -258,6 +259,21 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
             raise UserError(f"{name} is not the one that the probe was trained on", where=origin, fix="restore it")
     write_video_classifier(out, replace(source, config=config), trained.probe, trained.classes)
     return trained
+
+
+def _source_of_probe(folder: Path, origin: dict[str, Any]) -> str:
+    """Where the model is that a probe stage started from: where it was, or beside the probe in a run that was moved."""
+    then = str(origin["path"])
+    if Path(then).exists() or "identity" not in origin:
+        return then
+    beside = folder.resolve().parent / str(origin["stage"]) / CHECKPOINTS / Path(then).name
+    if not is_checkpoint(beside, origin["identity"]):
+        raise UserError(
+            f"the checkpoint that the probe started from is not there, and not at {beside}",
+            where=then,
+            fix="put it back at either place",
+        )
+    return str(beside)
 
 
 def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProbe, classes: Sequence[str]) -> Path:

@@ -8,7 +8,9 @@ a part of a checkpoint is read later, from a disk that may fail then.
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -188,7 +190,10 @@ class CheckpointReader(FileSystemReader):
         Raises UserError where what is stored cannot be read as tensors.
         """
         try:
-            dcp.load(tensors, storage_reader=self, no_dist=alone)
+            with warnings.catch_warnings() if alone else nullcontext():
+                if alone:  # as intended, and DCP warns at every call
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(tensors, storage_reader=self, no_dist=alone)
         except CheckpointException as error:  # DCP's own, about all ranks; the cause is what we can tell
             causes = [cause for cause, _ in error.failures.values()]
             known = next((cause for cause in causes if isinstance(cause, UserError | OSError)), None)

@@ -127,6 +127,11 @@ def identity(manifest: dict[str, Any]) -> str:
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
+def is_checkpoint(path: Path, wanted: str) -> bool:
+    """Is the checkpoint of that ``identity`` in this folder?"""
+    return (path / MANIFEST).is_file() and identity(read_manifest(path)) == wanted
+
+
 def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read: bool = True) -> str | None:
     """What is wrong with one file of a checkpoint, in words; None if nothing. ``read``: check the bytes too."""
     path = checkpoint / name

@@ -17,7 +17,8 @@ from vjepa_scale.recipe.schema import DataConfig
 from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError
 from vjepa_scale.video.decode import PYAV, decode_clip, times_of_frames
 
-DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second")
+# A new column comes last, for readers that count columns.
+DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second", "stage")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def dump_order(
     for ref in clip_refs(data, phase, order, manifests, step=step, slots=range(phase.global_batch)):
         key = manifests[ref.dataset].key(ref.record)
         times = f"{ref.start_s:.6f}\t{len(ref.times_s)}\t{ref.fps:.9g}"
-        yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}"
+        yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}\t{phase.stage}"
 
 
 # -- ``data.sampling: stride``: frames at equal distances, as the published code takes them ----------

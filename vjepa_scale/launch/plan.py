@@ -55,11 +55,13 @@ def check(
     repair: gets the lines about it where the last checkpoints of finished stages are to be read, and a damaged one set
             aside, so that its stage is trained again from the good one before it; None: files are not read
     """
+    if (lacking := machine_lacks(stages, source=source, cluster=cluster)) is not None:
+        raise lacking
+    return _checked(stages, source, repair)
+
+
+def _checked(stages: Sequence[Stage], source: object, repair: Callable[[str], object] | None) -> list[Stage]:
     recipe = stages[0].recipe
-    with errors_name(source):
-        if cluster == "local":
-            for stage in stages:
-                _fits_this_machine(stage)
     remaining: list[Stage] = []
     damaged: list[tuple[Stage, Damage]] = []
     for stage in stages:
@@ -91,9 +93,12 @@ def check(
 
 
 def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iterator[str]:
-    """What a launch would be refused for now, as a dry run says it: nothing is written or submitted."""
+    """What a launch would be refused for now, as a dry run says it: nothing is written or submitted.
+
+    What this machine lacks is left to ``machine_lacks``.
+    """
     try:
-        check(stages, source=source, cluster=cluster)
+        _checked(stages, source, None)
     except UserError as error:
         yield str(error)
     if cluster == "slurm":
@@ -107,6 +112,17 @@ def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iter
         else:
             if said:
                 yield f"Slurm would refuse the job of {stages[0].name!r}: {said}"
+
+
+def machine_lacks(stages: Sequence[Stage], *, source: object, cluster: str) -> UserError | None:
+    """The nodes or GPUs that a local run would need and this machine does not have; None: it has them."""
+    try:
+        with errors_name(source):
+            for stage in stages if cluster == "local" else ():
+                _fits_this_machine(stage)
+    except UserError as error:
+        return error
+    return None
 
 
 def _fits_this_machine(stage: Stage) -> None:
@@ -200,6 +216,7 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
         )
         own = f", on {_ranks(stage.launch)} ranks" if stage.launch != recipe.launch else ""
         yield f"{stage.name}: {config.steps} steps, {origin}{own}"
+        yield from (f"  warning: {text}" for text in stage.warnings())
         for phase in stage.phases_from(planned_first(stage)):
             yield "  " + _phase_line(stage, phase)
             short, share = short_videos(stage.data, phase, manifests)

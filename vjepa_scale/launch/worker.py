@@ -22,6 +22,7 @@ from vjepa_scale.launch.retry_policy import refuse_endless_restarts
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.run.events import History
 from vjepa_scale.run.failures import Progress, report_failure, told_as
+from vjepa_scale.training.planned_start import load_for_training
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 
 
@@ -86,7 +87,7 @@ def main() -> int:
     parser.add_argument("stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_for_training(arguments.recipe, arguments.overrides)
     stages = stages_of(recipe)
     if arguments.stage not in stages:
         raise UserError(f"no stage {arguments.stage!r}", where=arguments.recipe, fix=f"one of {', '.join(stages)}")

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 from vjepa_scale.model.blocks import Block, Mlp
 from vjepa_scale.recipe.schema import ModelConfig
-from vjepa_scale.recipe.stage_sections import ProbeStageConfig
-
-# PyTorch's default, with which the published probes were trained; Hugging Face computes them with 1e-6.
-PROBE_EPS = 1e-5
+from vjepa_scale.recipe.stage_sections import PROBE_EPS, ProbeStageConfig
 
 
 class CrossAttention(nn.Module):
@@ -93,6 +90,5 @@ class AttentiveProbe(nn.Module):
 
 def probe_of(model: ModelConfig, config: ProbeStageConfig, *, classes: int) -> AttentiveProbe:
     """The network that a probe stage trains on this model's encoder."""
-    return AttentiveProbe(
-        width=model.encoder.width, heads=config.heads, classes=classes, depth=config.depth, eps=config.eps
-    )
+    eps = config.layer_norm_eps(model.encoder.heads)
+    return AttentiveProbe(width=model.encoder.width, heads=config.heads, classes=classes, depth=config.depth, eps=eps)

@@ -11,7 +11,7 @@ from vjepa_scale.data.manifest import MANIFEST, Manifest, few_labels, label_of, 
 from vjepa_scale.data.order import Ints
 from vjepa_scale.model import flops
 from vjepa_scale.recipe import Phase, Stage
-from vjepa_scale.recipe.stage_sections import ProbeStageConfig
+from vjepa_scale.recipe.stage_sections import EXPORTED_PROBE_EPS, ProbeStageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class ProbeStage(Stage):
     networks = ("encoder",)
     evaluates = True
     trains_probes = True
+    kept_defaults = ("eps",)
     config: ProbeStageConfig
 
     @property
@@ -70,6 +71,29 @@ class ProbeStage(Stage):
                 where=f"{key}.heads",
                 fix=f"the encoder's: {model.encoder.heads}",
             )
+
+    @property
+    def eps(self) -> float:
+        """Of the probes' LayerNorms."""
+        return self.config.layer_norm_eps(self.recipe.model.encoder.heads)
+
+    def warnings(self) -> list[str]:
+        heads, of_encoder, name = self.config.heads, self.recipe.model.encoder.heads, self.name
+        reasons, fix = [], []
+        if heads != of_encoder:
+            reasons.append(f"heads {heads}, theirs as many as the encoder: {of_encoder}")
+            fix.append(f"{name}.heads={of_encoder}")
+        if self.eps != EXPORTED_PROBE_EPS:
+            reasons.append(f"eps {self.eps:g}, theirs {EXPORTED_PROBE_EPS:g}")
+            fix += [f"{name}.eps={EXPORTED_PROBE_EPS:g}"] if self.config.eps is not None else []
+        if not reasons:
+            return []
+        what = "its probes cannot be exported as VJEPA2ForVideoClassification"
+        return [f"{what}: {'; '.join(reasons)} (before training: {' '.join(fix)})"]
+
+    def decisive(self) -> dict[str, Any]:
+        whole = super().decisive()
+        return {self.name: whole[self.name] | {"eps": self.eps}}
 
     # -- which records ---------------------------------------------------------------------------------
 

@@ -71,13 +71,19 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
-    """A file and those that it extends, from the top down."""
+def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those that it extends, from the top down. above: the file that extends it"""
     if path.resolve() in seen:
-        raise UserError("extends itself", where=path)
+        raise UserError("extends itself", where=f"{above}:extends", fix="name another file, or leave extends out")
     try:
         text = path.read_text()
     except FileNotFoundError:
+        if above is not None:
+            raise UserError(
+                f"no such recipe: {path}",
+                where=f"{above}:extends",
+                fix=f"a path relative to the folder of this file, {above.parent.resolve()}, or an absolute one",
+            ) from None
         raise UserError(
             "no such recipe", where=path, fix="give the path of a YAML file, e.g. recipes/demo.yaml"
         ) from None
@@ -87,7 +93,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections", where=path)
     parent = tree.pop("extends", None)
-    below = _read(path.parent / str(parent), (*seen, path.resolve())) if parent is not None else []
+    if not isinstance(parent, str | None):
+        raise UserError(f"must be the path of one file, not {parent!r}", where=f"{path}:extends")
+    below = _read(path.parent / parent, (*seen, path.resolve()), path) if parent is not None else []
     return [(path, tree), *below]
 
 

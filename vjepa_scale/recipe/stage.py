@@ -64,6 +64,8 @@ class Stage(ABC):
     has_target_encoder: ClassVar[bool] = False  # beside the encoder; without one, a stage takes it as its encoder
     evaluates: ClassVar[bool] = False  # after its last step, by its objective's ``evaluation``
     trains_probes: ClassVar[bool] = False  # whose best one can be exported as a classifier
+    # Keys whose default was another one in an earlier version: a run that has begun keeps what it has recorded.
+    kept_defaults: ClassVar[tuple[str, ...]] = ()
     # Consecutive slots of one geometry, which the global batch is made of: what they are called, and the key.
     group_words: ClassVar[tuple[str, str]] = ("micro-batches", "micro_batch")
 
@@ -293,6 +295,10 @@ class Stage(ABC):
 
     def check_before_launch(self) -> None:  # noqa: B027 (most have nothing to check)
         """What takes too long to be checked each time a recipe is read."""
+
+    def warnings(self) -> list[str]:
+        """What a plan warns of: allowed, but perhaps not what was meant."""
+        return []
 
     # -- its data --------------------------------------------------------------------------------------
 

@@ -136,6 +136,10 @@ class ViewsConfig(Section):
     crops: Literal[1, 3] = Field(1, description="of a clip: the centre; 3: both ends of the longer side too")
 
 
+# PyTorch's default, with which the published probes were trained; Hugging Face's classifier has another one.
+PROBE_EPS, EXPORTED_PROBE_EPS = 1e-5, 1e-6
+
+
 class ProbeStageConfig(StageConfig):
     """Attentive probes on a frozen encoder, several settings trained at once (docs/method.md 10)."""
 
@@ -150,8 +154,10 @@ class ProbeStageConfig(StageConfig):
     )
     depth: PositiveInt = Field(4, description="blocks of a probe: one of cross-attention after the others")
     heads: PositiveInt = Field(16, description="attention heads of a probe; a divisor of the encoder's width")
-    eps: Positive = Field(
-        1e-5, description="of a probe's LayerNorms, as published; 1e-6, with the encoder's heads: as Hugging Face's"
+    eps: Positive | None = Field(
+        None,
+        description="of a probe's LayerNorms; default: 1e-6, as Hugging Face's classifier has it, where heads are the "
+        "encoder's, so that the probe can be exported; else 1e-5, as published; a run that has begun keeps its own",
     )
     labels_per_class: PositiveInt | None = Field(
         None, description="train on this many records of each class, drawn by data.seed; default: on all"
@@ -182,3 +188,9 @@ class ProbeStageConfig(StageConfig):
         if self.label_draws > 1 and self.labels_per_class is None:
             raise ValueError("label_draws: of all labels there is one draw; give labels_per_class too")
         return self
+
+    def layer_norm_eps(self, encoder_heads: int) -> float:
+        """``eps``, or its default for an encoder of so many heads."""
+        if self.eps is not None:
+            return self.eps
+        return EXPORTED_PROBE_EPS if self.heads == encoder_heads else PROBE_EPS

@@ -4,11 +4,14 @@ Without PyTorch, so that launchers and dry runs are quick. Only weights of anoth
 loads them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vjepa_scale.checkpoint.manifest import (
     MANIFEST,
+    is_checkpoint,
     is_foreign,
     kind_of,
     last_name,
@@ -20,10 +23,33 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.stage_data import data_order, open_data
-from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe import Phase, Recipe, Stage, load_recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
-from vjepa_scale.recipe.stage import UNTRAINED
+from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
+
+
+def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """``load_recipe`` for whoever trains: a run that has begun keeps values that were another version's defaults."""
+    recipe = load_recipe(path, overrides)
+    kept = []
+    for stage in stages_of(recipe).values():
+        keys = [key for key in stage.kept_defaults if getattr(stage.config, key) is None]
+        then = _recorded(stage) if keys else {}
+        kept += [f"{stage.name}.{key}={then[key]}" for key in keys if then.get(key) is not None]
+    return load_recipe(path, [*overrides, *kept]) if kept else recipe
+
+
+def _recorded(stage: Stage) -> dict[str, Any]:
+    """A stage's section as its newest checkpoint has it, or else the last launch of its run; empty: neither."""
+    own = newest_name(stage.checkpoints)
+    if own is not None:
+        return read_manifest(own)["recipe"].get(stage.name, {})
+    launched = Path(stage.recipe.run.dir) / "recipe.yaml"
+    with suppress(UserError):  # a damaged one is written again by the next launch
+        if launched.is_file():
+            return load_recipe(launched).model_dump(mode="json", exclude_none=True).get(stage.name, {})
+    return {}
 
 
 def planned_first(stage: Stage) -> int:
@@ -79,6 +105,26 @@ def foreign_step(stage: Stage) -> int:
     from vjepa_scale.training.load_weights import check_foreign
 
     return check_foreign(stage)
+
+
+def starts_from_the_same(done: Stage, today: Stage, origin: Mapping[str, Any]) -> bool:
+    """Is what the stage starts from what it began with, wherever that was moved and however its path is spelled?
+
+    done:   the stage by the recipe that it was trained with
+    origin: of its first weights, as the manifests of its checkpoints have it
+    A checkpoint is known by its identity. Weights of another format have none there: their place decides.
+    """
+    then, now = str(done.starts_from), str(today.starts_from)
+    if done.starts_by != today.starts_by or today.starts_from in (None, UNTRAINED):
+        return False
+    by_path = then not in (UNTRAINED, *done.earlier) and now not in today.earlier
+    if by_path and Path(then).resolve() == Path(now).resolve():
+        return True
+    if "identity" not in origin:
+        return False
+    path = today.earlier[now].folder if now in today.earlier else Path(now)
+    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    return any(is_checkpoint(place, origin["identity"]) for place in (path, folder / name_of(origin["step"])))
 
 
 class DamagedEndError(UserError):

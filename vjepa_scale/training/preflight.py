@@ -28,7 +28,13 @@ from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage import UNTRAINED
-from vjepa_scale.training.planned_start import end_of, foreign_step, source_of, starts_elsewhere
+from vjepa_scale.training.planned_start import (
+    end_of,
+    foreign_step,
+    source_of,
+    starts_elsewhere,
+    starts_from_the_same,
+)
 from vjepa_scale.training.recipe_changes import recipe_changes
 
 
@@ -113,7 +119,9 @@ def refuse_other_recipe(stage: Stage, path: Path) -> None:
     manifest = read_manifest(path)
     _refuse_other_origin(stage, path)
     done = validate_recipe(manifest["recipe"], source=path / MANIFEST)
-    if changed := recipe_changes(stages_of(done)[stage.name], stage, first=manifest["first"], step=manifest["step"]):
+    then, step = stages_of(done)[stage.name], manifest["step"]
+    same = starts_from_the_same(then, stage, manifest.get("origin", {}))
+    if changed := recipe_changes(then, stage, first=manifest["first"], step=step, same_source=same):
         more = [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
         raise UserError(
             f"the recipe differs from the one that trained {path}: {'; '.join(changed[:4] + more)}",

@@ -8,15 +8,20 @@ from vjepa_scale.recipe import Phase, Recipe, Stage
 from vjepa_scale.recipe.networks import NETWORKS
 
 
-def recipe_changes(done: Stage, today: Stage, *, first: int, step: int) -> list[str]:
+def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_source: bool = False) -> list[str]:
     """``KEY: THEN then, NOW now`` for all that the steps from ``first`` to ``step`` depended on; none: they agree.
 
     done: the stage by the recipe that trained these steps. Later steps may differ, and so may what no number depends
           on.
+    same_source: what the stage starts from is known to be the same, whatever path ``continue_from`` or ``init_from`` is
     """
     if done.kind != today.kind:
         return [f"{today.name}.kind: {done.kind} then, {today.kind} now"]
-    changed = list(_differences(_decisive(done), _decisive(today)))
+    decisive = _decisive(done), _decisive(today)
+    if same_source:
+        for values in decisive:
+            del values[f"{today.name}.{today.starts_by}"]
+    changed = list(_differences(*decisive))
     then, now = (_trained(stage.recipe, stage.phases_from(first), step) for stage in (done, today))
     if list(then) != list(now):
         return [*changed, f"{today.name}.phases: {', '.join(then)} then, {', '.join(now)} now"]

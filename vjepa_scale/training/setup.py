@@ -67,11 +67,14 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     if recipe.data.decoder == TORCHCODEC:
         import_torchcodec()  # now, not in the first worker
     process_group.barrier()
+    log.say(f"{stage.name}: {ranks.world_size} processes have met on {engine.device.type}; opening the data")
     manifests = open_data(stage)
     start = find_start(stage, manifests)
     origin = origin_of(start)  # now: that checkpoint may be removed while this stage trains
     phases = stage.phases_from(start.first)
     records = stage.records(manifests)
+    counts = ", ".join(f"{name} {len(records.get(name, range(m.records)))}" for name, m in manifests.items())
+    log.say(f"{stage.name}: records: {counts}; building the networks")
     objective = stage.objective(engine, manifests, records)
     engine.start_optimizer(stage.optimizer, objective.trained, objective.settings, objective.unreached)
     _load(stage, start, engine, objective, log)

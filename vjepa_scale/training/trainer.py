@@ -91,6 +91,7 @@ class _Trainer:
     def _train_phase(self, phase: Phase) -> None:
         first = max(phase.first, self.training.start.step)
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
+        self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock = time.perf_counter()
         with self._loader(phase, first) as loader:
             for step, batch in zip(range(first, phase.end), loader, strict=True):

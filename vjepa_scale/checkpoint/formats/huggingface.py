@@ -331,7 +331,8 @@ def write_huggingface(folder: Path, source: WeightSource, *, head: Head | None =
     write_json(folder / PROCESSOR_FILE, _processor(source.config))
     write_json(folder / SIDECAR_FILE, source.config.model_dump(mode="json"))
     parameters = sum(math.prod(shape) for _, shape, _ in entries)
-    write_atomic(folder / CARD_FILE, model_card(source.config, parameters=parameters, mask_token=mask_token(model)))
+    card = model_card(source.config, parameters=parameters, mask_token=mask_token(model), classifier=head is not None)
+    write_atomic(folder / CARD_FILE, card)
 
 
 def _with_head(

@@ -28,18 +28,26 @@ Clips: {clip}. One token is {tubelet} frames × {patch}×{patch} pixels. Rotary 
 
 ```python
 import torch
-from transformers import AutoVideoProcessor, VJEPA2Model
+from torch.nn.functional import interpolate
+from transformers import {architecture}
 
-processor = AutoVideoProcessor.from_pretrained(DIR)
-model = VJEPA2Model.from_pretrained(DIR).eval()
-inputs = processor(video, return_tensors="pt")  # video: uint8 [T, C, H, W]
+model = {architecture}.from_pretrained(".").eval()  # this folder
+mean, std = torch.tensor({mean}), torch.tensor({std})
+
+video = torch.randint(0, 256, ({frames}, 3, 240, 320), dtype=torch.uint8)  # your clip: uint8 [T, 3, H, W], RGB
+height, width = video.shape[-2:]
+side = min(height, width)
+top, left = (height - side) // 2, (width - side) // 2
+square = video[:, :, top : top + side, left : left + side].float()
+resized = interpolate(square, size=({crop}, {crop}), mode="bilinear", antialias=True)
+clip = (resized / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 with torch.no_grad():
-    tokens = model(**inputs, skip_predictor=True).last_hidden_state  # [1, N, {width}]
+{use}
 ```
 
-The processor resizes the shorter side to {resize} pixels and crops the central {crop}×{crop}; the training's
-evaluation crops the largest central square and resizes that. Positions are computed for {crop}×{crop} pixels:
-give the model no other size.
+That is what the training's evaluation does: the largest central square, resized to {crop}×{crop}. `AutoVideoProcessor`,
+which needs torchvision, resizes the shorter side to {resize} pixels and crops the central {crop}×{crop}. Positions are
+computed for {crop}×{crop} pixels: give the model no other size.
 
 ## The predictor
 `VJEPA2Model` predicts with mask token {mask_token}, always. {generators}
@@ -49,11 +57,21 @@ give the model no other size.
 """
 
 
-def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int) -> str:
+_FEATURES = """\
+    tokens = model(pixel_values_videos=clip[None], skip_predictor=True).last_hidden_state
+print(tokens.shape)  # [1, {tokens}, {width}]"""
+
+_CLASSES = """\
+    logits = model(pixel_values_videos=clip[None]).logits  # [1, {classes}]
+print(model.config.id2label[int(logits.argmax())])"""
+
+
+def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, classifier: bool = False) -> str:
     """Markdown with Hugging Face's front matter.
 
     parameters: how many numbers the files hold
     mask_token: which mask token their predictor uses
+    classifier: a VJEPA2ForVideoClassification, not a VJEPA2Model
     """
     model = config.model
     crop = config.size[0]
@@ -61,7 +79,17 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int) 
         f"| {name} | {part.width} | {part.depth} | {part.heads} | {part.mlp_hidden} |"
         for name, part in (("encoder", model.encoder), ("predictor", model.predictor))
     ]
+    tokens = config.frames // model.tubelet * (crop // model.patch) ** 2
+    if classifier:
+        use = _CLASSES.format(classes=len(config.classes))
+    else:
+        use = _FEATURES.format(tokens=tokens, width=model.encoder.width)
     return _CARD.format(
+        architecture="VJEPA2ForVideoClassification" if classifier else "VJEPA2Model",
+        use=use,
+        frames=config.frames,
+        mean=list(config.mean),
+        std=list(config.std),
         title=config.title(),
         parameters=f"{parameters:,}",
         mask_tokens=model.predictor.mask_tokens,
@@ -69,7 +97,6 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int) 
         clip=f"{config.frames} frames of {crop}×{crop} pixels, {config.fps:g} frames per second",
         tubelet=model.tubelet,
         patch=model.patch,
-        width=model.encoder.width,
         resize=int(crop * 256 / 224),
         crop=crop,
         mask_token=mask_token,

@@ -10,7 +10,6 @@ The configuration travels inside model.safetensors too, so the bare file is enou
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,9 +156,7 @@ def _read_sharded(reader: CheckpointReader, name: str) -> Tensor:
     """One whole tensor out of its shards: it and one shard of it are in memory."""
     shape, dtype = reader.tensors()[name]
     whole = {name: torch.empty(shape, dtype=dtype)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-        reader.fill(whole, alone=True)
+    reader.fill(whole, alone=True)
     return whole[name]
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import ValidationError
+import yaml
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from vjepa_scale.checkpoint.safetensors_writer import Entry
@@ -65,7 +66,14 @@ class ConsolidatedConfig(Section):
     assumed: tuple[Literal["frames", "size"], ...] = ()
     dtype: Literal["float32", "bfloat16"] | None = None
     classes: tuple[str, ...] = ()
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = Field(None, repr=False)
+
+    def __str__(self) -> str:
+        """Lines of YAML: what is known, of the recipe only that it is there."""
+        content = self.model_dump(mode="json", exclude_none=True, exclude={"recipe"})
+        if self.recipe is not None:
+            content["recipe"] = f"{len(self.recipe)} sections, in config.recipe"
+        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110).rstrip()
 
     def title(self) -> str:
         """In words: ``the target encoder of pretrain at step 4``."""
