@@ -96,13 +96,14 @@ def test_without_a_limit_nothing_is_clipped() -> None:
 
 
 def test_each_group_is_clipped_by_its_own_norm_and_a_lost_one_gets_zeros() -> None:
-    ours = Recording({"small": vector(1.5), "large": vector(4.0), "lost": [math.inf, 1.0]})
+    ours = Recording({"small": vector(1.5), "large": vector(4.0), "largest": vector(8.0), "lost": [math.inf, 1.0]})
     result = apply(ours, LIMIT)
     assert ours.gradients["small"].tolist() == vector(1.5)
-    assert ours.gradients["large"].tolist() == pytest.approx(vector(2.0))
+    assert ours.gradients["large"].tolist() == pytest.approx(vector(LIMIT))
+    assert ours.gradients["largest"].tolist() == pytest.approx(vector(LIMIT))
     assert ours.gradients["lost"].tolist() == [0.0, 0.0]
     assert result.lost == ("lost",)
-    assert result.grad_norm == pytest.approx(math.hypot(1.5, 4.0))
+    assert result.grad_norm == pytest.approx(math.hypot(1.5, 4.0, 8.0))
 
 
 @pytest.mark.parametrize(
