@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plant known bugs, one at a time, in a copy of this checkout, and see which test catches each.
 
-python tools/mutants.py                              # all bugs of tools/mutants.toml
+python tools/mutants.py                              # all bugs of tools/mutants*.toml
 python tools/mutants.py rope-axes ema-skipped        # some of them
 python tools/mutants.py --list
 python tools/mutants.py --keep-going --out FILE.md   # do not stop at the first survivor; write the table
@@ -31,7 +31,7 @@ from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.worker_pool import kill_processes, process_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = Path("tools/mutants.toml")
+TABLE = Path("tools/mutants.toml")  # its head says what an entry is; there may be more: mutants_*.toml
 
 CAUGHT, TIMED_OUT, SURVIVED, BROKEN = "caught", "caught (time-out)", "SURVIVED", "BROKEN"
 
@@ -80,12 +80,18 @@ class Outcome:
 
 
 def read_table(root: Path) -> list[Mutant]:
-    """The mutants of tools/mutants.toml. Raises UserError where it cannot be read."""
-    try:
-        table = tomllib.loads((root / TABLE).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(str(error), where=root / TABLE, fix="mend the table") from None
-    return [Mutant(name=name, **{**entry, "tests": tuple(entry["tests"])}) for name, entry in table.items()]
+    """The mutants of tools/mutants*.toml. Raises UserError where one cannot be read, or two have the same name."""
+    mutants: dict[str, Mutant] = {}
+    for path in sorted((root / TABLE.parent).glob(f"{TABLE.stem}*.toml")):
+        try:
+            table = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(str(error), where=path, fix="mend the table") from None
+        for name, entry in table.items():
+            if name in mutants:
+                raise UserError(f"another mutant is called {name!r}, too", where=path, fix="rename one of them")
+            mutants[name] = Mutant(name=name, **{**entry, "tests": tuple(entry["tests"])})
+    return list(mutants.values())
 
 
 # -- the copy ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A small consolidated checkpoint whose weights are Hugging Face's VJEPA2Model's: what the tests of this room load."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import VJEPA2Model
 
@@ -23,8 +24,10 @@ def hugging_face() -> VJEPA2Model:
     return random_published(MODEL, crop=SIZE, frames=2 * FRAMES, seed=1)
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, *, moved: float = 0.0, **values: Any) -> Path:
+    """moved: added to one bias of the encoder; values: of the configuration, in the place of these"""
     encoder, predictor = our_weights(hugging_face())
+    encoder["blocks.1.mlp.fc1.bias"] = encoder["blocks.1.mlp.fc1.bias"] + moved
     weights = {f"encoder.{k}": v for k, v in encoder.items()} | {f"predictor.{k}": v for k, v in predictor.items()}
     config = ConsolidatedConfig(
         model=MODEL,
@@ -39,5 +42,5 @@ def write_checkpoint(folder: Path) -> Path:
         recipe={},
     )
     entries = [(name, tuple(value.shape), value.dtype) for name, value in weights.items()]
-    write_consolidated(folder, config, entries, weights.__getitem__)
+    write_consolidated(folder, config.model_copy(update=values), entries, weights.__getitem__)
     return folder

@@ -23,7 +23,7 @@ from transformers import VJEPA2Model
 
 from tests.chain import ROOT, tool
 from tests.data.faulty import with_faulty_decoder
-from tests.inference.checkpoint import FPS, GRID
+from tests.inference.checkpoint import FPS, GRID, write_checkpoint
 from tests.inference.judge import close, sampled
 from tests.inference.test_model import chunks_by_hand
 from tests.processes import LIMIT_S
@@ -259,6 +259,22 @@ def test_what_is_refused(videos: Path, checkpoint: Path, extracted: tuple[Path, 
         with pytest.raises(UserError, match=re.escape(message)):
             extract(source, checkpoint, out, *flags)
     assert not (tmp_path / "new").exists()
+
+
+def test_features_of_another_checkpoint_are_never_mixed_in(checkpoint: Path, tmp_path: Path) -> None:
+    """A job of an array has begun; the next is given other weights, or the same ones for other pictures."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_bytes(encoded(30, rate=RATE, gop=10))
+    out = tmp_path / "out"
+    extract(tmp_path / "videos", checkpoint, out, "--shard", "1/2")  # of one part: nothing is left for it to do
+    before = contents(out)
+    assert set(before) == {"extract.json"}
+    others = {"trained on": {"moved": 1e-3}, "other pixels": {"mean": (0.1, 0.2, 0.3)}, "other rate": {"fps": 4.0}}
+    for name, values in others.items():
+        other = write_checkpoint(tmp_path / name, **values)
+        with pytest.raises(UserError, match=r"OUT holds features of another model \(give another OUT"):
+            extract(tmp_path / "videos", other, out, "--shard", "0/2")
+    assert contents(out) == before
 
 
 def test_shards_with_pictures_and_shards_of_others(checkpoint: Path, tmp_path: Path) -> None:
