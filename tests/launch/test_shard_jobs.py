@@ -156,7 +156,7 @@ def test_progress_is_read_off_the_files(
     assert files.so_far() == Files(work).so_far() == [("probing", 3, 3)]
     (tmp_path / "out" / ".slurm").mkdir()  # of jobs of an earlier command
     assert begin(videos, tmp_path / "out", Settings(shard_records=2)) is not None
-    with pytest.raises(UserError, match="other videos"):
+    with pytest.raises(UserError, match="OUT holds another data set: settings differ: shard_records 2, now 3"):
         begin(videos, tmp_path / "out", Settings(shard_records=3))
 
 

@@ -73,6 +73,7 @@ def test_missing_data_of_a_stage_is_refused_before_anything_is_submitted(
     assert "leave" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_each_stage_has_its_own_number_of_processes(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     few: dict[str, Any] = {"steps": 2, "phases": [{"name": "all", "start_lr": 1e-4}]}

@@ -176,7 +176,7 @@ def test_the_same_bytes_from_any_number_of_workers_and_again(droid: Path, made: 
         making.plan(making.Work.open(tmp_path / "parts"))
     making.finish(making.Work.open(tmp_path / "parts"))
     assert contents(tmp_path / "parts") == contents(made.folder)
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match="OUT holds another data set: settings differ"):
         make_shards(droid, tmp_path / "out", replace(settings, view="wrist"), workers=1, progress=quiet)
 
 

@@ -69,7 +69,7 @@ def test_shards_of_transcoded_segments(videos: Path, tmp_path: Path) -> None:
         replace(size_kept, transcode=False),
         replace(same, fps="15"),
     ):
-        with pytest.raises(UserError, match="made otherwise"):
+        with pytest.raises(UserError, match="OUT holds another data set: settings differ"):
             make_shards(videos, out, other, workers=1, progress=quiet)
 
 
