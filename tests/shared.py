@@ -34,3 +34,19 @@ def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def checkout_with(folder: Path, *, file: str, text: str, registry: str, line: str) -> Path:
+    """A copy of the package with one more file and one more line; returns its folder, ``folder/checkout``.
+
+    file: below vjepa_scale/; registry: the mapping of recipe/registry.py whose first item ``line`` becomes
+    """
+    package = folder / "checkout" / "vjepa_scale"
+    ours = Path(__file__).parents[1] / "vjepa_scale"
+    shutil.copytree(ours, package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (package / file).write_text(text)
+    path = package / "recipe" / "registry.py"
+    head, start, rest = path.read_text().partition(f"{registry} = {{\n")
+    assert start
+    path.write_text(head + start + line + rest)
+    return package.parent

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from tests.chain import ROOT, metrics, write_recipe
 from tests.processes import LIMIT_S
+from tests.shared import checkout_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -86,14 +86,7 @@ sys.meta_path.insert(0, Recorder())
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The package with one more file and one more line, and the recorder beside it."""
-    folder = tmp_path / "checkout"
-    package = folder / "vjepa_scale"
-    shutil.copytree(ROOT / "vjepa_scale", package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    (package / "masking" / "stripes.py").write_text(FILE)
-    registry = package / "recipe" / "registry.py"
-    head, start, rest = registry.read_text().partition("MASK_GENERATORS = {\n")
-    assert start
-    registry.write_text(head + start + LINE + rest)
+    folder = checkout_with(tmp_path, file="masking/stripes.py", text=FILE, registry="MASK_GENERATORS", line=LINE)
     (folder / "sitecustomize.py").write_text(RECORDER)
     return folder
 

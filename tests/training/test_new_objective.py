@@ -15,6 +15,7 @@ import pytest
 
 from tests.chain import ROOT, metrics, write_recipe
 from tests.processes import LIMIT_S
+from tests.shared import checkout_with
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe import load_recipe
 
@@ -151,15 +152,8 @@ SAME = "import sys; from vjepa_scale.recipe import load_recipe as load; print(lo
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package with one more file and one more line."""
-    folder = tmp_path_factory.mktemp("toy") / "checkout"
-    package = folder / "vjepa_scale"
-    shutil.copytree(ROOT / "vjepa_scale", package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    (package / "objective" / "toy.py").write_text(FILE)
-    registry = package / "recipe" / "registry.py"
-    head, start, rest = registry.read_text().partition("STAGES = {\n")
-    assert start
-    registry.write_text(head + start + LINE + rest)
-    return folder
+    folder = tmp_path_factory.mktemp("toy")
+    return checkout_with(folder, file="objective/toy.py", text=FILE, registry="STAGES", line=LINE)
 
 
 # Runs several command lines one after the other, as processes would: PyTorch is imported once.

@@ -112,7 +112,8 @@ def load_micro_batch(
     """
     step, number = index
     slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
-    refs = clip_refs(stage.data, phase, order, manifests, step=step, slots=slots)
+    data = stage.data
+    refs = clip_refs(data, phase, order, manifests, step=step, slots=slots)
     names = tuple(ref.dataset for ref in refs)
     if not stage.decodes_clips:
         unseen = MicroBatch(empty_clips(len(refs), 0, phase.size), (), step, slots, names)
@@ -126,7 +127,7 @@ def load_micro_batch(
         ref, pictures, met = clip_or_substitute(
             manifests[ref.dataset],
             ref,
-            data=stage.data,
+            data=data,
             known=known,
             timed=timed,
             records=(records or {}).get(ref.dataset),

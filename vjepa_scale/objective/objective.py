@@ -91,7 +91,7 @@ class Objective(ABC):
         phases: the stage's
         Returns evaluation.json's content (``origin`` and ``step`` are added to it), and lines for a terminal.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation, though its Stage says that it evaluates")
 
     def _frozen_encoder(self) -> nn.Module:
         """The encoder, without gradients; one copy."""

@@ -426,5 +426,5 @@ class Recipe(Section):
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages this recipe has, in the order they run."""
-        every = {"pretrain": self.pretrain, "cooldown": self.cooldown, "action": self.action, "probe": self.probe}
-        return {name: stage for name, stage in every.items() if stage is not None} | self.others
+        four = {name: getattr(self, name) for name in DEFAULT_KINDS}
+        return {name: stage for name, stage in four.items() if stage is not None} | self.others

@@ -78,8 +78,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     objective = stage.objective(engine, manifests, records)
     engine.start_optimizer(stage.optimizer, objective.trained, objective.settings, objective.unreached)
     _load(stage, start, engine, objective, log)
-    own = start.checkpoint if start.kind == "resume" else None
-    objective.before_training(None if own is None else store.read_manifest(own))
+    objective.before_training(start.manifest if start.kind == "resume" else None)
     return Training(
         stage=stage,
         ranks=ranks,
@@ -109,9 +108,9 @@ def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log:
         report = str(load_initial(stage, start.checkpoint, tensors))
     else:
         report = str(store.load(start.checkpoint, tensors, check=False))  # find_start has just verified the files
-        engine.optimizer_steps = store.read_manifest(start.checkpoint)["optimizer_steps"]
+        engine.optimizer_steps = start.manifest["optimizer_steps"]
     engine.restore(objective.networks, tensors)
     log.say(f"{stage.name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
-    then = store.read_manifest(start.checkpoint).get("attention") if start.kind == "resume" else None
+    then = start.manifest.get("attention") if start.kind == "resume" else None
     if then not in (None, engine.attention):
         log.say(f"attention was by {then}, now by {engine.attention}: equal in the method, not to the bit")

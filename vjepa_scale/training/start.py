@@ -7,7 +7,7 @@ first), ``continue_from`` (weights, EMA, optimiser and step go on from another s
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,12 @@ class Start:
     first: int = 0
     base: dict[str, int] = field(default_factory=dict)
     foreign: bool = False
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Of the checkpoint, where that is one of ours. Read once."""
+        assert self.checkpoint is not None and not self.foreign, "a training checkpoint of ours"  # noqa: PT018
+        return store.read_manifest(self.checkpoint)
 
 
 def find_start(stage: Stage, manifests: Mapping[str, Manifest]) -> Start:
@@ -86,7 +92,7 @@ def origin_of(start: Start) -> dict[str, Any]:
         return {}
     if start.foreign:
         return {"path": str(start.checkpoint)}
-    manifest = store.read_manifest(start.checkpoint)
+    manifest = start.manifest
     if start.kind == "resume":
         return manifest.get("origin", {})
     return {
