@@ -1,4 +1,4 @@
-"""No page, docstring or comment names a file of this repository that is not there."""
+"""No page, docstring or comment names a file of this repository that is not there, nor a heading of a page."""
 
 import re
 import subprocess
@@ -43,3 +43,24 @@ def test_files_that_are_named_are_there() -> None:
         if not any(place.exists() for place in places):
             missing.append(f"{where}: {name}")
     assert not missing, "\n".join(missing)
+
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "slurm" / "sandbox" / "README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        if "://" not in target:
+            other = page.parent / target if target else page
+            assert other.exists(), target
+            assert not heading or heading in anchors(other), f"{target}#{heading}"
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((ROOT / "tests").rglob(name)), name
