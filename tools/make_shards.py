@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size.add_argument("--shard-records", type=int, metavar="N", help="clips per shard")
     size.add_argument("--shard-mb", type=int, metavar="N", default=256, help="megabytes per shard (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the clips in the shards")
-    parser.add_argument("--images", action="store_true", help="take pictures too, as clips that stand still")
+    parser.add_argument("--images", action="store_true", help="take pictures too, as static clips")
     parser.add_argument(
         "--segment",
         type=float,

@@ -87,5 +87,5 @@ def test_cancel_kills_who_does_not_listen(run: Run, monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     cancel(run.folder, say=said.append)
     process.wait(LIMIT_S)
-    assert said[-1] == "pretrain: did not end by itself, and was killed"
+    assert said[-1] == "pretrain: did not end in time, and was killed"
     assert not psutil.wait_procs(family, timeout=LIMIT_S)[1]

@@ -141,7 +141,7 @@ def test_a_node_failure(run: Run) -> None:
     run.start("pretrain")
     run.train("pretrain", 0, 6)
     stage = run.pretrain(job("PENDING", reason="Resources", restarts=1))
-    assert (stage.state, stage.detail) == ("requeued", "ended without a word; Resources")
+    assert (stage.state, stage.detail) == ("requeued", "ended without an error message; Resources")
     stage = run.pretrain(job("RUNNING", restarts=1))
     assert (stage.state, stage.attempt) == ("starting", 2)
     assert run.look(job("RUNNING", restarts=1)).exit_code == 0
@@ -153,7 +153,7 @@ def test_a_node_failure(run: Run) -> None:
     assert "NODE_FAIL" in status.stages[0].detail
     assert status.exit_code == 1
     status = run.look(None)
-    assert status.stages[0].detail == "ended without a word after step 6 (Slurm no longer knows its job)"
+    assert status.stages[0].detail == "ended without an error message after step 6 (Slurm no longer knows its job)"
     assert status.exit_code == 1
 
 

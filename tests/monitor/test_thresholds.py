@@ -48,13 +48,13 @@ def test_an_attempt_is_of_the_present_start_unless_slurm_counts_a_later_one(
 def test_attempts_are_those_of_the_history_or_of_slurm_whichever_are_more(
     starts: int, restarts: int, attempt: int, silent: int, run: Run
 ) -> None:
-    """silent: how many are said to have ended without a word"""
+    """silent: how many are said to have ended without an error message"""
     run.submit("pretrain")
     for restart in range(starts):
         run.start("pretrain", restart=restart)
     stage = run.pretrain(job("RUNNING", restarts=restarts))
     assert stage.attempt == attempt
-    assert stage.endings == ["ended without a word"] * silent
+    assert stage.endings == ["ended without an error message"] * silent
 
 
 @pytest.mark.parametrize(("later_s", "told"), [(3600.0, True), (-3600.0, False), (None, False)])

@@ -273,7 +273,7 @@ def test_check_knows_where_states_lie(made: Manifest, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     change_column(tmp_path / "copy", "states.offset", 1, int(made.column("times.offset")[1]))
     found = checked(tmp_path / "copy")
-    assert found[0] == f"shard-000000.tar: record {made.key(1)}: its states lie elsewhere in the shard"
+    assert found[0] == f"shard-000000.tar: record {made.key(1)}: its states are elsewhere in the shard"
 
 
 # -- what is asked --------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def _forgotten(run: Run) -> None:
     assert [stage["state"] for stage in status.values()] == ["stopped", "cancelled"]
     assert "Slurm no longer knows its job" in status["pretrain"]["detail"]
     assert status["cooldown"]["detail"] == "because pretrain did not finish"
-    # Its processes may or may not have had the time to save: only an end without a word is an error.
+    # Its processes may or may not have had the time to save: only an end without an error message is an error.
     saved_last = run.events("started", "interrupted")[-1]["event"] == "interrupted"
     tool(run, "status", run.folder, code=0 if saved_last else 1)
 

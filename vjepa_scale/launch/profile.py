@@ -59,7 +59,7 @@ class Profile(Section):
     )
     signal_delay_s: Annotated[int, Field(ge=1, le=65535)] = Field(
         300,
-        description="seconds before the time limit at which the job is told to save and make room; Slurm may be up "
+        description="seconds before the time limit at which the job gets the signal to save and end; Slurm may be up "
         "to 60 s early; longer than a step and a checkpoint take",
     )
     requeue: bool = Field(
@@ -72,16 +72,16 @@ class Profile(Section):
     )
     environment: dict[
         Annotated[str, AfterValidator(values.variable_name)], Annotated[str, AfterValidator(values.variable_value)]
-    ] = Field({}, description="variables of the job, exactly as written: nothing in a value is filled in")
+    ] = Field({}, description="variables of the job, exactly as written: no variable in a value is expanded")
     setup: tuple[Annotated[str, AfterValidator(values.setup)], ...] = Field(
         (),
-        description="lines of bash after that, on the first node, one command an item; where the status of one is "
+        description="lines of bash after that, on the first node, one command per item; if the status of one is "
         "not 0 the job fails",
     )
     container: Annotated[str, AfterValidator(values.command)] | None = Field(
         None,
         description="command put before Python in every process, for example `apptainer exec --nv IMAGE.sif`; `$NAME` "
-        "is filled in on the first node; `python` is then needed",
+        "is expanded on the first node; `python` is then needed",
     )
     python: Annotated[str, AfterValidator(values.shell_text)] | None = Field(
         None,
@@ -200,31 +200,31 @@ Made by `python -m vjepa_scale.launch.profile`. A profile says what a site's Slu
 1. Copy the nearest one: `cp slurm/profiles/example_h100.yaml slurm/profiles/mine.yaml`. With a container:
    `example_apptainer.yaml` (any prefix command) or `example_pyxis.yaml` (`srun --container-image`).
 2. Fill in `partition` (`sinfo -s` lists them), `account` and `qos` (`sacctmgr show associations user=$USER
-   format=account,partition,qos`); take out what the site does not use.
+   format=account,partition,qos`); remove what the site does not use.
 3. GPUs: `scontrol show node NODE | grep Gres` shows their name. `gpus_per_node` works with most sites; `gres:
-   gpu:h100:8` where a type must be named; `gpus_per_node: 0` where nodes are given whole and GPUs are not counted.
+   gpu:h100:8` if a type must be named; `gpus_per_node: 0` if whole nodes are allocated and GPUs are not counted.
    Every process must see all GPUs of its node, so no `gpus-per-task`.
-4. `signal_delay_s`: more than the longest step and one checkpoint together. At that distance from the time limit the
-   job saves, and is queued again.
-5. Look at it: `python tools/launch.py RECIPE launch.profile=mine --dry-run --print-sbatch` prints each script as it
-   would be submitted. A key that is wrong is an error that names the file and the key.
-6. Try it small before a run of weeks: a recipe with few steps, `launch.nodes=2`.
+4. `signal_delay_s`: more than the longest step and one checkpoint together. So long before the time limit the job
+   saves, and is requeued.
+5. Check it: `python tools/launch.py RECIPE launch.profile=mine --dry-run --print-sbatch` prints each script as it
+   would be submitted. A wrong key is an error that names the file and the key.
+6. Test it before a run of weeks: a recipe with few steps, `launch.nodes=2`.
 
 The order in a job: `modules`, `environment`, `setup`, then srun with `container` and `python` in every process.
-The first three run once, on the job's first node; srun hands their variables to all processes. If one fails,
-`status` says which and with what exit status, and the job is tried once more: another node may be whole.
+The first three run once, on the job's first node; srun passes their variables to all processes. If one fails,
+`status` has its name and exit status, and the job is restarted once, because another node may work.
 
-Worth knowing:
+Notes:
 
-- Values are text as written: no quotes needed for `NCCL_IB_DISABLE: 1` or `mem: 0`. In `environment` nothing is filled
-  in; where a variable is needed, use `setup: ['export CACHE="$SCRATCH/cache"']`.
-- An option of sbatch with no key of its own goes under `sbatch` by its long name: `comment`, `wckey`, `licenses`,
+- Values are text as written: no quotes needed for `NCCL_IB_DISABLE: 1` or `mem: 0`. In `environment` no variable is
+  expanded; if you need one, use `setup: ['export CACHE="$SCRATCH/cache"']`.
+- An option of sbatch without its own key goes under `sbatch` by its long name: `comment`, `wckey`, `licenses`,
   `mail-type`, `begin`, `nice`, `switches`. What the launcher sets itself (`time`, `nodes`, `dependency`, …) is refused.
-- `SBATCH_…` variables of your shell (`SBATCH_PARTITION`, `SBATCH_ACCOUNT`) win over a profile: that is sbatch's rule.
-- Where `module` is missing in batch scripts, `/etc/profile` is read, as a login shell does. Environment Modules 3 does
+- `SBATCH_…` variables of your shell (`SBATCH_PARTITION`, `SBATCH_ACCOUNT`) override a profile: that is sbatch's rule.
+- If `module` is missing in batch scripts, `/etc/profile` is read, as a login shell does. Environment Modules 3 does
   not report a failed load; a line such as `command -v nvcc` in `setup` does.
-- A container needs this project's dependencies (README, "Installing by hand"), submitit too, but not the project: jobs
-  import the copy in the run folder. Run folder and data must have the same paths inside as outside.
+- A container needs this project's dependencies (README, "Installing by hand"), submitit included, but not the project:
+  jobs import the copy in the run folder. Run folder and data must have the same paths inside as outside.
 
 ## Every key
 

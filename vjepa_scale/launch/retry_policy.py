@@ -59,7 +59,9 @@ def end_of_attempt(
     elif not mine or mine[-1].end is None:
         report = worst_failure(failures, job)
         if report is None:
-            kind, message = ("SetupFailed", setup) if setup else ("Killed", "the processes ended without a word")
+            kind, message = (
+                ("SetupFailed", setup) if setup else ("Killed", "the processes ended without an error message")
+            )
             report = {
                 "kind": kind,
                 "message": message,

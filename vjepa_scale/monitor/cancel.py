@@ -1,4 +1,4 @@
-"""End a run on purpose. What it has saved stays, and the same launch goes on from there."""
+"""Cancel a run. Its checkpoints stay, and the same launch resumes from them."""
 
 import getpass
 import os
@@ -26,11 +26,11 @@ Say = Callable[[str], Any]
 
 
 def cancel(run_folder: Path, *, say: Say = print) -> int:
-    """End every job of a run, and say so. Returns 0, also where there was nothing to end.
+    """End every job of a run, and report it. Returns 0, also if there was nothing to end.
 
-    The histories say ``cancelled`` before anything is ended, so that no job starts itself again.
-    Raises UserError, with nothing marked or ended, where Slurm does not answer, or a job is somebody else's or
-    on another machine.
+    Writes ``cancelled`` into the histories before it ends anything, so that no job requeues itself.
+    Raises UserError, with nothing marked or ended, if Slurm does not answer, or a job is another user's or on
+    another machine.
     """
     stages, status = stages_of(run_recipe(run_folder)), read_status(run_folder)
     if status.problem is not None:
@@ -87,7 +87,7 @@ def _cancel_job(stage: StageStatus, job: JobState) -> None:
 
 
 def _wait_for_the_end(stage: StageStatus, job: JobState, say: Say) -> None:
-    """Until Slurm has ended a job. One that was just queuing itself again is cancelled again."""
+    """Wait until Slurm has ended a job. A job that requeued itself in the meantime is cancelled again."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -99,7 +99,7 @@ def _wait_for_the_end(stage: StageStatus, job: JobState, say: Say) -> None:
         if now.state in jobs.WAITING or (now.restarts or 0) > (job.restarts or 0):
             _cancel_job(stage, now)
         if time.monotonic() > deadline:
-            say(f"{stage.name}: Slurm job {job.job_id} is still {now.state.lower()}: look again with status")
+            say(f"{stage.name}: Slurm job {job.job_id} is still {now.state.lower()}: check again with status")
             return
         time.sleep(LOOK_EVERY_S)
 
@@ -108,7 +108,7 @@ def _wait_for_the_end(stage: StageStatus, job: JobState, say: Say) -> None:
 
 
 def _local_processes(stages: Mapping[str, Stage], statuses: list[StageStatus]) -> dict[str, psutil.Process]:
-    """Stage → the process to end: its launcher, or, where that is gone, the one above its ranks."""
+    """Stage → the process to end: its launcher, or, if that is gone, the parent of its ranks."""
     found: dict[str, psutil.Process] = {}
     for stage in statuses:
         rows = History(stages[stage.name].folder).since_submission()
@@ -116,7 +116,7 @@ def _local_processes(stages: Mapping[str, Stage], statuses: list[StageStatus]) -
             continue
         process = jobs.launcher_process(rows[0]) or _above_the_ranks(rows)
         if process is not None:
-            found = {stage.name: process}  # one launcher at a time, and the later stage is the one that it is at
+            found = {stage.name: process}  # one launcher at a time, which is at the later stage
         elif jobs.local_launcher(rows[0]) is None and stage.state == "running" and not stage.still:
             raise UserError(
                 f"{stage.name!r} was launched on {rows[0].get('host')}, and its files still grow",
@@ -136,6 +136,6 @@ def _end_tree(name: str, process: psutil.Process, say: Say) -> None:
     if not family:
         say(f"{name}: process {process.pid} had just ended")
         return
-    say(f"{name}: process {process.pid} is asked to save and end, within {PATIENCE_S:.0f} s")
+    say(f"{name}: process {process.pid} gets a signal to save and end within {PATIENCE_S:.0f} s")
     quiet = end_processes(family, patience_s=PATIENCE_S)
-    say(f"{name}: ended" if quiet else f"{name}: did not end by itself, and was killed")
+    say(f"{name}: ended" if quiet else f"{name}: did not end in time, and was killed")

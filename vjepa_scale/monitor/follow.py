@@ -1,7 +1,7 @@
-"""Watch a run from a terminal: what rank 0 prints, and what becomes of the jobs in between.
+"""Watch a run from a terminal: rank 0's output, and changes of its jobs.
 
-Whoever watches changes nothing: Ctrl-C ends the watching, not the run. A run takes weeks, so Slurm's controller
-is asked seldom; the files are looked at all the time.
+Watching changes nothing: Ctrl-C ends the watching, not the run. A run takes weeks, so Slurm's controller is queried
+seldom; the files are read all the time.
 """
 
 import re
@@ -39,13 +39,13 @@ def follow(run_folder: Path, *, stream: Say = print) -> int:
     """Show a run until its last launch is over.
 
     stream: gets every line, without its end
-    Returns 0 if every stage of the launch is done, 2 if one failed by a mistake that the user can mend, 1 if one
-    failed otherwise or was cancelled, 130 after Ctrl-C. Raises UserError if there is no run, or none launched.
+    Returns 0 if every stage of the launch is done, 2 if one failed by a user error, 1 if one failed
+    otherwise or was cancelled, 130 after Ctrl-C. Raises UserError if there is no run, or none launched.
     """
     try:
         return _Follower(run_folder, stream).run()
     except KeyboardInterrupt:
-        stream(f"no longer following; the run is left as it is: {run_folder}")
+        stream(f"no longer following; the run is not changed: {run_folder}")
         return EXIT_INTERRUPTED
 
 
@@ -61,7 +61,7 @@ def show_lines(log: GrowingFile, *, whole_lines: bool, only: str = "", stream: S
 
 
 class _PatientAsker:
-    """jobs.slurm_job that remembers an answer for as long as it is likely to be true."""
+    """jobs.slurm_job with a cache: an answer is reused as long as it is likely to be true."""
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[float, JobState | SlurmUnavailable | None]] = {}
@@ -190,7 +190,7 @@ class _Follower:
         return stage.submitted is not None and log.stat().st_mtime >= stage.submitted - 1
 
     def _skip_to_the_end(self, stage: StageStatus) -> None:
-        """Somebody who comes in the middle sees the last lines only."""
+        """Of a stage that already runs, only the last lines are shown."""
         for path in (*self._logs(stage), *self._logs(stage, "err")):
             self._log(path).skip_all()
         if (logs := self._logs(stage)) and self._is_of_this_launch(logs[-1], stage):
@@ -231,7 +231,7 @@ def _verdict(status: RunStatus, stages: list[StageStatus]) -> int | None:
 
 
 def _announcement(stage: StageStatus) -> str:
-    """What a stage is doing, in a line; the same line as long as nothing changes."""
+    """One line about a stage, which stays the same as long as nothing changes."""
     job = f"Slurm job {stage.job_id}" if stage.cluster == "slurm" else ""
     reason = stage.detail.partition(", expected to start")[0]  # an estimate that changes all the time
     detail = f" ({reason})" if reason else ""
@@ -290,7 +290,7 @@ class LiveLines:
                 self._print(line)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar at its present position."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -300,7 +300,7 @@ class LiveLines:
             self.close()
             self._stage = found["stage"]
             self._bar = tqdm(total=int(found["last"]), desc=self._stage, unit="step", file=self._output, ascii=" =")
-            self._bar.initial = max(0, int(found["step"]) - 1)  # of a stage that goes on: its rate is of its own steps
+            self._bar.initial = max(0, int(found["step"]) - 1)  # of a resumed stage: its rate is of its own steps
         self._bar.set_postfix_str(f"{found['phase']}  {' '.join(found['figures'].split())}", refresh=False)
         self._bar.update(int(found["step"]) - self._bar.n)
         if found["step"] == found["last"]:

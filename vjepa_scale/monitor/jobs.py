@@ -1,4 +1,4 @@
-"""Asks whoever runs a stage about it: Slurm about a job, this machine about a launcher.
+"""Queries what runs a stage: Slurm about a job, this machine about a launcher.
 
 "Slurm does not know this job" and "Slurm does not answer" are never mixed: the first is None, the second is
 SlurmUnavailable. What a job did is in the run folder in any case (history.jsonl).
@@ -19,12 +19,12 @@ TIMEOUT_S = 20.0
 # Boot time, and with it every process's creation time, moves a little when the clock is set.
 SAME_PROCESS_S = 2.0
 
-# Slurm's words for a job that waits (again), and for one that has nodes.
+# Slurm's states of a job that waits (again), and of one that has nodes.
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 PREPARING = ("CONFIGURING", "POWER_UP_NODE")
 HALTED = ("SUSPENDED", "STOPPED")
 ENDING = ("COMPLETING", "STAGE_OUT")
-# Reasons of a job that is next or nearly so. A dependent job may have one too until the scheduler has looked at it.
+# Reasons of a job that is next or nearly so. A dependent job may have one too until the scheduler has considered it.
 _NEXT = ("", "Resources", "Priority")
 _ALIVE = frozenset((*WAITING, *PREPARING, *HALTED, *ENDING, "RUNNING", "RESIZING", "SIGNALING"))
 
@@ -38,7 +38,7 @@ class JobState:
     """What Slurm says about one job.
 
     state:       PENDING, RUNNING, COMPLETED, FAILED, CANCELLED …
-    reason:      why it waits, or why it ended, in Slurm's word; empty where there is none
+    reason:      why it waits, or why it ended, in Slurm's words; empty if there is none
     restarts:    how often it was queued again; None where the answer is accounting's, which does not say
     submit_time: seconds since 1970; a requeue renews it
     start_time:  of the present start, or, while it waits, when Slurm expects it (None: not known)
@@ -59,7 +59,7 @@ class JobState:
 
 
 def is_alive(job: JobState) -> bool:
-    """Will Slurm still do something with it: start it, let it run, clear up after it?"""
+    """Will Slurm still start it, run it or clean up after it?"""
     return job.state in _ALIVE
 
 
@@ -80,7 +80,7 @@ def slurm_job(job_id: str, *, name: str | None = None) -> JobState | None:
 
 def run_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. Raises SlurmUnavailable where there is no such command, or no answer in time."""
-    # A user's own time format would be as hard to read for us as it is nice for them.
+    # Slurm would otherwise use the user's time format.
     env = {**os.environ, "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C.UTF-8"}
     try:
         return subprocess.run(
@@ -137,7 +137,7 @@ def _parse_scontrol(text: str, job_id: str, name: str | None) -> JobState | None
 
 
 def _accounted(job_id: str, name: str | None) -> JobState | None:
-    """What accounting knows of a job that Slurm itself has forgotten; None where it is off, down or does not know."""
+    """What accounting has of a job that Slurm has forgotten; None if accounting is off, down or has nothing."""
     columns = "JobIDRaw,State,NodeList,ExitCode,User,Submit,Start,JobName"  # the name last: it may hold the separator
     try:
         asked = run_slurm(["sacct", "-X", "--noheader", "--parsable2", "-o", columns, "-j", job_id])

@@ -1,4 +1,4 @@
-"""What the files of one stage say about it: its history, metrics, checkpoints, and the reports of its ranks."""
+"""Reads the files of one stage: its history, metrics, checkpoints, and the reports of its ranks."""
 
 import time
 from pathlib import Path
@@ -18,14 +18,14 @@ TAIL_BYTES = 64 * 1024
 
 
 class StageFiles:
-    """One look at a stage's files.
+    """A stage's files, read once.
 
-    rows:      of its history since its last launch; all where there was none
+    rows:      of its history since its last launch; all if there was none
     submitted: the first of them, if it was launched
-    attempts:  that they tell of
+    attempts:  in these rows
     cancelled: the row, if this launch was cancelled
-    report:    what a rank left behind of an attempt whose end is in no row
-    status:    filled with all that the files say without being judged
+    report:    a rank's report of an attempt whose end is in no row
+    status:    with the values that are read directly from the files
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -158,7 +158,7 @@ class StageFiles:
         )
 
     def _here(self, recorded: str | None, folder: Path) -> str | None:
-        """A recorded path, as it is now: the run may have been moved."""
+        """The present path of a recorded one: the run may have been moved."""
         if recorded is None:
             return None
         here = folder / Path(recorded).name
@@ -166,12 +166,12 @@ class StageFiles:
 
 
 def is_over(attempt: Attempt) -> bool:
-    """Does the history say that it has ended? It may go on for a moment after ``cancelled``."""
+    """Does the history have its end? It may run for a moment after ``cancelled``."""
     return attempt.end is not None or any(row["event"] != "cancelled" for row in attempt.later)
 
 
 def _changed(path: Path) -> float:
-    """When a file was last written; 0 where it has just been removed."""
+    """When a file was last written; 0 if it has just been removed."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -192,6 +192,6 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_of_a_step(row: dict[str, Any]) -> bool:
-    """Has it what is read of it here? A line of something else is left out, like one that is cut short."""
+    """Does it have the values that are read here? Other lines are left out, like incomplete ones."""
     kinds: dict[str, Any] = {"step": int, "phase": str, "loss": (int, float), "clips_per_s": (int, float)}
     return all(isinstance(row.get(key), kind) for key, kind in kinds.items())

@@ -1,4 +1,4 @@
-"""In which state is a stage? Judged by its files, by who runs it, and by the stage before it."""
+"""The state of a stage, from its files, from its job or launcher, and from the stage before it."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from vjepa_scale.monitor.stage_files import StageFiles, is_over
 from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, StageStatus, clock, duration
 from vjepa_scale.run.events import Attempt
 
-# Without a step for this many usual ones, and this long, a running stage is said to stand still.
+# Without a step for this many usual ones, and this long, a running stage is reported as still.
 STILL_STEPS, STILL_S = 20.0, 300.0
 
 Ask = Callable[..., JobState | None]
@@ -43,7 +43,7 @@ def judge_stage(
 
     owner, job: from who_runs
     before:     the stage before it in the same launch
-    unanswered: Slurm was asked in vain, about this stage or another
+    unanswered: Slurm did not answer, about this stage or another
     """
     status = files.status
     status.owner, status.slurm = owner, job
@@ -62,10 +62,10 @@ def judge_stage(
 
 
 def judge_stage_to_come(stage: StageStatus, before: StageStatus | None, current: StageStatus) -> None:
-    """Judge a stage that its local launch has not come to: an earlier launch's files are all it has.
+    """Judge a stage that its local launch has not reached: it has files of an earlier launch only.
 
     before:  the stage before it in this launch
-    current: the one that this launch came to last
+    current: the stage that this launch reached last
     """
     stage.launch, stage.cluster, stage.owner, stage.job_id = current.launch, current.cluster, current.owner, None
     stage.without_a_word, stage.attempt, stage.endings = False, 0, []
@@ -74,7 +74,7 @@ def judge_stage_to_come(stage: StageStatus, before: StageStatus | None, current:
     elif before is not None and current.owner != "gone":
         stage.state, stage.detail = "waiting", f"for {before.name}"
     else:
-        stage.state, stage.detail = "stopped", "the launcher ended before its turn came"
+        stage.state, stage.detail = "stopped", "the launcher ended before this stage"
         stage.without_a_word = True
     if stage.error is not None:
         stage.error.ended = False
@@ -100,11 +100,11 @@ class _Judge:
             again = f": the same launch trains it again from {self.status.checkpoint}" if self.status.checkpoint else ""
             return "damaged", f"its last checkpoint is damaged or gone{again}"
         if self._orphaned():
-            return "running", "its launcher has ended: nothing will start it again, or the stage after it"
+            return "running", "its launcher has ended: neither this stage nor the next will be started again"
         return self._by_files()
 
     def _was_done(self) -> bool:
-        """Does its history say that it came to the end that it has today?"""
+        """Does its history have the end that its recipe has now?"""
         end = self.last.end if self.last is not None else None
         return end is not None and end["event"] == "done" and end["step"] == self.status.last_step
 
@@ -117,7 +117,7 @@ class _Judge:
         over = [attempt for attempt in tries if is_over(attempt) or not self._is_current(attempt)]
         self.status.endings = [_ending(attempt) for attempt in over]
         # Starts that only Slurm knows of: they ended before anything was written.
-        self.status.endings += ["ended without a word"] * max(0, restarts - len(over))
+        self.status.endings += ["ended without an error message"] * max(0, restarts - len(over))
 
     def _is_current(self, attempt: Attempt) -> bool:
         """Is it the last one, and of the job's present start?"""
@@ -140,7 +140,7 @@ class _Judge:
         started = self.last.started if self.last is not None else None
         return self.status.owner == "gone" and started is not None and jobs.rank_starter(started) is not None
 
-    # -- somebody is at work on it -----------------------------------------------------------------------
+    # -- it has a job or a launcher ------------------------------------------------------------------------
 
     def _in_slurm(self, job: JobState) -> Judgement:
         cancelled, last = self.files.cancelled is not None, self.last
@@ -187,7 +187,7 @@ class _Judge:
             return "requeued", self._last_ending()
         return ("ending", _ending(last)) if last.end is not None else ("running", "")
 
-    # -- nobody is at work on it, or nobody can say -------------------------------------------------------
+    # -- it has none, or that is not known ---------------------------------------------------------------
 
     def _by_files(self) -> Judgement:
         last, cancelled = self.last, self.files.cancelled
@@ -197,7 +197,7 @@ class _Judge:
         if (gave_up := self._gave_up()) is not None:
             return gave_up
         if last is not None and last.end is not None and last.end["event"] == "failed" and not last.later:
-            return "failed", ""  # the error is told by itself
+            return "failed", ""  # the error is reported separately
         if self.status.owner == "unknown":
             return self._unasked()
         because = f"because {self.before.name} did not finish" if self.before is not None else ""
@@ -218,14 +218,14 @@ class _Judge:
             return "stopped", f"{_ending(last)}; was not started again{told}"
         self.status.without_a_word = True
         if last is None:
-            return "stopped", f"ended without a word before its first step{told}"
+            return "stopped", f"ended without an error message before its first step{told}"
         if last.later:
-            return "stopped", f"{self._last_ending()}; was to be started again, but is not{told}"
+            return "stopped", f"{self._last_ending()}; should have been started again, but was not{told}"
         at = "" if self.status.step is None else f" after step {self.status.step}"
-        return "stopped", f"ended without a word{at}{told}"
+        return "stopped", f"ended without an error message{at}{told}"
 
     def _gave_up(self) -> Judgement | None:
-        """No other attempt was made: by a rule, or because an error is the user's to mend."""
+        """No other attempt was made: by a rule, or because of a user error."""
         last = self.last
         if last is None or not last.later or last.later[-1]["event"] != "gave_up":
             return None
@@ -267,7 +267,7 @@ def _ending(attempt: Attempt) -> str:
     if end is None:
         at = "" if attempt.saved is None else f" after saving step {attempt.saved}"
         told = next((row["reason"] for row in attempt.later if row.get("reason")), None)
-        return str(told) if told else f"ended without a word{at}"
+        return str(told) if told else f"ended without an error message{at}"
     if end["event"] == "interrupted":
         saved = "before the first step" if end["step"] is None else f"saved at step {end['step']}"
         return f"{end['signal']}, {saved}"

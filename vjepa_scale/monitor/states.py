@@ -1,20 +1,20 @@
-"""What there is to know about a run and its stages: the answer of ``status.read_status``.
+"""The status of a run and of its stages, as ``status.read_status`` returns it.
 
 The states of a stage:
 
-    not launched   nobody has submitted it
-    waiting        locally: an earlier stage of the same launch comes first
+    not launched   it was never submitted
+    waiting        on one machine: for an earlier stage of the same launch
     pending        its job waits in Slurm's queue for the first time
     starting       it has processes or nodes, and has not trained yet
     running        it trains
-    requeued       it has been interrupted or has failed, and is to go on by itself
-    ending         this attempt is over, its job is not yet
+    requeued       it was interrupted or failed, and will be started again
+    ending         the attempt is over, its job is not
     done           its last checkpoint is there
-    damaged        it was done; now its last checkpoint, or a probe's result, is damaged or gone
+    damaged        it was done, but its last checkpoint, or a probe's result, is damaged or gone
     failed         an error ended it
-    gave up        it was not started again, for the reason that is given
+    gave up        it was not started again; the reason is given
     cancelled      by tools/launch.py cancel, in Slurm, or because a stage before it did not finish
-    stopped        it ended before its last step, nothing goes on with it, and no error says why
+    stopped        it ended before its last step, no job runs it, and no error is recorded
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ UNFINISHED_ENDS = ("failed", "gave up", "cancelled", "stopped", "damaged")
 
 @dataclass
 class LastError:
-    """The last error of a stage. ``ended``: the stage ended, or is ending, with it; otherwise it went on."""
+    """The last error of a stage. ``ended``: the stage ended, or is ending, with it; otherwise it continued."""
 
     kind: str
     message: str
@@ -42,7 +42,7 @@ class LastError:
 
     @property
     def who(self) -> str:
-        """In a line: rank, exception, step, what it said."""
+        """One line: rank, exception, step, message."""
         rank = "" if self.rank is None else f"rank {self.rank}: "
         step = "" if self.step is None else f" at step {self.step}"
         first_line = self.message.partition("\n")[0]
@@ -54,13 +54,13 @@ class StageStatus:
     """One stage. Steps are completed ones of the global step; times in seconds.
 
     detail:         why it is in its state
-    without_a_word: it ended, or its last attempt did, with nothing written that says why
+    without_a_word: it ended, or its last attempt did, without a recorded reason
     owner:          "alive", "gone", or "unknown": its Slurm job or its local launcher
     attempt:        which attempt of this launch it is in, or was last; 0: none yet
     endings:        what ended the earlier ones
     first, last_step: the global step it begins at, and the one it is finished at
-    step_s:         seconds per step, recently; eta_s: for the steps that are left, at this pace
-    idle_s:         since its last step; still: that is far longer than a step takes
+    step_s:         seconds per step, recently; eta_s: for the remaining steps, at this rate
+    idle_s:         since its last step; still: that is much longer than a step takes
     """
 
     name: str
@@ -93,7 +93,7 @@ class StageStatus:
 
 @dataclass
 class RunStatus:
-    """A run. ``problem``: what Slurm, or the shell, said instead of an answer."""
+    """A run. ``problem``: the error message of Slurm, or of the shell, if Slurm does not answer."""
 
     run: str
     launched: float | None
@@ -106,18 +106,18 @@ class RunStatus:
 
     @property
     def exit_code(self) -> int:
-        """1 if a stage failed, gave up, is damaged, or ended without a word, else 0."""
+        """1 if a stage failed, gave up, is damaged, or ended without a recorded error, else 0."""
         bad = ("failed", "gave up", "damaged")
         return int(any(stage.state in bad or stage.without_a_word for stage in self.stages))
 
     @property
     def alive(self) -> list[str]:
-        """The stages that somebody is still at work on, or will be."""
+        """The stages that run, or will run."""
         return [stage.name for stage in self.stages if stage.state in ALIVE]
 
 
 def duration(seconds: float) -> str:
-    """90 s, 2.5 min, 3.0 h, 12 days: at most two digits that matter."""
+    """90 s, 2.5 min, 3.0 h, 12 days: at most two significant digits."""
     for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}" if seconds < 10 * size else f"{seconds / size:.0f} {name}"
@@ -125,7 +125,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(when: float, now: float) -> str:
-    """A local time; with its date if it is another day's."""
+    """A local time; with its date if it is not today's."""
     moment = datetime.fromtimestamp(when)
     same_day = moment.date() == datetime.fromtimestamp(now).date()
     return moment.strftime("%H:%M:%S" if same_day else "%Y-%m-%d %H:%M")

@@ -1,7 +1,7 @@
-"""What became of a run: every stage's state, from its files and, where one can be asked, from Slurm.
+"""The status of a run: every stage's state, from its files and from Slurm.
 
-The files say what a stage did, Slurm says whether its job still waits or runs. Where Slurm does not answer the
-files alone are read, and the answer says so. Light: it does not import torch, so it answers at once.
+The files say what a stage did, Slurm says whether its job still waits or runs. If Slurm does not answer, only the
+files are read, and the result says so. Light: it does not import torch, so it answers at once.
 """
 
 import json
@@ -25,9 +25,9 @@ from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 
 
 def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
-    """Look at a run. Raises UserError if there is none.
+    """Read the status of a run. Raises UserError if there is none.
 
-    ask: what is asked about a Slurm job, as jobs.slurm_job is
+    ask: returns the state of a Slurm job, as jobs.slurm_job does
     """
     recipe = run_recipe(run_folder)
     problem: str | None = None
@@ -60,7 +60,7 @@ def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
 
 
 def run_recipe(run_folder: Path) -> Recipe:
-    """The recipe of a run, with run.dir as the run is addressed now. Raises UserError if it is no run."""
+    """The recipe of a run, with the present path as run.dir. Raises UserError if it is no run."""
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(
             "not a run folder: it has no recipe.yaml" if run_folder.is_dir() else "no such folder",
@@ -71,7 +71,7 @@ def run_recipe(run_folder: Path) -> Recipe:
 
 
 def _never_again(error: SlurmUnavailable) -> Ask:
-    """Instead of asking about further jobs: each question would wait for its time-out."""
+    """Raises the same error for further jobs: each query would wait for its timeout."""
 
     def ask(job_id: str, *, name: str | None) -> JobState | None:
         raise error
@@ -80,7 +80,7 @@ def _never_again(error: SlurmUnavailable) -> Ask:
 
 
 def _judge_those_to_come(stages: Sequence[StageStatus], last: StageStatus, planned: Sequence[str]) -> None:
-    """The local loop submits a stage when its turn comes: until then only the launch's own list names it."""
+    """The local loop submits a stage when the stage before is done: until then only the launch's list names it."""
     before: StageStatus | None = None
     for stage in stages:
         if stage.name in planned:
@@ -90,7 +90,7 @@ def _judge_those_to_come(stages: Sequence[StageStatus], last: StageStatus, plann
 
 
 def _source(run_folder: Path, launch: str) -> dict[str, Any]:
-    """What the launch wrote down about itself; empty where it did not."""
+    """The launch's source.json; empty if there is none."""
     try:
         told = read_json(run_folder / "launches" / launch / "source.json")
     except UserError:
@@ -108,7 +108,7 @@ def as_json(status: RunStatus) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for a loss that is not a number."""
+    """JSON has no NaN and no infinity: these become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -117,7 +117,7 @@ def _finite(value: Any) -> Any:
 
 
 def render(status: RunStatus) -> str:
-    """A line about the run, then a line per stage with what there is to say below it."""
+    """A line about the run, then a line per stage, with remarks below it."""
     now = time.time()
     lines = [_headline(status, now)]
     if status.problem is not None:
@@ -137,7 +137,7 @@ def render(status: RunStatus) -> str:
                 lines += _wrapped(remark, indent)
             lines += [f"{indent}  {path}" for path in _paths(stage)]  # whole, to be copied
     if any(stage.eta_s is not None for stage in status.stages):
-        lines.append("* at the pace of the last steps; a phase of another geometry takes its own time")
+        lines.append("* at the rate of the last steps; phases of another geometry differ")
     return "\n".join(lines)
 
 
@@ -172,7 +172,7 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
         # Weeks of time limits are one item, not hundreds.
         grouped = Counter(ending.partition(", saved")[0].partition(" at step")[0] for ending in stage.endings)
         causes = ", ".join(what if count == 1 else f"{count} × {what}" for what, count in grouped.items())
-        causes = causes.replace("ended without a word", "an end without a word")
+        causes = causes.replace("ended without an error message", "an end without an error message")
         out.append(f"attempt {stage.attempt}" + (f", after {causes}" if causes else ""))
     error = stage.error
     if error is not None and stage.state != "done":
@@ -182,7 +182,7 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
 
 
 def _paths(stage: StageStatus) -> list[str]:
-    """Where an error is told in full, or what may tell why there is none."""
+    """Files with the full error, or with a hint if there is none."""
     if stage.without_a_word and stage.log:
         return [f"log {Path(stage.log).with_suffix('.err')}"]
     if stage.error is None or stage.state == "done":

@@ -128,12 +128,12 @@ def _check_record(
     if not candidates:
         return ["not in the shard"]
     if not any(place["video"] in members for members in candidates):
-        return ["its video lies elsewhere in the shard"]
+        return ["its video is elsewhere in the shard"]
     wrong = []
     facts = {name: manifest.column(name)[record].item() for name in FACTS}
     if place["json"][1]:
         if not any(members.get(place["json"]) == "json" for members in candidates):
-            return ["its JSON lies elsewhere in the shard"]
+            return ["its JSON is elsewhere in the shard"]
         wrong += _check_known(manifest, record, facts)
     wrong += _check_beside(manifest, record, candidates)
     if task.decode:
@@ -150,7 +150,7 @@ def _check_beside(manifest: Manifest, record: int, candidates: list[dict[tuple[i
         if manifest.has(record, name):
             place = manifest.place(record, name)
             if not any(members.get(place) == f"{name}.npy" for members in candidates):
-                wrong.append(f"its {name} lie elsewhere in the shard")
+                wrong.append(f"its {name} are elsewhere in the shard")
     if not wrong:
         read_trajectory(manifest, record)
     return wrong

@@ -1,4 +1,4 @@
-"""A manifest for shards that others have made, beside them: the tars stay as they are.
+"""Writes a manifest for shards made by other tools; the tars do not change.
 
 A sample is a video (or an image), and maybe ``json`` and ``cls``, wherever they lie in its tar. Its label is what
 ``cls`` holds, or else ``label`` in its JSON. What cannot be used is named in rejected.jsonl and not in the manifest.

@@ -6,7 +6,7 @@
     write   (any number)   each shard under a temporary name, then renamed                                 write.py
     finish  (one process)  columns, rejected.jsonl, the manifest last                                      write.py
 
-What is done is never done again, so a run that was killed goes on, and the finished bytes do not depend on processes,
+What is done is never done again, so a killed run continues, and the finished bytes do not depend on processes,
 jobs, kills or repetitions. One bad file never stops the run and is never dropped silently: it goes to rejected.jsonl.
 """
 

@@ -158,7 +158,7 @@ def none_usable(work: Work, reasons: Counter[str], first: dict[str, Any] | None)
     what = f"none of {work.files} files can be used: " + ", ".join(f"{n} {why}" for why, n in reasons.most_common())
     if first is not None:
         what += f"; the first is {work.root / first['path']}: {first['detail'] or first['reason']}"
-    fix = "--images takes pictures as clips that stand still" if reasons[NOT_A_VIDEO] else None
+    fix = "--images takes pictures as static clips" if reasons[NOT_A_VIDEO] else None
     if work.videos.is_file():
         with open(work.videos, encoding="utf-8-sig", errors="replace") as file:
             what += f"; the list's first line is {first_line(file).strip()[:_SHOWN]!r}"

@@ -3,7 +3,7 @@
     OUT/.work/probed/000000.1a2b.part   a process's verdicts on sources of chunk 0, a line each, as they are known
     OUT/.work/probed/000000.jsonl       all verdicts of the chunk, in its order: there only if all are known
 
-A run that is killed goes on with the sources that have no line. Two processes on one chunk write two files, of which
+A killed run continues with the sources that have no line. Two processes on one chunk write two files, of which
 the merged one takes each source's first line; a line cut short by a kill counts as none. Held meanwhile: a few
 sources per worker, and which sources are known of the chunks that are begun.
 """
@@ -34,7 +34,7 @@ from vjepa_scale.video.inspect import Decoded, VideoFacts, decode_whole
 
 
 def probe(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
-    """Find out what becomes of every source of this part's chunks; go on where a run before this one has ended."""
+    """Probe every source of this part's chunks; continue where an earlier run has ended."""
     chunks = range(part.index, work.chunks, part.of)
     total = sum(work.files_in(chunk) for chunk in chunks)
     unknown = _Unknown(work, chunks)

@@ -131,7 +131,7 @@ def walk_sources(videos: Path, out: Path, *, everything: bool = False) -> Iterat
     if not videos.is_dir():
         raise UserError("no such folder or list", where=videos, fix="give a folder of video files, or a list of them")
     if out.resolve().is_relative_to(videos.resolve()):
-        raise UserError("OUT lies inside VIDEOS", where=out, fix="give a folder elsewhere")
+        raise UserError("OUT is inside VIDEOS", where=out, fix="give a folder elsewhere")
     found = _walk(videos, everything)
     first = next(found, None)
     if first is None:

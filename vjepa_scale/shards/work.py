@@ -52,7 +52,7 @@ class Settings:
     """What is made of the sources.
 
     shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video
-    images:        pictures are records too, as clips that stand still
+    images:        pictures are records too, as static clips
     segment_s:     longer videos are cut into clips of up to this many seconds (see remux.py)
     min_s:         shorter clips are rejected
     decode_timeout_s: a source is rejected when its decoder gives no new frame for so long

@@ -3,7 +3,7 @@
     OUT/shard-000000.tar                     under a temporary name, then renamed
     OUT/.work/written/shard-000000.json      its receipt: bytes, sha256, where its members lie, and what was left out
 
-A shard is a function of the plan, so a run goes on with the shards that have no receipt, and two processes on one
+A shard is a function of the plan, so a run continues with the shards that have no receipt, and two processes on one
 shard write the same bytes. What cannot be encoded is rejected as its shard is written, which then has fewer records.
 Held meanwhile: a block of one file per worker (a part that is cut, in whole).
 """
@@ -320,7 +320,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "restore it; or run the command again, to go on without it"
+        fix = "restore it; or run the command again to leave it out"
         raise UserError(f"cannot be read any more: {reason_of(error)}", where=path, fix=fix) from None
 
 
@@ -329,7 +329,7 @@ class _SourceChanged(UserError):
 
 
 def _changed(path: Path) -> UserError:
-    fix = "run the command again: it goes on with what is known of the others"
+    fix = "run the command again: it reuses the results of the others"
     return _SourceChanged("the file has changed since it was probed", where=path, fix=fix)
 
 
