@@ -90,14 +90,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing": (lambda f: (f / "shard-000002.tar").unlink(), ["shard-000002.tar: missing"]),
     "truncated": (truncate, ["shard-000001.tar: 3000 bytes", "shard-000001.tar: record 000000007: not in the shard"]),
     "rejected": (lambda folder: (folder / "rejected.jsonl").unlink(), ["rejected.jsonl is missing"]),
-    "member": (lose_a_member, ["shard-000000.tar: other bytes", "shard-000000.tar: record 000000001: its video lies"]),
+    "member": (
+        lose_a_member,
+        ["shard-000000.tar: other bytes", "shard-000000.tar: record 000000001: its video is elsewhere"],
+    ),
     "stranger": (lambda f: shutil.copy(f / "shard-000000.tar", f / "more.tar"), ["more.tar: not in the manifest"]),
     "column bytes": (lambda f: flip(f / "columns" / "fps.npy", 140), ["columns/fps.npy: other bytes"]),
     "column gone": (lambda f: (f / "columns" / "key.npy").unlink(), ["columns/key.npy: missing"]),
     "fact": (lambda f: change_column(f, "frames", 8, 7), ["shard-000002.tar: record 000000008: frames is 7 in the"]),
     "place": (
         lambda f: change_column(f, "video.offset", 2, 512),
-        ["shard-000000.tar: record 000000002: its video lies elsewhere"],
+        ["shard-000000.tar: record 000000002: its video is elsewhere"],
     ),
 }
 
