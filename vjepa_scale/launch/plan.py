@@ -11,6 +11,7 @@ from vjepa_scale.checkpoint.manifest import set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.clips import DUMPED, dump_order, short_videos
 from vjepa_scale.data.manifest import MANIFEST, Manifest
+from vjepa_scale.launch.estimate import estimate_lines
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.record import planned_launch
 from vjepa_scale.model import flops
@@ -219,6 +220,8 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
         yield from (f"  warning: {text}" for text in stage.warnings())
         for phase in stage.phases_from(planned_first(stage)):
             yield "  " + _phase_line(stage, phase)
+            if recipe.engine.device != "cpu":
+                yield from (f"    {line}" for line in estimate_lines(stage, phase))
             short, share = short_videos(stage.data, phase, manifests)
             if short:
                 counts = ", ".join(

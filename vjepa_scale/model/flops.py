@@ -46,6 +46,17 @@ def predictor_forward(model: ModelConfig, context: int, target: int) -> int:
     return ends + _blocks(model.predictor, context + target)
 
 
+def blocks_forward(model: ModelConfig, network: str, tokens: int) -> int:
+    """Of the blocks of a network by its name, over ``tokens`` tokens."""
+    return _blocks(getattr(model, network), tokens)
+
+
+def block_parameters(model: ModelConfig, network: str) -> int:
+    """Of one block of a network by its name."""
+    sizes = getattr(model, network)
+    return _block_parameters(sizes) // sizes.depth
+
+
 def patch_embedding(model: ModelConfig, tokens: int) -> int:
     return 2 * tokens * _tubelet(model) * model.encoder.width
 

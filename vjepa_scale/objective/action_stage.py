@@ -11,8 +11,9 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.data.trajectories import long_enough, trajectory_clip
 from vjepa_scale.model import flops
+from vjepa_scale.model.memory import FLOAT32, ClipWork, Pass
 from vjepa_scale.recipe import Phase, Stage
-from vjepa_scale.recipe.schema import DataConfig
+from vjepa_scale.recipe.schema import CHANNELS, DataConfig
 from vjepa_scale.recipe.stage_sections import ActionStageConfig
 
 if TYPE_CHECKING:
@@ -103,6 +104,26 @@ class ActionStage(Stage):
     def clip_flops(self, phase: Phase, frames: int) -> float:
         _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
         return flops.action_step(self.recipe.model, frames, h * w, self.config.rollout_steps)
+
+    def clip_work(self, phase: Phase, frames: int) -> ClipWork:
+        model = self.recipe.model
+        _, h, w = phase.grid(patch=model.patch, tubelet=model.tubelet, frames=frames)
+        conditions = 3 if model.action_predictor.extrinsics else 2
+        steps = [frames - 1, *range(2, self.config.rollout_steps + 1)]  # of each pass of the predictor
+        return ClipWork(
+            (
+                # All frames of a micro-batch are one batch of the encoder.
+                Pass("encoder", frames * h * w, trained=False),
+                *(
+                    Pass("action_predictor", n * (h * w + conditions), given=n * h * w, predicted=n * h * w)
+                    for n in steps
+                ),
+            ),
+            # The encoder repeats each frame to fill a tubelet.
+            pixels=CHANNELS * frames * model.tubelet * phase.size[0] * phase.size[1],
+            # Features before and after they are normalised, predictions after it, and those wanted of them.
+            kept=FLOAT32 * model.encoder.width * h * w * (2 * frames + 2 * sum(steps)),
+        )
 
     def tokens_in_words(self, phase: Phase, frames: int) -> str:
         _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)

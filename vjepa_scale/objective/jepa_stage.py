@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.masking import check_masks, drawn_masks
 from vjepa_scale.model import flops
+from vjepa_scale.model.memory import FLOAT32, ClipWork, Pass
 from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe.schema import CHANNELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,13 +69,42 @@ class JepaStage(Stage):
 
     def clip_flops(self, phase: Phase, frames: int) -> float:
         """The mean over the masks of the phase's first steps."""
-        t, h, w = grid = self._grid(phase, frames)
-        total = 0
-        for step in range(phase.first, phase.first + SAMPLED_STEPS):
-            drawn = drawn_masks(self.recipe.masks, seed=self.recipe.run.seed, step=step, slots=range(1), grid=grid)
-            lengths = [(int(context.sum()), int(target.sum())) for context, target in drawn]
-            total += flops.jepa_step(self.recipe.model, t * h * w, lengths)
-        return total / SAMPLED_STEPS
+        t, h, w = self._grid(phase, frames)
+        pairs = self._pairs(range(phase.first, phase.first + SAMPLED_STEPS), phase, frames)
+        return sum(flops.jepa_step(self.recipe.model, t * h * w, lengths) for lengths in pairs) / SAMPLED_STEPS
+
+    def clip_work(self, phase: Phase, frames: int) -> ClipWork:
+        """At the largest masks of some steps, the same ones for all phases of a geometry."""
+        t, h, w = self._grid(phase, frames)
+        sampled = self._pairs(range(2 * SAMPLED_STEPS), phase, frames)
+        pairs = max(sampled, key=lambda pairs: sum(context for context, _ in pairs))
+        passes = [Pass("encoder", t * h * w, trained=False)]
+        for context, target in pairs:
+            passes += [
+                Pass("encoder", context, given=context),
+                Pass("predictor", context + target, given=context, predicted=target),
+            ]
+        # All target features, before and after they are normalised, and of each pair those wanted.
+        features = 2 * t * h * w + sum(target for _, target in pairs)
+        return ClipWork(
+            tuple(passes),
+            pixels=CHANNELS * frames * phase.size[0] * phase.size[1],
+            kept=FLOAT32 * self.recipe.model.encoder.width * features,
+        )
+
+    def _pairs(self, steps: range, phase: Phase, frames: int) -> list[list[tuple[int, int]]]:
+        """Context and target tokens of each mask generator, in each of the steps."""
+        cfg, seed, grid = self.recipe.masks, self.recipe.run.seed, self._grid(phase, frames)
+        if (steps, grid) not in self._sampled:
+            drawn = (drawn_masks(cfg, seed=seed, step=step, slots=range(1), grid=grid) for step in steps)
+            self._sampled[steps, grid] = [
+                [(int(context.sum()), int(target.sum())) for context, target in pairs] for pairs in drawn
+            ]
+        return self._sampled[steps, grid]
+
+    @cached_property
+    def _sampled(self) -> dict[tuple[range, tuple[int, int, int]], list[list[tuple[int, int]]]]:
+        return {}
 
     def objective(
         self, engine: "Engine", manifests: Mapping[str, Manifest], records: Mapping[str, Ints]

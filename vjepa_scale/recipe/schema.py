@@ -55,6 +55,11 @@ class LaunchConfig(Section):
     timeout_min: PositiveInt = Field(
         24 * 60, description="time limit of one job, in minutes; a stage that needs longer saves and is queued again"
     )
+    gpu: Literal["A100", "H100", "H200", "RTX4090"] = Field(
+        "H100",
+        description="the GPU for which --dry-run computes memory and time, with 80, 80, 141 and 24 GB; nothing else "
+        "depends on it",
+    )
     max_restarts: Annotated[int, Field(ge=0, strict=True)] = Field(
         3, description="restarts in a row that bring no new checkpoint before a stage gives up; 0: none after a failure"
     )

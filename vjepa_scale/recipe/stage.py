@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training t
     from vjepa_scale.data.manifest import Manifest
     from vjepa_scale.data.order import Ints
     from vjepa_scale.distributed.engine import Engine
+    from vjepa_scale.model.memory import ClipWork
     from vjepa_scale.objective.objective import Objective
 
 CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
@@ -349,6 +350,10 @@ class Stage(ABC):
         return phase.global_batch * sum(
             self.clip_flops(phase, frames) * sum(part.values()) / total for frames, part in phase.geometries.items()
         )
+
+    def clip_work(self, phase: Phase, frames: int) -> ClipWork | None:
+        """What one clip of a micro-batch computes and keeps, at most, for an estimate of memory; None: not known."""
+        return None
 
     def tokens_in_words(self, phase: Phase, frames: int) -> str:
         """How many tokens a clip of so many frames is."""
