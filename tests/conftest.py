@@ -1,10 +1,11 @@
 """Data that several tests share, and the rule that nothing is skipped where it could have been installed."""
 
+import logging
 import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from tests.chain import launch, make_data, make_four_stage_data, write_four_stag
 from tests.processes import preload_once
 from tests.shared import made_once
 from tests.videos import VARIABLE_MS, audio_only, encoded, quiet
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.video.torchcodec import import_torchcodec
 
 preload_once()
+os.environ.pop(log.VARIABLE, None)
 
 # Of these fixtures, every worker of pytest-xdist gets the same folders: tests only read them.
 
@@ -89,6 +92,17 @@ def shards(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     out = tmp_path_factory.mktemp("made") / "shards"
     make_shards(videos, out, Settings(seed=3, shard_records=4), workers=2, progress=quiet)
     return Manifest.open(out)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Some tests run in this process what a rank or a job runs, which sets up logging."""
+    level = logging.getLogger().level
+    yield
+    if log.current() != log.Process():
+        log.apply(log.Process())
+        logging.captureWarnings(False)
+        logging.getLogger().setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

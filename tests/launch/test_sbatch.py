@@ -13,6 +13,8 @@ import pytest
 
 from tests.chain import ROOT, tool
 from tests.processes import LIMIT_S
+from vjepa_scale.launch.profile import Profile
+from vjepa_scale.launch.sbatch import job_executor
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = sorted(path.stem for path in (ROOT / "slurm" / "profiles").glob("*.yaml"))
@@ -40,6 +42,28 @@ def test_it_is_bash(profile: str) -> None:
             ["bash", "-n"], input=script.partition("\n")[2], text=True, capture_output=True, timeout=LIMIT_S
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_level_of_logs_goes_to_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script() -> str:
+        return job_executor(
+            Profile(),
+            logs=tmp_path,
+            code=tmp_path,
+            finish=[],
+            name="mine",
+            nodes=1,
+            tasks_per_node=1,
+            cpus_per_task=1,
+            timeout_min=60,
+            needs_gpus=False,
+            after=None,
+        ).script()
+
+    assert "VJEPA_LOG" not in script()
+    monkeypatch.setenv("VJEPA_LOG", "debug")
+    before, _, _ = script().partition("\nsrun ")
+    assert "\nexport VJEPA_LOG=debug\n" in before
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ def test_a_line_that_could_not_be_shown_is_shown_later_and_those_before_it_not_a
     assert said == ["one", "no space", "two", "three"]
 
 
+STAMP = "2026-11-29 17:00:00.123"
+
+
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOGS_EVERY_S", "STATUS_EVERY_S", "SURE_AFTER_S"):
@@ -66,8 +69,12 @@ def test_follow_to_the_end(run: Run) -> None:
         """The run moves on whenever its follower has said something."""
         said.append(text)
         if text.startswith("pretrain: running"):
-            log.write_text(log.read_text() + "step 12\n")
-            log.with_suffix(".err").write_text("noise\nwarning: slow\n")
+            log.write_text(
+                log.read_text() + f"{STAMP} debug [pretrain rank 0] noise\n{STAMP} info [pretrain rank 0] step 12\n"
+            )
+            log.with_suffix(".err").write_text(
+                f"noise\n{STAMP} warning [pretrain rank 0, a_library] noise\n{STAMP} warning [pretrain rank 0] slow\n"
+            )
         elif text == "step 12":
             run.finish("pretrain")
         elif text.startswith("cooldown: waiting"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,50 @@ def test_metrics_have_every_step_and_the_schedule(finished: Path) -> None:
     ranks = [row["effective_rank"] for row in rows if row["effective_rank"] is not None]
     assert len(ranks) >= 6
     assert all(1 <= rank <= 48 for rank in ranks)
+
+
+_STAMPED = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?P<level>\w+) \[(?P<process>[^]]*)\] (?P<text>.*)"
+
+
+def logged(stage: Path, rank: int) -> list[re.Match[str]]:
+    """Every line that a rank has written to stdout while it trained."""
+    lines = "".join(path.read_text() for path in stage.rglob(f"logs/*_{rank}_log.out")).splitlines()
+    return [found for line in lines if (found := re.fullmatch(_STAMPED, line))]
+
+
+def test_every_line_of_a_log_says_when_and_which_rank(finished: Path) -> None:
+    lines = logged(finished / "pretrain", 0)
+    assert {(line["level"], line["process"]) for line in lines} == {("info", "pretrain rank 0")}
+    steps = [
+        line["text"] for line in lines if re.match(r"pretrain/(warmup|constant)  step \d+/12  loss \d", line["text"])
+    ]
+    assert len(steps) >= 2
+    assert any(line["text"].startswith("saved ") for line in lines)
+
+
+@pytest.mark.slow
+def test_debug_shows_where_time_goes_and_what_is_read(
+    two_data_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VJEPA_LOG", "debug")
+    cfg = {"launch": {"tasks_per_node": 2}, "cooldown": None, "data": {"workers": 1}}
+    cfg["pretrain"] = {"steps": 2, "phases": [{"name": "all", "start_lr": 1e-3}]}
+    said = launch(write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, **cfg)).stdout
+    assert "opens record" not in said  # it is in the logs
+    for rank in range(2):
+        lines = [line for line in logged(tmp_path / "run" / "pretrain", rank) if "," not in line["process"]]
+        by_process: dict[str, list[str]] = {}
+        for line in lines:
+            by_process.setdefault(line["process"], []).append(line["text"])
+        own = by_process[f"pretrain rank {rank}"]
+        times = "".join(f", {name} [0-9.]+ s" for name in ("forward", "backward", "reduce", "optimizer", "ema"))
+        assert sum(bool(re.fullmatch(rf"step \d: load [0-9.]+ s{times}", text)) for text in own) == 2
+        assert any(re.search(r"checkpoint of step 2: \d{4,} bytes of this rank: copy [0-9.]+ s", text) for text in own)
+        assert any(re.search(r"step_00000002: \d{4,} bytes of all ranks: begin .*, publish", text) for text in own)
+        assert any("attention by PyTorch's" in text for text in own)
+        read = [text for text in by_process[f"pretrain rank {rank} worker 0"] if "opens record" in text]
+        assert {text.split()[1] for text in read} == {"0", "1"}
+        assert all(".tar" in text for text in read)
 
 
 def test_files_are_where_users_are_told(finished: Path) -> None:

@@ -4,7 +4,7 @@
 >>> encoder = load_encoder("vitg.pt", model="vit_giant")  # a published file does not say its number of heads
 """
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.registry import STAGES, class_of
 from vjepa_scale.recipe.schema import ModelConfig
 from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION, stages_of
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "CONFIG_FILE",
@@ -65,8 +67,8 @@ def load_encoder(
 
     The encoder maps normalised clips [B, 3, T, H, W] to tokens [B, N, D]; ``read_config(path)`` says the
     mean and std, and the clip length, size and frame rate that it was trained on last.
-    How many tensors matched is said on stderr. Raises UserError where the path is something else or the tensors
-    do not match the model, all of them.
+    How many tensors matched is logged (info: on stderr). Raises UserError where the path is something else or the
+    tensors do not match the model, all of them.
     """
     return network_of(open_weights(path, model=model, networks=("encoder",)), "encoder", Encoder, torch.device(device))
 
@@ -102,7 +104,7 @@ def network_of(
         # A copy: a network that is mapped from a file dies with it.
         tensors[key.removeprefix(f"{name}.")] = source.read(key).to(device, torch.float32, copy=True)
     network.load_state_dict(tensors, assign=True)
-    print(f"{source.where}: {name}: {match.sentence()}", file=sys.stderr)
+    _log.info(f"{source.where}: {name}: {match.sentence()}")
     return network.eval()
 
 

@@ -5,6 +5,7 @@ group of its own, so that its messages never mix with those of training. A check
 a temporary folder, as ever; who starts next removes it.
 """
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -19,6 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import PassingError, reason_of
+from vjepa_scale.core.log import Laps
+
+_log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -49,7 +53,12 @@ class Saver:
         are_copies: the tensors are in CPU memory and nobody will change them, so they need not be copied
         """
         assert self._in_flight is None, "one save in flight at most: take() the one before"
+        laps = Laps()
         content = self._copied(tensors) if self._background and not are_copies else tensors
+        if _log.isEnabledFor(logging.DEBUG):
+            laps.lap("copy")
+            held = sum(_local(tensor).nbytes for tensor in content.values())
+            _log.debug("checkpoint of step %d: %d bytes of this rank: %s", step, held, laps)
         future = self._thread.submit(
             store.save, self._folder, step, content, manifest, group=self._group, planner=self._planner
         )
@@ -83,7 +92,7 @@ class Saver:
         return copies
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = _local(tensor)
         held = self._copies.get(name)
         if held is None or held.shape != local.shape or held.dtype != local.dtype:
             held = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
@@ -102,3 +111,8 @@ class Saver:
         if mesh not in self._meshes:
             self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         return self._meshes[mesh]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,10 +16,10 @@ rank calls them, and gets the same answer or the same error. Without one they wo
 """
 
 import itertools
+import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ from vjepa_scale.checkpoint.manifest import (
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import remove_dir, replace_dir, restore_dir
+from vjepa_scale.core.log import Laps
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.process_group import from_all, from_rank_0, is_main
 
@@ -67,6 +68,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
 _planners = itertools.count()
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|replaced|removing)")
 
@@ -120,16 +122,24 @@ def save(
 
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
     writer = ChunkWriter(temporary)
+    laps = Laps()
     try:
         _on_all(begin, group)
+        laps.lap("begin")
         with _causes():
             dcp.save(detached, storage_writer=writer, planner=planner, process_group=group)
+        laps.lap("write")
         parts = _on_all(describe, group)
+        laps.lap("checksums")
         _on_all(publish, group)
+        laps.lap("publish")
     except OSError:
         if rank == 0:  # a full disk, maybe: what cannot be finished takes no room
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if _log.isEnabledFor(logging.DEBUG):
+        written = sum(description["bytes"] for part in parts for description in part.values())
+        _log.debug("%s: %d bytes of all ranks: %s", final, written, laps)
     return final
 
 
@@ -186,7 +196,7 @@ def remove_unfinished(folder: Path) -> None:
         if leftover[1] == "replaced":
             restore_dir(folder / path.name[1:].partition(".")[0])
         if leftover[1] == "tmp":
-            print(f"warning: {path} is an unfinished checkpoint: removed", file=sys.stderr, flush=True)
+            _log.warning(f"{path} is an unfinished checkpoint: removed")
         if path.exists():
             shutil.rmtree(path)
 
@@ -197,7 +207,7 @@ def remove_unfinished(folder: Path) -> None:
 def find_latest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
 
-    Damaged ones on the way are named on stderr. Raises UserError if there are some and none is good.
+    Damaged ones on the way are named in warnings. Raises UserError if there are some and none is good.
     """
     # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
     checkpoints = from_rank_0(newest_first(folder))
@@ -207,7 +217,7 @@ def find_latest(folder: Path) -> Path | None:
             return checkpoint
         if is_main():
             named = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
-            print(f"warning: checkpoint {checkpoint} is damaged and not used: {named}", file=sys.stderr, flush=True)
+            _log.warning(f"checkpoint {checkpoint} is damaged and not used: {named}")
     if checkpoints:
         raise UserError(
             f"none of {len(checkpoints)} checkpoints is good (they are named above)",

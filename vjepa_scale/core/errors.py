@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from vjepa_scale.core import log
+
 EXIT_USER_ERROR = 2
 # What the system says of a write where the disk, the quota or the largest file that it allows is full.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +56,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     system gave no path. Ctrl-C is 130.
     """
     try:
+        log.set_up()
         code = command() or 0
         _flush_output()
         return code

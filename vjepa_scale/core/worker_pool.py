@@ -5,6 +5,7 @@ with its threads and devices, would be unsafe. Workers that decode videos for sh
 """
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 
 # The bytes that a Unix socket's path may have (Linux: 108 with the zero at its end), and those that multiprocessing
@@ -129,12 +130,14 @@ def remove_socket_folder() -> None:
                 finalizer()  # does nothing in a fork of the process that made the folder
 
 
-def start_worker() -> None:
+def start_worker(process: log.Process) -> None:
     """First thing in a worker: one thread, Ctrl-C left to the parent, and death with it, even by SIGKILL.
 
+    process: as which it logs
     The worker's parent by pid is the fork server, which lives as long as any of its children does; so what
     watches for a lost parent by pid (as DataLoader's own watchdog) would wait for ever.
     """
+    log.apply(process)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -212,10 +215,10 @@ class _Line:
 _line: _Line | None = None
 
 
-def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]") -> None:
+def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]", process: log.Process) -> None:
     """A worker's life: an item comes, a result goes, until the pipe is closed."""
     global _line
-    start_worker()
+    start_worker(process)
     _line = _Line(connection)
     while True:
         try:
@@ -232,10 +235,11 @@ def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]") ->
 
 
 class _Worker:
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], number: int) -> None:
         context = worker_context(getattr(function, "func", function).__module__)  # of a partial, too
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        logged = log.current().worker(number)
+        self._process = context.Process(target=_work, args=(function, theirs, logged), daemon=True)
         self._process.start()
         theirs.close()  # so that its death is the pipe's end
         self.task: Any = None
@@ -258,12 +262,13 @@ class _Crew:
         self._function, self._silence_s = function, silence_s
         self._idle: list[_Worker] = []
         self._busy: dict[Any, _Worker] = {}
+        self._started = itertools.count()
 
     def run(self, tasks: Iterator[tuple[int, Any]], width: int) -> Iterator[tuple[tuple[int, Any], Any]]:
         """(task, result) as they finish. A task is (number, item)."""
         turn_s = None if self._silence_s is None else min(_BEAT_S, self._silence_s / 4)
         while True:
-            for task in islice(tasks, width - len(self._busy)):
+            for task in itertools.islice(tasks, width - len(self._busy)):
                 self._give(task)
             if not self._busy:
                 return
@@ -278,14 +283,17 @@ class _Crew:
                     yield worker.task, Silent()
 
     def _give(self, task: tuple[int, Any]) -> None:
-        worker = self._idle.pop() if self._idle else _Worker(self._function)
+        worker = self._idle.pop() if self._idle else self._start()
         try:
             worker.give(task)
         except OSError:  # it died while it had nothing to do
             worker.kill()
-            worker = _Worker(self._function)
+            worker = self._start()
             worker.give(task)
         self._busy[worker.connection] = worker
+
+    def _start(self) -> _Worker:
+        return _Worker(self._function, next(self._started))
 
     def _heard(self, worker: _Worker) -> Iterator[tuple[tuple[int, Any], Any]]:
         worker.silent_s = 0.0

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
@@ -148,7 +149,7 @@ class Prefetched(Generic[Index, Item]):
             collate_fn=_as_is,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_loader_worker if workers else None,
+            worker_init_fn=partial(_start_loader_worker, log.current()) if workers else None,
             multiprocessing_context=worker_context(__name__) if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader draws a seed from the process's own, for nothing
@@ -237,6 +238,6 @@ def _as_is(item: Item) -> Item:
     return item
 
 
-def _start_loader_worker(_: int) -> None:
-    start_worker()
+def _start_loader_worker(rank: log.Process, number: int) -> None:
+    start_worker(rank.worker(number))
     keep_freed_memory()

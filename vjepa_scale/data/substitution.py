@@ -6,6 +6,7 @@ which failed is what the run's ledger tells (training/skipped_clips.py). Only a 
 is gone, cut short or unreadable is no clip's fault and stays an error.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.recipe.schema import DataConfig
 from vjepa_scale.video.container import DecodeError
+
+_log = logging.getLogger(__name__)
 
 # A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
 ATTEMPTS = 8
@@ -96,6 +99,16 @@ def clip_or_substitute(
         if place in known:
             error = DecodeError(*known[place])
         else:
+            if _log.isEnabledFor(logging.DEBUG):
+                shard, key = manifest.shard_of(candidate.record).name, manifest.key(candidate.record)
+                _log.debug(
+                    "step %d slot %d: opens record %d (%s) of %s",
+                    ref.step,
+                    ref.slot,
+                    candidate.record,
+                    key,
+                    manifest.folder / shard,
+                )
             video = manifest.read(candidate.record)
             try:
                 return candidate, pictures_of(candidate, video, decoder=data.decoder, timed=timed), failures

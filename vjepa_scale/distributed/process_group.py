@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.core.ranks import Ranks, count_replicas
@@ -28,6 +29,8 @@ from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.recipe.schema import EngineConfig
 
 POLL_S = 0.05
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -60,14 +63,20 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
         # from its communicator.
         device_id=device if device.type == "cuda" else None,
     )
+    log.adopt()  # PyTorch has made its handlers by now
+    laps = log.Laps()
     if ranks.source == "torchrun":
         join(init_method="env://")
-        return
-    file = rendezvous / ranks.job
-    join(store=dist.PrefixStore("vjepa_scale", _open_store(ranks, file, timeout)))
-    barrier()
-    if ranks.is_main:
-        file.unlink()
+    else:
+        file = rendezvous / ranks.job
+        store = _open_store(ranks, file, timeout)
+        laps.lap("store")
+        join(store=dist.PrefixStore("vjepa_scale", store))
+        barrier()
+        if ranks.is_main:
+            file.unlink()
+    laps.lap("group")
+    _log.debug("joined %s on %s by %s: %s; %s", ranks, device, dist.get_backend_config(), ranks.source, laps)
 
 
 def barrier() -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import Engine, InitialValue, T, checked_start
@@ -276,7 +277,9 @@ def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
         raise UserError(
             f"DeepSpeed cannot be imported ({error})", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]'"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log.adopt()
     # An all-reduce for inference on CPUs, which would be compiled now; without it gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -17,12 +17,16 @@ for _number in (signal.SIGTERM, signal.SIGUSR2):
     signal.signal(_number, signal.SIG_IGN)
 
 import argparse  # noqa: E402
+import logging  # noqa: E402
 import os  # noqa: E402
 
+from vjepa_scale.core import log  # noqa: E402
 from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, run_command  # noqa: E402
 from vjepa_scale.launch.retry_policy import end_of_attempt  # noqa: E402
 from vjepa_scale.recipe import load_recipe, stages_of  # noqa: E402
 from vjepa_scale.run.events import History  # noqa: E402
+
+_log = logging.getLogger("vjepa_scale.launch.requeue")  # not __name__: it runs as __main__
 
 
 def main() -> int:
@@ -35,6 +39,7 @@ def main() -> int:
     parser.add_argument("--status", type=int, help="srun's")
     arguments = parser.parse_intermixed_args()
     stage = stages_of(load_recipe(arguments.recipe, arguments.overrides))[arguments.stage]
+    log.set_up(f"{stage.name} requeue")
     history = History(stage.folder)
     job_id, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     if arguments.refused:
@@ -54,10 +59,10 @@ def main() -> int:
         return 0
     if verdict.kind == "again":
         history.add("requeued", job_id=job_id, reason=verdict.ended)
-        print(f"{stage.name}: {verdict.ended}: job {job_id} is to be queued again", flush=True)
+        _log.info(f"{stage.name}: {verdict.ended}: job {job_id} is to be queued again")
         return EXIT_SAVED
     history.add("gave_up", job_id=job_id, reason=verdict.why)
-    print(f"{stage.name}: {verdict.ended}: not again, since {verdict.why}", flush=True)
+    _log.info(f"{stage.name}: {verdict.ended}: not again, since {verdict.why}")
     return EXIT_USER_ERROR if verdict.user_error else 1
 
 

@@ -10,6 +10,7 @@ It gives up when
 Light: it does not import torch.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Literal
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ def end_of_attempt(
             }
         told = {key: value for key, value in report.items() if key != "traceback"}
         history.add("failed", job=job, job_id=job_id or job, **told)
-    verdict = judge(_tried(history, job_id), max_restarts=max_restarts)
+    tried = _tried(history, job_id)
+    verdict = judge(tried, max_restarts=max_restarts)
+    _log.debug(
+        "%s: %d attempts so far, at most %d restarts without a checkpoint: %s", job, len(tried), max_restarts, verdict
+    )
     if verdict.kind == "again" and any(row["event"] == "cancelled" for row in history.since_submission()):
         return Verdict("stop", verdict.ended, "it was cancelled")
     return verdict

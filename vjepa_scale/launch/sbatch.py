@@ -4,6 +4,7 @@ A job's batch script is submitit's: the site's setup, ``srun`` of our Python pro
 which queues the job again where a process has ended with status 75.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import submitit
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.profile import Profile, guarded
 from vjepa_scale.launch.profile_values import VARIABLE
@@ -180,7 +182,7 @@ def job_executor(
     additional["signal"] = f"{SIGNAL}@{profile.signal_delay_s}"  # submitit's follows a variable of the user's shell
     imports = import_lines(code)
     before_site = ["finish() {", *(f"  {line}" for line in [*imports, *finish, "exit"]), "}", f"trap : TERM {SIGNAL}"]
-    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"]
+    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", *_log_level()]
     executor = ScriptExecutor(folder=logs, python=python_command(profile))
     executor.update_parameters(
         **site | {"setup": [*before_site, *site["setup"], *after_site]},
@@ -195,6 +197,12 @@ def job_executor(
         additional_parameters=additional,
     )
     return executor
+
+
+def _log_level() -> list[str]:
+    """The level of whoever submits, for the job's processes. With --export=NONE, sbatch does not hand it on."""
+    word = os.environ.get(log.VARIABLE)
+    return [f"export {log.VARIABLE}={shlex.quote(word)}"] if word else []
 
 
 def epilogue(code: Path, *decide: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from types import FrameType
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import EXIT_SAVED, run_command
 from vjepa_scale.core.worker_pool import start_fork_server
 from vjepa_scale.data.manifest import MANIFEST
@@ -28,6 +29,7 @@ def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: i
         signal.signal(number, attempt.leave)
 
     def share() -> None:
+        log.set_up(f"{step} job {part.index}", main=part.index == 0)
         # A worker that died of it would seem to have died of its video.
         start_fork_server("vjepa_scale.shards.probe", "vjepa_scale.shards.write", deaf_to=told)
         if (work.out / MANIFEST).exists() and not work.folder.exists():

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from vjepa_scale.core import log
 from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.core.worker_pool import remove_socket_folder
@@ -42,6 +43,7 @@ def run_stage(stage: Stage) -> str:
     progress = Progress()
     try:
         interrupt.listen()
+        log.set_up(f"{stage.name} rank {ranks.rank}", main=ranks.is_main)
         # PyTorch takes seconds: launchers, which only name ``run_launched``, do without, and a signal now is heard.
         from vjepa_scale.training.trainer import train_stage
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
 from vjepa_scale.core.files import GrowingFile
+from vjepa_scale.core.log import shown
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.states import ALIVE, RunStatus, StageStatus
@@ -50,13 +51,14 @@ def follow(run_folder: Path, *, stream: Say = print) -> int:
 
 
 def show_lines(log: GrowingFile, *, whole_lines: bool, only: str = "", stream: Say) -> None:
-    """Give ``stream`` the new lines of a log that begin with ``only``, without submitit's.
+    """Give ``stream`` the new lines of a log, as ``core/log.py: shown`` shows them, without submitit's.
 
     whole_lines: leave out a last line without its end, which is still being written
+    only:        those that begin with this then
     """
     for line in log.lines(whole=whole_lines):
-        text = line.decode("utf-8", errors="replace").rstrip("\r\n")
-        if text.startswith(only) and not text.startswith("submitit "):
+        text = shown(line.decode("utf-8", errors="replace").rstrip("\r\n"))
+        if text is not None and text.startswith(only) and not text.startswith("submitit "):
             stream(text)
 
 
@@ -256,7 +258,7 @@ def _what_failed(stage: StageStatus) -> str:
 
 # -- one live line on a terminal, a line a minute in a log -------------------------------------------
 
-# What rank 0 prints of a step (run/metrics.py): stage/phase, step of steps, figures.
+# What rank 0 logs of a step (run/metrics.py): stage/phase, step of steps, figures.
 _STEP = re.compile(r"(?P<stage>[^\s/]+)/(?P<phase>\S+)  step (?P<step>\d+)/(?P<last>\d+)  (?P<figures>.*)")
 LOG_EVERY_S = 60.0
 

@@ -1,5 +1,6 @@
 """Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -23,6 +24,8 @@ from vjepa_scale.model.probe import probe_of
 from vjepa_scale.objective.objective import Objective
 from vjepa_scale.objective.probe_stage import ProbeStage
 from vjepa_scale.recipe import Phase
+
+_log = logging.getLogger(__name__)
 
 
 class Probes(Objective):
@@ -126,10 +129,7 @@ class Probes(Objective):
         )
         self._kept_of = geometry
         if process_group.is_main():
-            print(
-                f"{self._stage.name}: the tokens of {len(self.kept)} clips are kept: steps do not encode them",
-                flush=True,
-            )
+            _log.info(f"{self._stage.name}: the tokens of {len(self.kept)} clips are kept: steps do not encode them")
 
     def evaluation(
         self, phases: Sequence[Phase], stop_if_asked: Callable[[], None]

@@ -1,6 +1,7 @@
 """metrics.jsonl: one row per step, gapless over restarts. Only the trainer writes here, on rank 0."""
 
 import json
+import logging
 import os
 from collections import deque
 from concurrent.futures import Future
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.files import append_jsonl, read_jsonl, write_atomic
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -26,7 +29,7 @@ class MetricsLog:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, and print it where it is due.
+        """Append one row, and log it where it is due.
 
         A value may be a Future: the row, and those behind it, are held until it is there.
         """
@@ -47,10 +50,9 @@ class MetricsLog:
         step = row["step"]
         if (step + 1) % self._every == 0 or step + 1 == self._last:
             rank = "" if row["effective_rank"] is None else f"  rank {row['effective_rank']:6.1f}"
-            print(
+            _log.info(
                 f"{row['stage']}/{row['phase']}  step {step + 1}/{self._last}  loss {row['loss']:.4f}  "
-                f"lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}{rank}  {row['clips_per_s']:.1f} clips/s",
-                flush=True,
+                f"lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}{rank}  {row['clips_per_s']:.1f} clips/s"
             )
 
 

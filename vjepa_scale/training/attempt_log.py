@@ -1,5 +1,6 @@
-"""What an attempt at a stage writes down and prints: events, a row per step, lines. Rank 0 writes; every rank calls."""
+"""What an attempt at a stage writes down and logs: events, a row per step, lines. Rank 0 writes; every rank calls."""
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -14,13 +15,15 @@ from vjepa_scale.run.metrics import MetricsLog
 from vjepa_scale.training.skipped_clips import LEDGER
 from vjepa_scale.training.start import Start
 
+_log = logging.getLogger(__name__)
+
 
 class SupersededError(RuntimeError):
     """A later start of the same stage has taken over; this one must write nothing more."""
 
 
 class AttemptLog:
-    """Of one attempt, by all of its ranks. Files are written from ``begin`` on; ``say`` only prints."""
+    """Of one attempt, by all of its ranks. Files are written from ``begin`` on; ``say`` only logs."""
 
     def __init__(self, stage: Stage, ranks: Ranks) -> None:
         self._stage, self._ranks = stage, ranks
@@ -73,7 +76,7 @@ class AttemptLog:
     def say(self, text: str) -> None:
         """A line for whoever watches."""
         if self._ranks.is_main:
-            print(text, flush=True)
+            _log.info(text)
 
     def stopped_by(self, error: Exception, step: int) -> None:
         """The run ends itself in this step: its rows so far, and the reason, are written."""

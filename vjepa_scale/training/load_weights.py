@@ -4,6 +4,7 @@ Of foreign weights everything is checked before a process starts (``check_foreig
 shards tensor by tensor (``load_foreign``): no rank ever holds a whole model.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.distributed.fsdp import fill_shard
 from vjepa_scale.distributed.optim import MOMENTS
 from vjepa_scale.recipe import Stage
+
+_log = logging.getLogger(__name__)
 
 
 def check_foreign(stage: Stage) -> int:
@@ -60,6 +63,7 @@ def load_foreign(stage: Stage, path: Path, tensors: Mapping[str, Tensor]) -> str
             fresh.append(name)
     taken = tuple(f"{network}." for network in (*stage.networks_at_start, "target_encoder"))
     assert not any(name.startswith(taken) for name in fresh), "open and match said that all of these are there"
+    _log.debug("of %s: %d tensors; fresh: %s", path, len(tensors) - len(fresh), ", ".join(fresh) or "none")
     return report + (f"; {len(fresh)} tensors start fresh" if fresh else "")
 
 
@@ -96,6 +100,7 @@ def load_initial(stage: Stage, checkpoint: Path, tensors: dict[str, Tensor]) -> 
         del tensors[name]
     wanted = {_renamed(name, sources): tensor for name, tensor in tensors.items()}
     others = tuple(f"{network}." for network in stored - set(sources.values()))
+    _log.debug("of %s: ours are its %s; left out: %s", checkpoint, sources, ", ".join(others) or "none")
     return store.load(checkpoint, wanted, allow_unexpected=others, check=False)
 
 

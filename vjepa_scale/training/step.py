@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vjepa_scale.core.log import Laps
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
@@ -33,6 +34,7 @@ class StepGradients:
     stop:     some rank has been asked to save and stop
     failures: some rank has had clips that do not decode and that the run does not know of yet
     observed: features of this rank, where their effective rank is asked for
+    laps:     of this rank: forward, backward, reduce
     """
 
     loss: float
@@ -41,6 +43,7 @@ class StepGradients:
     stop: bool
     failures: bool
     observed: FeatureCovariance | None
+    laps: Laps = field(default_factory=Laps)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class StepResult:
     parts:     what the objective reports beside its loss
     lost:      of several networks that learn each by itself, those whose gradient was not finite: they got zeros
     stop:      some rank has been asked to save and stop
+    laps:      of this rank: forward, backward, reduce, optimizer, ema. On a GPU, "reduce" has the wait for it
     """
 
     loss: float
@@ -62,6 +66,7 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     stop: bool = False
+    laps: Laps = field(default_factory=Laps)
 
 
 def training_step(
@@ -97,20 +102,24 @@ def compute_gradients(
     observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
     sums: dict[str, Tensor] = {}
+    laps = Laps()
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
         found = objective.loss(micro_batch, observed)
         for name, part in found.items():
             if name != "loss":
                 sums[name] = sums.get(name, torch.zeros_like(total)) + part.detach() / len(batch)
+        laps.lap("forward")
         return found["loss"]
 
     for index, micro_batch in enumerate(batch):
         total += engine.backward(partial(loss_of, micro_batch), share=1 / len(batch), last=index == len(batch) - 1)
+        laps.lap("backward")
 
     flags = (total.new_full((), value) for value in (float(stop_asked), float(failures)))
     (loss, stop, failed, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
-    return StepGradients(loss, norms, dict(zip(sums, parts, strict=True)), stop > 0, failed > 0, observed)
+    laps.lap("reduce")
+    return StepGradients(loss, norms, dict(zip(sums, parts, strict=True)), stop > 0, failed > 0, observed, laps)
 
 
 def apply_gradients(
@@ -140,7 +149,9 @@ def apply_gradients(
         engine.scale_gradients(factors)
 
     engine.step(lr)
+    gradients.laps.lap("optimizer")
     objective.after_step()
+    gradients.laps.lap("ema")
     rank = gradients.observed.effective_rank() if gradients.observed else None
     norm = math.hypot(*finite.values())
-    return StepResult(gradients.loss, lr, norm, rank, gradients.reported, lost, gradients.stop)
+    return StepResult(gradients.loss, lr, norm, rank, gradients.reported, lost, gradients.stop, gradients.laps)

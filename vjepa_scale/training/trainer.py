@@ -1,5 +1,6 @@
 """One stage, from its start to its last checkpoint. The same function on every rank."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,8 @@ from vjepa_scale.training.checkpointer import Checkpointer
 from vjepa_scale.training.setup import Training, set_up
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 from vjepa_scale.training.step import NonFiniteLossError, StepResult, apply_gradients, compute_gradients
+
+_log = logging.getLogger(__name__)
 
 
 def train_stage(
@@ -96,9 +99,11 @@ class _Trainer:
         with self._loader(phase, first) as loader:
             for step, batch in zip(range(first, phase.end), loader, strict=True):
                 self.progress.step = step
+                loaded = time.perf_counter()
                 with self._ending_recorded(step):
                     result = self._step(phase, step, batch)
                 now = time.perf_counter()
+                _log.debug("step %d: load %.4f s, %s", step, loaded - clock, result.laps)
                 self._record(phase, step, result, seconds=now - clock)
                 clock = now
                 self.checkpoints.collect()

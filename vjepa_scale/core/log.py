@@ -1,0 +1,177 @@
+"""What processes say, by the standard library's ``logging``: levels, a time stamp, and which process it is.
+
+A process of a job (a rank, its loader workers, a job that makes shards) calls ``set_up`` once and then writes
+
+    2026-11-29 17:00:00.123 info [pretrain rank 0] saved runs/demo/pretrain/checkpoints/step_00000100
+
+debug and info to stdout, warnings and errors to stderr. Records of other packages have the name of their logger after
+the process: ``[pretrain rank 0, torch.distributed]``. Everything else (a command, a program that imports the package)
+writes plain lines to stderr: ``warning: …``. Results of a command are no log: it prints them to stdout.
+
+``VJEPA_LOG`` sets the level: debug, info (the default), warning or error. Other packages' records are shown from
+warning on, and with debug all of them. Without PyTorch.
+"""
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+VARIABLE = "VJEPA_LOG"
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_OURS = "vjepa_scale"
+_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?P<level>[a-z]+) \[(?P<process>[^\]]*)\] ?(?P<text>.*)")
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which process writes, and from which level on. Pickles to the workers that it starts.
+
+    name: such as ``pretrain rank 3``; empty: a command or a library, whose lines are plain
+    main: it shows Python's warnings (``warnings.warn``), which are alike in all processes of a job
+    """
+
+    name: str = ""
+    level: int = logging.INFO
+    main: bool = True
+
+    def worker(self, number: object) -> "Process":
+        """A worker of this process."""
+        return replace(self, name=f"{self.name} worker {number}") if self.name else self
+
+
+_process = Process()
+
+
+def current() -> Process:
+    """What the last ``set_up`` of this process said."""
+    return _process
+
+
+def level_of(environment: Mapping[str, str] = os.environ) -> int:
+    """The level that ``VJEPA_LOG`` asks for, as ``logging`` counts them. Raises UserError for any other word."""
+    from vjepa_scale.core.errors import UserError  # which imports this module
+
+    word = environment.get(VARIABLE) or "info"
+    if word not in LEVELS:
+        raise UserError(f"{word!r} is no level", where=VARIABLE, fix=f"one of {', '.join(LEVELS)}")
+    return LEVELS[word]
+
+
+def set_up(name: str = "", *, main: bool = True) -> None:
+    """Log as the process of this name, at the level of ``VJEPA_LOG``. Once per process, before it says anything.
+
+    Raises UserError where the variable has another value.
+    """
+    apply(Process(name, level_of(), main))
+
+
+def apply(process: Process) -> None:
+    """Log as this process. For workers, which are given the process that started them."""
+    global _process
+    _process = process
+    ours = logging.getLogger(_OURS)
+    ours.handlers[:] = [_Console(process)]
+    ours.setLevel(process.level)
+    ours.propagate = False
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, _Console)]
+    if not process.name:
+        return  # other packages' records are the business of whoever runs the program
+    foreign = process.level if process.level == logging.DEBUG else max(process.level, logging.WARNING)
+    console = _Console(process)
+    console.setLevel(foreign)  # loggers with a level of their own do not ask the root's
+    root.addHandler(console)
+    root.setLevel(foreign)
+    logging.captureWarnings(True)
+    quiet = not process.main and foreign != logging.DEBUG
+    logging.getLogger("py.warnings").setLevel(logging.ERROR if quiet else logging.NOTSET)
+    adopt()
+
+
+def adopt() -> None:
+    """Lead other packages' records to our handlers. Again after an import of a package that made handlers of its own.
+
+    A package's log files stay. PyTorch's own handlers stay where ``TORCH_LOGS`` asks for them. Does nothing where
+    ``set_up`` named no process.
+    """
+    if not _process.name:
+        return
+    terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if not isinstance(logger, logging.Logger) or name.partition(".")[0] == _OURS:
+            continue
+        if name.partition(".")[0] == "torch" and os.environ.get("TORCH_LOGS"):
+            continue
+        shown = [handler for handler in logger.handlers if getattr(handler, "stream", None) in terminal]
+        for handler in shown:
+            logger.removeHandler(handler)
+        if shown:
+            logger.propagate = True
+
+
+def shown(line: str) -> str | None:
+    """A line of a process's log as it is shown to whoever follows the run: without stamp and process.
+
+    Info as it is, warnings and errors after ``warning: `` and ``error: ``; None for debug and other packages' lines.
+    Lines that were not logged (of an earlier version, tracebacks) stay as they are.
+    """
+    found = _LINE.fullmatch(line)
+    if found is None:
+        return line
+    if found["level"] == "debug" or "," in found["process"]:
+        return None
+    return found["text"] if found["level"] == "info" else f"{found['level']}: {found['text']}"
+
+
+class _Console(logging.Handler):
+    """Writes to what sys.stdout and sys.stderr are at that moment."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self._process = process
+
+    def emit(self, record: logging.LogRecord) -> None:
+        to_stdout = self._process.name and record.levelno < logging.WARNING
+        stream = sys.stdout if to_stdout else sys.stderr
+        if record.name.partition(".")[0] == _OURS:
+            print(self._text(record), file=stream, flush=True)  # a full disk is an error, as for any other file
+            return
+        with suppress(OSError):
+            print(self._text(record), file=stream, flush=True)
+
+    def _text(self, record: logging.LogRecord) -> str:
+        text = self.format(record).rstrip("\n")  # message, and traceback where there is one
+        level = record.levelname.lower()
+        if not self._process.name:
+            plain = record.levelno == logging.INFO
+            return text if plain else f"{level}: {text}"
+        stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))}.{int(record.msecs):03d}"
+        ours = record.name.partition(".")[0] == _OURS
+        process = self._process.name if ours else f"{self._process.name}, {record.name}"
+        return "\n".join(f"{stamp} {level} [{process}] {line}" for line in text.split("\n"))
+
+
+class Laps:
+    """Seconds of the host between calls, by name; calls of one name add up. Does not wait for a device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._then = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last call was spent on this."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._then
+        self._then = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.4f} s" for name, seconds in self.seconds.items())
+
+
+apply(_process)
