@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +164,40 @@ def test_what_auto_takes(major: int, right: set[str], kernel: blocks.Kernel, mon
     layer = Attention(64, 2)
     set_kernel(layer, "auto", device=torch.device("cuda"), dtype=torch.bfloat16)
     assert layer.kernel is kernel
+
+
+@pytest.mark.parametrize(
+    ("package", "broken", "warned"),
+    [
+        ("json", False, True),  # a package that is there
+        ("no_such_package", False, False),
+        ("no_such_package.part", False, False),
+        ("broken_package.part", True, True),  # there, and its import fails
+    ],
+)
+def test_auto_warns_of_an_installed_kernel_that_fails(
+    package: str,
+    broken: bool,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if broken:
+        (tmp_path / "broken_package.py").write_text("raise ImportError('undefined symbol')\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(attention_backend._PACKAGES, blocks.fa3, package)
+    monkeypatch.setattr(attention_backend, "_problem", lambda *_: "its results are wrong by 40%")
+    layer = Attention(64, 2)
+    name = set_kernel(layer, "auto", device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert name == "PyTorch's scaled_dot_product_attention"
+    said = capsys.readouterr().err
+    warning = (
+        "warning: Attention: engine.attention auto takes PyTorch's scaled_dot_product_attention: FlashAttention-3 "
+        "fails its trial with heads of 32 channels: its results are wrong by 40%\n"
+    )
+    assert said == (warning if warned else "")
 
 
 @pytest.mark.parametrize(

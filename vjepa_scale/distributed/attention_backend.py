@@ -1,6 +1,7 @@
 """Which attention kernel computes a network: the recipe's ``engine.attention``, tried before training."""
 
 import importlib.util
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.model import blocks
 from vjepa_scale.model.blocks import Attention
+
+_log = logging.getLogger(__name__)
 
 _NAMES: dict[blocks.Kernel, str] = {
     blocks.sdpa: "PyTorch's scaled_dot_product_attention",
@@ -23,6 +26,11 @@ _BY_NAME = {"varlen": blocks.torch_varlen, "fa3": blocks.fa3, "fa4": blocks.fa4}
 # PyTorch's choice is cuDNN on H100. Others measured there, forward, heads of 64, 2k tokens, in TFLOP/s:
 # FlashAttention-2 318, cuDNN 395, FlashAttention-3 460.
 _FASTER = {8: blocks.flash_attn, 9: blocks.fa3, 10: blocks.fa4}
+_PACKAGES: dict[blocks.Kernel, str] = {
+    blocks.flash_attn: "flash_attn",
+    blocks.fa3: "flash_attn_interface",
+    blocks.fa4: "flash_attn.cute.interface",
+}
 # Largest error of a kernel that is right, in parts of the largest value. bfloat16 alone makes 0.01; a wrong kernel 0.5.
 _TOLERANCE = 0.05
 
@@ -46,6 +54,14 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
     kernel, *others = _candidates(choice, device)
     problems = [(size, problem) for size in head_sizes if (problem := _problem(kernel, size, device, dtype))]
     if problems and others:
+        head_size, problem = problems[0]
+        # An installed kernel that fails makes the run slower than it could be; one that is not there is nobody's fault.
+        level = logging.WARNING if _is_installed(kernel) else logging.DEBUG
+        _log.log(
+            level,
+            f"{type(network).__name__}: engine.attention auto takes {_NAMES[others[0]]}: {_NAMES[kernel]} fails its "
+            f"trial with heads of {head_size} channels: {problem}",
+        )
         kernel = others[0]
     elif problems:
         head_size, problem = problems[0]
@@ -55,6 +71,7 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
             where="engine.attention",
             fix="auto, or sdpa, which runs everywhere",
         )
+    _log.debug("%s: attention by %s (engine.attention: %s)", type(network).__name__, _NAMES[kernel], choice)
     for layer in layers:
         layer.kernel = kernel
     return _NAMES[kernel]
@@ -71,6 +88,16 @@ def _candidates(choice: str, device: torch.device) -> list[blocks.Kernel]:
         faster = _FASTER.get(torch.cuda.get_device_capability(device)[0])
         return [faster, blocks.sdpa] if faster is not None else [blocks.sdpa]
     return [blocks.sdpa]
+
+
+def _is_installed(kernel: blocks.Kernel) -> bool:
+    """Whether the package of a kernel that is not PyTorch's is there, in order or not."""
+    try:
+        return importlib.util.find_spec(_PACKAGES[kernel]) is not None
+    except ModuleNotFoundError:  # nor is the package above it
+        return False
+    except Exception:  # noqa: BLE001 (there, but its import fails, in whatever way)
+        return True
 
 
 def _problem(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> str:
