@@ -34,7 +34,6 @@ from pydantic import Field
 from torch import nn
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.data.augment import random_crop
 from vjepa_scale.distributed import process_group
 from vjepa_scale.model import flops
 from vjepa_scale.objective.objective import Objective
@@ -63,10 +62,6 @@ class ToyStage(Stage):
 
     def records(self, manifests):
         return {name: np.arange(0, manifest.records, self.config.every) for name, manifest in manifests.items()}
-
-    def crop(self, pictures, phase, *, step, slot, out):
-        cfg, seed = self.recipe.data.augment, self.recipe.run.seed
-        random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=slot, out=out)
 
     def complete(self, batch, shown, phase, manifests, prepared):
         sizes = [float(manifests[ref.dataset].place(ref.record, "video")[1]) for ref in shown]

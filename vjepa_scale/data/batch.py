@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.data.augment import empty_clips
+from vjepa_scale.data.augment import empty_clips, random_crop, squashed_crop
 from vjepa_scale.data.clips import ClipRef, Timed, clip_refs
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
@@ -134,7 +134,11 @@ def load_micro_batch(
         )
         failures += met
         shown.append(ref)
-        stage.crop(pictures, phase, step=step, slot=ref.slot, out=row)
+        if (aspect := stage.squashed_aspect) is not None:
+            squashed_crop(pictures, phase.size, aspect=aspect, out=row)
+        else:
+            cfg, seed = stage.recipe.data.augment, stage.recipe.run.seed
+            random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=ref.slot, out=row)
     # Of the clips that are shown, which are not always those that were drawn.
     batch = MicroBatch(clips, (), step, slots, names, tuple(failures), tuple(ref.record for ref in shown))
     return stage.complete(batch, shown, phase, manifests, prepared)

@@ -17,8 +17,6 @@ from vjepa_scale.recipe.schema import CHANNELS, DataConfig
 from vjepa_scale.recipe.stage_sections import ActionStageConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vjepa_scale.data.batch import MicroBatch
     from vjepa_scale.data.clips import ClipRef
     from vjepa_scale.distributed.engine import Engine
@@ -76,11 +74,10 @@ class ActionStage(Stage):
                 raise UserError(what, where=where, fix=fix)
         return found
 
-    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: "Tensor") -> None:
-        """All of a picture, squashed: a crop would change what an action does to it."""
-        from vjepa_scale.data.augment import squashed_crop
-
-        squashed_crop(pictures, phase.size, aspect=self.config.crop_aspect, out=out)
+    @property
+    def squashed_aspect(self) -> tuple[float, float]:
+        """All of a picture: a random crop would change what an action does to it."""
+        return self.config.crop_aspect
 
     def complete(
         self,

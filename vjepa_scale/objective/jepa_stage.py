@@ -14,8 +14,6 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.schema import CHANNELS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vjepa_scale.data.batch import MicroBatch
     from vjepa_scale.data.clips import ClipRef
     from vjepa_scale.distributed.engine import Engine
@@ -40,12 +38,6 @@ class JepaStage(Stage):
         for phase in self.phases:
             for frames in phase.geometries:
                 check_masks(self.recipe.masks, grid=self._grid(phase, frames))
-
-    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: "Tensor") -> None:
-        from vjepa_scale.data.augment import random_crop
-
-        cfg, seed = self.recipe.data.augment, self.recipe.run.seed
-        random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=slot, out=out)
 
     def complete(
         self,

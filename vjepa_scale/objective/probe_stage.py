@@ -14,8 +14,6 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.stage_sections import EXPORTED_PROBE_EPS, ProbeStageConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vjepa_scale.data.batch import MicroBatch
     from vjepa_scale.data.clips import ClipRef
     from vjepa_scale.distributed.engine import Engine
@@ -166,12 +164,6 @@ class ProbeStage(Stage):
             for draw in range(self.config.label_draws):
                 of_records[self.records_of_draw(manifests[name], draw)] = draw
         return numbers
-
-    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: "Tensor") -> None:
-        from vjepa_scale.data.augment import random_crop
-
-        cfg, seed = self.recipe.data.augment, self.recipe.run.seed
-        random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=slot, out=out)
 
     def complete(
         self,

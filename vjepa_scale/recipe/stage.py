@@ -33,8 +33,6 @@ from vjepa_scale.recipe.schema import DataConfig, LaunchConfig, Recipe
 from vjepa_scale.recipe.stage_sections import OptimizerConfig, StageConfig
 
 if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training take and give
-    from torch import Tensor
-
     from vjepa_scale.data.batch import MicroBatch
     from vjepa_scale.data.clips import ClipRef
     from vjepa_scale.data.manifest import Manifest
@@ -319,9 +317,11 @@ class Stage(ABC):
         """What ``complete`` is given of a phase: made once, and sent to the loader's workers."""
         return None
 
-    @abstractmethod
-    def crop(self, pictures: Sequence[Any], phase: Phase, *, step: int, slot: int, out: Tensor) -> None:
-        """Fill ``out``, uint8 [3, T, H, W], with a clip of the phase's size. pictures: T of uint8 [h, w, 3]"""
+    @property
+    def squashed_aspect(self) -> tuple[float, float] | None:
+        """Range of width/height: clips show the largest centred crop in it, squashed to their size. None: random crops
+        (``data.augment``)."""
+        return None
 
     @abstractmethod
     def complete(
