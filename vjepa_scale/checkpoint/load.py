@@ -18,7 +18,7 @@ from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats import open_weights
 from vjepa_scale.checkpoint.formats.native import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE, write_consolidated
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, Network, WeightSource
-from vjepa_scale.checkpoint.manifest import kind_of, last_name, name_of
+from vjepa_scale.checkpoint.manifest import last_name, name_of, trained_kind
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.model import Encoder, Predictor
@@ -132,7 +132,7 @@ def is_probe_stage(folder: Path) -> bool:
     checkpoint = last_name(folder / CHECKPOINTS)
     if checkpoint is None:  # which load_probe refuses
         return True
-    kind = kind_of(store.read_manifest(checkpoint), where=checkpoint)
+    kind = trained_kind(store.read_manifest(checkpoint), where=checkpoint)
     return bool(class_of(STAGES, kind).trains_probes)
 
 

@@ -21,7 +21,7 @@ import vjepa_scale
 from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import move_dir, parse_json, sha256_file, write_atomic
 from vjepa_scale.core.ranks import usable_cores
-from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES
+from vjepa_scale.recipe.registry import STAGES, kind_of
 
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
@@ -108,10 +108,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def kind_of(manifest: dict[str, Any], *, where: object) -> str:
+def trained_kind(manifest: dict[str, Any], *, where: object) -> str:
     """The kind of the stage that a checkpoint is of. Raises UserError for one that is not known here."""
     section = manifest["recipe"].get(manifest["stage"])
-    kind = (section.get("kind") if isinstance(section, dict) else None) or DEFAULT_KINDS.get(manifest["stage"])
+    kind = kind_of(manifest["stage"], section.get("kind") if isinstance(section, dict) else None)
     if kind not in STAGES:
         raise UserError(
             f"it is of a stage {manifest['stage']!r} of no kind that is known here",

@@ -36,6 +36,11 @@ MASK_GENERATORS = {
 }
 
 
+def kind_of(stage: str, named: str | None) -> str:
+    """The kind of a stage of this name whose section names this ``kind``, or none. Empty where nothing says it."""
+    return named or DEFAULT_KINDS.get(stage, "")
+
+
 def class_of(kinds: Mapping[str, str], kind: str) -> Any:
     """The class that a kind's line names, ``module:class``. Raises KeyError for a kind without a line."""
     module, _, name = kinds[kind].partition(":")

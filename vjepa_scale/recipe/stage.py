@@ -28,7 +28,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
 from vjepa_scale.recipe.networks import Network
 from vjepa_scale.recipe.phases import Phase, phase_steps
-from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
+from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of, kind_of
 from vjepa_scale.recipe.schema import DataConfig, LaunchConfig, Recipe
 from vjepa_scale.recipe.stage_sections import OptimizerConfig, StageConfig
 
@@ -76,7 +76,7 @@ class Stage(ABC):
 
     @property
     def kind(self) -> str:
-        return kind_of(self.name, self.config)
+        return kind_of(self.name, self.config.kind)
 
     @property
     def starts_by(self) -> str | None:
@@ -382,15 +382,11 @@ class Stage(ABC):
         return isinstance(result, dict) and result.get("step") == step
 
 
-def kind_of(name: str, config: StageConfig) -> str:
-    return config.kind or DEFAULT_KINDS[name]
-
-
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
     """The stages of a recipe, in the order they run."""
     stages: dict[str, Stage] = {}
     for name, config in recipe.stages().items():
-        stages[name] = class_of(STAGES, kind_of(name, config))(recipe, name, stages)
+        stages[name] = class_of(STAGES, kind_of(name, config.kind))(recipe, name, stages)
     return stages
 
 

@@ -13,11 +13,11 @@ from vjepa_scale.checkpoint.manifest import (
     MANIFEST,
     is_checkpoint,
     is_foreign,
-    kind_of,
     last_name,
     name_of,
     newest_name,
     read_manifest,
+    trained_kind,
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.data.manifest import Manifest
@@ -190,7 +190,7 @@ def _refuse_unfit(stage: Stage, source: Path) -> None:
     """Of another objective, where an optimiser's state is wanted; or of another model."""
     manifest = read_manifest(source)
     then = validate_recipe(manifest["recipe"], source=source / MANIFEST)
-    if stage.starts_by == "continue_from" and kind_of(manifest, where=source) != stage.kind:
+    if stage.starts_by == "continue_from" and trained_kind(manifest, where=source) != stage.kind:
         raise UserError(
             f"{source} is of {manifest['stage']}: nothing of {stage.name} can go on from it",
             where=f"{stage.name}.continue_from",

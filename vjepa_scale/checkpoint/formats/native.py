@@ -29,7 +29,7 @@ from vjepa_scale.checkpoint.formats.source import (
     WeightSource,
     parse_config,
 )
-from vjepa_scale.checkpoint.manifest import kind_of, last_name, read_manifest
+from vjepa_scale.checkpoint.manifest import last_name, read_manifest, trained_kind
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, write_json
@@ -111,7 +111,7 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
     """
     manifest = store.read_manifest(checkpoint)
     recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
-    stage: type[Stage] = class_of(STAGES, kind_of(manifest, where=checkpoint))
+    stage: type[Stage] = class_of(STAGES, trained_kind(manifest, where=checkpoint))
     prefixes = _TRAINED[weights]
     if not stage.has_target_encoder:  # its encoder is frozen, and was a target encoder once: there is no other one
         if weights == "context":
