@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.chain import write_four_stages
 from tests.data.faulty import with_faulty_decoder
 from tests.data.test_loader import as_global, recipe_for
 from tests.processes import LIMIT_S
@@ -29,7 +30,7 @@ from vjepa_scale.data.loader import PhaseLoader, Prefetched
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder
 from vjepa_scale.data.substitution import DecodeFailure, Known, clip_or_substitute
-from vjepa_scale.recipe import Recipe, stages_of
+from vjepa_scale.recipe import Recipe, load_recipe, stages_of
 from vjepa_scale.video.container import open_video
 
 WHOLE = {"area": 1.0, "aspect": 4 / 3, "flip": 0.0}  # the crop is the picture
@@ -312,9 +313,9 @@ def test_open_files_are_raised_to_what_the_ranks_need(shards: Manifest, monkeypa
     """512 ranks: two gloo groups of all, with a socket to each of 511, and a hybrid mesh's; 1024 is the usual limit."""
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
-    recipe = recipe_for(shards, workers=3)
-    needed = host_limits.handles_needed(recipe, world_size=512)
-    assert needed - host_limits.handles_needed(recipe, world_size=1) == 3 * 511
+    stage = stages_of(recipe_for(shards, workers=3))["pretrain"]
+    needed = host_limits.handles_needed(stage, world_size=512)
+    assert needed - host_limits.handles_needed(stage, world_size=1) == 3 * 511
     for soft, hard, raised in (
         (1024, 1_048_576, [(needed, 1_048_576)]),
         (1024, resource.RLIM_INFINITY, [(needed, resource.RLIM_INFINITY)]),
@@ -322,11 +323,29 @@ def test_open_files_are_raised_to_what_the_ranks_need(shards: Manifest, monkeypa
         (needed, needed, []),
     ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, now=(soft, hard): now)
-        host_limits.raise_open_files(recipe, world_size=512)
+        host_limits.raise_open_files(stage, world_size=512)
         assert asked == raised
         asked.clear()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1536))
     with pytest.raises(UserError, match=rf"needs {needed} open files \(512 ranks.*its limit is 1536 .*ulimit -Hn"):
-        host_limits.raise_open_files(recipe, world_size=512)
-    host_limits.raise_open_files(recipe, world_size=8)
+        host_limits.raise_open_files(stage, world_size=512)
+    host_limits.raise_open_files(stage, world_size=8)
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_beside", "tensors"),
+    [
+        ("action", 5 * 7 * 4, 1),  # states of the 5 frames of its longest clips
+        ("probe", 8, 1),  # a label
+    ],
+)
+def test_what_a_kind_adds_to_a_micro_batch_counts(name: str, bytes_beside: int, tensors: int, tmp_path: Path) -> None:
+    sets, more = (dict.fromkeys(names, tmp_path) for names in (("left", "right"), ("held_out", "robot")))
+    recipe = load_recipe(write_four_stages(tmp_path / "recipe.yaml", tmp_path / "run", sets, more))
+    stage, workers = stages_of(recipe)[name], recipe.data.workers
+    held = workers * (recipe.data.prefetch + 1) + 2
+    if name == "action":  # after a probe's last step comes its evaluation
+        assert host_limits.shared_memory_needed(stage) == held * 2 * (3 * 5 * 40 * 32 + bytes_beside)
+    assert stage.beside_clips(5, (40, 32)) == (tensors, bytes_beside)
+    assert host_limits.handles_needed(stage, world_size=1) == 256 + workers * 16 + held * (1 + tensors)

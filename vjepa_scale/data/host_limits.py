@@ -29,36 +29,37 @@ def shared_memory_needed(stage: Stage) -> int:
     recipe = stage.recipe
     held = _held(recipe, recipe.data.prefetch)
     training = max(
-        held * phase.micro_batch * _clip_bytes(recipe, max(phase.geometries), phase.size) for phase in stage.phases
+        held * phase.micro_batch * _clip_bytes(stage, max(phase.geometries), phase.size) for phase in stage.phases
     )
     needed = training if stage.decodes_clips else 0
     if (last := stage.finish_batch()) is None:
         return needed
     clips, frames, size = last
-    return max(needed, _held(recipe, PREFETCH) * clips * _clip_bytes(recipe, frames, size))
+    return max(needed, _held(recipe, PREFETCH) * clips * _clip_bytes(stage, frames, size))
 
 
-def handles_needed(recipe: Recipe, *, world_size: int) -> int:
+def handles_needed(stage: Stage, *, world_size: int) -> int:
     """Open files that one rank has at most."""
-    # Clips; context and target of each generator, or states and extrinsics, or labels.
-    tensors = 1 + 2 * len(recipe.masks.generators)
+    recipe, phase = stage.recipe, stage.phases[0]
+    beside, _ = stage.beside_clips(phase.frames, phase.size)
+    tensors = 1 + beside  # the clips first
     loader = _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
     return _OTHER_HANDLES + _GROUPS * (world_size - 1) + (loader if recipe.data.workers else 0)
 
 
-def raise_open_files(recipe: Recipe, *, world_size: int) -> None:
+def raise_open_files(stage: Stage, *, world_size: int) -> None:
     """Let this process open as many files as it will have to; before it joins its group, which takes most of them.
 
     Raises UserError where its hard limit is lower.
     """
-    needed = handles_needed(recipe, world_size=world_size)
+    needed = handles_needed(stage, world_size=world_size)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     if soft == unlimited or soft >= needed:
         return
     if hard != unlimited and hard < needed:
         raise UserError(
-            f"a rank needs {needed} open files ({world_size} ranks, {_loader(recipe)}), its limit is {hard}",
+            f"a rank needs {needed} open files ({world_size} ranks, {_loader(stage.recipe)}), its limit is {hard}",
             where="data.workers",
             fix="fewer data.workers or a smaller data.prefetch; or a higher hard limit (ulimit -Hn)",
         )
@@ -93,7 +94,7 @@ def _held(recipe: Recipe, prefetch: int) -> int:
     return recipe.data.workers * (prefetch + 1) + 2
 
 
-def _clip_bytes(recipe: Recipe, frames: int, size: tuple[int, int]) -> int:
-    """uint8 RGB, and for each mask generator at most all tokens once, in int64."""
-    tokens = max(1, frames // recipe.model.tubelet) * (size[0] // recipe.model.patch) * (size[1] // recipe.model.patch)
-    return 3 * frames * size[0] * size[1] + len(recipe.masks.generators) * tokens * 8
+def _clip_bytes(stage: Stage, frames: int, size: tuple[int, int]) -> int:
+    """uint8 RGB, and what the stage's kind adds."""
+    _, beside = stage.beside_clips(frames, size)
+    return 3 * frames * size[0] * size[1] + beside

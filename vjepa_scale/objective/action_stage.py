@@ -98,6 +98,11 @@ class ActionStage(Stage):
             extras["extrinsics"] = torch.from_numpy(np.stack(cameras))
         return replace(batch, extras=extras)
 
+    def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+        """States and extrinsics, float32."""
+        extrinsics = int(self.recipe.model.action_predictor.extrinsics)
+        return 1 + extrinsics, 4 * frames * (7 + 6 * extrinsics)
+
     def clip_flops(self, phase: Phase, frames: int) -> float:
         _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
         return flops.action_step(self.recipe.model, frames, h * w, self.config.rollout_steps)

@@ -59,6 +59,12 @@ class JepaStage(Stage):
         )
         return replace(batch, masks=masks)
 
+    def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Of each mask generator context and target: at most all tokens once, in int64."""
+        model, generators = self.recipe.model, len(self.recipe.masks.generators)
+        tokens = max(1, frames // model.tubelet) * (size[0] // model.patch) * (size[1] // model.patch)
+        return 2 * generators, 8 * generators * tokens
+
     def clip_flops(self, phase: Phase, frames: int) -> float:
         """The mean over the masks of the phase's first steps."""
         t, h, w = self._grid(phase, frames)

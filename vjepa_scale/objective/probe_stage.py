@@ -183,6 +183,11 @@ class ProbeStage(Stage):
             extras["label_draws"] = torch.tensor(draws)
         return replace(batch, records=tuple(ref.record for ref in shown), extras=extras)
 
+    def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Labels and draws, int64."""
+        tensors = 1 if self.config.label_draws == 1 else 2
+        return tensors, 8 * tensors
+
     def finish_batch(self) -> tuple[int, int, tuple[int, int]]:
         """Of the evaluation, whose batches hold all views of a record."""
         views, last = self.config.views.segments * self.config.views.crops, self.phases[-1]

@@ -8,7 +8,7 @@ To add a kind of training, write in one file of objective/ (or in two, as here, 
     1. its section: a subclass of recipe/stage_sections.py's StageConfig, with the keys of its own
     2. its Stage: ``section``, ``networks``, ``has_target_encoder``, ``evaluates``; ``check``, what keys say together;
        ``records``, those that it draws; ``squashed_aspect``, how clips are cropped; ``complete``, what a micro-batch
-       has beside them; ``clip_flops``; ``objective``
+       has beside them, and ``beside_clips``, how large that is; ``clip_flops``; ``objective``
     3. its Objective: see objective/objective.py
     4. a line in STAGES
 

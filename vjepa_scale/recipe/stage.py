@@ -334,6 +334,10 @@ class Stage(ABC):
     ) -> MicroBatch:
         """A micro-batch with what the stage learns from beside its clips. shown: what each clip is of"""
 
+    def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+        """What ``complete`` adds to a micro-batch: how many tensors, and the bytes of one clip in all of them."""
+        return 0, 0
+
     def finish_batch(self) -> tuple[int, int, tuple[int, int]] | None:
         """Clips, frames and size of the batches that loaders hold after the last step; None where none follow."""
         return None

@@ -43,7 +43,7 @@ def train_stage(
     SavedAndStopped where a rank was interrupted.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
-    raise_open_files(stage.recipe, world_size=ranks.world_size)
+    raise_open_files(stage, world_size=ranks.world_size)
     process_group.start(ranks, stage.recipe.engine, rendezvous=stage.folder / "rendezvous")
     try:
         # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
