@@ -8,6 +8,7 @@ python tools/consolidate.py vitg.pt --model vit_giant --size 256 --frames 64 --t
 python tools/consolidate.py runs/demo/action --to published --out exported/demo_ac
 python tools/consolidate.py runs/demo/probe --to huggingface --out exported/classifier
 python tools/consolidate.py --describe runs/demo
+python tools/consolidate.py --compare vitl.pt vjepa2-vitl-fpc64-256
 
 docs/formats.md has the formats, what each can hold, and their limits.
 """
@@ -20,6 +21,7 @@ from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, export_clas
 from vjepa_scale.checkpoint.formats.native import describe_checkpoint
 from vjepa_scale.checkpoint.load import is_probe_stage
 from vjepa_scale.core.errors import run_command
+from vjepa_scale.inference.compare import add_compare_arguments, compare_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-check", action="store_true", help="huggingface: do not run the result beside ours (two models in memory)"
     )
     parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
+    add_compare_arguments(parser)
     arguments = parser.parse_args(argv)
+    if arguments.compare is not None:
+        return 0 if compare_of(arguments, parser) else 1
     if arguments.describe is not None:
         print("\n".join(describe_checkpoint(find_checkpoint(arguments.describe, check=False))))
         return 0
     if arguments.source is None or arguments.out is None:
-        parser.error("give SOURCE and --out, or --describe PATH")
+        parser.error("give SOURCE and --out, or --describe PATH, or --compare PATH [PATH2]")
     if arguments.to == "huggingface" and is_probe_stage(arguments.source):
         given = (arguments.weights, arguments.dtype, arguments.model, arguments.size, arguments.frames)
         if any(given) or arguments.encoder_only:

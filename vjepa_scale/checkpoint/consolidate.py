@@ -5,7 +5,7 @@ A folder for Hugging Face is run beside our networks: where the numbers differ, 
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,11 @@ from vjepa_scale.checkpoint.formats import huggingface, native, open_weights, pu
 from vjepa_scale.checkpoint.formats.huggingface import Head, mask_token, write_huggingface
 from vjepa_scale.checkpoint.formats.model_card import predicts_as
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
-from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, read_config_file
+from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, match_shapes, read_config_file
 from vjepa_scale.checkpoint.load import TrainedProbe, load_probe
 from vjepa_scale.checkpoint.manifest import is_checkpoint
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import content_of, replaced_folder
+from vjepa_scale.core.files import content_of, read_json, replaced_folder
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.blocks import LAYER_NORM_EPS, Attention
 from vjepa_scale.model.probe import AttentiveProbe, CrossAttention
@@ -347,3 +347,46 @@ def _their_head(probe: AttentiveProbe) -> dict[str, Tensor]:
         else:
             out[theirs] = value
     return out
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """The head of a VJEPA2ForVideoClassification as our probe, in eval mode; classes: of its logits, in order."""
+
+    probe: AttentiveProbe
+    classes: tuple[str, ...]
+
+
+def read_classifier_head(folder: Path) -> ClassifierHead | None:
+    """The head of a Hugging Face folder, float32; None where it holds none. Raises UserError where it is damaged."""
+    stored = huggingface.stored_tensors(folder)
+    tensors = {
+        name: native.read_safetensors(file, name).float()
+        for name, file in stored.items()
+        if name.startswith(("pooler.", "classifier."))
+    }
+    if not tensors:
+        return None
+    config = huggingface.DEFAULTS | read_json(folder / huggingface.CONFIG_FILE)
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    probe = AttentiveProbe(
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        classes=len(labels),
+        depth=1 + config.get("num_pooler_layers", 3),
+        eps=LAYER_NORM_EPS,
+    )
+    theirs = _their_head(probe)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    match_shapes(
+        shapes,
+        {name: tuple(value.shape) for name, value in theirs.items()},
+        name="the head of a classifier",
+        where=folder,
+        fix="give a folder whose config.json and weights are of one model",
+    )
+    # The pieces that _their_head gives are views of the probe's own parameters.
+    with torch.no_grad():
+        for name, piece in theirs.items():
+            piece.copy_(tensors[name])
+    return ClassifierHead(probe.eval(), tuple(str(labels[key]) for key in sorted(labels, key=int)))

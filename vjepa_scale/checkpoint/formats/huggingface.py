@@ -163,6 +163,12 @@ def _join(name: str, shape: torch.Size, read: Callable[[str], Tensor]) -> Tensor
     return torch.cat([read(part) for part in parts]) if len(parts) > 1 else read(parts[0])
 
 
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds which tensor, by its own name, head and all."""
+    files = sorted(set(_tensor_files(folder).values()))
+    return {name: file for file in files for name, _, _ in safetensors_entries(file)}
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor; of a single file, itself under its name."""
     if (folder / WEIGHTS_FILE).is_file():
