@@ -81,10 +81,10 @@ def compare(
     head = None if reference is None else read_classifier_head(reference)
     _say_what_is_compared(found, theirs, sample, place, head, say)
 
-    ours = _run_ours(found, head, sample, place)
     rows: list[tuple[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         exported = _export(found, Path(folder) / "exported", head, theirs is None, say)
+        ours = _run_ours(found, head, sample, place)
         if reference is not None:
             published = _run_theirs(reference, sample, place, head is not None, problems)
             rows += _differences(ours, published, "")
