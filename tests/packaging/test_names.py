@@ -1,5 +1,6 @@
 """What a command is called in what it prints, and which file a recipe's or a profile's name means."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from vjepa_scale.core import installed
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.installed import as_called, command, program
+from vjepa_scale.core.installed import as_called, command, module_command, module_environment, program
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.recipe import load_recipe
 from vjepa_scale.recipe.load import recipe_file
@@ -52,6 +53,17 @@ def test_a_program_that_imports_a_wheel_has_no_tools(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     monkeypatch.delenv(VARIABLE, raising=False)
     assert command("launch") == "vjepa-launch"
+
+
+def test_a_process_of_a_command_imports_this_package(tmp_path: Path) -> None:
+    """Also where the current folder has files of the same names, as another checkout does."""
+    for name in ("vjepa_scale/__init__.py", "yaml.py", "json.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('of the current folder')\n")
+    words, environment = module_command("launch", "--help"), module_environment()
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
 
 
 # In which file of the current folder a recipe is found, or else "shipped"; None: in none.

@@ -47,7 +47,12 @@ def module_command(tool: str, *words: str) -> list[str]:
 
 
 def module_environment() -> dict[str, str]:
-    """The environment of a ``module_command``: it imports the package that runs here."""
+    """The environment of a ``module_command``: it imports the package that runs here.
+
+    An installed package is found as it is: in PYTHONPATH, site-packages would come before Python's own modules.
+    """
+    if PACKAGE.parent.name in ("site-packages", "dist-packages"):
+        return dict(os.environ)
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *others])}
 
