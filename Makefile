@@ -21,7 +21,7 @@ python:
 	@"$(PYTHON)" .ci/check_python.py $(VENV) "$(ASKED)"
 
 # Python files are compiled where they are first imported: most never are.
-$(VENV)/.ready: setup.py constraints.txt | python
+$(VENV)/.ready: pyproject.toml constraints.txt | python
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) -e .
 	touch $@

@@ -24,8 +24,8 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-# All waits of tests are limits that only end what hangs: below pytest's own (setup.cfg), far above what a busy machine
-# takes.
+# All waits of tests are limits that only end what hangs: below pytest's own (pyproject.toml), far above what a busy
+# machine takes.
 LIMIT_S = 240
 
 ENGINE = EngineConfig(device="cpu", precision="float32", threads=1, timeout_s=LIMIT_S)

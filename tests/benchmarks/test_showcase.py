@@ -1,7 +1,6 @@
 """benchmarks/showcase.py: its check of a demo, and its table of finished runs."""
 
 import copy
-import importlib.util
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.running import BENCHMARKS, ROOT, Run, load
+from vjepa_scale.commands import demo
 from vjepa_scale.recipe import load_recipe, recipe_yaml
 
 RECORDED = json.loads((BENCHMARKS / "results" / "showcase.json").read_text())
@@ -87,11 +87,6 @@ def words_of(out: Path, seed: int) -> list[str]:
 
 def test_showcase_runs_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its command, as tools/demo.py reads it, with the demo's own steps left out: those take minutes."""
-    spec = importlib.util.spec_from_file_location("demo_of_showcase", ROOT / "tools" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     steps: list[tuple[Any, ...]] = []
     monkeypatch.setattr(demo, "step", lambda _, *words: steps.append(words))
     stub = SimpleNamespace(measure_demo=lambda *_, **__: summary(), table=lambda _: [])

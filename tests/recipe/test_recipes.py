@@ -12,6 +12,7 @@ from vjepa_scale.recipe import load_recipe, recipe_yaml, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.iterdir())
 SIZES = {
     "vitl_256": (1024, 24, 16, 4096),
     "vith_256": (1280, 32, 16, 5120),
@@ -279,7 +280,7 @@ def test_extends_says_what_its_path_is_relative_to(tmp_path: Path) -> None:
         (
             "base.yaml",
             f"{top}:extends: no such recipe: {top.parent}/base.yaml (a path relative to the folder of this file, "
-            f"{top.parent}, or an absolute one)",
+            f"{top.parent}, an absolute one, or a name: shipped recipes: {', '.join(SHIPPED)})",
         ),
         ("[a.yaml, b.yaml]", f"{top}:extends: must be the path of one file, not ['a.yaml', 'b.yaml']"),
     ):

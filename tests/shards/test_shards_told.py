@@ -1,23 +1,12 @@
 """What make_shards tells: progress in a log, and the closing summary."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from vjepa_scale.commands import shards as tool
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.shards.make import Summary, summarize
-
-
-@pytest.fixture
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tool", Path(__file__).parents[2] / "tools" / "make_shards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Clock:
@@ -29,7 +18,7 @@ class Clock:
 
 
 def test_a_log_has_a_line_now_and_then_with_rate_and_time_left(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(tool, "time", clock)
@@ -42,7 +31,7 @@ def test_a_log_has_a_line_now_and_then_with_rate_and_time_left(
 
 
 def test_the_rate_does_not_count_what_an_earlier_run_did(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(tool, "time", clock)
@@ -53,7 +42,7 @@ def test_the_rate_does_not_count_what_an_earlier_run_did(
     assert capsys.readouterr().out.splitlines()[-1] == "writing: 9091 of 10000, 1.0 a second, 15 minutes left"
 
 
-def test_the_closing_summary(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_closing_summary(capsys: pytest.CaptureFixture[str]) -> None:
     summary = Summary(
         clips=1203,
         shards=3,
@@ -83,7 +72,7 @@ def test_the_closing_summary(tool: ModuleType, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_clips_without_a_label_are_counted(
-    classes: int, unlabelled: int, line: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+    classes: int, unlabelled: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool.report(Path("out"), Summary(5, 1, 0.1, 1000, {}, {}, {}, classes=classes, unlabelled=unlabelled))
     assert line in capsys.readouterr().out.splitlines()
@@ -92,15 +81,11 @@ def test_clips_without_a_label_are_counted(
 @pytest.mark.parametrize(
     ("hours", "told"), [(1.0, "1.00 h"), (0.06, "3.6 min"), (0.0166, "59.8 s"), (0.0, "0.0 s"), (123.456, "123.46 h")]
 )
-def test_short_and_few_are_told_so(
-    hours: float, told: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_short_and_few_are_told_so(hours: float, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     tool.report(Path("out"), Summary(1, 1, hours, 2_000_000, {}, {}, {}))
     assert capsys.readouterr().out.splitlines()[0] == f"out: 1 clip, {told}, 2.0 MB in 1 shard written"
 
 
-def test_classes_are_named_with_their_clips(
-    shards: Manifest, tool: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_are_named_with_their_clips(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     tool.report(shards.folder, summarize(shards.folder))
     assert "classes: 2: up (5), down/deep (3); 1 clip without a label" in capsys.readouterr().out.splitlines()

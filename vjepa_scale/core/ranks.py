@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import as_called
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _require(env: Mapping[str, str], names: tuple[str, ...], source: str) -> lis
         raise UserError(
             f"started by {source}, but {', '.join(missing)} is not set",
             where="environment",
-            fix="start every process through tools/launch.py, torchrun or srun, or unset the others",
+            fix=as_called("start every process through tools/launch.py, torchrun or srun, or unset the others"),
         )
     return [env[name] for name in names]
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import PassingError, UserError, reason_of
 from vjepa_scale.core.files import open_atomic, parse_json, read_json, write_json
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.core.rng import KeyedRng
 
 VERSION = 1
@@ -73,7 +74,7 @@ class Manifest:
         Raises UserError naming the folder or file, and what would work.
         """
         folder = Path(folder)
-        fix = "write shards with tools/make_shards.py VIDEOS OUT"
+        fix = as_called("write shards with tools/make_shards.py VIDEOS OUT")
         if not folder.is_dir():
             raise UserError("no such data folder", where=folder, fix=fix)
         if not (folder / MANIFEST).is_file():

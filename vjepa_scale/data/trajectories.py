@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.video.container import DecodeError
@@ -87,7 +88,7 @@ def read_trajectory(manifest: Manifest, record: int) -> StateLog:
     """The states beside a record's video. Raises UserError where they are not sound, or not on the video's clock."""
     where = f"{manifest.folder / manifest.shard_of(record).name}: record {manifest.key(record)}"
     if "states.offset" not in manifest.described:
-        fix = "make shards with tools/make_shards.py DROID OUT --trajectories droid"
+        fix = as_called("make shards with tools/make_shards.py DROID OUT --trajectories droid")
         raise UserError("these shards have no trajectories", where=manifest.folder, fix=fix)
     try:
         found = {name: _array(name, manifest.read(record, name)) for name in MEMBERS if manifest.has(record, name)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vjepa_scale.checkpoint.manifest import set_aside
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import command
 from vjepa_scale.data.clips import DUMPED, dump_order, short_videos
 from vjepa_scale.data.manifest import MANIFEST, Manifest
 from vjepa_scale.launch.estimate import estimate_lines
@@ -164,7 +165,7 @@ def refuse_if_at_work(recipe: Recipe) -> None:
             raise UserError(
                 f"{who} of {stage.name!r} is {job.state.lower() if job else 'at work'}",
                 where=files.folder,
-                fix=f"python tools/launch.py status {recipe.run.dir}, or cancel instead of status",
+                fix=f"{command('launch')} status {recipe.run.dir}, or cancel instead of status",
             )
 
 

@@ -1,7 +1,7 @@
 """What a site's Slurm wants, apart from the recipe: partition, account, modules, environment, container.
 
-A profile is a YAML file, by name (slurm/profiles/NAME.yaml of this checkout) or by path. Every plain value is read as
-the text that stands there, so ``NCCL_X: yes`` or ``mem: 0`` mean what Slurm and the shell would make of them.
+A profile is a YAML file, by name (slurm/profiles/NAME.yaml here, or a shipped one) or by path. Every plain value is
+read as the text that stands there, so ``NCCL_X: yes`` or ``mem: 0`` mean what Slurm and the shell would make of them.
 
 python -m vjepa_scale.launch.profile > docs/slurm_profiles.md
 """
@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-import vjepa_scale
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import find_shipped, suggest_shipped
 from vjepa_scale.core.yaml_text import parse_yaml
 from vjepa_scale.launch import profile_values as values
 from vjepa_scale.recipe.load import explain_invalid
@@ -118,7 +118,8 @@ _Loader.yaml_implicit_resolvers = {
 def load_profile(name_or_path: str | None) -> Profile:
     """Read a site profile.
 
-    name_or_path: NAME for slurm/profiles/NAME.yaml of this checkout, otherwise a path; None: Slurm's own defaults.
+    name_or_path: a path; or NAME for slurm/profiles/NAME.yaml below the current folder, or else a shipped profile;
+                  None: Slurm's own defaults.
     Raises UserError naming ``file:key`` and what would work.
     """
     if name_or_path is None:
@@ -127,7 +128,8 @@ def load_profile(name_or_path: str | None) -> Profile:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError("no such profile", where=path, fix=_profiles_there()) from None
+        fix = f"give a name or the path of a YAML file; {suggest_shipped('profiles', name_or_path)}"
+        raise UserError("no such profile", where=path, fix=fix) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
     tree = parse_yaml(text, _Loader, where=path)
@@ -146,21 +148,18 @@ def load_profile(name_or_path: str | None) -> Profile:
     return profile
 
 
-def profiles_folder() -> Path:
-    """slurm/profiles of the checkout that this package lies in. An installed package has none."""
-    return Path(vjepa_scale.__file__).absolute().parent.parent / "slurm" / "profiles"
+# Where a user keeps profiles, below the current folder: in a checkout this is where the shipped ones lie, too.
+OWN = Path("slurm", "profiles")
 
 
 def _path_of(name_or_path: str) -> Path:
-    if re.fullmatch(r"[\w-]+", name_or_path):
-        return profiles_folder() / f"{name_or_path}.yaml"
-    return Path(name_or_path)
-
-
-def _profiles_there() -> str:
-    names = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
-    known = f"names in {profiles_folder()}: {', '.join(names)}" if names else f"none in {profiles_folder()}"
-    return f"give a name or the path of a YAML file; {known}"
+    given = Path(name_or_path)
+    if given.is_file():
+        return given
+    if not re.fullmatch(r"[\w-]+(\.yaml)?", name_or_path):
+        return given
+    own = OWN / f"{given.stem}.yaml"
+    return own if own.is_file() else find_shipped("profiles", name_or_path) or own
 
 
 def _check_bash(profile: Profile, path: Path) -> None:

@@ -25,6 +25,7 @@ from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import file_lock, read_json, write_json
+from vjepa_scale.core.installed import program
 from vjepa_scale.launch.follow_shard_jobs import Job, follow
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.sbatch import (
@@ -76,7 +77,7 @@ def make_shards_on_slurm(videos: Path, out: Path, settings: Settings, asked: Ask
     Where jobs of OUT are in the queue already, they are followed. Raises UserError where Slurm or ``begin`` refuses,
     arrays_follow.JobFailedError where a job failed; after KeyboardInterrupt the jobs run on.
     """
-    need_sbatch(where="make_shards.py --cluster slurm", otherwise="leave --cluster out")
+    need_sbatch(where=f"{program('make_shards')} --cluster slurm", otherwise="leave --cluster out")
     script = scripts(out, asked)["probe"]
     if not _at_work(out) and (said := objection(script)):  # before the sources are listed, which may take long
         raise _refused("probe", said, asked)
@@ -150,7 +151,7 @@ def _executor(out: Path, asked: Asked, step: str, *, code: Path, after: str | No
         profile,
         named=asked.profile or "(its default)",
         doing="make much",
-        where="make_shards.py --timeout-min",
+        where=f"{program('make_shards')} --timeout-min",
     )
     early = '[ "$1" -ne 140 ] && [ "$1" -ne 143 ] || set -- 75  # USR2 or TERM before Python could listen'
     executor = job_executor(
@@ -175,10 +176,12 @@ def _tasks(step: str, asked: Asked) -> int:
 
 
 def _refused(step: str, said: str, asked: Asked) -> UserError:
-    where = "make_shards.py --cluster slurm" if asked.profile is None else f"make_shards.py --profile {asked.profile}"
+    where = f"{program('make_shards')} " + (
+        "--cluster slurm" if asked.profile is None else f"--profile {asked.profile}"
+    )
     fix = SEE_SLURM
     if "array" in said:
-        where, limit = "make_shards.py --jobs", _max_array_size()
+        where, limit = f"{program('make_shards')} --jobs", _max_array_size()
         fix = f"MaxArraySize here is {limit}: at most --jobs {limit}" if limit else "fewer"
     return UserError(f"Slurm refused the job of {step!r}: {said}", where=where, fix=fix)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError
 from vjepa_scale.core.files import GrowingFile
+from vjepa_scale.core.installed import as_called, command
 from vjepa_scale.core.log import shown
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
@@ -116,9 +117,9 @@ class _Follower:
             stages = of_last_launch(status)
             if not stages:
                 raise UserError(
-                    "nothing of this run was launched by tools/launch.py",
+                    as_called("nothing of this run was launched by tools/launch.py"),
                     where=self.run_folder,
-                    fix="python tools/launch.py RECIPE",
+                    fix=f"{command('launch')} RECIPE",
                 )
             self._announce(status, stages)
             verdict = _verdict(status, stages)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState
 from vjepa_scale.monitor.stage_files import StageFiles, is_over
@@ -205,7 +206,7 @@ class _Judge:
         if self.job is not None and self.job.state == "CANCELLED":
             if last is None and (self.job.reason.startswith("Dependency") or failed_before):
                 return "cancelled", because or self.job.reason
-            return "cancelled", _joined("in Slurm, not by tools/launch.py", self._last_ending())
+            return "cancelled", _joined(as_called("in Slurm, not by tools/launch.py"), self._last_ending())
         if self.files.report is not None:
             return "failed", ""
         if last is None and failed_before:
@@ -249,7 +250,7 @@ class _Judge:
             self.status.without_a_word = True
             idle = duration(self.status.idle_s or 0.0)
             return "stopped", f"no step for {idle}, and nothing says that it still runs"
-        return "running", where or ("not started by tools/launch.py" if submitted is None else "")
+        return "running", where or (as_called("not started by tools/launch.py") if submitted is None else "")
 
     def _slurms_word(self) -> str:
         """Slurm's name for how it ended, in brackets."""

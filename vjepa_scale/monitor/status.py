@@ -16,6 +16,7 @@ from typing import Any
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.monitor import jobs
 from vjepa_scale.monitor.jobs import JobState, SlurmUnavailable
 from vjepa_scale.monitor.stage_files import StageFiles
@@ -143,7 +144,7 @@ def render(status: RunStatus) -> str:
 
 def _headline(status: RunStatus, now: float) -> str:
     if status.launched is None:
-        return f"{status.run}: never launched by tools/launch.py"
+        return f"{status.run}: {as_called('never launched by tools/launch.py')}"
     folder = f" (launches/{status.launch})" if status.launch else ""
     commit = ""
     if status.commit:

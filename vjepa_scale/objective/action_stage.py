@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import Ints
 from vjepa_scale.data.trajectories import long_enough, trajectory_clip
@@ -58,7 +59,7 @@ class ActionStage(Stage):
         }
 
     def _long_enough(self, name: str, manifest: Manifest, frames: int) -> Ints:
-        fix = "make shards with tools/make_shards.py DROID OUT --trajectories droid"
+        fix = as_called("make shards with tools/make_shards.py DROID OUT --trajectories droid")
         where = f"data.sets.{name}.path: {manifest.folder}"
         if "states.size" not in manifest.described:
             raise UserError("these shards have no trajectories", where=where, fix=fix)

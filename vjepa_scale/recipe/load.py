@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.installed import find_shipped, suggest_shipped
 from vjepa_scale.core.yaml_text import parse_yaml
 from vjepa_scale.recipe.registry import STAGES, class_of
 from vjepa_scale.recipe.schema import Recipe
@@ -29,11 +30,12 @@ _Loader.add_implicit_resolver(
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
-    path:      a YAML file; ``extends: other.yaml`` (relative to it) is merged underneath.
+    path:      a YAML file, or the name of a shipped recipe; what its ``extends`` names (a path relative to the file,
+               or a shipped recipe) is merged underneath.
     overrides: ``dotted.key=value`` with YAML values; list items by number (``pretrain.phases.0.steps=10``).
     Raises UserError naming ``file:key`` and what would work; the file is the one that has the key.
     """
-    path = Path(path)
+    path = recipe_file(path)
     layers = _read(path, seen=())
     tree: dict[str, Any] = {}
     for _, layer in reversed(layers):
@@ -51,6 +53,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise
         origin = _origin(key.split("."), layers, [override.partition("=")[0].split(".") for override in overrides])
         raise type(error)(error.what, where=f"{origin}:{key}", fix=error.fix) from None
+
+
+def recipe_file(given: str | Path) -> Path:
+    """The file of a recipe: a path, as it is, or the shipped recipe NAME. A path that exists wins over a name.
+
+    Raises UserError for what is neither.
+    """
+    if (found := _file_of(str(given), folder=Path())) is not None:
+        return found
+    fix = f"give the path of a YAML file, or a name: {suggest_shipped('recipes', str(given))}"
+    raise UserError("no such recipe", where=given, fix=fix)
+
+
+def _file_of(given: str, *, folder: Path) -> Path | None:
+    """A path relative to a folder, or with ``.yaml`` behind it where it has no suffix; else the shipped recipe."""
+    paths = [folder / given] + ([folder / f"{given}.yaml"] if given and not Path(given).suffix else [])
+    # A folder is no recipe: runs/ or demo/ beside one does not hide the shipped recipe of that name.
+    own = [path for path in paths if path.exists() and not path.is_dir()]
+    if own:
+        return own[0]
+    return find_shipped("recipes", given) or (paths[0] if paths[0].is_dir() else None)
 
 
 def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
@@ -77,16 +100,6 @@ def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list
         raise UserError("extends itself", where=f"{above}:extends", fix="name another file, or leave extends out")
     try:
         text = path.read_text()
-    except FileNotFoundError:
-        if above is not None:
-            raise UserError(
-                f"no such recipe: {path}",
-                where=f"{above}:extends",
-                fix=f"a path relative to the folder of this file, {above.parent.resolve()}, or an absolute one",
-            ) from None
-        raise UserError(
-            "no such recipe", where=path, fix="give the path of a YAML file, e.g. recipes/demo.yaml"
-        ) from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}", where=path) from None
     tree = _copied(parse_yaml(text, _Loader, where=path))
@@ -95,8 +108,16 @@ def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list
     parent = tree.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"must be the path of one file, not {parent!r}", where=f"{path}:extends")
-    below = _read(path.parent / parent, (*seen, path.resolve()), path) if parent is not None else []
-    return [(path, tree), *below]
+    if parent is None:
+        return [(path, tree)]
+    if (extended := _file_of(parent, folder=path.parent)) is None:
+        raise UserError(
+            f"no such recipe: {path.parent / parent}",
+            where=f"{path}:extends",
+            fix=f"a path relative to the folder of this file, {path.parent.resolve()}, an absolute one, or a name: "
+            + suggest_shipped("recipes", parent),
+        )
+    return [(path, tree), *_read(extended, (*seen, path.resolve()), path)]
 
 
 def _copied(node: Any) -> Any:

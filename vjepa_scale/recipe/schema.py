@@ -47,7 +47,7 @@ class LaunchConfig(Section):
         "auto", description="auto: Slurm where its sbatch command is found, this machine otherwise"
     )
     profile: str | None = Field(
-        None, description="what the site's Slurm wants: a name in slurm/profiles/, or the path of a YAML file"
+        None, description="what the site's Slurm wants: a path, a name in slurm/profiles/ here, or a shipped profile's"
     )
     nodes: PositiveInt = Field(1, description="machines per stage")
     tasks_per_node: PositiveInt = Field(1, description="processes per node: one per GPU, or any number on CPU")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import file_lock
+from vjepa_scale.core.installed import command
 
 # The ranks of a run that was just killed may take a moment to be gone.
 PATIENCE_S = 10.0
@@ -43,6 +44,6 @@ def only_launcher_of(run_folder: Path) -> Iterator[None]:
             raise UserError(
                 "another launch of this run is at work",
                 where=run_folder,
-                fix=f"python tools/launch.py status '{run_folder}', or cancel instead of status",
+                fix=f"{command('launch')} status '{run_folder}', or cancel instead of status",
             )
         yield

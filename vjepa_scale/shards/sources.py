@@ -28,6 +28,7 @@ from typing import Any, TextIO
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, writing
+from vjepa_scale.core.installed import program
 
 _NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
 # What file managers and storage leave in folders, and no source.
@@ -87,7 +88,7 @@ def of_side(
     first = next(chosen, None)
     if first is None:
         fix = f"a {'larger' if side == 'val' else 'smaller'} fraction, or another --seed"
-        raise UserError(f"no source falls into {side}", where="make_shards.py --val", fix=fix)
+        raise UserError(f"no source falls into {side}", where=f"{program('make_shards')} --val", fix=fix)
     return chain([first], chosen)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import fsync_path, move_dir, publish_first, read_json, restore_dir, write_json, writing
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.data.manifest import MANIFEST, REJECTED
 from vjepa_scale.shards.droid import LOG
 from vjepa_scale.shards.records import KnownVerdicts, what_differs
@@ -114,7 +115,9 @@ class Work:
         """Work that ``begin`` has begun, by this process or another. Raises UserError where there is none."""
         path = out / WORK / "source.json"
         if not path.exists():
-            raise UserError("no shards were begun here", where=out, fix="tools/make_shards.py VIDEOS OUT begins them")
+            raise UserError(
+                "no shards were begun here", where=out, fix=as_called("tools/make_shards.py VIDEOS OUT begins them")
+            )
         tree = read_json(path)
         if tree.get("version") != VERSION:
             raise UserError(

@@ -33,6 +33,7 @@ from vjepa_scale.checkpoint.manifest import last_name, read_manifest, trained_ki
 from vjepa_scale.checkpoint.safetensors_writer import DTYPES, Entry, write_safetensors
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, write_json
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.recipe.load import load_recipe, validate_recipe
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.stage import CHECKPOINTS, Stage, stages_of
@@ -184,7 +185,7 @@ def read_native_config(file: Path) -> ConsolidatedConfig:
         raise UserError(
             f"a safetensors file, but not of this project: no {METADATA_KEY!r} in its metadata",
             where=file,
-            fix="give a file written by tools/consolidate.py, or a Hugging Face folder with its config.json",
+            fix=as_called("give a file written by tools/consolidate.py, or a Hugging Face folder with its config.json"),
         )
     try:
         content = parse_json(metadata[METADATA_KEY])
@@ -217,7 +218,7 @@ def open_safetensors(file: Path) -> Any:
         raise UserError(
             f"not a whole safetensors file: {error}",
             where=file,
-            fix="copy it again, or consolidate the checkpoint again with tools/consolidate.py",
+            fix=as_called("copy it again, or consolidate the checkpoint again with tools/consolidate.py"),
         ) from None
 
 

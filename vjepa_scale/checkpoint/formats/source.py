@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vjepa_scale.checkpoint.safetensors_writer import Entry
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json
+from vjepa_scale.core.installed import as_called
 from vjepa_scale.masking.generator import generator_class
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.predictor import build_action_predictor
@@ -109,7 +110,9 @@ def read_config_file(path: Path) -> ConsolidatedConfig:
     try:
         content = parse_json(path.read_bytes())
     except ValueError:
-        raise UserError("not valid JSON", where=path, fix="write the weights again with tools/consolidate.py") from None
+        raise UserError(
+            "not valid JSON", where=path, fix=as_called("write the weights again with tools/consolidate.py")
+        ) from None
     return parse_config(content, f"{path}:config")
 
 
