@@ -22,7 +22,6 @@ from vjepa_scale.checkpoint.formats.native import describe_checkpoint
 from vjepa_scale.checkpoint.load import is_probe_stage
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.installed import as_called, run_console_command
-from vjepa_scale.inference.compare import add_compare_arguments, compare_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-check", action="store_true", help="huggingface: do not run the result beside ours (two models in memory)"
     )
     parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
-    add_compare_arguments(parser)
+    _add_compare_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.describe is not None:
         print("\n".join(describe_checkpoint(find_checkpoint(arguments.describe, check=False))))
         return 0
     if arguments.compare is not None:
-        return 0 if compare_of(arguments, parser) else 1
+        return 0 if _compare(arguments, parser) else 1
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH, or --compare PATH [PATH2]")
     if arguments.to == "huggingface" and is_probe_stage(arguments.source):
@@ -93,6 +92,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"{done}: {arguments.out}: {result_config(arguments.out, arguments.to).title()}")
     return 0
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--compare`` and its options, for a command that has --model, --size and --frames."""
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar=("PATH", "PATH2"),
+        help="run weights through this package and through transformers on the same clips, print the differences, and "
+        "stop; PATH2: the Hugging Face folder of the same model. Exit code 0: they agree, 1: they differ",
+    )
+    parser.add_argument(
+        "--clips",
+        nargs="+",
+        default=["1"],
+        metavar="N|VIDEO",
+        help="compare: how many clips of noise, or video files; default: 1",
+    )
+    parser.add_argument("--device", default="cpu", help="compare: cpu (default), cuda, cuda:1")
+
+
+def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    from vjepa_scale.inference.compare import compare  # it imports decoders, which other commands do without
+
+    source, *more = arguments.compare
+    others = ("source", "out", "weights", "dtype", "encoder_only", "no_check")
+    if len(more) > 1 or any(getattr(arguments, name) for name in others):
+        parser.error("--compare takes one or two paths, --model, --size, --frames, --clips and --device")
+    numbered = len(arguments.clips) == 1 and arguments.clips[0].isdigit()
+    return compare(
+        source,
+        *more,
+        model=arguments.model,
+        size=arguments.size,
+        frames=arguments.frames,
+        clips=int(arguments.clips[0]) if numbered else 1,
+        videos=() if numbered else [Path(clip) for clip in arguments.clips],
+        device=arguments.device,
+    )
 
 
 def run() -> NoReturn:

@@ -7,7 +7,8 @@ python tools/launch.py status RUN [--json]     what became of each stage; exit c
 python tools/launch.py follow RUN              what rank 0 says, until the last stage is over (Ctrl-C leaves it running)
 python tools/launch.py cancel RUN              end its jobs; the same launch goes on later
 
-The same launch command again refuses a run that is at work and continues one that has stopped.
+The same launch command again refuses a run that is at work and continues one that has stopped. VJEPA_LOG=debug (or
+warning, error) in the environment sets how much the logs of its processes say.
 """
 
 import argparse

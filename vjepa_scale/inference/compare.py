@@ -8,7 +8,6 @@ REFERENCE is a Hugging Face folder: SOURCE itself where it is one, or a second p
 only run what our exporter wrote. One model is in memory at a time; the numbers that it computed are kept.
 """
 
-import argparse
 import importlib.util
 import os
 import tempfile
@@ -93,45 +92,6 @@ def compare(
             again = _run_theirs(exported, sample, place, head is not None, problems, stored, say)
             rows += _differences(ours, again, "exported: " if reference is not None else "")
     return _report(rows, problems, ours, say)
-
-
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--compare`` and its options, for a command that has --model, --size and --frames."""
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar=("PATH", "PATH2"),
-        help="run weights through this package and through transformers on the same clips, print the differences, and "
-        "stop; PATH2: the Hugging Face folder of the same model. Exit code 0: they agree, 1: they differ",
-    )
-    parser.add_argument(
-        "--clips",
-        nargs="+",
-        default=["1"],
-        metavar="N|VIDEO",
-        help="compare: how many clips of noise, or video files; default: 1",
-    )
-    parser.add_argument("--device", default="cpu", help="compare: cpu (default), cuda, cuda:1")
-
-
-def compare_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
-    """``compare``, with the options of a command line."""
-    source, *more = arguments.compare
-    others = ("source", "out", "weights", "dtype", "encoder_only", "no_check")
-    if len(more) > 1 or any(getattr(arguments, name) for name in others):
-        parser.error("--compare takes one or two paths, --model, --size, --frames, --clips and --device")
-    numbered = len(arguments.clips) == 1 and arguments.clips[0].isdigit()
-    return compare(
-        source,
-        *more,
-        model=arguments.model,
-        size=arguments.size,
-        frames=arguments.frames,
-        clips=int(arguments.clips[0]) if numbered else 1,
-        videos=() if numbered else [Path(clip) for clip in arguments.clips],
-        device=arguments.device,
-    )
 
 
 # -- what is compared ------------------------------------------------------------------------------
