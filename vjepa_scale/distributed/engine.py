@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.attention_backend import set_kernel
-from vjepa_scale.distributed.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps
+from vjepa_scale.distributed.optim import GroupSetting, get_optimizer_steps, set_optimizer_steps, set_weight_decay
 from vjepa_scale.distributed.process_group import pick_device
 from vjepa_scale.model.init import initial_value
 from vjepa_scale.recipe.schema import EngineConfig
@@ -151,6 +151,13 @@ class Engine(ABC):
     @abstractmethod
     def step(self, lr: float) -> None:
         """Move the weights by their gradients, and forget these."""
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """The weight decay of the next steps, of what ``start_optimizer`` decays; networks with settings keep theirs.
+
+        ``start_optimizer`` must have had a weight decay above 0.
+        """
+        set_weight_decay(self._optimizer, weight_decay)
 
     @abstractmethod
     def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:

@@ -68,7 +68,8 @@ def make_optimizer(
             own = own._replace(weight_decay=0.0)
         split.setdefault((group, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "clip_group": group, **own._asdict()} for (group, own), parameters in split.items()
+        {"params": parameters, "clip_group": group, "decays": own.weight_decay > 0, **own._asdict()}
+        for (group, own), parameters in split.items()
     ]
     if cfg.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0, foreach=True)
@@ -79,6 +80,13 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """The weight decay of the next step, of the groups that were made with one."""
+    for group in optimizer.param_groups:
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def build_optimizer(

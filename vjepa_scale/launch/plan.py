@@ -249,11 +249,34 @@ def site(recipe: Recipe) -> str:
 def _phase_line(stage: Stage, phase: Phase) -> str:
     per_rank = accumulation(phase, dp_world_size=stage.world_size)
     return (
-        f"{phase.name}: steps {phase.first} to {phase.end - 1}, lr {phase.start_lr:g} → {phase.final_lr:g}, "
+        f"{phase.name}: steps {phase.first} to {phase.end - 1}, {_schedules(phase)}, "
         f"{_geometries(stage, phase)}, "
         f"batch {phase.global_batch} = {stage.world_size} ranks × {per_rank} × {phase.micro_batch}, "
         f"{_count(stage.step_flops(phase))}FLOPs a step"
     )
+
+
+def _schedules(phase: Phase) -> str:
+    """``lr 0.1 → 0.2``, and what else has a ramp; of one that goes on after the phase, where it would arrive."""
+    last = phase.end - 1
+    ramps = [("lr", phase.lr_ramp, phase.start_lr, phase.last_lr)]
+    if (ramp := phase.weight_decay_ramp) is not None:
+        ramps.append(("weight decay", ramp, ramp.after(phase.first - ramp.first), ramp.after(phase.end - ramp.first)))
+    if (ramp := phase.ema_ramp) is not None:
+        ramps.append(("EMA momentum", ramp, ramp.after(phase.first - ramp.first), ramp.after(last - ramp.first)))
+    said = []
+    for name, ramp, start, end in ramps:
+        way = "" if ramp.shape == "linear" or ramp.start == ramp.final else f" {ramp.shape}"
+        whole = ramp.first == phase.first and ramp.steps == phase.steps
+        rest = (
+            "" if whole or ramp.start == ramp.final else f" (of {ramp.start:g} → {ramp.final:g} in {ramp.steps} steps)"
+        )
+        said.append(
+            f"{name} {start:g}"
+            if name != "lr" and ramp.start == ramp.final
+            else f"{name} {start:g} → {end:g}{way}{rest}"
+        )
+    return ", ".join(said)
 
 
 def _geometries(stage: Stage, phase: Phase) -> str:

@@ -4,10 +4,37 @@ Steps are counted from 0; a phase covers ``first <= step < end`` of the global s
 a cooldown's phases count from the step of the checkpoint that it continues from.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.recipe.stage_sections import StageConfig
+from vjepa_scale.recipe.stage_sections import RampShape, StageConfig
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A value that goes from ``start`` to ``final``, in closed form: no state, so a resumed run computes the same.
+
+    first: the global step at which it begins
+    steps: how many steps it takes to ``final``, the horizon; training may end before, and stays at ``final`` after
+    """
+
+    start: float
+    final: float
+    first: int
+    steps: int
+    shape: RampShape = "linear"
+
+    def after(self, done: int) -> float:
+        """The value after so many steps: start + (final − start)·f(done/steps).
+
+        Linear: f(x) = x; cosine: f(x) = (1 − cos πx)/2.
+        """
+        if done >= self.steps:  # exactly, whatever the rounding of the formula
+            return self.final
+        if self.shape == "cosine":
+            return self.start + (self.final - self.start) * (1 - math.cos(math.pi * done / self.steps)) / 2
+        return self.start + (self.final - self.start) * done / self.steps
 
 
 @dataclass(frozen=True)
@@ -19,6 +46,8 @@ class Phase:
     mixture:       weight of each data set that is drawn from (all positive)
     own_frames:    T of those data sets whose clips have another length
     mask_group:    consecutive slots of one geometry; matters where there are several
+    lr_shape, lr_horizon: of the learning rate's ramp from start_lr to final_lr; the horizon in steps, None: ``steps``
+    weight_decay_ramp, ema_ramp: schedules that cover the phase; None: the constants of the recipe
     """
 
     stage: str
@@ -34,22 +63,47 @@ class Phase:
     mixture: dict[str, float]
     own_frames: dict[str, int] = field(default_factory=dict)
     mask_group: int = 1
+    lr_shape: RampShape = "linear"
+    lr_horizon: int | None = None
+    weight_decay_ramp: Ramp | None = None
+    ema_ramp: Ramp | None = None
 
     @property
     def end(self) -> int:
         return self.first + self.steps
 
-    def lr(self, step: int) -> float:
-        """The learning rate of a global step: a linear ramp whose last step has exactly final_lr.
+    @property
+    def lr_ramp(self) -> Ramp:
+        return Ramp(self.start_lr, self.final_lr, self.first, self.lr_horizon or self.steps, self.lr_shape)
 
-        lr(s) = start + (final − start)·(s − first + 1)/steps; a constant phase has start = final.
+    @property
+    def last_lr(self) -> float:
+        """The learning rate of its last step, with which the next phase goes on."""
+        return self.lr_ramp.after(self.steps)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a global step: of the ramp after that step, so the last one can have exactly final_lr.
+
+        A constant phase has start_lr = final_lr.
         """
+        return self.lr_ramp.after(self._checked(step) - self.first + 1)
+
+    def weight_decay(self, step: int) -> float | None:
+        """The weight decay of a global step, of its ramp after that step; None where it is not scheduled."""
+        ramp = self.weight_decay_ramp
+        return None if ramp is None else ramp.after(self._checked(step) - ramp.first + 1)
+
+    def ema_momentum(self, step: int) -> float | None:
+        """The EMA momentum of a global step, of its ramp before that step, as published: the first step has exactly
+        ``start``. None where it is not scheduled.
+        """
+        ramp = self.ema_ramp
+        return None if ramp is None else ramp.after(self._checked(step) - ramp.first)
+
+    def _checked(self, step: int) -> int:
         if not self.first <= step < self.end:
             raise ValueError(f"step {step} is not in phase {self.name} ({self.first} to {self.end - 1})")
-        done = step - self.first + 1
-        if done == self.steps:  # exactly, whatever the rounding of the formula
-            return self.final_lr
-        return self.start_lr + (self.final_lr - self.start_lr) * done / self.steps
+        return step
 
     def frames_of(self, name: str) -> int:
         """T of a data set's clips."""

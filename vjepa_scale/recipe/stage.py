@@ -29,6 +29,7 @@ from vjepa_scale.core.files import read_json
 from vjepa_scale.recipe.networks import Network
 from vjepa_scale.recipe.phases import Phase, phase_steps
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of, kind_of
+from vjepa_scale.recipe.schedules import check_schedules, in_steps, peak_weight_decay, schedules_of
 from vjepa_scale.recipe.schema import DataConfig, LaunchConfig, Recipe
 from vjepa_scale.recipe.stage_sections import OptimizerConfig, StageConfig
 
@@ -122,16 +123,18 @@ class Stage(ABC):
         start_lr: float | None = None
         if config.continue_from in self.earlier:
             before = self.earlier[config.continue_from].phases[-1]
-            start_lr = before.final_lr
+            start_lr = before.last_lr
             first = before.end if first is None else first
         first = first or 0
+        weight_decay, ema_momentum = schedules_of(self, first)
         phases = []
         for given, steps in zip(config.phases, phase_steps(config), strict=True):
             begin_lr = given.start_lr if given.start_lr is not None else start_lr
             if begin_lr is None:
                 raise ValueError(f"{given.name!r} has no start_lr, and no phase before it to go on from")
-            start_lr = given.final_lr if given.final_lr is not None else begin_lr
+            final_lr = given.final_lr if given.final_lr is not None else begin_lr
             if steps == 0:
+                start_lr = final_lr
                 continue
             mixture = given.mixture or config.mixture or {name: s.weight for name, s in recipe.data.sets.items()}
             frames = (given.clip and given.clip.frames) or config.clip.frames
@@ -143,7 +146,11 @@ class Stage(ABC):
                     first=first,
                     steps=steps,
                     start_lr=begin_lr,
-                    final_lr=start_lr,
+                    final_lr=final_lr,
+                    lr_shape=given.lr_shape,
+                    lr_horizon=None if given.lr_horizon is None else in_steps(given.lr_horizon, steps),
+                    weight_decay_ramp=weight_decay.of_phase(given.weight_decay, first, steps),
+                    ema_ramp=ema_momentum.of_phase(given.ema_momentum, first, steps),
                     frames=frames,
                     size=(given.clip and given.clip.size) or config.clip.size,
                     global_batch=given.global_batch or config.global_batch,
@@ -157,8 +164,14 @@ class Stage(ABC):
                     mask_group=self.group(micro_batch),
                 )
             )
+            start_lr = phases[-1].last_lr
             first += steps
         return phases
+
+    def optimizer_at_start(self, phases: Sequence[Phase]) -> OptimizerConfig:
+        """``optimizer`` with the largest weight decay of a schedule, so that what decays at all is known from it."""
+        peak = peak_weight_decay(phases)
+        return self.optimizer if peak is None else self.optimizer.model_copy(update={"weight_decay": peak})
 
     def group(self, micro_batch: int) -> int:
         """How many consecutive slots of a step have one geometry."""
@@ -234,6 +247,7 @@ class Stage(ABC):
                 where=f"{key}.continue_from",
                 fix="init_from, which takes its weights",
             )
+        check_schedules(self, key)
         try:
             phases = self.phases
         except ValueError as error:

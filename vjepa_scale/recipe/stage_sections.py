@@ -1,8 +1,8 @@
 """What a recipe may say of its stages, their phases and clips."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vjepa_scale.recipe.sections import Fraction, Positive, PositiveInt, PositiveRange, Section, Size
 
@@ -15,6 +15,54 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
+
+
+RampShape = Literal["linear", "cosine"]
+# In steps, or as a multiple of what the ramp covers: 112500, 1.25.
+Horizon = PositiveInt | Positive
+
+
+class RampConfig(Section):
+    """A value that changes with the step; docs/recipes.md, Schedules."""
+
+    start: float | None = None
+    final: float
+    shape: RampShape = Field("linear", description="linear, or cosine: half a period, flat at both ends")
+    horizon: Horizon | None = Field(
+        None,
+        description="steps from start to final, whole or a multiple of what it covers (1.25); default: 1.0. A longer "
+        "one is cut by the end of training; after a shorter one the value stays at final",
+    )
+
+
+class WeightDecayConfig(RampConfig):
+    start: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="default: where the phase or the stage before ended, else optimizer.weight_decay. A number in "
+        "place of the section is a constant. Not of probes, which have weight_decays",
+    )
+    final: Annotated[float, Field(ge=0)] = Field(description="weight decay after the horizon")
+
+
+class MomentumConfig(RampConfig):
+    start: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="default: where the phase or the stage before ended, else jepa.ema_momentum. A number in place "
+        "of the section is a constant. Of stages with a target encoder",
+    )
+    final: Annotated[float, Field(ge=0, le=1)] = Field(description="momentum after the horizon")
+
+
+def _as_ramp(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"start": value, "final": value}
+    if not isinstance(value, (dict, RampConfig)):
+        raise ValueError(f"must be a number, or a section of start, final, shape and horizon, not {value!r}")
+    return value
+
+
+WeightDecay = Annotated[WeightDecayConfig, BeforeValidator(_as_ramp)]
+EmaMomentum = Annotated[MomentumConfig, BeforeValidator(_as_ramp)]
 
 
 class ClipConfig(Section):
@@ -39,12 +87,30 @@ class PhaseConfig(Section):
     )
     start_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: where the previous phase ended")
     final_lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="exactly the last step's; default: start_lr"
+        None, description="exactly the last step's, if lr_horizon is not longer; default: start_lr"
+    )
+    lr_shape: RampShape = Field("linear", description="of the way from start_lr to final_lr; cosine: half a period")
+    lr_horizon: Horizon | None = Field(
+        None,
+        description="steps from start_lr to final_lr, whole or a multiple of the phase's (1.25); default: 1.0. A "
+        "longer one is cut by the phase's end; after a shorter one the rate stays at final_lr",
+    )
+    weight_decay: WeightDecay | None = Field(
+        None, description="as the stage's, over the phase; default: the stage's, else where the phase before ended"
+    )
+    ema_momentum: EmaMomentum | None = Field(
+        None, description="as the stage's, over the phase; default: the stage's, else where the phase before ended"
     )
     clip: PhaseClipConfig | None = None
     global_batch: PositiveInt | None = Field(None, description="default: the stage's")
     micro_batch: PositiveInt | None = Field(None, description="default: the stage's")
     mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="default: the stage's")
+
+    @model_validator(mode="after")
+    def _a_rate_that_changes(self) -> "PhaseConfig":
+        if self.final_lr is None and (self.lr_shape != "linear" or self.lr_horizon is not None):
+            raise ValueError("lr_shape and lr_horizon are about the way to final_lr, which is not given")
+        return self
 
 
 class StageLaunchConfig(Section):
@@ -79,6 +145,8 @@ class StageConfig(Section):
     )
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig | None = Field(None, description="in place of the whole section of that name")
+    weight_decay: WeightDecay | None = None
+    ema_momentum: EmaMomentum | None = None
     continue_from: str | None = Field(
         None,
         description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "

@@ -1,11 +1,12 @@
 """What of a stage's finished steps a changed recipe would contradict, key by key."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from vjepa_scale.recipe import Phase, Recipe, Stage
+from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.networks import NETWORKS
+from vjepa_scale.recipe.phases import Ramp
 
 
 def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_source: bool = False) -> list[str]:
@@ -17,12 +18,14 @@ def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_sou
     """
     if done.kind != today.kind:
         return [f"{today.name}.kind: {done.kind} then, {today.kind} now"]
-    decisive = _decisive(done), _decisive(today)
+    # Of a value that either recipe schedules, each trained step counts, and not the constant that would stand for it.
+    scheduled = _scheduled(done.phases_from(first)) | _scheduled(today.phases_from(first))
+    decisive = _decisive(done, scheduled), _decisive(today, scheduled)
     if same_source:
         for values in decisive:
             del values[f"{today.name}.{today.starts_by}"]
     changed = list(_differences(*decisive))
-    then, now = (_trained(stage.recipe, stage.phases_from(first), step) for stage in (done, today))
+    then, now = (_trained(stage, stage.phases_from(first), step, scheduled) for stage in (done, today))
     if list(then) != list(now):
         return [*changed, f"{today.name}.phases: {', '.join(then)} then, {', '.join(now)} now"]
     for steps in then:
@@ -30,13 +33,19 @@ def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_sou
     return changed
 
 
-def _decisive(stage: Stage) -> dict[str, Any]:
+def _scheduled(phases: list[Phase]) -> set[str]:
+    """Which of ``weight_decay`` and ``ema_momentum`` have ramps."""
+    ramps = {"weight_decay": phases[0].weight_decay_ramp, "ema_momentum": phases[0].ema_ramp}
+    return {key for key, ramp in ramps.items() if ramp is not None}
+
+
+def _decisive(stage: Stage, scheduled: set[str]) -> dict[str, Any]:
     """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
     recipe, whole = stage.recipe, stage.recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
     elsewhere = set(NETWORKS) - set(stage.networks)
     own = whole[stage.name]
-    return {
+    found = {
         **{f"{stage.name}.{word}": own[word] for word in ("continue_from", "init_from", "init_without")},
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
@@ -45,18 +54,23 @@ def _decisive(stage: Stage) -> dict[str, Any]:
         "optimizer": stage.optimizer.model_dump(mode="json"),
         **stage.decisive(),
     }
+    for section, key in (("optimizer", "weight_decay"), ("jepa", "ema_momentum")):
+        if key in scheduled and section in found:
+            found[section] = {name: value for name, value in found[section].items() if name != key}
+    return found
 
 
-def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[str, Any]]:
+def _trained(stage: Stage, phases: list[Phase], step: int, scheduled: set[str]) -> dict[str, dict[str, Any]]:
     """What the steps before ``step`` were trained with: a section for ``steps FIRST to LAST`` of each phase."""
-    out = {}
+    recipe = stage.recipe
+    out: dict[str, dict[str, Any]] = {}
     for phase in phases:
         if phase.first >= step:
             break
         last = min(phase.end, step) - 1
         out[f"steps {phase.first} to {last}"] = {
-            f"lr at step {phase.first}": phase.lr(phase.first),
-            f"lr at step {last}": phase.lr(last),
+            **_values("lr", phase.lr_ramp, phase.lr, phase.first, last),
+            **_scheduled_values(stage, phase, last, scheduled),
             "clip.frames": phase.frames,
             "clip.size": list(phase.size),
             "global_batch": phase.global_batch,
@@ -67,6 +81,27 @@ def _trained(recipe: Recipe, phases: list[Phase], step: int) -> dict[str, dict[s
             },
         }
     return out
+
+
+def _scheduled_values(stage: Stage, phase: Phase, last: int, scheduled: set[str]) -> dict[str, Any]:
+    """Of ``scheduled`` values, also by a recipe that has a constant."""
+    out: dict[str, Any] = {}
+    if "weight_decay" in scheduled:
+        constant = stage.optimizer.weight_decay
+        ramp = phase.weight_decay_ramp or Ramp(constant, constant, phase.first, phase.steps)
+        out |= _values("weight_decay", ramp, lambda step: ramp.after(step - ramp.first + 1), phase.first, last)
+    if "ema_momentum" in scheduled:
+        momentum = stage.recipe.jepa.ema_momentum
+        ema = phase.ema_ramp or Ramp(momentum, momentum, phase.first, phase.steps)
+        out |= _values("ema_momentum", ema, lambda step: ema.after(step - ema.first), phase.first, last)
+    return out
+
+
+def _values(name: str, ramp: Ramp, value_at: Callable[[int], float], first: int, last: int) -> dict[str, Any]:
+    """Two values, which decide what lies between them together with the shape."""
+    values = {f"{name} at step {step}": value_at(step) for step in (first, last)}
+    bent = last > first and ramp.start != ramp.final
+    return {**values, f"{name}'s shape": ramp.shape if bent else "linear"}
 
 
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -76,7 +76,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     counts = ", ".join(f"{name} {len(records.get(name, range(m.records)))}" for name, m in manifests.items())
     log.say(f"{stage.name}: records: {counts}; building the networks")
     objective = stage.objective(engine, manifests, records)
-    engine.start_optimizer(stage.optimizer, objective.trained, objective.settings, objective.unreached)
+    engine.start_optimizer(stage.optimizer_at_start(phases), objective.trained, objective.settings, objective.unreached)
     _load(stage, start, engine, objective, log)
     objective.before_training(start.manifest if start.kind == "resume" else None)
     return Training(

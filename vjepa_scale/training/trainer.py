@@ -127,6 +127,10 @@ class _Trainer:
         )
         if gradients.failures:
             self._enter(phase, step, failures)
+        if (weight_decay := phase.weight_decay(step)) is not None:
+            self.engine.set_weight_decay(weight_decay)
+        if (momentum := phase.ema_momentum(step)) is not None:
+            self.objective.ema_momentum = momentum
         return apply_gradients(
             self.objective,
             self.engine,
@@ -169,6 +173,7 @@ class _Trainer:
     def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float) -> None:
         if result.lost:
             self.log.say(f"step {step}: {', '.join(result.lost)}: gradient not finite, not learned from")
+        weight_decay = phase.weight_decay(step)
         self.log.step(
             {
                 "step": step,
@@ -176,6 +181,7 @@ class _Trainer:
                 "phase": phase.name,
                 "loss": result.loss,
                 "lr": result.lr,
+                **({} if weight_decay is None else {"weight_decay": weight_decay}),
                 "ema": self.objective.ema_momentum,
                 **result.parts,
                 "grad_norm": result.grad_norm,

@@ -1,0 +1,177 @@
+"""Scheduled weight decay and EMA momentum in training: what the optimiser has at each step, and after a resume."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.chain import RECIPE, checkpoint_tensors, launch, metrics, write_recipe
+from tests.processes import ENGINE, LIMIT_S, run_processes
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.distributed.engine import Engine, build_engine
+from vjepa_scale.distributed.fsdp import FsdpEngine
+from vjepa_scale.recipe import stages_of
+from vjepa_scale.recipe.load import load_recipe
+from vjepa_scale.recipe.schema import EngineConfig
+from vjepa_scale.recipe.stage_sections import OptimizerConfig
+from vjepa_scale.training.recipe_changes import recipe_changes
+
+# From 0, where nothing tells a group that decays from one that does not, along half a cosine over both phases of
+# twelve steps and beyond: 0.3·(1 − cos(π(s + 1)/18)), typed from numpy.
+DECAY = {"start": 0.0, "final": 0.6, "shape": "cosine", "horizon": 1.5}
+DECAYS = [0.00455767, 0.01809221, 0.04019238, 0.07018667, 0.10716372, 0.15]
+DECAYS += [0.19739396, 0.24790555, 0.3, 0.35209445, 0.40260604, 0.45]
+MOMENTUM = {"start": 0.8, "final": 1.0, "horizon": 20}
+SECTION = {"weight_decay": DECAY, "ema_momentum": MOMENTUM}
+
+
+def recipe_of(folder: Path, sets: dict[str, Path], **engine: Any) -> Path:
+    engine = {"device": "cpu", "precision": "float32", "timeout_s": LIMIT_S, **engine}
+    pretrain = {**RECIPE["pretrain"], **SECTION}
+    return write_recipe(folder / "recipe.yaml", folder / "run", sets, pretrain=pretrain, cooldown=None, engine=engine)
+
+
+def noting(step: Any, file: Path) -> Any:
+    """Engine.step that writes the optimiser's groups down before."""
+
+    def noted(self: Engine, lr: float) -> None:
+        groups = self._optimizer.param_groups
+        with file.open("a") as notes:
+            notes.write(json.dumps([[group["decays"], group["weight_decay"]] for group in groups]) + "\n")
+        step(self, lr)
+
+    return noted
+
+
+def decays_in(file: Path) -> list[float]:
+    """Of the groups that decay, by step; those of biases and 1-D parameters have none."""
+    found = []
+    for line in file.read_text().splitlines():
+        groups = json.loads(line)
+        assert {value for decays, value in groups if not decays} == {0.0}
+        (value,) = {value for decays, value in groups if decays}
+        found.append(value)
+    return found
+
+
+FSDP = pytest.param({}, id="fsdp")
+ZERO = [
+    pytest.param({"kind": "deepspeed", "zero_stage": stage}, id=f"ZeRO {stage}", marks=pytest.mark.slow)
+    for stage in (1, 2, 3)
+]
+
+
+def _three_steps(ranks: Ranks, cfg: EngineConfig) -> dict[str, list[Any]]:
+    engine = build_engine(cfg, ranks)
+    with torch.device("meta"):
+        network: nn.Module = nn.Linear(2, 2)
+    network = engine.shard(
+        network, name="n", seed=0, trainable=True, initial_value=lambda name, shape, seed: torch.ones(shape)
+    )
+    engine.start_optimizer(OptimizerConfig(weight_decay=0.5, eps=1e-3), {"n": network})
+    for step, weight_decay in enumerate((0.0, 0.2, 0.4)):
+        clip = torch.tensor([[1.0, 2.0 + step]])
+        engine.backward(lambda clip=clip: network(clip).square().sum(), share=1.0, last=True)
+        engine.reduced(torch.zeros(0))
+        engine.set_weight_decay(weight_decay)
+        engine.step(0.1)
+    return {
+        name: value.full_tensor().tolist() for name, value in engine.tensors({"n": network}, optimizer=False).items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [FSDP, *ZERO])
+def test_each_step_decays_by_its_own_weight_decay(options: dict[str, Any]) -> None:
+    """Against PyTorch's AdamW; the bias never decays."""
+    network = nn.Linear(2, 2)
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    groups = [{"params": [network.weight]}, {"params": [network.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, eps=1e-3)
+    for step, weight_decay in enumerate((0.0, 0.2, 0.4)):
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        optimizer.zero_grad()
+        network(torch.tensor([[1.0, 2.0 + step]])).square().sum().backward()
+        optimizer.step()
+    cfg = ENGINE.model_copy(update=options)
+    (found,) = run_processes(_three_steps, 1, cfg, cfg=cfg)
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(torch.tensor(found[f"n.{name}"]), value.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [FSDP, *ZERO[1:]])
+def test_each_step_has_its_values_and_a_resumed_run_the_same(
+    options: dict[str, Any], two_data_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: type[Engine] = FsdpEngine
+    if options:
+        from vjepa_scale.distributed.zero import ZeroEngine
+
+        engine = ZeroEngine
+    usual = engine.step
+    monkeypatch.setattr(engine, "step", noting(usual, tmp_path / "whole"))
+    recipe = recipe_of(tmp_path, two_data_sets, **options)
+    launch(recipe)
+    run = tmp_path / "run"
+    assert decays_in(tmp_path / "whole") == pytest.approx(DECAYS, rel=1e-6)
+    whole = metrics(run, "pretrain")
+    assert [row["weight_decay"] for row in whole] == pytest.approx(DECAYS, rel=1e-6)
+    assert [row["ema"] for row in whole] == pytest.approx([0.8 + 0.01 * step for step in range(12)])
+
+    (tmp_path / "first").mkdir()
+    last = run / "pretrain" / "checkpoints" / "step_00000012"
+    before = checkpoint_tensors(last, tmp_path / "first")
+    shutil.rmtree(last)
+    (run / "pretrain" / "history.jsonl").unlink()
+    monkeypatch.setattr(engine, "step", noting(usual, tmp_path / "resumed"))
+    launch(recipe)
+    assert decays_in(tmp_path / "resumed") == decays_in(tmp_path / "whole")[8:]
+    assert metrics(run, "pretrain") == whole
+    now = checkpoint_tensors(last, tmp_path)
+    assert before.keys() == now.keys()
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+RAMP = "{start: 0.1, final: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "differences"),
+    [
+        ([], ["pretrain.weight_decay=0.04"], []),  # the constant by another key
+        ([], ["pretrain.weight_decay=0.1"], ["weight_decay at step 0: 0.04 then, 0.1 now"]),
+        ([f"pretrain.weight_decay={RAMP}"], [f"pretrain.weight_decay={RAMP}", "optimizer.weight_decay=0.9"], []),
+        (
+            [f"pretrain.weight_decay={RAMP}"],
+            ["pretrain.weight_decay={start: 0.1, final: 0.5, horizon: 24}"],
+            ["weight_decay at step 0: 0.133333333333 then, 0.116666666667 now"],
+        ),
+        ([f"pretrain.weight_decay={RAMP}"], ["optimizer.weight_decay=0.1"], ["weight_decay at step 4"]),
+        (["pretrain.ema_momentum={final: 1}"], ["jepa.ema_momentum=0.95"], ["ema_momentum at step 4"]),
+        (
+            ["pretrain.ema_momentum={final: 1, horizon: 12}", "pretrain.steps=24"],
+            ["pretrain.ema_momentum={final: 1}"],
+            [],
+        ),
+        (["pretrain.phases.0.lr_horizon=10"], [], ["lr at step 0: 0.00019 then, 0.00028 now"]),
+        (["pretrain.phases.0.lr_shape=cosine"], [], ["lr's shape: cosine then, linear now"]),
+    ],
+)
+def test_what_schedules_change_of_finished_steps_is_named(
+    then: list[str], now: list[str], differences: list[str], tmp_path: Path
+) -> None:
+    """Eight of twelve steps were trained; weight decay 0.04 and momentum 0.9 are the recipe's constants."""
+    path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", {"left": tmp_path, "right": tmp_path})
+    done, today = (stages_of(load_recipe(path, overrides))["pretrain"] for overrides in (then, now))
+    found = recipe_changes(done, today, first=0, step=8)
+    if not differences:
+        assert found == []
+    for difference in differences:
+        assert any(difference in one for one in found), found
