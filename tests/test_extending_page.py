@@ -50,14 +50,14 @@ def test_a_metric(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "videos").mkdir()
-    cameras = {f"{number}.mp4": f"camera {number % 4}" for number in range(8)}
+    cameras = {f"{number}.mp4": f"camera {number % 8}" for number in range(16)}
     for number, name in enumerate(cameras):
         (tmp_path / "videos" / name).write_bytes(encoded(8 + number))
     told = [{"file": name, "activity": "walking", "camera": camera, "id": 7} for name, camera in cameras.items()]
     (tmp_path / "annotations.json").write_text(json.dumps(told))
     monkeypatch.chdir(tmp_path)
     exec(compile(file_on(PAGE, "list.py"), "list.py", "exec"), {})
-    words = "videos/list.jsonl shards --val 0.5 --val-by camera"
+    words = "videos/list.jsonl shards --val 0.25 --val-by camera"
     assert f"    python tools/make_shards.py {words}\n" in (ROOT / PAGE).read_text()
     tool("make_shards", *words.split(), "--workers", 1, cwd=tmp_path)
     sides = {}
