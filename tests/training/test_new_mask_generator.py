@@ -1,4 +1,4 @@
-"""Adding a mask generator is one file and one line: a copy of the package gets one, and trains with it."""
+"""docs/extending.md: a mask generator is one file and one line. A copy of the package gets them, and trains with it."""
 
 import json
 import os
@@ -9,48 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT, metrics, write_recipe
+from tests.pages import file_on, registry_line
 from tests.processes import LIMIT_S
 from tests.shared import checkout_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-FILE = '''
-"""Every period-th token is predicted from the others."""
-
-from typing import Literal
-
-import numpy as np
-from pydantic import Field
-
-from vjepa_scale.core.errors import UserError
-from vjepa_scale.masking.generator import Grid, Mask, MaskGenerator
-from vjepa_scale.recipe.mask_sections import MasksConfig, MaskSection
-from vjepa_scale.recipe.sections import PositiveInt
-
-
-class StripeMasksConfig(MaskSection):
-    kind: Literal["stripes"]
-    period: PositiveInt = Field(description="stripes: tokens from one target to the next")
-
-
-class StripeMasks(MaskGenerator[StripeMasksConfig]):
-    section = StripeMasksConfig
-
-    def draw(self, grid: Grid, *, seed: int, step: int, slots: range, group: range) -> tuple[Mask, Mask]:
-        numbers = np.arange(np.prod(grid))
-        target = (numbers + np.array(slots)[:, None] + 10 * step + seed) % self.config.period == 0
-        return ~target, target
-
-    def check(self, grid: Grid) -> None:
-        if np.prod(grid) % self.config.period:
-            raise UserError("the tokens of a clip are no multiple of period", where=f"masks.generators.{self.number}")
-
-    @classmethod
-    def check_recipe(cls, config: StripeMasksConfig, masks: MasksConfig, number: int) -> None:
-        if masks.multiple_of > 1:
-            raise ValueError(f"multiple_of: stripes (generators.{number}) have one length")
-'''
-LINE = '    "stripes": "vjepa_scale.masking.stripes:StripeMasks",\n'
+PAGE = "docs/extending.md"
 
 # Imported by every Python that starts with this folder on its path: writes down which tokens the predictor is given.
 RECORDER = """
@@ -86,7 +51,9 @@ sys.meta_path.insert(0, Recorder())
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The package with one more file and one more line, and the recorder beside it."""
-    folder = checkout_with(tmp_path, file="masking/stripes.py", text=FILE, registry="MASK_GENERATORS", line=LINE)
+    text = file_on(PAGE, "stripes.py")
+    line = registry_line(PAGE, "MASK_GENERATORS", "stripes")
+    folder = checkout_with(tmp_path, file="masking/stripes.py", text=text, registry="MASK_GENERATORS", line=line)
     (folder / "sitecustomize.py").write_text(RECORDER)
     return folder
 

@@ -1,4 +1,4 @@
-"""Adding a kind of training is one file and one line: a copy of the package gets one, and trains it."""
+"""docs/extending.md: a kind of training is one file and one line. A copy of the package gets them, and trains it."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.chain import ROOT, metrics, write_recipe
+from tests.pages import file_on, registry_line
 from tests.processes import LIMIT_S
 from tests.shared import checkout_with
 from vjepa_scale.core.errors import UserError
@@ -21,106 +22,25 @@ from vjepa_scale.recipe import load_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-FILE = '''
-"""Toy: from a frozen encoder's mean token, a linear layer predicts how many bytes a video's file has."""
+PAGE = "docs/extending.md"
+# For the test of a resume: rank 0 gets a signal behind the step that the environment names.
+STOP = """
 
 import os
 import signal
-from dataclasses import replace
 
-import numpy as np
-import torch
-from pydantic import Field
-from torch import nn
-
-from vjepa_scale.core.errors import UserError
-from vjepa_scale.distributed import process_group
-from vjepa_scale.model import flops
-from vjepa_scale.objective.objective import Objective
-from vjepa_scale.recipe import Stage
-from vjepa_scale.recipe.sections import PositiveInt
-from vjepa_scale.recipe.stage_sections import StageConfig
+_Toy = Toy
 
 
-class ToyStageConfig(StageConfig):
-    every: PositiveInt = Field(description="records are drawn whose numbers are multiples of this")
-
-
-class ToyStage(Stage):
-    section = ToyStageConfig
-    networks = ("encoder",)
-    evaluates = True
-
-    def check(self, source):
-        super().check(source)
-        if self.config.every > self.config.global_batch:
-            raise UserError(
-                f"every {self.config.every} is more than the {self.config.global_batch} clips of a step",
-                where=f"{source}:{self.name}.every",
-                fix="a smaller one",
-            )
-
-    def records(self, manifests):
-        return {name: np.arange(0, manifest.records, self.config.every) for name, manifest in manifests.items()}
-
-    def complete(self, batch, shown, phase, manifests, prepared):
-        sizes = [float(manifests[ref.dataset].place(ref.record, "video")[1]) for ref in shown]
-        return replace(batch, extras={"bytes": torch.tensor(sizes)})
-
-    def clip_flops(self, phase, frames):
-        t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
-        return flops.encoder_forward(self.recipe.model, t * h * w)
-
-    def objective(self, engine, manifests, records):
-        return Toy(self, engine, manifests, records)
-
-
-class Toy(Objective):
-    def __init__(self, stage, engine, manifests, records):
-        super().__init__(stage, engine)
-        self._manifests, self._records, self._step = manifests, records, -1
-        self.encoder = self._frozen_encoder()
-        with torch.device("meta"):
-            head = nn.Linear(stage.recipe.model.encoder.width, 1)
-        self.head = engine.shard(head, name="head", seed=stage.recipe.run.seed, trainable=True)
-
-    @property
-    def trained(self):
-        return {"head": self.head}
-
-    @property
-    def networks(self):
-        return {"encoder": self.encoder, "head": self.head}
-
+class Toy(_Toy):
     def loss(self, batch, observe=None):
         self._step = batch.step
-        sizes_B = batch.extras["bytes"].to(self._engine.device)
-        with torch.no_grad():
-            tokens_BND = self.encoder(self._normalised(batch.clips))
-        error_B = self.head(tokens_BND.mean(1)).squeeze(1).float() - sizes_B.log2()
-        return {"loss": error_B.square().mean(), "kilobytes": sizes_B.mean() / 1024}
+        return super().loss(batch, observe)
 
     def after_step(self):
         if os.environ.get("STOP_AFTER") == str(self._step) and self._engine.dp_rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def checkpoint_facts(self):
-        return {"records": {name: len(numbers) for name, numbers in self._records.items()}}
-
-    def evaluation(self, phases, stop_if_asked):
-        stop_if_asked()
-        grey = torch.full((1, 3, phases[-1].frames, *phases[-1].size), 128, dtype=torch.uint8)
-        found = self._engine.evaluate(lambda: self.head(self.encoder(self._normalised(grey)).mean(1)).item())
-        if not process_group.is_main():
-            return None
-        sizes = {
-            name: [self._manifests[name].place(int(number), "video")[1] for number in numbers]
-            for name, numbers in self._records.items()
-        }
-        result = {"grey": found, "bytes": {name: sum(of_records) for name, of_records in sizes.items()}}
-        return result, iter([f"toy: {name}: {total} bytes" for name, total in result["bytes"].items()])
-'''
-LINE = '    "toy": "vjepa_scale.objective.toy:ToyStage",\n'
+"""
 
 STAGE: dict[str, Any] = {
     "kind": "toy",
@@ -148,7 +68,8 @@ SAME = "import sys; from vjepa_scale.recipe import load_recipe as load; print(lo
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package with one more file and one more line."""
     folder = tmp_path_factory.mktemp("toy")
-    return checkout_with(folder, file="objective/toy.py", text=FILE, registry="STAGES", line=LINE)
+    text, line = file_on(PAGE, "toy.py") + STOP, registry_line(PAGE, "STAGES", "toy")
+    return checkout_with(folder, file="objective/toy.py", text=text, registry="STAGES", line=line)
 
 
 # Runs several command lines one after the other, as processes would: PyTorch is imported once.
