@@ -222,7 +222,7 @@ Notes:
 - `SBATCH_…` variables of your shell (`SBATCH_PARTITION`, `SBATCH_ACCOUNT`) override a profile: that is sbatch's rule.
 - If `module` is missing in batch scripts, `/etc/profile` is read, as a login shell does. Environment Modules 3 does
   not report a failed load; a line such as `command -v nvcc` in `setup` does.
-- A container needs this project's dependencies (README, "Installing by hand"), submitit included, but not the project:
+- A container needs this project's dependencies ([install.md](install.md)), submitit included, but not the project:
   jobs import the copy in the run folder. Run folder and data must have the same paths inside as outside.
 
 ## Every key
