@@ -109,7 +109,7 @@ def test_every_recipe_of_the_page_is_found() -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), RECIPES)
-def test_a_recipe_of_the_readme(
+def test_a_recipe_of_the_page(
     name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
