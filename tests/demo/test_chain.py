@@ -2,11 +2,33 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from tests.chain import tool
+from tests.chain import launch, tool
+
+
+def demo(*words: str) -> subprocess.CompletedProcess[str]:
+    """``tools/demo.py WORDS``, whose commands run in this process and not in one each: ``make demo`` does the latter.
+
+    Fewer pairs of videos are compared.
+    """
+    run = subprocess.run
+
+    def command(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if options:
+            return run(argv, **options)  # not the demo's
+        name, words = Path(argv[1]).stem, argv[2:]
+        done = launch(*words, check=False) if name == "launch" else tool(name, *words, check=False)
+        print(done.stdout, done.stderr)
+        return done
+
+    with mock.patch("subprocess.run", command), mock.patch("vjepa_scale.demo.summary.SURPRISE_PAIRS", 5):
+        return tool("demo", *words)
 
 
 @pytest.mark.slow
@@ -16,18 +38,22 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
     arguments = [
         "recipes/demo.yaml",
         f"run.dir={tmp_path / 'run'}",
+        "engine.threads=1",
         *(f"data.sets.{name}.path={shards / folder}" for name, folder in (("synthetic", "train"), ("held_out", "val"))),
         f"data.sets.robot.path={shards / 'robot'}",
         "pretrain.steps=10",
         "cooldown.steps=4",
         "action.steps=10",
         "probe.steps=10",
-        "--clips=320",
-        "--val-clips=64",
+        "probe.labels_per_class=1",
+        "probe.global_batch=16",
+        "probe.micro_batch=16",
+        "--clips=176",
+        "--val-clips=32",
         "--trajectories=8",
         "--episodes=3",
     ]
-    done = tool("demo", *arguments)
+    done = demo(*arguments)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     steps = {"pretrain": 10, "cooldown": 4, "action": 10, "probe": 10}
     assert {name: stage["steps"] for name, stage in summary["stages"].items()} == steps
@@ -35,7 +61,7 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
         assert stage["loss_start"] > 0
         assert stage["clips_per_s"] > 0
         assert (stage["effective_rank_end"] is None) == (name in ("action", "probe"))
-    about = {"classes": 16, "labels_per_class": 10, "label_draws": 10, "held_out_clips": 64}
+    about = {"classes": 16, "labels_per_class": 10, "label_draws": 10, "held_out_clips": 32}
     assert summary["evaluation"] == about
     assert summary["chance"] == 1 / 16
     for probe in (summary, summary["parts"]["shape"], summary["parts"]["motion"]):
@@ -59,7 +85,7 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
     # checkpoint.
     shutil.rmtree(tmp_path / "run" / "consolidated")
     tool("consolidate", tmp_path / "run" / "pretrain", "--out", tmp_path / "run" / "consolidated")
-    again = tool("demo", *arguments)
+    again = demo(*arguments)
     assert "already complete" in again.stdout
     repeated = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("linear_probe", "attentive_probe", "controls", "planning"):

@@ -111,7 +111,7 @@ def test_srun_without_any_launcher_and_a_shell_that_forgot_srun(
     cluster: Cluster, two_data_sets: Sets, local: Path, tmp_path: Path
 ) -> None:
     """The entry by itself: srun's tasks find each other; in the batch shell of four tasks it refuses to train alone."""
-    run = make_run(cluster, tmp_path, two_data_sets)
+    run = make_run(cluster, tmp_path, two_data_sets, data={"workers": 0})
     entry = [sys.executable, "-m", "vjepa_scale.launch.worker", str(run.recipe), "pretrain"]
     cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", *entry])
     assert metrics(run.folder, "pretrain") == metrics(local / "run", "pretrain")

@@ -26,7 +26,9 @@ def test_one_launch_runs_all_four(
     launch(write_four_stages(tmp_path / "here.yaml", tmp_path / "here", *sets, launch={"tasks_per_node": 2}))
     on_slurm = {"nodes": 2, "tasks_per_node": 1, "timeout_min": 30, "profile": "sandbox"}
     probe = {**PROBE, "launch": {"nodes": 1, "tasks_per_node": 2}}
-    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", *sets, launch=on_slurm, probe=probe)
+    # No loader workers: each is one more start of Python with PyTorch.
+    sections = {"launch": on_slurm, "probe": probe, "data": {"workers": 0}}
+    there = write_four_stages(tmp_path / "there.yaml", tmp_path / "there", *sets, **sections)
     run = Run(cluster, tmp_path / "there", there)
     run.launch("--wait")
 

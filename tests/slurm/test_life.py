@@ -1,8 +1,9 @@
 """Whatever happens to a job on a real Slurm, the run completes by itself, equal to one that nothing happened to."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 
 from tests.chain import launch as launched
 from tests.chain import write_recipe
-from tests.slurm.chain import NODES, TASKS, Run, assert_same_training, make_run
+from tests.slurm.chain import NODES, Run, assert_same_training, make_run
 from tests.slurm.cluster import PATIENCE_S, Cluster
 
-STEPS, SWITCH = 100, 25
+# One rank a node: tests/slurm/test_chain.py has two, signals included.
+TASKS = 1
+STEPS, SWITCH = 60, 15
 LONG: dict[str, Any] = {
-    "checkpoint": {"every": 10, "keep": 2},
+    "checkpoint": {"every": 5, "keep": 2},
     "pretrain": {
         "steps": STEPS,
         "phases": [
@@ -26,6 +29,8 @@ LONG: dict[str, Any] = {
     },
     "cooldown": None,
 }
+# For what does not concern loader workers: each is one more start of Python with PyTorch.
+NO_WORKERS: dict[str, Any] = {"data": {"workers": 0}}
 
 Sets = dict[str, Path]
 Check = Callable[[Run], list[dict[str, Any]]]
@@ -41,10 +46,11 @@ def undisturbed(two_data_sets: Sets, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def disturbed(
-    cluster: Cluster, folder: Path, sets: Sets, happens: Callable[[Run, str], object], *, at: int = 30, **launch: Any
+    cluster: Cluster, folder: Path, sets: Sets, happens: Callable[[Run, str], object], *, at: int = 12, **sections: Any
 ) -> Run:
     """Launch, let something happen once ``at`` steps are trained, and wait until the job has completed by itself."""
-    run = make_run(cluster, folder, sets, launch=launch, **LONG)
+    launch = {"tasks_per_node": TASKS, **sections.pop("launch", {})}
+    run = make_run(cluster, folder, sets, launch=launch, **LONG, **sections)
     run.launch()
     job = run.job_id()
     cluster.wait_until(lambda: run.steps() >= at, PATIENCE_S, f"{at} steps", job_id=job)
@@ -71,14 +77,58 @@ def check(undisturbed: Path, tmp_path: Path, record_property: Callable[[str, obj
     return checked
 
 
+def ranks_of(run: Run) -> list[psutil.Process]:
+    """The processes that train it: all nodes are this machine."""
+    every = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
+    return [
+        process
+        for process, words in every
+        if words[0] == sys.executable and "submitit.core._submit" in words and str(run.folder) in words[-1]
+    ]
+
+
+@contextlib.contextmanager
+def standing_still(run: Run) -> Iterator[list[psutil.Process]]:
+    """Its ranks are suspended meanwhile: however fast they are, they do not come to their end before something happens.
+
+    Slurm may set them going earlier, with a signal, and may end them.
+    """
+    ranks = ranks_of(run)
+    assert len(ranks) == NODES * TASKS
+    try:
+        for rank in ranks:
+            rank.suspend()
+        yield ranks
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def is_signalled(rank: psutil.Process) -> bool:
+    """Whether a suspended rank has a signal to handle, or has been set going by Slurm to handle it."""
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{rank.pid}/status").read_text().splitlines())
+    except OSError:  # it has ended
+        return True
+    return status["State"].split()[0] != "T" or int(status["ShdPnd"], 16) != 0
+
+
+def until_signalled(run: Run, job: str, send: Callable[[], object]) -> None:
+    """Send something that makes Slurm signal the ranks, and wait until it has."""
+    with standing_still(run) as ranks:
+        send()
+        run.cluster.wait_until(lambda: all(map(is_signalled, ranks)), PATIENCE_S, "a signal to the ranks", job_id=job)
+
+
 def test_usr2_and_a_bare_requeue_save_and_queue_again(
     cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
 ) -> None:
     def both(run: Run, job: str) -> None:
-        cluster.scancel("--signal=USR2", job)
-        again = lambda: len(run.events("started")) > 1 and run.steps() >= 60  # noqa: E731
-        cluster.wait_until(again, PATIENCE_S, "60 steps after the signal", job_id=job)
-        cluster.scontrol("requeue", job)
+        until_signalled(run, job, lambda: cluster.scancel("--signal=USR2", job))
+        again = lambda: len(run.events("started")) > 1 and run.steps() >= 24  # noqa: E731
+        cluster.wait_until(again, PATIENCE_S, "24 steps after the signal", job_id=job)
+        until_signalled(run, job, lambda: cluster.scontrol("requeue", job))
 
     run = disturbed(cluster, tmp_path, two_data_sets, both)
     starts = check(run)
@@ -103,7 +153,7 @@ def test_a_signal_in_the_middle_of_a_save(cluster: Cluster, two_data_sets: Sets,
             cluster.wait_until(lambda saved=saved: len(run.events("saved")) > saved, PATIENCE_S, "the save", job_id=job)
             assert inside or not run.events("interrupted"), "the signal missed the save; the run goes on from there"
 
-    run = disturbed(cluster, tmp_path, two_data_sets, in_a_save, at=32)
+    run = disturbed(cluster, tmp_path, two_data_sets, in_a_save)
     starts = check(run)
     assert inside
     assert [row["repeated"] for row in starts] == [0, 0]
@@ -131,26 +181,18 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
         cluster.wait_for(job, ("PENDING",))
         cluster.scontrol("update", f"JobId={job}", "TimeLimit=30")
 
-    run = disturbed(cluster, tmp_path, two_data_sets, time_is_up, profile=str(profile))
+    run = disturbed(cluster, tmp_path, two_data_sets, time_is_up, launch={"profile": str(profile)}, **NO_WORKERS)
     starts = check(run)
     assert [row["repeated"] for row in starts] == [0, 0]
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
 
 
-def ranks_of(run: Run) -> list[psutil.Process]:
-    """The processes that train it: all nodes are this machine."""
-    every = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
-    return [
-        process
-        for process, words in every
-        if words[0] == sys.executable and "submitit.core._submit" in words and str(run.folder) in words[-1]
-    ]
-
-
 def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
-    def someone_more_important(_: Run, job: str) -> None:
-        other = cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 8")
-        cluster.wait_for(other, ("RUNNING",))
+    def someone_more_important(run: Run, job: str) -> None:
+        others: list[str] = []
+        high = ("--partition=high", "--nodes=3", "--exclusive")
+        until_signalled(run, job, lambda: others.append(cluster.sbatch(*high, wrap="sleep 8")))
+        cluster.wait_for(*others, ("RUNNING",))
         assert cluster.state(job) == "PENDING"
 
     run = disturbed(cluster, tmp_path, two_data_sets, someone_more_important)
@@ -168,22 +210,34 @@ def test_a_lost_node(
 
     def loses_a_node(run: Run, job: str) -> None:
         names = cluster.run(["scontrol", "show", "hostnames", cluster.job(job)["NodeList"]]).stdout.split()
-        cluster.kill_node(names[0 if node == "first" else -1], power_off=power_off)
+        lost = names[0 if node == "first" else -1]
+        with standing_still(run):
+            cluster.kill_node(lost, power_off=power_off)
+            noticed = lambda: power_off or cluster.nodes().get(lost) == "down"  # noqa: E731
+            cluster.wait_until(noticed, PATIENCE_S, "Slurm notices the loss", job_id=job)
         cluster.wait_until(lambda: len(run.events("started")) > 1, PATIENCE_S, "the next start", job_id=job)
 
-    run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node)
+    run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node, **NO_WORKERS)
     starts = check(run)
     assert len(starts) == 2
 
 
-def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
+def short_run(cluster: Cluster, folder: Path, sets: Sets, finished: Path, **launch: Any) -> Run:
+    """The pretraining of ``finished``, started once and completed by itself, with the same result."""
+    launch = {"tasks_per_node": TASKS, **launch}
+    run = make_run(cluster, folder, sets, launch=launch, cooldown=None, **NO_WORKERS)
+    run.launch()
+    cluster.wait_for(run.job_id(), ("COMPLETED",))
+    assert_same_training(run.folder, finished, "pretrain", 12, folder)
+    assert len(run.events("started")) == 1
+    return run
+
+
+def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, finished: Path, tmp_path: Path) -> None:
     """A module that does not load, a scratch disk that is not mounted: on the next node it may work."""
     profile = tmp_path / "fails.yaml"
     profile.write_text("setup: ['test \"${SLURM_RESTART_COUNT:-0}\" -ge 1']\n")
-    run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": str(profile)}, **LONG)
-    run.launch()
-    cluster.wait_for(run.job_id(), ("COMPLETED",))
-    assert len(check(run)) == 1
+    run = short_run(cluster, tmp_path, two_data_sets, finished, profile=str(profile))
     (failed,) = run.events("failed")
     said = 'status 1 in the setup of this job: test "${SLURM_RESTART_COUNT:-0}" -ge 1'
     assert (failed["kind"], failed["message"], failed["rank"]) == ("SetupFailed", said, None)
@@ -191,7 +245,7 @@ def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, check: C
 
 
 def test_a_signal_before_the_ranks_can_listen(
-    cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
+    cluster: Cluster, two_data_sets: Sets, finished: Path, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "early.sh"
     prefix.write_text(
@@ -200,9 +254,6 @@ def test_a_signal_before_the_ranks_can_listen(
     prefix.chmod(0o755)
     profile = tmp_path / "early.yaml"
     profile.write_text(f"container: {prefix}\npython: {sys.executable}\n")
-    run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": str(profile), "max_restarts": 0}, **LONG)
-    run.launch()
-    cluster.wait_for(run.job_id(), ("COMPLETED",))
-    assert len(check(run)) == 1
+    run = short_run(cluster, tmp_path, two_data_sets, finished, profile=str(profile), max_restarts=0)
     assert [(row["signal"], row["step"]) for row in run.events("interrupted")] == [("SIGUSR2", None)]
     assert not run.events("failed")
