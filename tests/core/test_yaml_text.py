@@ -20,7 +20,7 @@ REFUSED = {
     "phases:\n- {steps: 1}\n- {steps: 1, name: a, steps: 1}\n": (":phases.1.steps: ", "twice"),
     "a: 1\n'a': 1\n": (":a: ", "twice"),
     "? {a: 1, a: 1}\n: 1\n": (": ", "not readable as YAML"),
-    "a: &a [*a]": (":a.0: ", "itself a part of"),
+    "a: &a [*a]": (":a.0: ", "contains itself"),
     LAUGHS: (":a", "more than 1,000,000 values"),
     "[" * 5000 + "]" * 5000: (": ", "nested too deeply"),
     "a: " + "9" * 5000: (": ", "not readable as YAML"),

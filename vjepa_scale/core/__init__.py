@@ -1,4 +1,4 @@
-"""What every room needs: the user error, keyed randomness, atomic files, the rank environment, lazy packages."""
+"""Used by every room: the user error, keyed randomness, atomic files, the rank environment, lazy packages."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a package's ``__init__`` (PEP 562): imports a name's module when the name is first used.
+    """Returns a ``__getattr__`` for a package's ``__init__`` (PEP 562): it imports a name's module at its first use.
 
-    So that commands which do without PyTorch start quickly.
+    Commands that do not use PyTorch then start quickly.
 
     modules: name -> the module that defines it
     """

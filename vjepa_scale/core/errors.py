@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and how a command line reports it."""
+"""The exception type for user errors, and how a command line reports it."""
 
 import errno
 import os
@@ -12,17 +12,17 @@ from typing import NoReturn
 from vjepa_scale.core import log
 
 EXIT_USER_ERROR = 2
-# What the system says of a write where the disk, the quota or the largest file that it allows is full.
+# errno values of a write for which there is no space: disk full, quota exceeded, file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# sysexits.h EX_TEMPFAIL: a rank obeyed a signal and has saved; the same command goes on.
+# sysexits.h EX_TEMPFAIL: a rank saved and stopped after a signal; the same command resumes.
 EXIT_SAVED = 75
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a recipe, a folder, a checkpoint.
+    """An error in the user's input: a recipe, a folder, a checkpoint.
 
     what:  one sentence: what is wrong.
-    where: ``file:key`` or a path: the place to look.
+    where: ``file:key`` or a path: the location of the error.
     fix:   what would work.
     """
 
@@ -37,7 +37,7 @@ class UserError(Exception):
 
 
 class PassingError(UserError):
-    """One that may pass by itself, such as a file server that does not answer: a stage is worth another attempt."""
+    """A user error that may be temporary, such as a file server that does not answer: the stage is restarted."""
 
 
 def _rebuild(kind: type[UserError], what: str, where: object, fix: str | None) -> UserError:
@@ -45,15 +45,16 @@ def _rebuild(kind: type[UserError], what: str, where: object, fix: str | None) -
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
-    """Run a command line and leave the process with ``exit_code`` of it."""
+    """Runs a command line and ends the process with its ``exit_code``."""
     sys.exit(exit_code(command))
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command line; what its process should end with: 0, what it returned, or 2 with one line on stderr.
+    """Runs a command line and returns the exit code for its process.
 
-    The line is a UserError's, or names the path that the operating system refused, or where the code was when the
-    system gave no path. Ctrl-C is 130.
+    The code is what the command returned (0 for None), 130 after Ctrl-C, or 2 after an error, with one line on stderr.
+    The line has the UserError's message, or the path that the operating system refused; if the system gave no path,
+    the line of code.
     """
     try:
         log.set_up()
@@ -65,7 +66,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
     except OSError as error:  # a full disk, a folder that may not be written, a file server that fails
         _say(f"error: {_place_of(error)}: {reason_of(error)}")
-        with suppress(OSError):  # where it was standard output that failed
+        with suppress(OSError):  # standard output itself may have failed
             _flush_output()
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -73,7 +74,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 
 def reason_of(error: OSError) -> str:
-    """The system's words for an error. NumPy's writes raise one without a number: then its own words."""
+    """Returns the system's message of an error. NumPy's writes raise an OSError without errno: then its own text."""
     if error.strerror:
         return error.strerror
     return str(error.args[0]) if error.args else type(error).__name__
@@ -90,17 +91,17 @@ def _place_of(error: OSError) -> str:
 
 
 def _flush_output() -> None:
-    """Write what was printed. Python itself does so only at its exit, and ends with code 120 where that fails."""
+    """Flushes standard output. Python itself does so only at its exit, and ends with code 120 if that fails."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
         error.filename = error.filename or "standard output"
-        with suppress(OSError, ValueError):  # else Python tries again at its exit
+        with suppress(OSError, ValueError):  # otherwise Python tries again at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # standard error may be a file on the disk that is full: the exit code stays
+    with suppress(OSError):  # standard error may be a file on the full disk: the exit code does not change
         print(line, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""Files and folders that are either whole or absent, a lock on a file, and a file that another process writes.
+"""Atomic writes of files and folders, a lock on a file, and reading a file that another process writes.
 
-A folder that is finished gets its name, or takes the place of another:
+A folder is written under a temporary name. When it is finished, it is renamed to NAME, or replaces NAME:
 
     .NAME.tmp        is being written
-    .NAME.replaced   was NAME until a moment ago; NAME again where a kill came before the new one had the name
+    .NAME.replaced   the earlier NAME during a replacement; renamed back to NAME after a kill during it
     .NAME.removing   is being removed
 """
 
@@ -27,9 +27,9 @@ _RESERVE, _RESERVE_BYTES = ".reserve", 256 * 1024
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Where a write inside fails, raise the system's error with the path: ``write`` and ``fsync`` do not know it.
+    """If a write inside fails, raises the system's error with the path, which ``write`` and ``fsync`` do not know.
 
-    PyTorch's writer raises a RuntimeError of its own after the system's, which is what is raised here then.
+    PyTorch's writer replaces the system's error by a RuntimeError; here the system's error is raised.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's bytes, or a rename inside a folder, survive a power cut."""
+    """Flushes a file's bytes, or the renames inside a folder, to disk, so that they survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with writing(path):
@@ -55,16 +55,16 @@ def fsync_path(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """The name under which a file is written before it gets its own.
+    """Returns the temporary name of a file that is being written.
 
-    Random: processes of several machines, each the first of its container, may write beside each other.
+    The name is random: processes of several containers may have the same pid and write to one folder.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written whole: under a temporary name, then renamed. An error inside leaves nothing of it."""
+    """Opens a file under a temporary name, and renames it at the end. An error inside leaves no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -80,7 +80,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file, or leave what was there."""
+    """Writes a whole file. If that fails, the earlier file stays as it was."""
     with open_atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, of which every failure is a ValueError: of text nested too deeply it is a RecursionError."""
+    """``json.loads`` that raises ValueError for every failure, also for too deep nesting (there a RecursionError)."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -98,30 +98,30 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; a UserError names the file where it is absent or damaged."""
+    """Parses a JSON file. Raises UserError naming the file if it is absent or damaged."""
     try:
         return parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError("file not found", where=path) from None
-    except ValueError as error:  # bytes that are no text are one, too
+    except ValueError as error:  # also for bytes that are not text
         raise UserError(f"not valid JSON: {error}", where=path) from None
 
 
 def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = False) -> None:
-    """Append one JSON line with a single write, so that lines of several writers do not mix."""
+    """Appends one JSON line with a single write, so that lines of several writers do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a kill: our line must not be part of it
+        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"  # a kill left half a line: start a new one
         left = (b"\n" if torn else b"") + (json.dumps(row) + "\n").encode()
-        while left:  # a disk that fills up takes a part, and says so the next time
+        while left:  # a disk that becomes full writes a part of the line and raises at the next write
             left = left[file.write(left) :]
         if durable:
             os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file. A line cut short by a kill is left out: it was never finished."""
+    """Yields the rows of a JSON-lines file. Skips a line that a kill has cut short."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -131,7 +131,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line with its end; None where the line is anything else."""
+    """Returns the JSON object of a line that ends with a line break; None for any other line."""
     try:
         row = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -140,25 +140,25 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def keep_reserve(folder: Path) -> None:
-    """Have a file in a folder that ``write_last_words`` may give up. Raises OSError where there is no room for it."""
+    """Reserves disk space in a folder for ``write_last_words``, as a file. Raises OSError if there is no space."""
     path = folder / _RESERVE
     if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
-        write_atomic(path, os.urandom(_RESERVE_BYTES))  # a file system that compresses would keep no room for zeros
+        write_atomic(path, os.urandom(_RESERVE_BYTES))  # a file system that compresses would reserve nothing for zeros
 
 
 def write_last_words(folder: Path, write: Callable[[], object]) -> None:
-    """Call ``write``; where the disk is full, once more in the room of the folder's reserve."""
+    """Calls ``write``. If the disk is full, deletes the folder's reserve and calls ``write`` once more."""
     try:
         write()
     except OSError as error:
         if error.errno not in FULL:
             raise
-        (folder / _RESERVE).unlink(missing_ok=True)  # or another process has just done so
+        (folder / _RESERVE).unlink(missing_ok=True)  # missing: another process has just deleted it
         write()
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Returns the hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -171,12 +171,12 @@ _POLL_S = 0.2
 
 @contextmanager
 def file_lock(path: Path, *, patience_s: float = 0.0) -> Iterator[bool]:
-    """Hold the lock of a file, which is made where it is absent; yields whether this process has it.
+    """Takes the lock of a file, which is created if absent. Yields whether this process holds the lock.
 
-    The kernel holds the lock, and releases it however its holder ends.
+    The kernel releases the lock when its holder ends, in whatever way.
 
-    patience_s: how long to wait for another holder; infinity: until it is free
-    Raises UserError where the file system has no locks, OSError where the file cannot be opened.
+    patience_s: seconds to wait while another process holds it; infinity: until it is free
+    Raises UserError if the file system has no locks, OSError if the file cannot be opened.
     """
     with open(path, "a") as file:
         try:
@@ -213,10 +213,10 @@ class GrowingFile:
         self.path, self.position = path, position
 
     def lines(self, *, whole: bool = True) -> Iterator[bytes]:
-        """The lines that have come since, each with its end; none while there is no file.
+        """Yields the lines after ``position``, each with its line break; none while there is no file.
 
-        whole: leave out a last line without its end, which is still being written
-        A line counts as read when the next one is asked for: one whose reader failed comes again.
+        whole: leave out a last line without a line break, which is still being written
+        A line counts as read when the next one is requested: after an exception in the loop it is yielded again.
         """
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
             file.seek(self.position)
@@ -227,11 +227,11 @@ class GrowingFile:
                 self.position += len(line)
 
     def skip_all(self) -> None:
-        """Go on at the end of what there is now."""
+        """Moves ``position`` to the end of the file."""
         self.position = self.path.stat().st_size
 
     def skip_to_last(self, count: int, *, line_bytes: int = 200) -> None:
-        """Go on with the last ``count`` lines of what there is now; with fewer where lines are longer than given."""
+        """Moves ``position`` to the last ``count`` lines; to fewer lines if they are longer than ``line_bytes``."""
         with open(self.path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             begin = max(0, size - line_bytes * count)
@@ -239,7 +239,7 @@ class GrowingFile:
             content = file.read(size - begin)
         lines = content.splitlines(keepends=True)
         if begin > 0 and len(lines) <= count:
-            lines = lines[1:]  # its beginning is not in sight
+            lines = lines[1:]  # its beginning was not read
         self.position = size - sum(map(len, lines[-count:]))
 
 
@@ -247,15 +247,15 @@ class GrowingFile:
 
 
 def publish_dir(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name: every file flushed, then one rename. ``final`` must not exist."""
+    """Flushes every file of a finished folder, then renames it to ``final``, which must not exist."""
     flush_dir(temporary)
     _rename(temporary, final)
 
 
 def publish_first(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, unless another process has done so: then the temporary one is removed.
+    """Renames a finished folder to ``final``. If another process was first, removes the temporary folder.
 
-    For what many processes make alike and could make again: its files are not flushed.
+    For content that many processes produce identically and could produce again: its files are not flushed.
     """
     try:
         _rename(temporary, final)
@@ -266,13 +266,13 @@ def publish_first(temporary: Path, final: Path) -> None:
 
 
 def replace_dir(temporary: Path, final: Path, *, old: Path | None = None) -> None:
-    """Put a finished folder in the place of ``final``, which may exist and is removed.
+    """Replaces ``final``, which may exist, by a finished folder, and removes the earlier one.
 
-    old: the name of the replaced folder meanwhile; default: ``.NAME.replaced``
-    Where it fails, the replaced folder gets its name back. ``restore_dir`` does the same after a kill.
+    old: the temporary name of the replaced folder; default: ``.NAME.replaced``
+    If it fails, the replaced folder gets its name back. ``restore_dir`` does the same after a kill.
     """
     old = old or replaced_name(final)
-    flush_dir(temporary)  # before: it takes long, and nothing has the name between the two renames
+    flush_dir(temporary)  # before the renames, because it takes long and ``final`` is absent between them
     if final.exists():
         move_dir(final, old)
     try:
@@ -285,33 +285,33 @@ def replace_dir(temporary: Path, final: Path, *, old: Path | None = None) -> Non
 
 
 def restore_dir(final: Path, *, old: Path | None = None) -> None:
-    """Give a replaced folder its name back where a kill came between the two renames of ``replace_dir``."""
+    """Gives a replaced folder its name back after a kill between the two renames of ``replace_dir``."""
     old = old or replaced_name(final)
     if old.exists() and not final.exists():
         os.rename(old, final)
 
 
 def replaced_name(final: Path) -> Path:
-    """The name of a folder while another takes its place."""
+    """Returns the temporary name of a folder that is being replaced."""
     return final.with_name(f".{final.name}.replaced")
 
 
 def move_dir(path: Path, to: Path) -> None:
-    """Give a folder another name; a folder that has it is removed."""
+    """Renames a folder. Removes a folder that has the new name."""
     if to.exists():
         shutil.rmtree(to)
     os.rename(path, to)
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a folder so that a kill half-way leaves no half folder under its name."""
+    """Removes a folder. A kill during it leaves no partial folder under its name."""
     doomed = path.with_name(f".{path.name}.removing")
     move_dir(path, doomed)
     shutil.rmtree(doomed)
 
 
 def flush_dir(folder: Path) -> None:
-    """Make all that a folder holds survive a power cut."""
+    """Flushes everything in a folder to disk."""
     for path in sorted(folder.rglob("*")):
         fsync_path(path)
     fsync_path(folder)
@@ -326,18 +326,18 @@ def _rename(temporary: Path, final: Path) -> None:
 
 
 def content_of(out: Path) -> list[str]:
-    """Names in a folder that may not be there. Raises UserError where it is a file."""
+    """Returns the names in a folder; none if it does not exist. Raises UserError if it is a file."""
     if out.exists() and not out.is_dir():
         raise UserError("--out is a file", where=out, fix="give another --out")
-    # What a kill left under a temporary name is nobody's.
+    # Temporary names that a kill has left do not count.
     names = [path.name for path in out.iterdir()] if out.exists() else []
     return [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
 
 
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place at the end, or is removed where something fails."""
-    out = out.resolve()  # of a link, the folder that it leads to is replaced
+    """Yields a temporary folder that replaces ``out`` at the end, or is removed if something fails."""
+    out = out.resolve()  # if it is a link, its target is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     restore_dir(out)
     temporary = out.with_name(f".{out.name}.tmp")

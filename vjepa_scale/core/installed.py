@@ -33,23 +33,23 @@ _VARIABLE = "VJEPA_CONSOLE_COMMANDS"
 
 
 def run_console_command(command: Callable[[], int | None]) -> NoReturn:
-    """``run_command`` for a console command: hints of the processes that it starts name console commands, too."""
+    """``run_command`` for a console command: messages of the processes that it starts name console commands, too."""
     os.environ[_VARIABLE] = "1"
     run_command(command)
 
 
 def module_command(tool: str, *words: str) -> list[str]:
-    """tools/NAME.py with these arguments as a process of this Python; it needs ``module_environment``.
+    """Returns the command line of tools/NAME.py under this Python. Run it in ``module_environment``.
 
-    -P: the current folder may hold another vjepa_scale, or files named like modules of Python's.
+    -P: the current folder may hold another vjepa_scale, or files with the names of Python's own modules.
     """
     return [sys.executable, "-P", "-m", _module(tool), *words]
 
 
 def module_environment() -> dict[str, str]:
-    """The environment of a ``module_command``: it imports the package that runs here.
+    """Returns the environment of a ``module_command``, in which Python imports the package that runs here.
 
-    An installed package is found as it is: in PYTHONPATH, site-packages would come before Python's own modules.
+    An installed package needs no PYTHONPATH: site-packages in it would come before Python's own modules.
     """
     if PACKAGE.parent.name in ("site-packages", "dist-packages"):
         return dict(os.environ)
@@ -62,19 +62,19 @@ def _module(tool: str) -> str:
 
 
 def command(tool: str) -> str:
-    """What the user types for tools/NAME.py: ``python tools/launch.py``, or ``vjepa-launch`` where that was used."""
+    """Returns what the user types for tools/NAME.py: ``python tools/launch.py``, or ``vjepa-launch`` if installed."""
     if not _uses_console_commands():
         return f"python tools/{tool}.py"
     return f"python -m {_module(tool)}" if tool in _WITHOUT_CONSOLE_COMMAND else f"vjepa-{_MODULES[tool]}"
 
 
 def program(tool: str) -> str:
-    """The name of tools/NAME.py in a usage line or before a flag: ``launch.py``, or ``vjepa-launch``."""
+    """Returns the name of tools/NAME.py in a usage line or before a flag: ``launch.py``, or ``vjepa-launch``."""
     return command(tool).removeprefix("python ").removeprefix("tools/").removeprefix("-m ")
 
 
 def as_called(text: str) -> str:
-    """A text whose ``[python ]tools/NAME.py`` and ``recipes/NAME.yaml`` are what the user types for them here."""
+    """Replaces ``[python ]tools/NAME.py`` and ``recipes/NAME.yaml`` in a text by what the user types for them."""
     if not _uses_console_commands():
         return text
     return _RECIPE.sub(r"\1", _TOOL.sub(lambda found: command(found[1]), text))
@@ -97,13 +97,13 @@ _IN_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "profiles": "slurm/profil
 
 
 def shipped_folder(kind: Kind) -> Path:
-    """The folder of the shipped recipes or site profiles: in the package of a wheel, beside it in a checkout."""
+    """Returns the folder of the shipped recipes or profiles: inside an installed package, next to it in a checkout."""
     inside = _inside(kind)
     return inside if inside.is_dir() else PACKAGE.parent / _IN_CHECKOUT[kind]
 
 
 def find_shipped(kind: Kind, name: str) -> Path | None:
-    """The shipped file NAME or NAME.yaml; None where there is none, or where ``name`` is a path with folders."""
+    """Returns the shipped file NAME or NAME.yaml; None if there is none, or if ``name`` is a path with folders."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         return None
     path = shipped_folder(kind) / f"{name.removesuffix('.yaml')}.yaml"
@@ -111,7 +111,7 @@ def find_shipped(kind: Kind, name: str) -> Path | None:
 
 
 def suggest_shipped(kind: Kind, name: str) -> str:
-    """For an error about an unknown name: the closest shipped one, and all of them."""
+    """Returns the fix of an error about an unknown name: the closest shipped name, and all of them."""
     names = sorted(path.stem for path in shipped_folder(kind).glob("*.yaml"))
     close = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), names, n=1)
     meant = f"did you mean {close[0]}? " if close else ""

@@ -1,15 +1,15 @@
-"""What processes say, by the standard library's ``logging``: levels, a time stamp, and which process it is.
+"""Logging by the standard library's ``logging``, with levels, time stamps and the name of the process.
 
 A process of a job (a rank, its loader workers, a job that makes shards) calls ``set_up`` once and then writes
 
     2026-11-29 17:00:00.123 info [pretrain rank 0] saved runs/demo/pretrain/checkpoints/step_00000100
 
 debug and info to stdout, warnings and errors to stderr. Records of other packages have the name of their logger after
-the process: ``[pretrain rank 0, torch.distributed]``. Everything else (a command, a program that imports the package)
-writes plain lines to stderr: ``warning: …``. Results of a command are no log: it prints them to stdout.
+the process: ``[pretrain rank 0, torch.distributed]``. Every other process (a command, a program that imports the
+package) writes plain lines to stderr: ``warning: …``. A command prints its results to stdout and does not log them.
 
-``VJEPA_LOG`` sets the level: debug, info (the default), warning or error. Other packages' records are shown from
-warning on, and with debug all of them. Without PyTorch.
+``VJEPA_LOG`` sets the level: debug, info (the default), warning or error. Of other packages, warnings and errors are
+shown; with debug, all records. Does not import PyTorch.
 """
 
 import logging
@@ -30,10 +30,10 @@ _LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?P<level>[a-z]+) \[(
 
 @dataclass(frozen=True)
 class Process:
-    """Which process writes, and from which level on. Pickles to the workers that it starts.
+    """The process that logs, and its level. Can be pickled to the workers that it starts.
 
     name: such as ``pretrain rank 3``; empty: a command or a library, whose lines are plain
-    main: it shows Python's warnings (``warnings.warn``), which are alike in all processes of a job
+    main: it shows Python's warnings (``warnings.warn``), which are the same in all processes of a job
     """
 
     name: str = ""
@@ -41,7 +41,7 @@ class Process:
     main: bool = True
 
     def worker(self, number: object) -> "Process":
-        """A worker of this process."""
+        """Returns the ``Process`` of a worker of this process."""
         return replace(self, name=f"{self.name} worker {number}") if self.name else self
 
 
@@ -49,12 +49,12 @@ _process = Process()
 
 
 def current() -> Process:
-    """What the last ``set_up`` of this process said."""
+    """Returns what the last ``set_up`` of this process has set."""
     return _process
 
 
 def level_of(environment: Mapping[str, str] = os.environ) -> int:
-    """The level that ``VJEPA_LOG`` asks for, as ``logging`` counts them. Raises UserError for any other word."""
+    """Returns the level of ``VJEPA_LOG``, as a number of ``logging``. Raises UserError for any other word."""
     from vjepa_scale.core.errors import UserError  # which imports this module
 
     word = environment.get(VARIABLE) or "info"
@@ -64,15 +64,15 @@ def level_of(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def set_up(name: str = "", *, main: bool = True) -> None:
-    """Log as the process of this name, at the level of ``VJEPA_LOG``. Once per process, before it says anything.
+    """Logs as the process of this name, at the level of ``VJEPA_LOG``. Call it once per process, before any logging.
 
-    Raises UserError where the variable has another value.
+    Raises UserError if the variable has another value.
     """
     apply(Process(name, level_of(), main))
 
 
 def apply(process: Process) -> None:
-    """Log as this process. For workers, which are given the process that started them."""
+    """Logs as this process. For workers, which get their ``Process`` from the one that started them."""
     global _process
     _process = process
     ours = logging.getLogger(_OURS)
@@ -82,10 +82,10 @@ def apply(process: Process) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, _Console)]
     if not process.name:
-        return  # other packages' records are the business of whoever runs the program
+        return  # the program that imports this package configures other packages' logging
     foreign = process.level if process.level == logging.DEBUG else max(process.level, logging.WARNING)
     console = _Console(process)
-    console.setLevel(foreign)  # loggers with a level of their own do not ask the root's
+    console.setLevel(foreign)  # loggers with their own level ignore the root's
     root.addHandler(console)
     root.setLevel(foreign)
     logging.captureWarnings(True)
@@ -95,10 +95,10 @@ def apply(process: Process) -> None:
 
 
 def adopt() -> None:
-    """Lead other packages' records to our handlers. Again after an import of a package that made handlers of its own.
+    """Routes other packages' records to our handlers. Call it again after importing a package that adds handlers.
 
-    A package's log files stay. PyTorch's own handlers stay where ``TORCH_LOGS`` asks for them. Does nothing where
-    ``set_up`` named no process.
+    A package's log files stay. PyTorch's own handlers stay if ``TORCH_LOGS`` is set. Does nothing if ``set_up`` named
+    no process.
     """
     if not _process.name:
         return
@@ -116,10 +116,10 @@ def adopt() -> None:
 
 
 def shown(line: str) -> str | None:
-    """A line of a process's log as it is shown to whoever follows the run: without stamp and process.
+    """Returns a line of a process's log as ``follow`` shows it: without time stamp and process.
 
-    Info as it is, warnings and errors after ``warning: `` and ``error: ``; None for debug and other packages' lines.
-    Lines that were not logged (of an earlier version, tracebacks) stay as they are.
+    Warnings and errors begin with ``warning: `` and ``error: ``. Returns None for debug and other packages' lines.
+    Lines that were not logged (of an earlier version, tracebacks) are returned unchanged.
     """
     found = _LINE.fullmatch(line)
     if found is None:
@@ -130,7 +130,7 @@ def shown(line: str) -> str | None:
 
 
 class _Console(logging.Handler):
-    """Writes to what sys.stdout and sys.stderr are at that moment."""
+    """Writes to the sys.stdout and sys.stderr of the moment at which a record comes."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _Console(logging.Handler):
         to_stdout = self._process.name and record.levelno < logging.WARNING
         stream = sys.stdout if to_stdout else sys.stderr
         if record.name.partition(".")[0] == _OURS:
-            print(self._text(record), file=stream, flush=True)  # a full disk is an error, as for any other file
+            print(self._text(record), file=stream, flush=True)  # raises on a full disk, as for any other file
             return
         with suppress(OSError):
             print(self._text(record), file=stream, flush=True)
@@ -158,14 +158,14 @@ class _Console(logging.Handler):
 
 
 class Laps:
-    """Seconds of the host between calls, by name; calls of one name add up. Does not wait for a device."""
+    """Host seconds between calls, summed by name. Does not wait for a device."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._then = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What has passed since the last call was spent on this."""
+        """Adds the time since the last call to this name."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._then
         self._then = now

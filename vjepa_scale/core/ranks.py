@@ -1,4 +1,4 @@
-"""Who am I among the processes of this job? Read from the environment once, checked, never guessed."""
+"""The rank of this process in its job, read from the environment and checked, never guessed."""
 
 import os
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from vjepa_scale.core.installed import as_called
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place.
+    """The rank of this process.
 
     rank, world_size:             among all processes of the job
-    local_rank, local_world_size: among those of this node
-    job:                          a name that is new for each start of the job, shared by its processes
-    job_id:                       what the cluster manager, and the names of log files, call the job
-    source:                       which environment said so: torchrun, slurm, submitit-local or single
+    local_rank, local_world_size: among the processes of this node
+    job:                          a name for this start of the job, shared by its processes; a restart has another
+    job_id:                       the job's id of the cluster manager and in the names of log files
+    source:                       the environment that was read: torchrun, slurm, submitit-local or single
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Ranks:
 
 
 def count_replicas(asked: int | Literal["auto", "all"], *, world_size: int, per_node: int) -> int:
-    """How many full copies ``engine.replicate`` means. Raises UserError where the processes do not divide into them.
+    """Returns the number of replicas that ``engine.replicate`` means. Raises UserError if it does not divide the ranks.
 
     per_node: processes of a node
     """
@@ -59,25 +59,25 @@ _SUBMITIT_LOCAL = (
 )
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _NOT_A_STEP = ("", "4294967290", "4294967291", "4294967292")  # no step; an interactive, a batch, an external one
-# How many processes there are, in environments that do not say enough to build a group from them.
+# The number of processes, in environments that do not suffice to build a process group.
 _ONLY_A_SIZE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def detect_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
-    """The rank environment of this process: submitit's local executor, torchrun, Slurm's srun, or none.
+    """Reads the rank environment of this process: submitit's local executor, torchrun, Slurm's srun, or none.
 
-    Raises UserError where an environment of several processes is incomplete: a silent fallback to
+    Raises UserError if an environment of several processes is incomplete: a silent fallback to
     world size 1 would train that many independent models into the same folder.
     """
     if env.get("SUBMITIT_EXECUTOR") == "local":
         rank, world, local, job = _require(env, _SUBMITIT_LOCAL, "submitit's local executor")
         return _checked(int(rank), int(world), int(local), int(world), job, "submitit-local", job_id=job)
-    # RANK or WORLD_SIZE alone may be left over from another tool: either one demands the whole set.
+    # RANK or WORLD_SIZE alone may be left over from another tool: each of them requires the whole set.
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
         rank, world, local, node_tasks, addr, port = _require(env, _TORCHRUN, "torchrun")
         job = f"{addr}:{port}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         return _checked(int(rank), int(world), int(local), int(node_tasks), job, "torchrun", job_id=job)
-    # A login, salloc or batch shell has just the job's variables; tasks of srun have a step of their own.
+    # A login, salloc or batch shell has only the job's variables; tasks of srun also have a step id.
     if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in _NOT_A_STEP:
         rank, world, local, node, job_id, step_id = _require(env, _SLURM, "Slurm")
         per_node = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1"))
@@ -96,7 +96,7 @@ def detect_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's ``2(x3),1``: three nodes with two tasks, one with one."""
+    """Parses Slurm's ``2(x3),1``: three nodes with two tasks, one with one."""
     counts: list[int] = []
     for part in text.split(","):
         tasks, _, times = part.partition("(x")
@@ -125,5 +125,5 @@ def _checked(rank: int, world: int, local: int, local_world: int, job: str, sour
 
 
 def usable_cores() -> int:
-    """Cores this process may use (Slurm gives fewer than the machine has)."""
+    """Returns the number of cores that this process may use (Slurm may allow fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

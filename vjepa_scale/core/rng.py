@@ -1,9 +1,8 @@
-"""Randomness without state: every draw is a hash of what it is for.
+"""Stateless randomness: every draw is a hash of its key.
 
-A draw is named by a seed, a purpose and integer coordinates, such as
-``(seed, "crop", step, slot)``. Nothing has to be saved to resume, and the number of ranks or loader
-workers cannot change a draw. The hash is our own (the finaliser of SplitMix64, applied word by word)
-because library streams change between versions.
+A key is a seed, a purpose and integer coordinates, such as ``(seed, "crop", step, slot)``. Resuming
+needs no saved state, and the number of ranks or loader workers cannot change a draw. The hash is our
+own (the finaliser of SplitMix64, applied word by word) because library streams change between versions.
 """
 
 from functools import lru_cache
@@ -36,7 +35,7 @@ def _purpose_word(purpose: str) -> int:
 
 
 def key64(seed: int, purpose: str, *coordinates: int) -> int:
-    """The 64-bit key of one named draw."""
+    """Returns the 64-bit key of one draw."""
     word = np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
     for part in (_purpose_word(purpose), *coordinates):
         word = mix64(word ^ np.uint64(int(part) & 0xFFFFFFFFFFFFFFFF))
@@ -44,7 +43,7 @@ def key64(seed: int, purpose: str, *coordinates: int) -> int:
 
 
 def keys64(seed: int, purpose: str, *coordinates: npt.ArrayLike) -> U64:
-    """``key64`` for arrays of coordinates (broadcast together): the keys of many draws at once."""
+    """``key64`` for arrays of coordinates, broadcast together: returns the keys of many draws."""
     word = np.array(key64(seed, purpose), np.uint64)
     for part in coordinates:
         word = mix64(word ^ np.asarray(part).astype(np.uint64))
@@ -52,17 +51,18 @@ def keys64(seed: int, purpose: str, *coordinates: npt.ArrayLike) -> U64:
 
 
 def words(key: int, n: int, first: int = 0) -> U64:
-    """Words ``first … first+n-1`` of the endless sequence that belongs to a key."""
+    """Returns words ``first … first+n-1`` of the infinite sequence of a key."""
     counter = np.arange(first, first + n, dtype=np.uint64)
     return mix64(mix64(counter) ^ np.uint64(key))
 
 
 def permuted(index: npt.ArrayLike, n: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Where a keyed permutation of 0 … n-1 sends each index: closed form, no table.
+    """Returns the images of indices under a keyed permutation of 0 … n-1. Closed form, no table.
 
-    n and key are one for all, or one for each index (n below 2^53).
-    A four-round Feistel network on the smallest even number of bits that holds n, walked along its
-    cycle until it is back below n (Black & Rogaway 2002): at most four times as many rounds on average.
+    n and key are scalars, or arrays with a value for each index (n below 2^53).
+    The permutation is a four-round Feistel network on the smallest even number of bits that holds n. It is
+    applied repeatedly until the result is below n (cycle walking, Black & Rogaway 2002): at most four times
+    as many rounds on average.
     """
     x, limit, keys = np.broadcast_arrays(*(np.array(v, dtype=np.uint64, ndmin=1) for v in (index, n, key)))
     x = x.copy()
@@ -83,7 +83,7 @@ def permuted(index: npt.ArrayLike, n: npt.ArrayLike, key: npt.ArrayLike) -> npt.
 
 
 class KeyedRng:
-    """The sequence of draws that belongs to one key, consumed in order inside one function.
+    """The sequence of draws of one key, consumed in order inside one function.
 
     >>> KeyedRng(0, "crop", 17, 3).uniform() == KeyedRng(0, "crop", 17, 3).uniform()
     True
@@ -94,7 +94,7 @@ class KeyedRng:
         self._used = 0
 
     def words(self, n: int) -> U64:
-        """The next n 64-bit words."""
+        """Returns the next n 64-bit words."""
         out = words(self._key, n, self._used)
         self._used += n
         return out

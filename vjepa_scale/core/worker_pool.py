@@ -1,7 +1,7 @@
-"""Worker processes: how they start, and that they end with the process that wanted them; and ends other processes.
+"""Starts worker processes, ends them together with their parent, and ends trees of other processes.
 
-They come from a fork server, which imports what they need once, before any thread exists; forking the trainer itself,
-with its threads and devices, would be unsafe. Workers that decode videos for shards need no PyTorch.
+Workers are forked from a fork server, which imports their modules once, before any thread exists. Forking the trainer
+itself, with its threads and devices, would be unsafe. Workers that decode videos for shards need no PyTorch.
 """
 
 import ctypes
@@ -27,12 +27,12 @@ import psutil
 from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
 
-# The bytes that a Unix socket's path may have (Linux: 108 with the zero at its end), and those that multiprocessing
-# adds to the temporary folder: /pymp-xxxxxxxx/listener-xxxxxxxx.
+# The maximum bytes of a Unix socket's path (Linux: 108 with the terminating zero), and the bytes that multiprocessing
+# appends to the temporary folder: /pymp-xxxxxxxx/listener-xxxxxxxx.
 _SOCKET_PATH, _SOCKET_NAME = 107, 32
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
-# Of glibc's mallopt: from what size on a block is the system's; how much free memory at the end stays.
+# Parameters of glibc's mallopt: the size from which blocks are mapped by the system; the free memory kept at the end.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _BEAT_S = 1.0
 
@@ -41,18 +41,18 @@ Result = TypeVar("Result")
 
 
 class Crashed:
-    """What stands for the result of an item whose worker died of it (a crash inside a native library)."""
+    """The result of an item that killed its worker (a crash inside a native library)."""
 
 
 class Silent:
-    """What stands for the result of an item whose worker made no progress for too long, and was ended."""
+    """The result of an item whose worker was killed because it made no progress for too long."""
 
 
 def worker_context(*preload: str) -> ForkServerContext:
-    """The start method of all worker processes.
+    """Returns the multiprocessing context of all worker processes.
 
-    preload: modules that the fork server imports; it is started here where it does not run yet
-    Raises UserError where no folder is short enough for their sockets.
+    preload: modules that the fork server imports; with any, the server is started here if it is not running
+    Raises UserError if no folder has a short enough path for their sockets.
     """
     _choose_socket_folder()
     context = multiprocessing.get_context("forkserver")
@@ -65,10 +65,10 @@ def worker_context(*preload: str) -> ForkServerContext:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Python processes started inside do not import from the current folder.
+    """Keeps Python processes that are started inside from importing from the current folder.
 
-    multiprocessing starts its server and its resource tracker by ``python -c``, which would: a ``queue.py`` among a
-    user's videos would stand for the standard library's.
+    multiprocessing starts its server and its resource tracker by ``python -c``, which would import from it: a
+    ``queue.py`` among a user's videos would replace the standard library's.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -82,16 +82,16 @@ def _safe_path() -> Iterator[None]:
 
 
 def _choose_socket_folder() -> None:
-    """Have multiprocessing put its Unix sockets where their paths fit, whatever the length of TMPDIR.
+    """Makes multiprocessing put its Unix sockets into a folder with a short path, whatever the length of TMPDIR.
 
-    It asks tempfile for a folder once; workers inherit the answer. (Python 3.14 does the same by itself.)
+    multiprocessing gets the folder from tempfile once, and workers inherit it. (Python 3.14 does the same by itself.)
     """
     usual = tempfile.gettempdir()
     fits = len(os.fsencode(usual)) + _SOCKET_NAME <= _SOCKET_PATH
     for folder in (usual, *_SHORT_FOLDERS) if fits else _SHORT_FOLDERS:
         tempfile.tempdir = folder
         try:
-            util.get_temp_dir()  # one that is there already is kept
+            util.get_temp_dir()  # does nothing if there is one already
             return
         except OSError:
             continue
@@ -106,24 +106,24 @@ def _choose_socket_folder() -> None:
 
 
 def start_fork_server(*preload: str, deaf_to: Collection[signal.Signals]) -> None:
-    """Start the server now, so that it and its workers never get these signals; preload: as for ``worker_context``.
+    """Starts the server with these signals blocked, in its workers too. preload: as for ``worker_context``.
 
-    A cluster manager signals every process of a job. The rank wants to finish its step then, with data from
-    its workers. Signals that arrive meanwhile reach this process when the server is up. (Not ignored, but
-    blocked: that is inherited without a moment in which this process would ignore them too.)
+    A cluster manager signals every process of a job, and the rank needs its workers' data to finish its step.
+    Signals that arrive during the start reach this process when the server is running. They are blocked and not
+    ignored: children inherit both, but this process would lose signals that it ignores meanwhile.
     """
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
         with _safe_path():
             resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)  # Python has just unblocked SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)  # ensure_running has unblocked SIGTERM
         worker_context(*preload)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)
 
 
 def remove_socket_folder() -> None:
-    """Remove this process's folder of workers' sockets, for one that ends by ``os._exit`` and not as Python does."""
+    """Removes this process's folder of workers' sockets. For a process that ends by ``os._exit``."""
     for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
         if finalizer._callback is util._remove_temp_dir:  # type: ignore[attr-defined]
             with suppress(OSError):
@@ -131,11 +131,11 @@ def remove_socket_folder() -> None:
 
 
 def start_worker(process: log.Process) -> None:
-    """First thing in a worker: one thread, Ctrl-C left to the parent, and death with it, even by SIGKILL.
+    """Initialises a worker: logging, one thread, ignores Ctrl-C, and exits when its parent ends, even by SIGKILL.
 
-    process: as which it logs
-    The worker's parent by pid is the fork server, which lives as long as any of its children does; so what
-    watches for a lost parent by pid (as DataLoader's own watchdog) would wait for ever.
+    process: the name under which it logs
+    The worker's parent by pid is the fork server, which lives as long as any of its children. A watchdog that
+    checks the parent's pid (as DataLoader's own does) would therefore never fire.
     """
     log.apply(process)
     if torch := sys.modules.get("torch"):
@@ -147,11 +147,10 @@ def start_worker(process: log.Process) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees.
+    """Makes this process keep the memory that it frees.
 
-    A clip's pictures are tens of megabytes. glibc gives such blocks back to the system at once and gets others for the
-    next clip, page by page and zeroed: a twentieth of a loader's CPU time (benchmarks/loader.py). Where there is no
-    glibc, this does nothing.
+    A clip's pictures are tens of megabytes. glibc returns such blocks to the system at once and gets zeroed pages for
+    the next clip, which costs 5 % of a loader's CPU time (benchmarks/loader.py). Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -167,48 +166,48 @@ def _die_with(sentinel: int) -> None:
 def map_in_workers(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, silence_s: float | None = None
 ) -> Iterator[tuple[int, Result | Crashed | Silent]]:
-    """(number of the item, function(item)) for every item, as they finish.
+    """Yields (number of the item, function(item)) for every item, as they finish.
 
-    items: taken as workers become free, never all at once
-    silence_s: a worker that has not called ``heartbeat`` for so long is ended, and its item comes back as Silent
-    A worker that dies may have died of its neighbours (no memory is left): its item is done again at the end,
-    alone, and comes back as Crashed only if it kills a worker then too. Exceptions propagate.
+    items: read as workers become free, never all at once
+    silence_s: a worker that has not called ``heartbeat`` for so many seconds is killed, and its item yields Silent
+    Other workers may have killed a worker by using up the memory. So its item runs again at the end, alone, and
+    yields Crashed only if it kills its worker again. Exceptions propagate.
     """
     suspects = list[tuple[int, Item]]()
-    crew = _Crew(function, silence_s)
+    pool = _Pool(function, silence_s)
     try:
-        for task, result in crew.run(enumerate(items), workers):
+        for task, result in pool.run(enumerate(items), workers):
             if isinstance(result, Crashed):
                 suspects.append(task)
             else:
                 yield task[0], result
         for suspect in suspects:
-            yield from ((number, result) for (number, _), result in crew.run(iter([suspect]), 1))
+            yield from ((number, result) for (number, _), result in pool.run(iter([suspect]), 1))
     finally:
-        crew.end()
+        pool.end()
 
 
 def heartbeat() -> None:
-    """In a worker: tell whoever waits for it that there is progress. Anywhere else, nothing."""
+    """In a worker: reports progress to the parent. In any other process: does nothing."""
     if _line is not None:
         _line.heartbeat()
 
 
 class _Line:
-    """A worker's end of its pipe: beats, at most one a second, then the result."""
+    """A worker's end of its pipe: sends heartbeats, at most one a second, and results."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self._connection = connection
-        self._said = time.monotonic()
+        self._sent_at = time.monotonic()
 
     def heartbeat(self) -> None:
         now = time.monotonic()
-        if now - self._said > _BEAT_S:
-            self._said = now
+        if now - self._sent_at > _BEAT_S:
+            self._sent_at = now
             self._connection.send(None)
 
     def send(self, result: object, error: Exception | None = None) -> None:
-        self._said = time.monotonic()
+        self._sent_at = time.monotonic()
         self._connection.send((result, error))
 
 
@@ -216,7 +215,7 @@ _line: _Line | None = None
 
 
 def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]", process: log.Process) -> None:
-    """A worker's life: an item comes, a result goes, until the pipe is closed."""
+    """The main loop of a worker: receives an item, sends its result, until the pipe is closed."""
     global _line
     start_worker(process)
     _line = _Line(connection)
@@ -227,7 +226,7 @@ def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]", pr
             return
         try:
             result = function(item)
-        except Exception as error:  # noqa: BLE001 (raised again where the results are wanted)
+        except Exception as error:  # noqa: BLE001 (the parent raises it again)
             error.add_note("".join(traceback.format_exception(error)))
             _line.send(None, error)
         else:
@@ -236,12 +235,12 @@ def _work(function: Callable[[Any], Any], connection: "Connection[Any, Any]", pr
 
 class _Worker:
     def __init__(self, function: Callable[[Any], Any], number: int) -> None:
-        context = worker_context(getattr(function, "func", function).__module__)  # of a partial, too
+        context = worker_context(getattr(function, "func", function).__module__)  # also for a partial
         self.connection, theirs = context.Pipe()
         logged = log.current().worker(number)
         self._process = context.Process(target=_work, args=(function, theirs, logged), daemon=True)
         self._process.start()
-        theirs.close()  # so that its death is the pipe's end
+        theirs.close()  # then the pipe ends when the worker dies
         self.task: Any = None
         self.silent_s = 0.0
 
@@ -252,11 +251,11 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self.connection.close()
-        self._process.join(timeout=1)  # one that is stuck in the kernel (a dead file server) is left to it
+        self._process.join(timeout=1)  # does not wait for one that hangs in the kernel (a dead file server)
 
 
-class _Crew:
-    """Workers that have one item each: so it is known whose item it was when one dies or falls silent."""
+class _Pool:
+    """Workers that have one item each. So the item is known when a worker dies or becomes silent."""
 
     def __init__(self, function: Callable[[Any], Any], silence_s: float | None) -> None:
         self._function, self._silence_s = function, silence_s
@@ -265,7 +264,7 @@ class _Crew:
         self._started = itertools.count()
 
     def run(self, tasks: Iterator[tuple[int, Any]], width: int) -> Iterator[tuple[tuple[int, Any], Any]]:
-        """(task, result) as they finish. A task is (number, item)."""
+        """Yields (task, result) as they finish. A task is (number, item)."""
         turn_s = None if self._silence_s is None else min(_BEAT_S, self._silence_s / 4)
         while True:
             for task in itertools.islice(tasks, width - len(self._busy)):
@@ -274,19 +273,19 @@ class _Crew:
                 return
             began = time.monotonic()
             ready = wait_for(list(self._busy), timeout=turn_s)
-            # In turns, not by the clock: a job that was suspended has not been silent.
+            # Counts turns of this loop, not wall time: a suspended job has not been silent.
             waited_s = min(time.monotonic() - began, 2 * (turn_s or 0.0))
             for worker in list(self._busy.values()):
                 if worker.connection in ready:
-                    yield from self._heard(worker)
-                elif self._silence_s is not None and self._fell_silent(worker, waited_s):
+                    yield from self._receive(worker)
+                elif self._silence_s is not None and self._became_silent(worker, waited_s):
                     yield worker.task, Silent()
 
     def _give(self, task: tuple[int, Any]) -> None:
         worker = self._idle.pop() if self._idle else self._start()
         try:
             worker.give(task)
-        except OSError:  # it died while it had nothing to do
+        except OSError:  # it died while it was idle
             worker.kill()
             worker = self._start()
             worker.give(task)
@@ -295,32 +294,32 @@ class _Crew:
     def _start(self) -> _Worker:
         return _Worker(self._function, next(self._started))
 
-    def _heard(self, worker: _Worker) -> Iterator[tuple[tuple[int, Any], Any]]:
+    def _receive(self, worker: _Worker) -> Iterator[tuple[tuple[int, Any], Any]]:
         worker.silent_s = 0.0
         try:
-            said = worker.connection.recv()
+            message = worker.connection.recv()
         except (EOFError, OSError):
-            self._lose(worker)
+            self._discard(worker)
             yield worker.task, Crashed()
             return
-        if said is None:
+        if message is None:  # a heartbeat
             return
         del self._busy[worker.connection]
         self._idle.append(worker)
-        result, error = said
+        result, error = message
         if error is not None:
             raise error
         yield worker.task, result
 
-    def _fell_silent(self, worker: _Worker, waited_s: float) -> bool:
+    def _became_silent(self, worker: _Worker, waited_s: float) -> bool:
         assert self._silence_s is not None
         worker.silent_s += waited_s
         if worker.silent_s <= self._silence_s:
             return False
-        self._lose(worker)
+        self._discard(worker)
         return True
 
-    def _lose(self, worker: _Worker) -> None:
+    def _discard(self, worker: _Worker) -> None:
         del self._busy[worker.connection]
         worker.kill()
 
@@ -329,15 +328,15 @@ class _Crew:
             worker.kill()
 
 
-# -- ending processes with everything that they have started ---------------------------------------
+# -- ending processes and all their descendants ----------------------------------------------------
 
 
-# How long the kernel may take to end a process that was killed.
+# Seconds that the kernel may take to end a killed process.
 _KILLED_S = 5.0
 
 
 def process_tree(root: int | psutil.Process) -> list[psutil.Process]:
-    """A process (or the one of this id), then everything below it; empty where it has ended."""
+    """Returns a process (or the one with this id), then all its descendants; empty if it has ended."""
     try:
         process = psutil.Process(root) if isinstance(root, int) else root
         return [process, *process.children(recursive=True)]
@@ -346,16 +345,16 @@ def process_tree(root: int | psutil.Process) -> list[psutil.Process]:
 
 
 def kill_processes(tree: Sequence[psutil.Process]) -> None:
-    """Kill processes (SIGKILL), parents first: they must not start others. Does not wait for them."""
+    """Kills processes (SIGKILL), parents first, so that they cannot start others. Does not wait for them."""
     for process in tree:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def end_processes(tree: Sequence[psutil.Process], *, patience_s: float) -> bool:
-    """Ask the root of a process tree to end (SIGTERM), and kill what is left of all after ``patience_s`` seconds.
+    """Sends SIGTERM to the root of a process tree, and SIGKILL to those that are left after ``patience_s`` seconds.
 
-    Returns whether nothing had to be killed.
+    Returns whether all ended without SIGKILL.
     """
     deadline = time.monotonic() + patience_s
     with suppress(psutil.NoSuchProcess):

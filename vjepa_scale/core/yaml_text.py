@@ -1,4 +1,4 @@
-"""YAML from outside, read strictly: what PyYAML drops without a word, or would never finish, is an error."""
+"""Strict parsing of users' YAML: a duplicate key, which PyYAML drops silently, and an alias bomb are errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,21 +7,21 @@ import yaml
 
 from vjepa_scale.core.errors import UserError
 
-# What SafeLoader raises for text that is no YAML: beside YAMLError whatever its conversions of values do, such as
-# ValueError for a date of month 13 or a number of 5,000 digits.
+# What SafeLoader raises for invalid YAML: YAMLError, and the errors of its conversions of values, such as ValueError
+# for a date of month 13 or a number of 5,000 digits.
 _NOT_YAML = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# Aliases of aliases make a billion values of nine lines.
+# Nested aliases can expand nine lines to a billion values.
 _MAX_VALUES = 1_000_000
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader], *, where: object, key: str = "") -> Any:
-    """The value of one YAML document.
+    """Returns the value of one YAML document.
 
-    key: the dotted key that the value is of, which stands before the keys inside it in errors
+    key: the dotted key of the value; errors put it before the keys inside the value
 
-    Raises UserError naming ``where:key`` for a key that a mapping has twice (PyYAML takes the last one) and for
-    aliases that go in circles or too far, and for what is no YAML or is nested too deeply.
+    Raises UserError naming ``where:key`` for a key that occurs twice in a mapping (PyYAML takes the last one), for
+    aliases that contain themselves or expand to too many values, for invalid YAML, and for too deep nesting.
     """
     place = f"{where}:{key}" if key else where
     parser = None
@@ -42,23 +42,23 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], *, where: object, key: 
 
 
 class _Check:
-    """One walk over the nodes of a document, each looked at once."""
+    """Checks the nodes of a document. Visits each node once."""
 
     def __init__(self, parser: yaml.SafeLoader, where: object) -> None:
         self._parser, self._where = parser, where
-        self._sizes: dict[yaml.Node, int | None] = {}  # None: being walked
+        self._sizes: dict[yaml.Node, int | None] = {}  # None: the node is being visited
 
     def size(self, node: yaml.Node, key: tuple[str, ...]) -> int:
-        """How many values a node is, its aliases written out."""
+        """Returns the number of values in a node, with its aliases expanded."""
         if node in self._sizes:
             known = self._sizes[node]
             if known is None:
-                raise self._error("an alias of what it is itself a part of", key)
+                raise self._error("an alias that contains itself", key)
             return known
         self._sizes[node] = None
         total = 1 + sum(self.size(child, (*key, name)) for name, child in self._children(node, key))
         if total > _MAX_VALUES:
-            raise self._error(f"more than {_MAX_VALUES:,} values, its aliases written out", key)
+            raise self._error(f"more than {_MAX_VALUES:,} values, with aliases expanded", key)
         self._sizes[node] = total
         return total
 
