@@ -83,7 +83,7 @@ def test_they_are_stages_after_the_four(recipe: Path, tmp_path: Path) -> None:
         ("finetune.init_from=decay2", "command line:finetune.init_from: 'decay2' is no earlier stage of this recipe"),
         ("decay2.continue_from=finetune", "command line:decay2.continue_from: 'finetune' has another objective"),
         ("cooldown=null", "recipe.yaml:probe_few.init_from: 'cooldown' is no earlier stage of this recipe"),
-        ("probe_2={steps: 1, phases: []}", "command line:probe_2: unknown key (a stage of this name says its kind: "),
+        ("probe_2={steps: 1, phases: []}", "command line:probe_2: unknown key (a stage of this name needs kind: "),
         ("another={steps: 1}", "another: unknown key (known here: run, launch, engine, data, model, masks, jepa, "),
         ("others={}", "command line:others: unknown key (known here: run, launch, engine, data, model, masks, jepa, "),
         ("others.decay3.kind=jepa", "command line:others: unknown key (known here: run, launch, engine, data, "),

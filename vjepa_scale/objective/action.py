@@ -1,4 +1,4 @@
-"""The action-conditioned objective of V-JEPA 2-AC: a robot's next picture, in feature space (paper, section 3.1)."""
+"""The action-conditioned objective of V-JEPA 2-AC: predicts the features of the next frame (paper, section 3.1)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +53,7 @@ class ActionConditioned(Objective):
         return {"encoder": self.encoder, **self.trained}
 
     def before_training(self, resumed: Mapping[str, Any] | None) -> None:
-        """Statistics of the states and actions that are drawn from. Each rank reads its share of the logs, once."""
+        """Computes statistics of the states and actions of the records. Each rank reads its share of the logs once."""
         if resumed is not None:
             self._statistics = resumed["trajectories"]
             return
@@ -71,7 +71,7 @@ class ActionConditioned(Objective):
         return {"trajectories": self._statistics}
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """Both parts of the loss, and ``copy_loss``: what predicting no change would cost in teacher forcing."""
+        """Returns both parts of the loss, and ``copy_loss``: the teacher-forcing loss of predicting no change."""
         device = self._engine.device
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.extras.items()}
         states_BK7, extrinsics_BK6 = extras["states"], extras.get("extrinsics")
@@ -80,7 +80,7 @@ class ActionConditioned(Objective):
         grid = (batch.clips.shape[3] // self._patch, batch.clips.shape[4] // self._patch)
 
         def predicted(seen_BkND: Tensor) -> Tensor:
-            """The frame after each of the first frames, which may be imagined."""
+            """Returns the prediction of the frame after each given frame. Given frames may be predictions."""
             steps = seen_BkND.shape[1]
             cameras = None if extrinsics_BK6 is None else extrinsics_BK6[:, :steps]
             seen = seen_BkND.flatten(1, 2)
@@ -88,7 +88,7 @@ class ActionConditioned(Objective):
             return normalised(out).unflatten(1, (steps, -1))
 
         forced_BLND = predicted(tokens_BKND[:, :-1])
-        imagined = [forced_BLND[:, 0]]  # it has seen the first frame alone
+        imagined = [forced_BLND[:, 0]]  # predicted from the first frame only
         for _ in range(1, self._rollout_steps):
             imagined.append(predicted(torch.stack([tokens_BKND[:, 0], *imagined], dim=1))[:, -1])
         teacher = lp_distance(forced_BLND, tokens_BKND[:, 1:], self._exponent)
@@ -102,14 +102,14 @@ class ActionConditioned(Objective):
 
     @torch.no_grad()
     def _frame_tokens(self, clips: Tensor) -> Tensor:
-        """uint8 [B, 3, K, H, W] → normalised tokens of each frame alone, float32 [B, K, h·w, D]."""
+        """uint8 [B, 3, K, H, W] → normalised tokens of each frame, encoded separately, float32 [B, K, h·w, D]."""
         B, _, K = clips.shape[:3]
         frames = self._normalised(clips).transpose(1, 2).flatten(0, 1)
         return frame_tokens(self.encoder, frames, self._tubelet).unflatten(0, (B, K))
 
 
 def frame_tokens(encoder: nn.Module, pictures_BCHW: Tensor, tubelet: int) -> Tensor:
-    """What single pictures, normalised [B, 3, H, W], are to the predictor: each repeated to one tubelet, encoded,
-    layer-normalised, float32 [B, h·w, D]."""
+    """Returns the predictor's input for single pictures, normalised [B, 3, H, W]: each is repeated to one tubelet,
+    encoded and layer-normalised: float32 [B, h·w, D]."""
     tokens = encoder(pictures_BCHW[:, :, None].expand(-1, -1, tubelet, -1, -1)).float()
     return normalised(tokens)

@@ -1,4 +1,4 @@
-"""Stages of action-conditioned post-training on robots' trajectories. Their networks and loss are in action.py."""
+"""Stages of action-conditioned post-training on robots' trajectories. Networks and loss are in action.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ActionStage(Stage):
-    """Learns what a robot's actions do to what a frozen encoder sees (docs/method.md 8)."""
+    """Learns how a robot's actions change the features of a frozen encoder (docs/method.md 8)."""
 
     section = ActionStageConfig
     networks = ("encoder", "action_predictor")
@@ -33,12 +33,12 @@ class ActionStage(Stage):
 
     @property
     def data(self) -> DataConfig:
-        """By physical time, without jitter: actions are made of it."""
+        """The ``data`` section with sampling by time and without jitter: actions are differences over time."""
         augment = self.recipe.data.augment.model_copy(update={"rate": (1.0, 1.0)})
         return self.recipe.data.model_copy(update={"sampling": "time", "augment": augment})
 
     def check_clips(self, phase: Phase, source: object) -> None:
-        """Each frame is a step, repeated to one tubelet: any number that a rollout fits in."""
+        """Checks that clips are longer than a rollout. Each frame is repeated to one tubelet, so any number fits."""
         if (frames := min(phase.geometries)) <= self.config.rollout_steps:
             raise UserError(
                 f"a rollout of {self.config.rollout_steps} steps needs more than {frames} frames",
@@ -47,12 +47,12 @@ class ActionStage(Stage):
             )
 
     def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
-        """The trajectories that last as long as the longest clip."""
+        """Returns the trajectories that are at least as long as the longest clip."""
         longest = self._longest_clips()
         return {name: self._long_enough(name, manifests[name], longest[name]) for name in manifests if name in longest}
 
     def _longest_clips(self) -> dict[str, int]:
-        """Frames of the longest clips that the phases draw from each data set."""
+        """Returns the frames of the longest clips that the phases draw from each data set."""
         return {
             name: max(phase.frames_of(name) for phase in self.phases if name in phase.mixture)
             for name in self.data_sets
@@ -77,7 +77,7 @@ class ActionStage(Stage):
 
     @property
     def squashed_aspect(self) -> tuple[float, float]:
-        """All of a picture: a random crop would change what an action does to it."""
+        """``crop_aspect``: no random crop, since it would change the effect of an action on the picture."""
         return self.config.crop_aspect
 
     def complete(
@@ -88,19 +88,19 @@ class ActionStage(Stage):
         manifests: Mapping[str, Manifest],
         prepared: None,
     ) -> "MicroBatch":
-        """With ``states``, float32 [b, T, 7], at the clips' frames and, where asked for, ``extrinsics``, [b, T, 6]."""
+        """Adds ``states``, float32 [b, T, 7], of the clips' frames; ``extrinsics``, [b, T, 6], if the model has it."""
         import torch
 
         clips = [trajectory_clip(manifests[ref.dataset], ref) for ref in shown]
         extras = {"states": torch.from_numpy(np.stack([clip.states for clip in clips]))}
         if self.recipe.model.action_predictor.extrinsics:
             cameras = [clip.extrinsics for clip in clips if clip.extrinsics is not None]
-            assert len(cameras) == len(clips), "records saw them"
+            assert len(cameras) == len(clips), "checked by ``records``"
             extras["extrinsics"] = torch.from_numpy(np.stack(cameras))
         return replace(batch, extras=extras)
 
     def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
-        """States and extrinsics, float32."""
+        """Of states and extrinsics, float32."""
         extrinsics = int(self.recipe.model.action_predictor.extrinsics)
         return 1 + extrinsics, 4 * frames * (7 + 6 * extrinsics)
 
@@ -115,7 +115,7 @@ class ActionStage(Stage):
         steps = [frames - 1, *range(2, self.config.rollout_steps + 1)]  # of each pass of the predictor
         return ClipWork(
             (
-                # All frames of a micro-batch are one batch of the encoder.
+                # The encoder computes all frames of a micro-batch as one batch.
                 Pass("encoder", frames * h * w, trained=False),
                 *(
                     Pass("action_predictor", n * (h * w + conditions), given=n * h * w, predicted=n * h * w)
@@ -124,7 +124,7 @@ class ActionStage(Stage):
             ),
             # The encoder repeats each frame to fill a tubelet.
             pixels=CHANNELS * frames * model.tubelet * phase.size[0] * phase.size[1],
-            # Features before and after they are normalised, predictions after it, and those wanted of them.
+            # Features before and after LayerNorm, predictions after it, and their targets.
             kept=FLOAT32 * model.encoder.width * h * w * (2 * frames + 2 * sum(steps)),
         )
 
@@ -140,5 +140,5 @@ class ActionStage(Stage):
         return ActionConditioned(self, engine, manifests, records)
 
     def decisive(self) -> dict[str, Any]:
-        """Records are chosen by the longest clip from the first step on."""
+        """Adds the longest clips: ``records`` depends on them from the first step on."""
         return super().decisive() | {"the longest clip of a data set, in frames": self._longest_clips()}

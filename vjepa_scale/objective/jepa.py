@@ -1,4 +1,4 @@
-"""The V-JEPA 2 objective: predict, in feature space, what is masked (method: paper section 2.1)."""
+"""The V-JEPA 2 objective: predicts the features of masked tokens (method: paper section 2.1)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 from vjepa_scale.recipe import Stage
 
-# Enough to see a collapse; all 18,432 tokens of a 64-frame clip would cost more than they tell.
+# Enough to detect a collapse. All 18,432 tokens of a 64-frame clip would cost more than they add.
 OBSERVED_TOKENS = 256
 
 
@@ -33,7 +33,7 @@ class Jepa(Objective):
         seed = recipe.run.seed
         self.encoder = engine.shard(encoder, name="encoder", seed=seed, trainable=True)
         self.predictor = engine.shard(predictor, name="predictor", seed=seed, trainable=True)
-        # Under the encoder's name: the same keyed values, so Ē starts as an exact copy of E.
+        # With the encoder's name it gets the same keyed values, so Ē starts as an exact copy of E.
         self.target_encoder = engine.shard(target, name="encoder", seed=seed, trainable=False)
         engine.match_ema(self.target_encoder, self.encoder)
         engine.set_forward_order([self.target_encoder, self.encoder, self.predictor])
@@ -55,13 +55,13 @@ class Jepa(Objective):
 
     @property
     def unreached(self) -> frozenset[str]:
-        """Mask tokens of no generator: published models have ten, and two generators."""
+        """Mask tokens that no generator uses: published models have ten, and two generators."""
         return frozenset(f"predictor.mask_tokens.{token}" for token in self._unused_mask_tokens)
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """The mean over the micro-batch's mask pairs.
+        """Returns the mean loss over the micro-batch's mask pairs.
 
-        observe: where given, takes target features of the micro-batch, evenly spaced tokens of each clip.
+        observe: if given, target features of evenly spaced tokens of each clip are added to it
         """
         clips_BCTHW = self._normalised(batch.clips)
         T, H, W = clips_BCTHW.shape[2:]

@@ -1,4 +1,4 @@
-"""Stages of masked prediction: pretraining and cooldown. Their networks and loss are in jepa.py."""
+"""Stages of masked prediction: pretraining and cooldown. Networks and loss are in jepa.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from vjepa_scale.distributed.engine import Engine
     from vjepa_scale.objective.objective import Objective
 
-# Lengths of masks change from step to step; the mean over this many is within a few percent of a long run's.
+# Lengths of masks change from step to step. The mean over this many steps is within a few percent of a long run's.
 SAMPLED_STEPS = 16
 
 
 class JepaStage(Stage):
-    """Learns to predict, in feature space, what masks hide of clips."""
+    """Learns to predict the features of masked tokens of clips."""
 
     networks = ("encoder", "predictor")
     has_target_encoder = True
@@ -34,7 +34,7 @@ class JepaStage(Stage):
         return self.recipe.masks.group
 
     def check_before_launch(self) -> None:
-        """That no mask generator can leave a clip without context or target."""
+        """Checks that no mask generator can leave a clip without context or target."""
         for phase in self.phases:
             for frames in phase.geometries:
                 check_masks(self.recipe.masks, grid=self._grid(phase, frames))
@@ -47,7 +47,7 @@ class JepaStage(Stage):
         manifests: Mapping[str, Manifest],
         prepared: None,
     ) -> "MicroBatch":
-        """With its masks."""
+        """Adds the masks."""
         from vjepa_scale.data.batch import draw_masks
 
         masks = draw_masks(
@@ -60,19 +60,19 @@ class JepaStage(Stage):
         return replace(batch, masks=masks)
 
     def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Of each mask generator context and target: at most all tokens once, in int64."""
+        """Of context and target of each mask generator: together at most all tokens once, in int64."""
         model, generators = self.recipe.model, len(self.recipe.masks.generators)
         tokens = max(1, frames // model.tubelet) * (size[0] // model.patch) * (size[1] // model.patch)
         return 2 * generators, 8 * generators * tokens
 
     def clip_flops(self, phase: Phase, frames: int) -> float:
-        """The mean over the masks of the phase's first steps."""
+        """Returns the mean over the masks of the phase's first steps."""
         t, h, w = self._grid(phase, frames)
         pairs = self._pairs(range(phase.first, phase.first + SAMPLED_STEPS), phase, frames)
         return sum(flops.jepa_step(self.recipe.model, t * h * w, lengths) for lengths in pairs) / SAMPLED_STEPS
 
     def clip_work(self, phase: Phase, frames: int) -> ClipWork:
-        """At the largest masks of some steps, the same ones for all phases of a geometry."""
+        """Returns the work with the largest masks of some steps, the same steps for all phases of a geometry."""
         t, h, w = self._grid(phase, frames)
         sampled = self._pairs(range(2 * SAMPLED_STEPS), phase, frames)
         pairs = max(sampled, key=lambda pairs: sum(context for context, _ in pairs))
@@ -82,7 +82,7 @@ class JepaStage(Stage):
                 Pass("encoder", context, given=context),
                 Pass("predictor", context + target, given=context, predicted=target),
             ]
-        # All target features, before and after they are normalised, and of each pair those wanted.
+        # All target features, before and after LayerNorm, and the targets of each pair.
         features = 2 * t * h * w + sum(target for _, target in pairs)
         return ClipWork(
             tuple(passes),
@@ -91,7 +91,7 @@ class JepaStage(Stage):
         )
 
     def _pairs(self, steps: range, phase: Phase, frames: int) -> list[list[tuple[int, int]]]:
-        """Context and target tokens of each mask generator, in each of the steps."""
+        """Returns the numbers of context and target tokens of each mask generator, for each of the steps."""
         cfg, seed, grid = self.recipe.masks, self.recipe.run.seed, self._grid(phase, frames)
         if (steps, grid) not in self._sampled:
             drawn = (drawn_masks(cfg, seed=seed, step=step, slots=range(1), grid=grid) for step in steps)

@@ -1,15 +1,15 @@
-"""What the trainer asks of an objective: its networks, its loss, and what it reports.
+"""The interface between the trainer and an objective: networks, loss, and what it reports.
 
-A new one (recipe/registry.py says what else its kind needs) has, in order:
+A new objective (recipe/registry.py lists what else its kind needs) implements, in order:
 
-    __init__          builds networks on the meta device and shards each by ``engine.shard``; ``_frozen_encoder`` is one
-    trained           those that the optimiser moves; ``settings`` and ``unreached``, what is particular to some
-    networks          all that a checkpoint holds; by ``init_from`` a stage takes those that its Stage names in
-                      ``networks``, and others start fresh
-    loss              of one micro-batch, with ``batch.extras`` beside its clips; other scalars go into metrics.jsonl
+    __init__          builds networks on the meta device and shards each by ``engine.shard``; see ``_frozen_encoder``
+    trained           the networks that the optimiser updates; ``settings`` and ``unreached`` for their exceptions
+    networks          all networks of a checkpoint; ``init_from`` loads those that the Stage's ``networks`` names, and
+                      the others start fresh
+    loss              of one micro-batch: its clips and ``batch.extras``; other scalars are written to metrics.jsonl
     after_step        such as the EMA of a target encoder
-    checkpoint_facts  what a manifest says of its data
-    evaluation        where its Stage ``evaluates``
+    checkpoint_facts  facts about its data for checkpoint manifests
+    evaluation        if its Stage ``evaluates``
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ from vjepa_scale.recipe import Phase, Stage
 class Objective(ABC):
     """Owns the networks of a stage, sharded by its engine.
 
-    observes:     whether ``loss`` gives features to look at for a collapse
+    observes:     whether ``loss`` provides features for the effective rank
     ema_momentum: of a target encoder; None without one
     """
 
@@ -46,16 +46,16 @@ class Objective(ABC):
     @property
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that the optimiser moves, by the prefix of their parameters' names."""
+        """The networks that the optimiser updates, by the prefix of their parameters' names."""
 
     @property
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """Everything a checkpoint holds."""
+        """All networks of a checkpoint, by the prefix of their parameters' names."""
 
     @property
     def settings(self) -> dict[str, GroupSetting]:
-        """Trained networks that have a learning rate and a weight decay of their own."""
+        """Trained networks with their own learning rate and weight decay."""
         return {}
 
     @property
@@ -65,36 +65,36 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """Of one micro-batch, float32 scalars: ``loss``, with a graph, and what is reported beside it.
+        """Returns float32 scalars of one micro-batch: ``loss``, with a graph, and others to report.
 
-        observe: where given, takes features of the micro-batch
+        observe: if given, features of the micro-batch are added to it
         """
 
     def after_step(self) -> None:  # noqa: B027 (most have nothing to do)
-        """What follows each step of the optimiser."""
+        """Runs after each step of the optimiser."""
 
     def before_training(self, resumed: Mapping[str, Any] | None) -> None:  # noqa: B027
-        """Once, when all weights are there. resumed: the manifest of the stage's own checkpoint, if there is one."""
+        """Runs once, after the weights are loaded. resumed: the manifest of the stage's own checkpoint, if any"""
 
     def before_phase(self, phase: Phase, stop_if_asked: Callable[[], None]) -> None:  # noqa: B027
-        """Before a phase's first step. stop_if_asked: to be called now and then, by all ranks equally often"""
+        """Runs before a phase's first step. stop_if_asked: call it regularly, equally often on all ranks"""
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """What checkpoints say of the stage's data, as JSON under keys of the kind's own."""
+        """Returns facts about the stage's data for checkpoint manifests, as JSON under the kind's own keys."""
         return {}
 
     def evaluation(
         self, phases: Sequence[Phase], stop_if_asked: Callable[[], None]
     ) -> tuple[dict[str, Any], Iterator[str]] | None:
-        """After the last step, of a kind that ``evaluates``. Collective; returns None on all ranks but rank 0.
+        """Evaluates after the last step, for a kind that ``evaluates``. Collective; returns None on ranks other than 0.
 
         phases: the stage's
-        Returns evaluation.json's content (``origin`` and ``step`` are added to it), and lines for a terminal.
+        Returns the content of evaluation.json (``origin`` and ``step`` are added to it), and lines for a terminal.
         """
         raise NotImplementedError(f"{type(self).__name__} has no evaluation, though its Stage says that it evaluates")
 
     def _frozen_encoder(self) -> nn.Module:
-        """The encoder, without gradients; one copy."""
+        """Returns a sharded encoder without gradients."""
         with torch.device("meta"):
             encoder = Encoder(self._recipe.model)
         return self._engine.shard(encoder, name="encoder", seed=self._recipe.run.seed, trainable=False)
@@ -105,12 +105,12 @@ class Objective(ABC):
 
 
 def lp_distance(predicted: Tensor, wanted: Tensor, exponent: float) -> Tensor:
-    """Mean |difference|^p / p: L1 for p = 1."""
-    if exponent == 1.0:  # in one operation: no difference is kept for the backward pass
+    """Returns the mean of |difference|^p / p: L1 for p = 1."""
+    if exponent == 1.0:  # one operation, which keeps no difference for the backward pass
         return F.l1_loss(predicted, wanted)
     return (predicted - wanted).abs().pow(exponent).mean() / exponent
 
 
 def normalised(tokens: Tensor) -> Tensor:
-    """LayerNorm over the last dimension, without parameters: what predictions and their targets are compared in."""
+    """LayerNorm over the last dimension, without parameters. The loss compares features after it."""
     return F.layer_norm(tokens, tokens.shape[-1:])

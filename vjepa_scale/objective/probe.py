@@ -1,4 +1,4 @@
-"""Attentive probes: what can be read from a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
+"""Attentive probes on a frozen encoder's tokens (V-JEPA 2 paper, section 5; docs/method.md 10)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +31,12 @@ _log = logging.getLogger(__name__)
 class Probes(Objective):
     """One frozen encoder, and a probe for each draw of labels, learning rate and weight decay.
 
-    Those of a draw learn from its clips alone, from the tokens that one pass of the encoder gives for all. The loss is
-    the sum of the probes' cross-entropies, so that each gets the gradient of its own alone. A probe whose rate is too
-    high for it is lost by itself: what is not finite counts nothing for the others.
+    The probes of a draw learn only from its clips. One pass of the encoder gives the tokens for all probes. The loss is
+    the sum of the probes' cross-entropies, so each probe gets only its own gradient. A probe that diverges because of
+    its learning rate does not affect the others: losses and gradients that are not finite are excluded.
 
-    kept: tokens [N, D] of training clips, by the name of their data set and their number there; where there are some,
-          of all that are trained on, and the encoder is not called
+    kept: tokens [N, D] of training clips, by data set and record number; either empty, or complete for all training
+          clips, and then the encoder is not called
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Probes(Objective):
             with torch.device("meta"):
                 probe = probe_of(recipe.model, config, classes=len(classes))
             start = partial(probe_initial_value, depth=config.depth, width=recipe.model.encoder.width)
-            # One name for all: they start equal, and differ by their settings alone.
+            # One name for all: they start equal and differ only by their settings.
             self.probes[name] = engine.shard(
                 probe, name="probe", seed=recipe.run.seed, trainable=True, initial_value=start
             )
@@ -78,10 +78,11 @@ class Probes(Objective):
         return self._settings
 
     def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """The sum over the probes; ``best_loss``, of the best setting; ``accuracy``, the mean over the probes.
+        """Returns the sum over the probes; ``best_loss``, of the best setting; ``accuracy``, the mean over the probes.
 
-        Without those whose loss is not finite, unless that is all of them. With D draws of labels a probe's loss is D
-        times the sum over its own clips, by the number of all: its mean over micro-batches is that over its clips.
+        Probes with a loss that is not finite are left out, unless all are. With D draws of labels a probe's loss is the
+        sum over its own clips times D, divided by the number of all clips: its mean over micro-batches is the mean over
+        its clips.
         """
         device = self._engine.device
         labels_B = batch.extras["labels"].to(device, non_blocking=True)
@@ -90,7 +91,7 @@ class Probes(Objective):
         losses, right = [], []
         for name, probe in self.probes.items():
             own = rows[self.draw_of[name]]
-            # Every rank calls every probe: one without clips of a draw shows the probe another's, which counts nothing.
+            # Every rank must call every probe. Without clips of its draw it passes another clip, which does not count.
             shown = own if len(own) else torch.zeros(1, dtype=torch.int64, device=device)
             logits = probe(tokens_BND[shown]).float()[: len(own)]
             share = self._draws / len(labels_B)
@@ -98,12 +99,12 @@ class Probes(Objective):
             right.append((logits.argmax(1) == labels_B[own]).float().sum() * share)
         loss, correct = torch.stack(losses), torch.stack(right)
         lost = ~loss.detach().isfinite()
-        counted = loss.where(~lost | lost.all(), 0.0)  # the others' gradients are their own
+        counted = loss.where(~lost | lost.all(), 0.0)  # other probes' gradients do not change
         by_setting = loss.detach().where(~lost, torch.inf).view(self._draws, -1).mean(0)
         return {"loss": counted.sum(), "best_loss": by_setting.min(), "accuracy": correct.where(~lost, 0.0).mean()}
 
     def _tokens(self, batch: MicroBatch) -> Tensor:
-        """Of a micro-batch's clips: [B, N, D]."""
+        """Returns the tokens of a micro-batch's clips: [B, N, D]."""
         if self.kept:
             kept = [self.kept[clip] for clip in zip(batch.datasets, batch.records, strict=True)]
             return torch.stack(kept).to(self._engine.device, non_blocking=True)
@@ -111,7 +112,7 @@ class Probes(Objective):
             return self.encoder(self._normalised(batch.clips))
 
     def _rows_of_draws(self, batch: MicroBatch) -> list[Tensor]:
-        """Which clips of a micro-batch belong to each draw of labels."""
+        """Returns the indices of a micro-batch's clips that belong to each draw of labels."""
         of_clips = batch.extras.get("label_draws")
         if of_clips is None:
             return [torch.arange(len(batch.clips))]
@@ -120,7 +121,7 @@ class Probes(Objective):
     # -- before and after the steps --------------------------------------------------------------------
 
     def before_phase(self, phase: Phase, stop_if_asked: Callable[[], None]) -> None:
-        """Where tokens are kept: those of the phase's training clips, unless the phase before saw the same of them."""
+        """With ``keep_tokens``: encodes the phase's training clips, unless the phase before had the same clips."""
         geometry = phase.geometries, phase.size
         if self._stage.decodes_clips or geometry == self._kept_of:
             return
@@ -142,11 +143,11 @@ class Probes(Objective):
         return None if result is None else (result, table(result))
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Tokens [B, N, D] of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights."""
+        """Returns tokens [B, N, D] of uint8 clips [B, 3, T, H, W]. Collective, because it gathers weights."""
         return self._engine.evaluate(lambda: self.encoder(self._normalised(clips)))
 
     def evaluate(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """Without gradients, of uint8 clips [B, 3, T, H, W]; all ranks together, as it gathers weights.
+        """Evaluates uint8 clips [B, 3, T, H, W] without gradients. Collective, because it gathers weights.
 
         Returns logits of the P probes, float32 [B, P, classes], and features: tokens averaged over space
         (knn_linear.encoder_features), float32 [B, T/tubelet · D].

@@ -1,4 +1,4 @@
-"""Stages that train attentive probes on a frozen encoder. Their networks and loss are in probe.py."""
+"""Stages that train attentive probes on a frozen encoder. Networks and loss are in probe.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ProbeStage(Stage):
-    """Learns to tell classes apart by a frozen encoder's tokens, and is evaluated at its end (docs/method.md 10)."""
+    """Trains classifiers on a frozen encoder's tokens and evaluates them at the end (docs/method.md 10)."""
 
     section = ProbeStageConfig
     networks = ("encoder",)
@@ -32,7 +32,7 @@ class ProbeStage(Stage):
 
     @property
     def decodes_clips(self) -> bool:
-        """Not where the tokens of all training clips are kept before the first step."""
+        """False if the tokens of all training clips are kept before the first step."""
         return not self.config.keep_tokens
 
     @property
@@ -41,7 +41,7 @@ class ProbeStage(Stage):
 
     @property
     def evaluated_frames(self) -> int:
-        """T of the clips that the probes are evaluated on: the held-out data set's own, or the last phase's."""
+        """T of the clips of the evaluation: the held-out data set's own, or the last phase's."""
         return self.recipe.data.sets[self.config.evaluate_on].frames or self.phases[-1].frames
 
     # -- checks --------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class ProbeStage(Stage):
 
     @property
     def eps(self) -> float:
-        """Of the probes' LayerNorms."""
+        """eps of the probes' LayerNorms."""
         return self.config.layer_norm_eps(self.recipe.model.encoder.heads)
 
     def warnings(self) -> list[str]:
@@ -96,11 +96,11 @@ class ProbeStage(Stage):
     # -- which records ---------------------------------------------------------------------------------
 
     def task(self, manifests: Mapping[str, Manifest]) -> Manifest:
-        """The data set whose classes the probes tell apart: the first that they are trained on."""
+        """Returns the data set that defines the classes: the first that the probes are trained on."""
         return manifests[next(iter(self.phases[0].mixture))]
 
     def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
-        """Those that the probes are trained on: ``labels_per_class`` of each class, for each of ``label_draws``."""
+        """Returns the training records: ``labels_per_class`` of each class, for each of ``label_draws``."""
         drawn = {name for phase in self.phases for name in phase.mixture}
         return {name: self._trained_on(name, manifests) for name in manifests if name in drawn}
 
@@ -108,7 +108,7 @@ class ProbeStage(Stage):
         task, held_out = self.task(manifests), self.config.evaluate_on
         if len(task.classes) < 2:
             raise UserError(
-                f"{len(task.classes)} class{'es' * (len(task.classes) != 1)}: there is nothing to tell apart",
+                f"{len(task.classes)} class{'es' * (len(task.classes) != 1)}: a probe needs at least two",
                 where=task.folder / MANIFEST,
                 fix="a data set with at least two classes",
             )
@@ -119,30 +119,30 @@ class ProbeStage(Stage):
                 fix="held-out videos of their own",
             )
         for needed in (name, held_out):
-            labels_of(manifests[needed], task.classes)  # all there, and of the task
+            labels_of(manifests[needed], task.classes)  # raises if one is missing or not a class of the task
         chosen_on = self.choice_records(manifests[name])
         found = self._few(manifests[name], per_class=self._trained_per_class)
         return found if self.config.labels_per_class else np.setdiff1d(found, chosen_on)
 
     @property
     def _trained_per_class(self) -> int | None:
-        """Records of each class that are trained on, over all draws; None: all."""
+        """Training records of each class, over all draws; None: all."""
         few = self.config.labels_per_class
         return None if few is None else few * self.config.label_draws
 
     def records_of_draw(self, manifest: Manifest, draw: int) -> Ints:
-        """The records of one of the draws of labels; where all are trained on, there is one draw."""
+        """Returns the records of one draw of labels. Without ``labels_per_class`` there is one draw, of all records."""
         per_class = self.config.labels_per_class
         return self._few(manifest, per_class=per_class, skip=draw * (per_class or 0))
 
     def choice_records(self, manifest: Manifest) -> Ints:
-        """The records of a training set on which the setting is chosen, not trained; none: not asked for."""
+        """Returns the records of a training set that choose the setting and are not trained on; empty by default."""
         if self.config.choose_per_class is None:
             return np.arange(0)
         return self._few(manifest, per_class=self.config.choose_per_class, skip=self._trained_per_class or 0)
 
     def _few(self, manifest: Manifest, *, per_class: int | None, skip: int = 0) -> Ints:
-        """So many records of each class, by ``data.seed``; None: all."""
+        """Returns ``per_class`` records of each class, drawn by ``data.seed``; None: all."""
         labels = labels_of(manifest)
         if per_class is None:
             return np.arange(manifest.records)
@@ -156,7 +156,7 @@ class ProbeStage(Stage):
     # -- what a micro-batch has --------------------------------------------------------------------------
 
     def prepared(self, phase: Phase, manifests: Mapping[str, Manifest]) -> dict[str, Ints] | None:
-        """Where there are several draws of labels: of each record of a data set the number of its draw; -1: in none."""
+        """Returns, for several draws of labels, the draw of each record of each data set; -1: in none."""
         if self.config.label_draws == 1:
             return None
         numbers = {name: np.full(manifests[name].records, -1, np.int64) for name in phase.mixture}
@@ -173,7 +173,7 @@ class ProbeStage(Stage):
         manifests: Mapping[str, Manifest],
         prepared: Mapping[str, Ints] | None,
     ) -> "MicroBatch":
-        """With ``labels``, int64 [b] and, where there are several draws of labels, ``label_draws``, int64 [b]."""
+        """Adds ``labels``, int64 [b], and for several draws of labels ``label_draws``, int64 [b]."""
         import torch
 
         classes = self.task(manifests).classes
@@ -184,19 +184,19 @@ class ProbeStage(Stage):
         return replace(batch, records=tuple(ref.record for ref in shown), extras=extras)
 
     def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Labels and draws, int64."""
+        """Of labels and draws, int64."""
         tensors = 1 if self.config.label_draws == 1 else 2
         return tensors, 8 * tensors
 
     def finish_batch(self) -> tuple[int, int, tuple[int, int]]:
-        """Of the evaluation, whose batches hold all views of a record."""
+        """Returns the batches of the evaluation, which hold all views of a record."""
         views, last = self.config.views.segments * self.config.views.crops, self.phases[-1]
         return max(views, last.micro_batch), self.evaluated_frames, last.size
 
     # -- cost, training ----------------------------------------------------------------------------------
 
     def clip_flops(self, phase: Phase, frames: int) -> float:
-        """Without the probes' last layers, whose number of classes the data say."""
+        """Does not count the probes' last layers: the number of classes is not in the recipe."""
         t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
         probes = len(self.config.lr_scales) * len(self.config.weight_decays)
         return flops.probe_step(

@@ -1,4 +1,4 @@
-"""A YAML file and dotted overrides become a Recipe, or one error that names file and key."""
+"""Builds a Recipe from a YAML file and dotted overrides. Raises one error that names file and key."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ from vjepa_scale.recipe.schema import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number: 1e-4 is one (YAML 1.1 reads it as text)."""
+    """Reads numbers as YAML 1.2 does: 1e-4 is a number (in YAML 1.1 it is text)."""
 
 
 _Loader.add_implicit_resolver(
@@ -28,10 +28,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Reads a recipe.
 
-    path:      a YAML file, or the name of a shipped recipe; what its ``extends`` names (a path relative to the file,
-               or a shipped recipe) is merged underneath.
+    path:      a YAML file, or the name of a shipped recipe. Its keys override those of the recipe that its ``extends``
+               names (a path relative to the file, or a shipped recipe).
     overrides: ``dotted.key=value`` with YAML values; list items by number (``pretrain.phases.0.steps=10``).
     Raises UserError naming ``file:key`` and what would work; the file is the one that has the key.
     """
@@ -56,9 +56,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_file(given: str | Path) -> Path:
-    """The file of a recipe: a path, as it is, or the shipped recipe NAME. A path that exists wins over a name.
+    """Returns the file of a recipe, from a path or from the name of a shipped recipe. An existing path has priority.
 
-    Raises UserError for what is neither.
+    Raises UserError if it is neither.
     """
     if (found := _file_of(str(given), folder=Path())) is not None:
         return found
@@ -67,9 +67,9 @@ def recipe_file(given: str | Path) -> Path:
 
 
 def _file_of(given: str, *, folder: Path) -> Path | None:
-    """A path relative to a folder, or with ``.yaml`` behind it where it has no suffix; else the shipped recipe."""
+    """Returns a path relative to a folder, with ``.yaml`` appended if it has no suffix; else the shipped recipe."""
     paths = [folder / given] + ([folder / f"{given}.yaml"] if given and not Path(given).suffix else [])
-    # A folder is no recipe: runs/ or demo/ beside one does not hide the shipped recipe of that name.
+    # A folder is not a recipe: a folder demo/ does not hide the shipped recipe of that name.
     own = [path for path in paths if path.exists() and not path.is_dir()]
     if own:
         return own[0]
@@ -77,8 +77,8 @@ def _file_of(given: str, *, folder: Path) -> Path | None:
 
 
 def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
-    """Check a parsed tree against the schema and across sections."""
-    if "others" in tree:  # of the schema alone: in a file these stages stand beside the four
+    """Checks a parsed tree against the schema and across sections. Returns the recipe."""
+    if "others" in tree:  # a field of the schema, but not a key of files
         known = ", ".join(_known_keys(Recipe, [], {}))
         raise UserError("unknown key", where=f"{source}:others", fix=f"known here: {known}")
     try:
@@ -90,12 +90,12 @@ def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: loading it again gives the same recipe."""
+    """Returns the resolved recipe as YAML. Loading it gives the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """A file and those that it extends, from the top down. above: the file that extends it"""
+    """Returns a file and those that it extends, that one first. above: the file that extends it"""
     if path.resolve() in seen:
         raise UserError("extends itself", where=f"{above}:extends", fix="name another file, or leave extends out")
     try:
@@ -121,25 +121,25 @@ def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list
 
 
 def _copied(node: Any) -> Any:
-    """With its aliases written out: an override of a stage must not change the one that it was copied from."""
+    """Copies a tree with its aliases expanded: an override of one stage must not change another one."""
     if isinstance(node, dict):
         return {key: _copied(value) for key, value in node.items()}
     return [_copied(item) for item in node] if isinstance(node, list) else node
 
 
 def _is_stage(name: str, layers: list[tuple[Path, dict[str, Any]]]) -> bool:
-    """Does a file have a stage of this name? ``NAME: null``, above it or as an override, takes it away."""
+    """Returns whether a file has a stage of this name. ``NAME: null``, above it or as override, removes it."""
     return any(isinstance(layer.get(name), dict) and "kind" in layer[name] for _, layer in layers)
 
 
-# What names data sets: a list in all but form, so one that is given replaces the one below.
+# Keys of mappings that list data sets. Like a list, a mapping replaces the one of the extended file.
 _MIXTURES = ("sets", "mixture")
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``: sections merge key by key, anything else (lists and mixtures too) replaces.
+    """Merges ``top`` over ``base``: sections merge key by key, everything else (lists and mixtures too) replaces.
 
-    A mixture of nothing but nulls gives none: it takes data sets away from the one below.
+    A mixture whose values are all null does not replace: it removes these data sets from the one of ``base``.
     """
     out = dict(base)
     for key, value in top.items():
@@ -150,7 +150,7 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_nulls(node: Any) -> None:
-    """``NAME: null`` in a mixture takes that data set away."""
+    """Removes the data sets that a mixture has as ``NAME: null``."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if key in _MIXTURES and isinstance(value, dict):
             node[key] = {name: item for name, item in value.items() if item is not None}
@@ -159,7 +159,7 @@ def _drop_nulls(node: Any) -> None:
 
 
 def _origin(key: list[str], layers: list[tuple[Path, dict[str, Any]]], overridden: list[list[str]]) -> object:
-    """Where a key was given, or else the section that lacks it: the command line or a file."""
+    """Returns where a key, or else the section that lacks it, was given: the command line or a file."""
     for length in range(len(key), 0, -1):
         if any(name[:length] == key[:length] for name in overridden):
             return "command line"
@@ -201,7 +201,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _expanded(value: Any, key: str, where: str) -> dict[str, Any]:
-    """What an override finds where it wants a mapping: nothing, or an encoder's name that it refines."""
+    """Returns the mapping for an override of a key below ``value``: empty for None, the sizes of a named encoder."""
     if value is None:
         return {}
     if isinstance(value, str) and key.startswith("model.encoder."):
@@ -221,7 +221,7 @@ def _list_index(node: list[Any], part: str, where: str) -> int:
 _NUMBER, _WHOLE, _BOOL = "must be a number", "must be a whole number", "must be true or false"
 _SECTION, _LIST = "must be a section of keys", "must be a list"
 
-# pydantic's types of error, in a recipe's words. In braces: what the schema allows.
+# Messages for pydantic's types of errors. In braces: what the schema allows.
 _PLAIN_WORDS = {
     "missing": "missing",
     "int_type": _WHOLE,
@@ -254,9 +254,9 @@ def explain_invalid(
     *,
     sections: Mapping[str, type[BaseModel]] | None = None,
 ) -> UserError:
-    """What pydantic found in a file, as one line that names ``source:key`` and what would work.
+    """Returns pydantic's first error about a file as one line that names ``source:key`` and what would work.
 
-    sections: of keys that are no fields of the schema
+    sections: of keys that are not fields of the schema
     """
     first = error.errors()[0]
     location = [
@@ -264,7 +264,7 @@ def explain_invalid(
         for part in first["loc"]
         if not str(part).startswith(("function-", "lax-or-strict", "constrained", "[key]"))
     ]
-    if location[:1] == ["others"]:  # stages of other names: beside the four in a file
+    if location[:1] == ["others"]:  # not a key of files
         del location[0]
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -272,26 +272,26 @@ def explain_invalid(
         close = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         if schema is Recipe and len(location) == 1 and isinstance(first["input"], dict) and "phases" in first["input"]:
-            fix = f"a stage of this name says its kind: {', '.join(STAGES)}"
+            fix = f"a stage of this name needs kind: {', '.join(STAGES)}"
         return UserError(f"unknown key{more}", where=f"{source}:{'.'.join(location)}", fix=fix)
     plain = _PLAIN_WORDS.get(first["type"])
     what = plain.format(**first.get("ctx", {})) if plain else first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     if not isinstance(given, (dict, list)) and first["type"] not in ("missing", "value_error"):
         what = f"{what}, not {given!r}"
-    # Without a location: about several sections, which the words name.
+    # Without a location the error is about several sections, which its message names.
     return UserError(f"{what}{more}", where=f"{source}:{'.'.join(location)}" if location else source)
 
 
 def _sections_by_kind(tree: dict[str, Any]) -> dict[str, type[BaseModel]]:
-    """The sections of stages that say their kind."""
+    """Returns the section classes of stages that have a ``kind`` key."""
     kinds = {name: value.get("kind") for name, value in tree.items() if isinstance(value, dict)}
     known = {name: kind for name, kind in kinds.items() if isinstance(kind, str) and kind in STAGES}
     return {name: class_of(STAGES, kind).section for name, kind in known.items()}
 
 
 def _known_keys(schema: type[BaseModel], location: list[str], sections: Mapping[str, type[BaseModel]]) -> list[str]:
-    """The keys of the section at a location of the schema."""
+    """Returns the keys of the section at a location of the schema."""
     section: Any = schema
     if location[:1] and location[0] in sections and location[0] not in schema.model_fields:
         section, location = sections[location[0]], location[1:]
@@ -315,7 +315,7 @@ def _section_of(annotation: Any) -> Any:
 
 
 def _cross_check(recipe: Recipe, source: object) -> None:
-    """What one section alone cannot know."""
+    """Checks keys of several sections against each other."""
     from vjepa_scale.recipe.stage import check_stages
 
     check_stages(recipe, source)

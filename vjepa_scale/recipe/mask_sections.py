@@ -1,4 +1,4 @@
-"""The ``masks`` section of a recipe (docs/method.md 4). Each generator's own keys are beside its code in masking/."""
+"""The ``masks`` section of a recipe (docs/method.md 4). masking/ has each generator's own keys."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,19 +9,19 @@ from vjepa_scale.recipe.sections import PositiveInt, Section
 
 
 class MaskSection(Section):
-    """An entry of ``masks.generators``. A kind's own section has ``kind: Literal["NAME"]``, and keys of its own."""
+    """An entry of ``masks.generators``. The section of a kind has ``kind: Literal["NAME"]`` and its own keys."""
 
     kind: str
 
 
 def section_of_kind(kind: str) -> type[MaskSection]:
-    """The section of a registered kind of mask."""
+    """Returns the section class of a registered kind of mask generator."""
     found: type[MaskSection] = class_of(MASK_GENERATORS, kind).section
     return found
 
 
 def _of_its_kind(value: Any) -> Any:
-    """A generator as its kind's section. (A tagged union of pydantic's would put the kind into every error's key.)"""
+    """Parses a generator as the section of its kind. (pydantic's tagged union would add the kind to errors' keys.)"""
     if isinstance(value, Section):
         return value
     if not isinstance(value, dict):
@@ -49,7 +49,7 @@ def _published() -> tuple[MaskSection, ...]:
 
 
 class MasksConfig(Section):
-    # Defaults are made when they are needed: the sections' modules import this one.
+    # A default factory, because the modules of the sections import this one.
     generators: tuple[Annotated[SerializeAsAny[MaskSection], BeforeValidator(_of_its_kind)], ...] = Field(
         default_factory=_published, min_length=1
     )
@@ -59,8 +59,8 @@ class MasksConfig(Section):
     )
     multiple_of: PositiveInt = Field(
         1,
-        description="of blocks: counts are rounded down to a multiple of this (those below it stay), so that fewer "
-        "lengths occur; not with a complement",
+        description="of blocks: token counts are rounded down to a multiple of this (smaller counts stay), so that "
+        "fewer lengths occur; not with a complement",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The networks of a model, and whether a file's are those that a recipe wants."""
+"""The networks of a model, and the check that a file's networks match the recipe's."""
 
 from collections.abc import Iterable
 from typing import Final, Literal, get_args
@@ -18,9 +18,9 @@ def refuse_other_model(
     by: str = "the recipe",
     networks: Iterable[str] = ("encoder", "predictor"),
 ) -> None:
-    """Raise UserError with everything in which the model of a file is not the one that is wanted.
+    """Raises UserError that lists all differences between the model of a file and the wanted one.
 
-    by: what wants it, in words
+    by: the source of ``wanted``, for the message
     """
     words = {
         "depth": "{} blocks in the file, {} in {by}",

@@ -1,4 +1,4 @@
-"""Phases: stretches of the global step with everything about them decided.
+"""Phases: ranges of global steps with one resolved configuration.
 
 Steps are counted from 0; a phase covers ``first <= step < end`` of the global step, which never resets:
 a cooldown's phases count from the step of the checkpoint that it continues from.
@@ -13,10 +13,10 @@ from vjepa_scale.recipe.stage_sections import RampShape, StageConfig
 
 @dataclass(frozen=True)
 class Ramp:
-    """A value that goes from ``start`` to ``final``, in closed form: no state, so a resumed run computes the same.
+    """A value that changes from ``start`` to ``final``, in closed form: no state, so a resumed run computes the same.
 
     first: the global step at which it begins
-    steps: how many steps it takes to ``final``, the horizon; training may end before, and stays at ``final`` after
+    steps: the horizon, the number of steps to ``final``; training may end earlier; later the value stays at ``final``
     """
 
     start: float
@@ -26,11 +26,11 @@ class Ramp:
     shape: RampShape = "linear"
 
     def after(self, done: int) -> float:
-        """The value after so many steps: start + (final − start)·f(done/steps).
+        """Returns the value after ``done`` steps: start + (final − start)·f(done/steps).
 
         Linear: f(x) = x; cosine: f(x) = (1 − cos πx)/2.
         """
-        if done >= self.steps:  # exactly, whatever the rounding of the formula
+        if done >= self.steps:  # exact, without the formula's rounding
             return self.final
         if self.shape == "cosine":
             return self.start + (self.final - self.start) * (1 - math.cos(math.pi * done / self.steps)) / 2
@@ -39,15 +39,15 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of steps.
+    """A range of global steps with one resolved configuration.
 
     first, steps:  the global steps first … first+steps-1
     frames, size:  T and (H, W) of a clip, in frames and pixels
     mixture:       weight of each data set that is drawn from (all positive)
-    own_frames:    T of those data sets whose clips have another length
-    mask_group:    consecutive slots of one geometry; matters where there are several
+    own_frames:    T of the data sets whose clips have another length
+    mask_group:    number of consecutive slots with one geometry; matters if there are several geometries
     lr_shape, lr_horizon: of the learning rate's ramp from start_lr to final_lr; the horizon in steps, None: ``steps``
-    weight_decay_ramp, ema_ramp: schedules that cover the phase; None: the constants of the recipe
+    weight_decay_ramp, ema_ramp: schedules that cover the phase; None: the recipe's constants
     """
 
     stage: str
@@ -78,24 +78,24 @@ class Phase:
 
     @property
     def last_lr(self) -> float:
-        """The learning rate of its last step, with which the next phase goes on."""
+        """The learning rate of its last step, which is the next phase's default start."""
         return self.lr_ramp.after(self.steps)
 
     def lr(self, step: int) -> float:
-        """The learning rate of a global step: of the ramp after that step, so the last one can have exactly final_lr.
+        """Returns the learning rate of a global step: the ramp's value after that step, so the last can be final_lr.
 
         A constant phase has start_lr = final_lr.
         """
         return self.lr_ramp.after(self._checked(step) - self.first + 1)
 
     def weight_decay(self, step: int) -> float | None:
-        """The weight decay of a global step, of its ramp after that step; None where it is not scheduled."""
+        """Returns the weight decay of a global step: its ramp's value after that step; None if not scheduled."""
         ramp = self.weight_decay_ramp
         return None if ramp is None else ramp.after(self._checked(step) - ramp.first + 1)
 
     def ema_momentum(self, step: int) -> float | None:
-        """The EMA momentum of a global step, of its ramp before that step, as published: the first step has exactly
-        ``start``. None where it is not scheduled.
+        """Returns the EMA momentum of a global step: its ramp's value before that step, as published, so the first step
+        has exactly ``start``. None if not scheduled.
         """
         ramp = self.ema_ramp
         return None if ramp is None else ramp.after(self._checked(step) - ramp.first)
@@ -106,7 +106,7 @@ class Phase:
         return step
 
     def frames_of(self, name: str) -> int:
-        """T of a data set's clips."""
+        """Returns T of a data set's clips."""
         return self.own_frames.get(name, self.frames)
 
     @property
@@ -118,12 +118,12 @@ class Phase:
         return parts
 
     def grid(self, *, patch: int, tubelet: int, frames: int | None = None) -> tuple[int, int, int]:
-        """Tokens (t, h, w) of a clip of so many frames, by default the phase's."""
+        """Returns the token grid (t, h, w) of a clip of so many frames, by default the phase's."""
         return (self.frames if frames is None else frames) // tubelet, self.size[0] // patch, self.size[1] // patch
 
 
 def phase_steps(stage: StageConfig) -> list[int]:
-    """Steps of each phase; raises ValueError where they do not add up to the stage's."""
+    """Returns the steps of each phase. Raises ValueError if they do not add up to the stage's."""
     fixed = [
         None if p.steps is None else p.steps if isinstance(p.steps, int) else round(p.steps * stage.steps)
         for p in stage.phases
@@ -138,7 +138,7 @@ def phase_steps(stage: StageConfig) -> list[int]:
 
 
 def accumulation(phase: Phase, *, dp_world_size: int) -> int:
-    """Micro-batches per rank and step. Raises UserError where the ranks do not divide them."""
+    """Returns the micro-batches per rank and step. Raises UserError if the ranks cannot share them equally."""
     micro_batches = phase.global_batch // phase.micro_batch
     if micro_batches % dp_world_size:
         raise UserError(

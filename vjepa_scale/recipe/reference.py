@@ -1,4 +1,4 @@
-"""Every key of a recipe as a Markdown table, from the schema itself: docs/recipe_keys.md.
+"""Generates docs/recipe_keys.md, a Markdown table of every key of a recipe, from the schema.
 
 python -m vjepa_scale.recipe.reference > docs/recipe_keys.md
 """
@@ -16,13 +16,13 @@ from vjepa_scale.recipe.stage_sections import StageConfig
 
 
 def reference() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     lines = [
         "# Every key of a recipe",
         "",
-        "Made from the schema by `python -m vjepa_scale.recipe.reference`. `<stage>` is `pretrain`, `cooldown`, "
-        "`action` or `probe`, or another name with a `kind`; `action` and `probe` are there with what they have beside "
-        "that, or with another default.",
+        "Generated from the schema by `python -m vjepa_scale.recipe.reference`. `<stage>` is `pretrain`, `cooldown`, "
+        "`action` or `probe`, or another name with a `kind`. Rows of `action` and `probe` list only keys that the "
+        "other stages do not have, or that have another default.",
         "",
         "| key | default | meaning |",
         "|---|---|---|",
@@ -44,10 +44,10 @@ def reference() -> str:
 def _rows(section: type[BaseModel], prefix: str, default: Any = None) -> Iterator[tuple[str, str, str]]:
     """default: an instance of the section, whose values are the defaults here"""
     for name, field in section.model_fields.items():
-        if (section, name) == (Recipe, "others"):  # of kinds that are here already
+        if (section, name) == (Recipe, "others"):  # their kinds are listed already
             continue
         own = field.default if default is None else getattr(default, name)
-        # A section with words of its own is another one's double.
+        # A section with its own description repeats another one.
         inner = [] if field.description else _sections(field.annotation)
         for one, suffix in inner:
             yield from _rows(one, f"{prefix}{name}{suffix}.", own if isinstance(own, one) else None)
@@ -62,7 +62,7 @@ def _default(field: FieldInfo, value: Any) -> str:
 
 
 def _sections(annotation: Any) -> list[tuple[type[BaseModel], str]]:
-    """The sections inside an annotation, and what stands between the key and their fields: .NAME or .N."""
+    """Returns the sections inside an annotation, each with the text between its key and its fields: .NAME or .N."""
     if annotation is MaskSection:
         return [(section_of_kind(kind), "") for kind in MASK_GENERATORS]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -1,18 +1,17 @@
-"""What a recipe may name by ``kind``: one line for each says where its code is.
+"""The registry of kinds: for each ``kind`` that a recipe may name, a line with the module and class of its code.
 
-A kind is a class, by the name of its module and its own. Modules are imported when a recipe names the kind, so that
-launchers, which work without PyTorch, pay for nothing else.
+A module is imported when a recipe names its kind, so launchers do not import PyTorch or code that they do not need.
 
 To add a kind of training, write in one file of objective/ (or in two, as here, one of them without PyTorch), in order:
 
-    1. its section: a subclass of recipe/stage_sections.py's StageConfig, with the keys of its own
-    2. its Stage: ``section``, ``networks``, ``has_target_encoder``, ``evaluates``; ``check``, what keys say together;
-       ``records``, those that it draws; ``squashed_aspect``, how clips are cropped; ``complete``, what a micro-batch
-       has beside them, and ``beside_clips``, how large that is; ``clip_flops``; ``objective``
+    1. its section: a subclass of StageConfig (recipe/stage_sections.py) with its own keys
+    2. its Stage: ``section``, ``networks``, ``has_target_encoder``, ``evaluates``; ``check`` for checks across keys;
+       ``records`` that it draws; ``squashed_aspect`` of its crops; ``complete`` for the inputs of a micro-batch besides
+       clips, and ``beside_clips`` for their size; ``clip_flops``; ``objective``
     3. its Objective: see objective/objective.py
     4. a line in STAGES
 
-A recipe then has it as ``NAME: {kind: …}``. tests/training/test_new_objective.py does all of this.
+A recipe then uses it by ``NAME: {kind: …}``. tests/training/test_new_objective.py does all of this.
 """
 
 import importlib
@@ -25,7 +24,7 @@ STAGES = {
     "action": "vjepa_scale.objective.action_stage:ActionStage",
     "probe": "vjepa_scale.objective.probe_stage:ProbeStage",
 }
-# Of the stages that need not say theirs.
+# Kinds of the stages that need no ``kind`` key.
 DEFAULT_KINDS = {"pretrain": "jepa", "cooldown": "jepa", "action": "action", "probe": "probe"}
 # Masks: ``masks.generators.N.kind`` → its class, a vjepa_scale.masking.generator.MaskGenerator.
 MASK_GENERATORS = {
@@ -37,11 +36,11 @@ MASK_GENERATORS = {
 
 
 def kind_of(stage: str, named: str | None) -> str:
-    """The kind of a stage of this name whose section names this ``kind``, or none. Empty where nothing says it."""
+    """Returns the kind of a stage from its name and the ``kind`` of its section, which may be None. Empty: unknown."""
     return named or DEFAULT_KINDS.get(stage, "")
 
 
 def class_of(kinds: Mapping[str, str], kind: str) -> Any:
-    """The class that a kind's line names, ``module:class``. Raises KeyError for a kind without a line."""
+    """Imports and returns the class of a kind, ``module:class``. Raises KeyError for an unregistered kind."""
     module, _, name = kinds[kind].partition(":")
     return getattr(importlib.import_module(module), name)

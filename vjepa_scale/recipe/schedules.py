@@ -1,4 +1,4 @@
-"""What a stage's keys say of weight decay and EMA momentum, resolved to the ramp of each phase."""
+"""Resolves a stage's keys for weight decay and EMA momentum to a ramp for each phase."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def in_steps(horizon: Horizon, covered: int) -> int:
-    """A horizon in steps: a whole number is one, another is a multiple of the steps that the ramp covers."""
+    """Returns a horizon in steps. An integer counts steps; a float is a multiple of the steps that the ramp covers."""
     return horizon if isinstance(horizon, int) else max(1, round(horizon * covered))
 
 
 class Schedule:
-    """One value over the phases of a stage, asked phase by phase in their order.
+    """One value over the phases of a stage. Call ``of_phase`` for each phase, in their order.
 
     of_stage:  the ramp over the whole stage, if the stage has one
     value:     the value before the stage
-    scheduled: whether the stage or one of its phases says anything; else every phase has None
+    scheduled: whether the stage or one of its phases has a schedule; otherwise every phase gets None
     """
 
     def __init__(self, of_stage: Ramp | None, value: float, *, scheduled: bool) -> None:
         self._of_stage, self._value, self._scheduled = of_stage, value, scheduled
 
     def of_phase(self, given: RampConfig | None, first: int, steps: int) -> Ramp | None:
-        """The ramp of a phase: its own section's, else the stage's, else a constant where the phase before ended."""
+        """Returns the ramp of a phase: its own, else the stage's, else a constant at the last value before it."""
         if not self._scheduled:
             return None
         if given is not None:
@@ -42,10 +42,10 @@ class Schedule:
 
 
 def schedules_of(stage: Stage, first: int) -> tuple[Schedule, Schedule]:
-    """Of weight decay and EMA momentum. first: the stage's first step
+    """Returns the schedules of weight decay and EMA momentum. first: the stage's first step
 
-    A stage that continues from one of the recipe goes on where that one's schedule ended, but with the weight decay of
-    an ``optimizer`` section of its own.
+    A stage that continues from a stage of the recipe starts at the last value of that stage's schedule. If it has its
+    own ``optimizer`` section, it starts at that section's weight decay.
     """
     config = stage.config
     before = stage.earlier.get(str(config.continue_from))
@@ -69,20 +69,20 @@ def schedules_of(stage: Stage, first: int) -> tuple[Schedule, Schedule]:
 
 
 def _ramp(given: RampConfig, value: float, first: int, steps: int) -> Ramp:
-    """value: what it starts from where it does not say"""
+    """value: the start, if the section has none"""
     start = value if given.start is None else given.start
     horizon = steps if given.horizon is None else in_steps(given.horizon, steps)
     return Ramp(start, given.final, first, horizon, given.shape)
 
 
 def peak_weight_decay(phases: Sequence[Phase]) -> float | None:
-    """At least the largest scheduled weight decay of some phases; None where none is scheduled."""
+    """Returns an upper bound of the scheduled weight decay of some phases; None if none is scheduled."""
     ramps = [phase.weight_decay_ramp for phase in phases if phase.weight_decay_ramp is not None]
     return max((max(ramp.start, ramp.final) for ramp in ramps), default=None)
 
 
 def check_schedules(stage: Stage, key: str) -> None:
-    """Raise UserError for a schedule of what the stage does not have. key: of the stage, as errors name it"""
+    """Raises UserError for a schedule of a value that the stage does not have. key: the stage's key in errors"""
     places = {key: stage.config} | {f"{key}.phases.{n}": phase for n, phase in enumerate(stage.config.phases)}
     for place, given in places.items():
         if given.ema_momentum is not None and not stage.has_target_encoder:

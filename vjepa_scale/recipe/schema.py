@@ -1,4 +1,4 @@
-"""What a recipe may say. Unknown keys are errors; defaults are the V-JEPA 2 paper's (arXiv 2506.09985).
+"""The schema of a recipe. Unknown keys are errors; defaults are the V-JEPA 2 paper's (arXiv 2506.09985).
 
 Batches are global and counted in clips; lengths are in steps; sizes in pixels; times in seconds.
 """
@@ -34,20 +34,20 @@ from vjepa_scale.recipe.stage_sections import ActionStageConfig, OptimizerConfig
 
 
 class RunConfig(Section):
-    """Where the run lives and what makes it repeatable."""
+    """The run folder and the seed."""
 
     dir: str = Field(description="the run folder; everything the run writes is inside it")
-    seed: int = Field(0, description="key of weights, masks and augmentation")
+    seed: int = Field(0, description="seed of weights, masks and augmentation")
 
 
 class LaunchConfig(Section):
     """Where the stages run, and as how many processes."""
 
     cluster: Literal["auto", "local", "slurm"] = Field(
-        "auto", description="auto: Slurm where its sbatch command is found, this machine otherwise"
+        "auto", description="auto: Slurm if the sbatch command is found, else this machine"
     )
     profile: str | None = Field(
-        None, description="what the site's Slurm wants: a path, a name in slurm/profiles/ here, or a shipped profile's"
+        None, description="the site's Slurm options: a path, a name in slurm/profiles/ here, or a shipped profile"
     )
     nodes: PositiveInt = Field(1, description="machines per stage")
     tasks_per_node: PositiveInt = Field(1, description="processes per node: one per GPU, or any number on CPU")
@@ -66,45 +66,44 @@ class LaunchConfig(Section):
 
 
 class EngineConfig(Section):
-    """How networks are sharded and computed. The method does not depend on it."""
+    """How networks are sharded and computed. The method does not depend on these keys."""
 
     kind: Literal["fsdp", "deepspeed"] = Field(
         "fsdp", description="how networks are sharded: by PyTorch's FSDP2, or by DeepSpeed's ZeRO"
     )
     zero_stage: Literal[1, 2, 3] = Field(
-        2, description="of DeepSpeed: what is sharded. 1: optimiser state; 2: gradients too; 3: weights too"
+        2, description="of DeepSpeed: what it shards. 1: optimiser state; 2: gradients too; 3: weights too"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU per process where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU per process, or CPU without GPUs")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="compute type; master weights, optimiser, EMA and reduction stay float32"
     )
     replicate: PositiveInt | Literal["auto", "all"] = Field(
         1,
-        description="hybrid sharding: how many groups hold a full sharded copy each; auto: one per node, so that "
-        "weights are gathered inside nodes alone; all: every process, so that nothing is sharded",
+        description="hybrid sharding: number of groups that each hold a full sharded copy; auto: one per node, so that "
+        "weights are gathered only inside nodes; all: one per process, so that nothing is sharded",
     )
     reshard_after_forward: bool | Literal["auto"] = Field(
         True,
         description="false keeps gathered weights from forward to backward: more memory, fewer all-gathers; auto: "
-        "false where there are several sharded copies (replicate)",
+        "false if there are several sharded copies (replicate)",
     )
     shard_blocks: bool = Field(
         True,
-        description="false gathers and reduces a network as a whole: for networks so small that a collective for each "
-        "block costs more than it saves",
+        description="false gathers and reduces a network as a whole: for small networks, where a collective per block "
+        "costs more than it saves",
     )
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
         "none",
-        description="full: keep only each block's input and compute the rest again in the backward pass; selective: "
-        "keep the outputs of matrix products and attention too, and compute again what is cheap",
+        description="full: keep only each block's input and recompute the rest in the backward pass; selective: keep "
+        "the outputs of matrix products and attention too, and recompute only cheap operations",
     )
     compile: bool = Field(
         False, description="compile each block (torch.compile), for any number of tokens; the first steps take minutes"
     )
     prefetch: Annotated[int, Field(ge=0, strict=True)] = Field(
         1,
-        description="of FSDP2: how many blocks' weights are gathered ahead of the one that computes, from one network "
-        "to the next too",
+        description="of FSDP2: number of blocks whose weights are gathered in advance, also across networks",
     )
     deterministic: bool = Field(
         False,
@@ -113,11 +112,11 @@ class EngineConfig(Section):
     attention: Literal["auto", "sdpa", "flash", "varlen", "fa3", "fa4"] = Field(
         "auto",
         description="sdpa: PyTorch's choice; flash: the flash-attn package, or else PyTorch's flash kernel; varlen: "
-        "PyTorch's variable-length kernel; fa3, fa4: FlashAttention-3 and -4 in the place of PyTorch's flash kernel; "
-        "auto: the fastest of those that are installed and pass a trial (docs/model.md), else sdpa",
+        "PyTorch's variable-length kernel; fa3, fa4: FlashAttention-3 and -4 instead of PyTorch's flash kernel; auto: "
+        "the fastest that is installed and passes a trial (docs/model.md), else sdpa",
     )
-    threads: PositiveInt = Field(1, description="CPU threads per process; bits of a run depend on it")
-    timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this is an error")
+    threads: PositiveInt = Field(1, description="CPU threads per process; the bits of a run depend on it")
+    timeout_s: PositiveInt = Field(600, description="seconds after which a waiting collective is an error")
 
     @model_validator(mode="after")
     def _what_zero_can(self) -> "EngineConfig":
@@ -132,7 +131,7 @@ class EngineConfig(Section):
                 raise ValueError("shard_blocks is FSDP2's; DeepSpeed shards over a whole network")
             if self.compile and self.zero_stage == 3:
                 raise ValueError(
-                    "compile does not go with zero_stage 3, whose weights come and go inside a block: use 1, 2 or fsdp"
+                    "compile does not go with zero_stage 3, which gathers weights inside a block: use 1, 2 or fsdp"
                 )
         return self
 
@@ -148,19 +147,19 @@ class DataSetConfig(Section):
     fps: Positive | None = Field(None, description="frames per second of its clips; default: data.fps")
     frames: PositiveInt | None = Field(
         None,
-        description="frames of its clips in every phase, a multiple of model.tubelet; for pictures, model.tubelet is "
-        "the cheapest; default: the phase's clip.frames",
+        description="frames of its clips in every phase, a multiple of model.tubelet; for images, model.tubelet costs "
+        "least; default: the phase's clip.frames",
     )
 
 
 class AugmentConfig(Section):
     """One draw per clip (method: paper section 2.3 and the published configs)."""
 
-    area: ShareRange = Field((0.3, 1.0), description="share of the picture's area that the crop takes")
+    area: ShareRange = Field((0.3, 1.0), description="area of the crop as a fraction of the picture's")
     aspect: PositiveRange = Field((0.75, 1.35), description="width over height of the crop")
     flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
     rate: PositiveRange = Field(
-        (1.0, 1.0), description="temporal jitter: a clip's frames per second are its data set's times a draw from this"
+        (1.0, 1.0), description="temporal jitter: a factor for a clip's frames per second, drawn from this range"
     )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of RGB in [0, 1]: ImageNet's")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="of RGB in [0, 1]: ImageNet's")
@@ -171,39 +170,39 @@ class FaultsConfig(Section):
 
     max_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.001,
-        description="share of the clips of a window that may be replaced because they do not decode; above it the "
+        description="fraction of the clips of a window that may be replaced because they do not decode; above it the "
         "run stops; 0: the first one stops it",
     )
-    window: PositiveInt = Field(100, description="steps over which max_rate is judged")
+    window: PositiveInt = Field(100, description="number of steps over which max_rate is computed")
     decode_timeout_s: Positive = Field(
         30.0,
-        description="a clip that decodes for longer than this is replaced (its worker is killed; not with "
-        "data.workers 0); less than engine.timeout_s",
+        description="a clip whose decoding takes longer is replaced and its worker killed (not with data.workers 0); "
+        "must be less than engine.timeout_s",
     )
 
 
 class DataConfig(Section):
     sets: dict[str, DataSetConfig] = Field(min_length=1)
-    seed: int = Field(0, description="key of the order of the data and of clip windows")
+    seed: int = Field(0, description="seed of the order of the data and of clip windows")
     fps: Annotated[float, Field(gt=0)] = Field(4.0, description="frames per second of a clip, in physical time")
     sampling: Literal["time", "stride"] = Field(
         "time",
-        description="time: the picture on screen at each time of a clip; stride: frames at equal distances of "
-        "⌈source fps⌉ // fps, as the published code takes them",
+        description="time: the picture that is displayed at each time of a clip; stride: every n-th frame, with n = "
+        "⌈source fps⌉ // fps, as in the published code",
     )
     decoder: Literal["pyav", "torchcodec"] = Field(
         "pyav", description="of training clips; torchcodec (where installed) for MP4, MOV, Matroska and WebM"
     )
-    lanes: PositiveInt = Field(128, description="how many shards an epoch walks through side by side")
+    lanes: PositiveInt = Field(128, description="number of shards that an epoch reads in parallel")
     workers: Annotated[int, Field(ge=0, strict=True)] = Field(
         4, description="loader processes per rank; 0: in the rank"
     )
-    prefetch: PositiveInt = Field(2, description="micro-batches each worker prepares ahead")
+    prefetch: PositiveInt = Field(2, description="micro-batches that each worker prepares in advance")
     augment: AugmentConfig = AugmentConfig()
     faults: FaultsConfig = FaultsConfig()
 
     def fps_of(self, name: str) -> float:
-        """Frames per second of a data set's clips, without jitter."""
+        """Returns the frames per second of a data set's clips, without jitter."""
         own = self.sets[name].fps
         return self.fps if own is None else own
 
@@ -235,7 +234,7 @@ class _Transformer(Section):
     depth: Blocks = Field(description="blocks")
     heads: Channels = Field(description="attention heads; the published sizes have head size 64")
     mlp_hidden: Annotated[int, Field(ge=0, le=2**22, strict=True)] = Field(
-        0, description="hidden channels of the MLP; 0 stands for 4 × width"
+        0, description="hidden channels of the MLP; 0: 4 × width"
     )
 
     @model_validator(mode="before")
@@ -279,7 +278,7 @@ class ActionPredictorConfig(_Transformer):
     mlp_hidden: Hidden = Field(4096, description="hidden channels of the MLP; if width is given: 4 × width")
     extrinsics: bool = Field(False, description="a third condition token per step: the camera's pose")
     grid: Size = Field(
-        (16, 16), description="h and w of the pretraining grid: patch positions on another one are rescaled to it"
+        (16, 16), description="h and w of the pretraining grid: patch positions on another grid are rescaled to it"
     )
     layout: Literal["tiled", "interleaved"] = Field("tiled", description="as model.rope.layout")
 
@@ -298,10 +297,10 @@ class RopeConfig(Section):
 class SincosConfig(Section):
     """Fixed positions, added to the tokens (docs/method.md 13)."""
 
-    frames: PositiveInt = Field(16, description="frames of the clips that the table is made for; 1: a table of images")
-    size: Size = Field((224, 224), description="and their height and width in pixels; other clips: interpolated")
+    frames: PositiveInt = Field(16, description="frames of the clips of the table; 1: a table for images")
+    size: Size = Field((224, 224), description="height and width of its clips in pixels; others: interpolated")
     uniform_power: bool = Field(
-        True, description="time, height and width get a third of the channels each; false: a half, a quarter, a quarter"
+        True, description="true: time, height, width get a third of the channels each; false: a half and two quarters"
     )
 
 
@@ -336,7 +335,7 @@ class ModelConfig(Section):
         return self
 
 
-# -- loss, optimiser, books ------------------------------------------------------------------------
+# -- loss, checkpoints, log ------------------------------------------------------------------------
 
 
 class JepaConfig(Section):
@@ -345,27 +344,29 @@ class JepaConfig(Section):
     )
     mask_token: Literal["per_generator", "first"] = Field(
         "per_generator",
-        description="per_generator: mask generator j uses mask token j; first: all use token 0, as the published "
-        "code does where clips have one length",
+        description="per_generator: mask generator j uses mask token j; first: all use token 0, as in the published "
+        "code if all clips have one length",
     )
     loss_exponent: Annotated[float, Field(gt=0)] = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase is always one")
-    keep: PositiveInt = Field(3, description="how many recent ones stay; ends of phases always stay")
+    every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase always has one")
+    keep: PositiveInt = Field(3, description="recent checkpoints to keep; those at ends of phases always stay")
     background: bool = Field(
-        True, description="write while training goes on, from a copy in CPU memory; false: training waits"
+        True, description="write during training, from a copy in CPU memory; false: training waits"
     )
 
 
 class LogConfig(Section):
     every: PositiveInt = Field(10, description="steps between console lines; metrics.jsonl has every step")
-    effective_rank_every: PositiveInt = Field(10, description="steps between measurements of the target features")
+    effective_rank_every: PositiveInt = Field(
+        10, description="steps between measurements of the effective rank of the target features"
+    )
 
 
 def _of_its_kind(value: Any) -> Any:
-    """A stage as the section of its kind, which may be any that is registered."""
+    """Parses a stage as the section of its kind, which may be any registered one."""
     if isinstance(value, StageConfig):
         return value
     kind = value["kind"]
@@ -375,7 +376,7 @@ def _of_its_kind(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A whole run. ``NAME: {kind: …}`` beside the sections below is a stage, too, after the four."""
+    """A whole run. ``NAME: {kind: …}`` next to the sections below is also a stage; it runs after the four."""
 
     run: RunConfig
     launch: LaunchConfig = LaunchConfig()
@@ -391,7 +392,7 @@ class Recipe(Section):
     cooldown: StageConfig | None = None
     action: ActionStageConfig | None = None
     probe: ProbeStageConfig | None = None
-    # Stages of other names, which stand beside the four in a file.
+    # Stages with other names. In a file they are next to the four.
     others: dict[str, Annotated[SerializeAsAny[StageConfig], BeforeValidator(_of_its_kind)]] = Field({})
 
     @model_validator(mode="before")
@@ -425,11 +426,11 @@ class Recipe(Section):
         if limit >= self.engine.timeout_s:
             raise ValueError(
                 f"data.faults.decode_timeout_s {limit:g} is not less than engine.timeout_s {self.engine.timeout_s}: "
-                "the other ranks would give up before a clip does"
+                "the other ranks would time out before the clip is replaced"
             )
         return self
 
     def stages(self) -> dict[str, StageConfig]:
-        """The stages this recipe has, in the order they run."""
+        """Returns the stages of this recipe, in the order in which they run."""
         four = {name: getattr(self, name) for name in DEFAULT_KINDS}
         return {name: stage for name, stage in four.items() if stage is not None} | self.others

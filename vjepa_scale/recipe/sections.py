@@ -1,12 +1,12 @@
-"""What all sections of a recipe are made of."""
+"""The base class and the types of values of all sections of a recipe."""
 
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-# Sizes of networks. Far beyond any that has been trained, so that a slip of the keyboard, or a file of others with
-# absurd sizes, is an error and not a program that builds for ever.
+# Sizes of networks. The limits are far above any trained network: a typing error, or a file with absurd sizes, is an
+# error here and does not build a network for hours.
 Blocks = Annotated[int, Field(gt=0, le=1024, strict=True)]
 Channels = Annotated[int, Field(gt=0, le=2**20, strict=True)]
 Hidden = Annotated[int, Field(gt=0, le=2**22, strict=True)]
@@ -26,7 +26,7 @@ def _as_range(value: Any) -> Any:
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"a range goes from low to high, not {value[0]} to {value[1]}")
+        raise ValueError(f"a range is from low to high, not {value[0]} to {value[1]}")
     return value
 
 

@@ -1,17 +1,17 @@
 """A stage as an object: its recipe, its phases, its folders, and everything that depends on its kind of training.
 
 Launchers, monitors and trainers make it once, by ``stages_of(recipe)[name]``, and pass it on. A kind of training is a
-subclass in objective/, which recipe/registry.py has a line for. Light: without PyTorch.
+subclass in objective/ with a line in recipe/registry.py. Does not import PyTorch.
 
-Where a run keeps what (names only; nothing here opens a file):
+The files of a run:
 
     <run>/recipe.yaml               the resolved recipe of the last launch
-    <run>/ledger.jsonl              clips that were replaced, and stops: what changed the data; empty if nothing did
-    <run>/launches/0001/            what was launched: recipe, git state, Slurm's scripts
+    <run>/ledger.jsonl              clips that were replaced, and stops; empty if there were none
+    <run>/launches/0001/            one launch: recipe, git state, Slurm's scripts
     <run>/code/<hash>/vjepa_scale/  the code that the jobs run
     <run>/<stage>/history.jsonl     submitted, started, saved, interrupted, failed, done
     <run>/<stage>/metrics.jsonl     a row per step
-    <run>/<stage>/evaluation.json   of a kind that evaluates (probes): such a stage is finished when it is there
+    <run>/<stage>/evaluation.json   of a kind that evaluates (probes): such a stage is finished when this file exists
     <run>/<stage>/checkpoints/, logs/JOB_RANK_log.{out,err}, failures/JOB.RANK.json, rendezvous/
 """
 
@@ -33,7 +33,7 @@ from vjepa_scale.recipe.schedules import check_schedules, in_steps, peak_weight_
 from vjepa_scale.recipe.schema import DataConfig, LaunchConfig, Recipe
 from vjepa_scale.recipe.stage_sections import OptimizerConfig, StageConfig
 
-if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training take and give
+if TYPE_CHECKING:  # types of the methods that the kinds of training implement
     from vjepa_scale.data.batch import MicroBatch
     from vjepa_scale.data.clips import ClipRef
     from vjepa_scale.data.manifest import Manifest
@@ -43,10 +43,10 @@ if TYPE_CHECKING:  # for readers and type checkers: what the kinds of training t
     from vjepa_scale.objective.objective import Objective
 
 CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
-# A stage's name is a folder's, a job's, and an item of --stages; these folders of a run are no stage's.
+# A stage's name is used for a folder, a job and an item of --stages; a run has these other folders.
 _NAME, _FOLDERS_OF_RUNS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*"), ("launches", "code")
 
-# Of ``init_from``: a fresh encoder, to compare with.
+# A value of ``init_from``: a randomly initialised encoder, for comparison.
 UNTRAINED = "untrained"
 
 
@@ -56,17 +56,17 @@ class Stage(ABC):
     recipe, name, config: the whole recipe, the stage's name in it, and its own section
     earlier:              the stages of the recipe before it, by name
 
-    A subclass says what its kind of training is before there is an engine; its ``objective`` is the rest.
+    A subclass has what must work without an engine and without PyTorch; its ``objective`` has networks and loss.
     """
 
-    section: ClassVar[type[StageConfig]] = StageConfig  # what a recipe may say of such a stage
-    networks: ClassVar[tuple[Network, ...]]  # of the model, those that it has
-    has_target_encoder: ClassVar[bool] = False  # beside the encoder; without one, a stage takes it as its encoder
+    section: ClassVar[type[StageConfig]] = StageConfig  # the schema of its keys
+    networks: ClassVar[tuple[Network, ...]]  # the networks of the model that it uses
+    has_target_encoder: ClassVar[bool] = False  # if not, it starts from the target encoder as its encoder
     evaluates: ClassVar[bool] = False  # after its last step, by its objective's ``evaluation``
-    trains_probes: ClassVar[bool] = False  # whose best one can be exported as a classifier
-    # Keys whose default was another one in an earlier version: a run that has begun keeps what it has recorded.
+    trains_probes: ClassVar[bool] = False  # the best one can be exported as a classifier
+    # Keys whose default differed in an earlier version: a run that has begun keeps its recorded value.
     kept_defaults: ClassVar[tuple[str, ...]] = ()
-    # Consecutive slots of one geometry, which the global batch is made of: what they are called, and the key.
+    # The name of the groups of slots with one geometry that the global batch consists of, and their key.
     group_words: ClassVar[tuple[str, str]] = ("micro-batches", "micro_batch")
 
     def __init__(self, recipe: Recipe, name: str, earlier: Mapping[str, Stage]) -> None:
@@ -81,12 +81,12 @@ class Stage(ABC):
 
     @property
     def starts_by(self) -> str | None:
-        """The key by which it starts from something: ``continue_from``, ``init_from``, or None."""
+        """The key that it has: ``continue_from``, ``init_from``, or None."""
         return "continue_from" if self.config.continue_from else "init_from" if self.config.init_from else None
 
     @property
     def starts_from(self) -> str | None:
-        """What that key names: a stage of the recipe, or a path."""
+        """The value of that key: a stage of the recipe, or a path."""
         return self.config.continue_from or self.config.init_from
 
     @property
@@ -96,7 +96,7 @@ class Stage(ABC):
 
     @property
     def launch(self) -> LaunchConfig:
-        """The recipe's, with what the stage says otherwise."""
+        """The recipe's ``launch`` with the stage's overrides."""
         own = self.config.launch
         return self.recipe.launch if own is None else self.recipe.launch.model_copy(update=own.given())
 
@@ -106,18 +106,18 @@ class Stage(ABC):
 
     @property
     def data(self) -> DataConfig:
-        """How its clips are taken from videos."""
+        """The ``data`` section that its clips are drawn by."""
         return self.recipe.data
 
     @cached_property
     def phases(self) -> list[Phase]:
-        """By the recipe alone: from the end of the stage of this recipe that it continues from, else from step 0."""
+        """Its phases by the recipe alone: from the end of the stage that it continues from, else from step 0."""
         return self.phases_from(None)
 
     def phases_from(self, first: int | None) -> list[Phase]:
-        """Its phases, if it starts at this global step. Phases of no steps (a fraction too small) are left out.
+        """Returns its phases for a start at this global step, without phases of 0 steps (from a small fraction).
 
-        Raises ValueError for phases that do not add up, or of which no learning rate is known.
+        Raises ValueError for phases that do not add up, or that have no learning rate.
         """
         config, recipe = self.config, self.recipe
         start_lr: float | None = None
@@ -131,7 +131,7 @@ class Stage(ABC):
         for given, steps in zip(config.phases, phase_steps(config), strict=True):
             begin_lr = given.start_lr if given.start_lr is not None else start_lr
             if begin_lr is None:
-                raise ValueError(f"{given.name!r} has no start_lr, and no phase before it to go on from")
+                raise ValueError(f"{given.name!r} has no start_lr, and there is no phase before it to take it from")
             final_lr = given.final_lr if given.final_lr is not None else begin_lr
             if steps == 0:
                 start_lr = final_lr
@@ -169,22 +169,22 @@ class Stage(ABC):
         return phases
 
     def optimizer_at_start(self, phases: Sequence[Phase]) -> OptimizerConfig:
-        """``optimizer`` with the largest weight decay of a schedule, so that what decays at all is known from it."""
+        """Returns ``optimizer`` with the largest weight decay of a schedule, so that groups with decay exist."""
         peak = peak_weight_decay(phases)
         return self.optimizer if peak is None else self.optimizer.model_copy(update={"weight_decay": peak})
 
     def group(self, micro_batch: int) -> int:
-        """How many consecutive slots of a step have one geometry."""
+        """Returns the number of consecutive slots of a step that have one geometry."""
         return micro_batch
 
     @property
     def decodes_clips(self) -> bool:
-        """Whether its steps take clips from videos."""
+        """Whether its steps decode clips from videos."""
         return True
 
     @property
     def evaluated_sets(self) -> tuple[str, ...]:
-        """Data sets that it needs beside those that it trains on."""
+        """Data sets that it needs in addition to those that it trains on."""
         return ()
 
     @property
@@ -195,11 +195,11 @@ class Stage(ABC):
 
     @property
     def networks_at_start(self) -> list[Network]:
-        """The networks that it takes from where it starts: those that it has, without those to be left fresh."""
+        """The networks that it loads from ``starts_from``: its ``networks`` without those of ``init_without``."""
         without = self.config.init_without if self.config.init_from else ()
         return [network for network in self.networks if network not in without]
 
-    # -- where it keeps what -----------------------------------------------------------------------------
+    # -- its files ---------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
@@ -224,7 +224,7 @@ class Stage(ABC):
     # -- checks: each raises UserError naming a key ------------------------------------------------------
 
     def check(self, source: object) -> None:
-        """Everything about the stage that needs more than one key. source: what errors name before the key."""
+        """Checks the stage's keys against each other and other sections. source: errors name it before the key."""
         key = f"{source}:{self.name}"
         if not _NAME.fullmatch(self.name) or self.name in _FOLDERS_OF_RUNS:
             raise UserError(
@@ -243,7 +243,7 @@ class Stage(ABC):
         before = self.earlier.get(str(self.config.continue_from))
         if before is not None and before.kind != self.kind:
             raise UserError(
-                f"{before.name!r} has another objective: nothing of {self.name} can go on from it",
+                f"{before.name!r} has another objective: {self.name} cannot continue from it",
                 where=f"{key}.continue_from",
                 fix="init_from, which takes its weights",
             )
@@ -257,7 +257,7 @@ class Stage(ABC):
             self._check_phase(phase, key)
 
     def check_clips(self, phase: Phase, source: object) -> None:
-        """That clips of a phase are what the networks take: whole tubelets."""
+        """Checks that clips of a phase fit the networks: whole tubelets."""
         key, tubelet = f"{source}:{self.name}", self.recipe.model.tubelet
         if phase.frames % tubelet:
             raise UserError(
@@ -267,7 +267,7 @@ class Stage(ABC):
             self.check_own_frames(name, source)
 
     def check_own_frames(self, data_set: str, source: object) -> None:
-        """That the clips of a data set that has a length of its own are whole tubelets."""
+        """Checks that the clips of a data set with its own length are whole tubelets."""
         frames, tubelet = self.recipe.data.sets[data_set].frames or 0, self.recipe.model.tubelet
         if frames % tubelet:
             raise UserError(
@@ -307,33 +307,33 @@ class Stage(ABC):
             raise UserError("every weight is 0: nothing to draw from", where=f"{key}.mixture")
 
     def check_before_launch(self) -> None:  # noqa: B027 (most have nothing to check)
-        """What takes too long to be checked each time a recipe is read."""
+        """Checks that take too long for each reading of a recipe."""
 
     def warnings(self) -> list[str]:
-        """What a plan warns of: allowed, but perhaps not what was meant."""
+        """Returns warnings for the plan: about values that are allowed but may be unintended."""
         return []
 
     # -- its data --------------------------------------------------------------------------------------
 
     @property
     def draws_some_records(self) -> bool:
-        """Whether its kind chooses among the records of its data sets."""
+        """Whether its kind draws from a subset of the records of its data sets."""
         return type(self).records is not Stage.records
 
     def records(self, manifests: Mapping[str, Manifest]) -> dict[str, Ints]:
-        """The records that it draws from: record numbers, rising, by data set; a data set that is not here gives all.
+        """Returns the records that it draws from: ascending record numbers by data set; of a missing data set, all.
 
-        Every rank computes the same. Raises UserError naming the data set's key where it cannot serve the stage.
+        Every rank computes the same. Raises UserError naming the key of a data set that the stage cannot use.
         """
         return {}
 
     def prepared(self, phase: Phase, manifests: Mapping[str, Manifest]) -> Any:
-        """What ``complete`` is given of a phase: made once, and sent to the loader's workers."""
+        """Returns an argument of ``complete``, computed once per phase and sent to the loader's workers."""
         return None
 
     @property
     def squashed_aspect(self) -> tuple[float, float] | None:
-        """Range of width/height: clips show the largest centred crop in it, squashed to their size. None: random crops
+        """Range of width/height: a clip is the largest centred crop within it, squashed to its size. None: random crops
         (``data.augment``)."""
         return None
 
@@ -346,35 +346,35 @@ class Stage(ABC):
         manifests: Mapping[str, Manifest],
         prepared: Any,
     ) -> MicroBatch:
-        """A micro-batch with what the stage learns from beside its clips. shown: what each clip is of"""
+        """Returns a micro-batch with its other inputs, such as masks or labels. shown: the source of each clip"""
 
     def beside_clips(self, frames: int, size: tuple[int, int]) -> tuple[int, int]:
-        """What ``complete`` adds to a micro-batch: how many tensors, and the bytes of one clip in all of them."""
+        """Returns what ``complete`` adds to a micro-batch: the number of tensors, and their bytes per clip."""
         return 0, 0
 
     def finish_batch(self) -> tuple[int, int, tuple[int, int]] | None:
-        """Clips, frames and size of the batches that loaders hold after the last step; None where none follow."""
+        """Returns clips, frames and size of the batches of the evaluation after the last step; None without one."""
         return None
 
-    # -- what it costs -----------------------------------------------------------------------------------
+    # -- cost --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def clip_flops(self, phase: Phase, frames: int) -> float:
-        """Model FLOPs of one optimiser step for one clip of so many frames."""
+        """Returns the model FLOPs of one optimiser step for one clip of so many frames."""
 
     def step_flops(self, phase: Phase) -> float:
-        """Model FLOPs of one optimiser step over all ranks: the mean over the phase's geometries."""
+        """Returns the model FLOPs of one optimiser step over all ranks: the mean over the phase's geometries."""
         total = sum(phase.mixture.values())
         return phase.global_batch * sum(
             self.clip_flops(phase, frames) * sum(part.values()) / total for frames, part in phase.geometries.items()
         )
 
     def clip_work(self, phase: Phase, frames: int) -> ClipWork | None:
-        """What one clip of a micro-batch computes and keeps, at most, for an estimate of memory; None: not known."""
+        """Returns what one clip of a micro-batch computes and keeps, at most, to estimate memory; None: unknown."""
         return None
 
     def tokens_in_words(self, phase: Phase, frames: int) -> str:
-        """How many tokens a clip of so many frames is."""
+        """Returns the number of tokens of a clip of so many frames, as text."""
         t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
         return str(t * h * w)
 
@@ -382,15 +382,15 @@ class Stage(ABC):
 
     @abstractmethod
     def objective(self, engine: Engine, manifests: Mapping[str, Manifest], records: Mapping[str, Ints]) -> Objective:
-        """Its networks, fresh and sharded, and its loss. records: as ``records`` says"""
+        """Returns its objective: initialised, sharded networks and the loss. records: of ``records``"""
 
     def decisive(self) -> dict[str, Any]:
-        """What all of its steps depend on beside what every stage does, by the recipe's keys, as JSON."""
+        """Returns the recipe's values that all its steps depend on, besides those of every stage, as JSON."""
         whole = self.config.model_dump(mode="json")
         return {self.name: {key: value for key, value in whole.items() if key not in StageConfig.model_fields}}
 
     def is_complete(self, step: int) -> bool:
-        """Whether what follows its last step is there too: the evaluation. step: of its last checkpoint"""
+        """Returns whether its evaluation, if it has one, is finished too. step: of its last checkpoint"""
         if not self.evaluates:
             return True
         try:
@@ -401,7 +401,7 @@ class Stage(ABC):
 
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
-    """The stages of a recipe, in the order they run."""
+    """Returns the stages of a recipe, in the order in which they run."""
     stages: dict[str, Stage] = {}
     for name, config in recipe.stages().items():
         stages[name] = class_of(STAGES, kind_of(name, config.kind))(recipe, name, stages)
@@ -409,7 +409,7 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
 
 
 def check_stages(recipe: Recipe, source: object) -> None:
-    """Everything about stages that needs more than one key. Raises UserError naming ``source:key``."""
+    """Checks the keys of stages against each other and other sections. Raises UserError naming ``source:key``."""
     if not recipe.stages():
         raise UserError("no stage to run", where=source, fix="add a section pretrain:, cooldown:, action: or probe:")
     for stage in stages_of(recipe).values():

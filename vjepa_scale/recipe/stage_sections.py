@@ -1,4 +1,4 @@
-"""What a recipe may say of its stages, their phases and clips."""
+"""The sections of a recipe for stages, their phases and clips."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,15 +10,15 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain: for tests and comparisons")
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="sgd has no momentum: for tests and comparisons")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of AdamW")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of AdamW")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="none on biases and 1-D parameters")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.04, description="not applied to biases and 1-D parameters")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="the published code does not clip")
 
 
 RampShape = Literal["linear", "cosine"]
-# In steps, or as a multiple of what the ramp covers: 112500, 1.25.
+# In steps, or as a multiple of the steps that the ramp covers: 112500, 1.25.
 Horizon = PositiveInt | Positive
 
 
@@ -30,16 +30,16 @@ class RampConfig(Section):
     shape: RampShape = Field("linear", description="linear, or cosine: half a period, flat at both ends")
     horizon: Horizon | None = Field(
         None,
-        description="steps from start to final, whole or a multiple of what it covers (1.25); default: 1.0. A longer "
-        "one is cut by the end of training; after a shorter one the value stays at final",
+        description="steps from start to final: an integer, or a multiple of the steps of the stage or phase (1.25); "
+        "default: 1.0. A longer horizon is cut at the end of training; after a shorter one the value stays at final",
     )
 
 
 class WeightDecayConfig(RampConfig):
     start: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="default: where the phase or the stage before ended, else optimizer.weight_decay. A number in "
-        "place of the section is a constant. Not of probes, which have weight_decays",
+        description="default: the last value of the phase or stage before, else optimizer.weight_decay. A number "
+        "instead of the section is a constant. Not for probes, which have weight_decays",
     )
     final: Annotated[float, Field(ge=0)] = Field(description="weight decay after the horizon")
 
@@ -47,8 +47,8 @@ class WeightDecayConfig(RampConfig):
 class MomentumConfig(RampConfig):
     start: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
-        description="default: where the phase or the stage before ended, else jepa.ema_momentum. A number in place "
-        "of the section is a constant. Of stages with a target encoder",
+        description="default: the last value of the phase or stage before, else jepa.ema_momentum. A number instead "
+        "of the section is a constant. Only for stages with a target encoder",
     )
     final: Annotated[float, Field(ge=0, le=1)] = Field(description="momentum after the horizon")
 
@@ -76,30 +76,32 @@ class PhaseClipConfig(Section):
 
 
 class PhaseConfig(Section):
-    """A stretch of steps with one learning-rate ramp, one geometry, one batch, one mixture.
+    """A range of steps with one learning-rate ramp, one geometry, one batch, one mixture.
 
-    What a phase leaves out, it takes from its stage.
+    Keys that a phase leaves out are its stage's.
     """
 
-    name: str = Field(description="as metrics and checkpoints call it")
+    name: str = Field(description="the phase's name in metrics and checkpoints")
     steps: PositiveInt | Fraction | None = Field(
         None, description="a whole number of steps, a fraction of the stage's, or (in one phase) all that remain"
     )
-    start_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: where the previous phase ended")
-    final_lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="exactly the last step's, if lr_horizon is not longer; default: start_lr"
+    start_lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="default: the last rate of the phase before"
     )
-    lr_shape: RampShape = Field("linear", description="of the way from start_lr to final_lr; cosine: half a period")
+    final_lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="the rate of the last step, unless lr_horizon is longer than the phase; default: start_lr"
+    )
+    lr_shape: RampShape = Field("linear", description="shape from start_lr to final_lr; cosine: half a period")
     lr_horizon: Horizon | None = Field(
         None,
-        description="steps from start_lr to final_lr, whole or a multiple of the phase's (1.25); default: 1.0. A "
-        "longer one is cut by the phase's end; after a shorter one the rate stays at final_lr",
+        description="steps from start_lr to final_lr: an integer, or a multiple of the phase's steps (1.25); default: "
+        "1.0. A longer horizon is cut at the phase's end; after a shorter one the rate stays at final_lr",
     )
     weight_decay: WeightDecay | None = Field(
-        None, description="as the stage's, over the phase; default: the stage's, else where the phase before ended"
+        None, description="a schedule over the phase; default: the stage's, else the last value of the phase before"
     )
     ema_momentum: EmaMomentum | None = Field(
-        None, description="as the stage's, over the phase; default: the stage's, else where the phase before ended"
+        None, description="a schedule over the phase; default: the stage's, else the last value of the phase before"
     )
     clip: PhaseClipConfig | None = None
     global_batch: PositiveInt | None = Field(None, description="default: the stage's")
@@ -109,12 +111,12 @@ class PhaseConfig(Section):
     @model_validator(mode="after")
     def _a_rate_that_changes(self) -> "PhaseConfig":
         if self.final_lr is None and (self.lr_shape != "linear" or self.lr_horizon is not None):
-            raise ValueError("lr_shape and lr_horizon are about the way to final_lr, which is not given")
+            raise ValueError("lr_shape and lr_horizon need final_lr, which is not given")
         return self
 
 
 class StageLaunchConfig(Section):
-    """What a stage says otherwise than ``launch``."""
+    """Keys of ``launch`` that a stage overrides."""
 
     nodes: PositiveInt | None = Field(None, description="default: launch.nodes")
     tasks_per_node: PositiveInt | None = Field(None, description="default: launch.tasks_per_node")
@@ -126,47 +128,47 @@ class StageLaunchConfig(Section):
 
 
 class StageConfig(Section):
-    """What one job runs."""
+    """One stage, which runs as one job."""
 
     kind: str | None = Field(
         None,
-        description="of a stage with another name than pretrain, cooldown, action or probe: jepa (as pretrain and "
-        "cooldown), action, probe, or another that recipe/registry.py has",
+        description="required for a stage with another name than pretrain, cooldown, action or probe: jepa (as "
+        "pretrain and cooldown), action, probe, or another kind of recipe/registry.py",
     )
     launch: StageLaunchConfig | None = None
     steps: PositiveInt = Field(description="optimiser steps of the stage")
     clip: ClipConfig = ClipConfig()
     global_batch: PositiveInt = Field(3072, description="clips per optimiser step, over all ranks")
     micro_batch: PositiveInt = Field(
-        24, description="clips per forward pass; of pretrain and cooldown a divisor of masks.group"
+        24, description="clips per forward pass; for pretrain and cooldown a divisor of masks.group"
     )
     mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="weights of data.sets for this stage, 0 for those left out; default: the weights given there"
+        None, description="weights of data.sets in this stage; a set that is not listed has 0; default: their weight"
     )
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
-    optimizer: OptimizerConfig | None = Field(None, description="in place of the whole section of that name")
+    optimizer: OptimizerConfig | None = Field(None, description="replaces the whole section of that name")
     weight_decay: WeightDecay | None = None
     ema_momentum: EmaMomentum | None = None
     continue_from: str | None = Field(
         None,
-        description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step go on "
-        "from there",
+        description="a stage of this recipe, a checkpoint or a published .pt: weights, EMA, optimiser and step "
+        "continue from it",
     )
     init_from: str | None = Field(
         None,
-        description="weights only, step 0: of a stage of this recipe, a checkpoint, a published .pt, a Hugging Face or "
-        "a consolidated folder. Action and probe need one, and take its target encoder; probe: or `untrained`",
+        description="weights only, step 0: from a stage of this recipe, a checkpoint, a published .pt, a Hugging Face "
+        "or a consolidated folder. Required for action and probe, which take its target encoder; probe: or `untrained`",
     )
     init_without: tuple[Literal["predictor", "action_predictor"], ...] = Field(
-        (), description="networks that init_from leaves fresh; without their names here, everything must be there"
+        (), description="networks that init_from does not load; all others must be in the source"
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StageConfig":
         if self.continue_from and self.init_from:
-            raise ValueError("continue_from (everything goes on) and init_from (weights only) exclude each other")
+            raise ValueError("continue_from (all state) and init_from (weights only) exclude each other")
         if "init_without" in self.model_fields_set and self.init_without and not self.init_from:
-            raise ValueError("init_without is about init_from, which is not given")
+            raise ValueError("init_without needs init_from, which is not given")
         return self
 
 
@@ -178,15 +180,15 @@ class ActionStageConfig(StageConfig):
     micro_batch: PositiveInt = Field(8, description="clips per forward pass")
     init_without: tuple[Literal["predictor", "action_predictor"], ...] = Field(
         ("action_predictor",),
-        description="networks that init_from leaves fresh; []: goes on from an action checkpoint's",
+        description="networks that init_from does not load; []: loads an action checkpoint's predictor",
     )
     rollout_steps: PositiveInt = Field(
-        2, description="steps that the predictor imagines from its own predictions, in the second part of the loss"
+        2, description="steps that the predictor predicts from its own predictions, in the second part of the loss"
     )
     crop_aspect: PositiveRange = Field(
         (0.75, 1.35),
-        description="width over height of what is seen of a picture, squashed to clip.size: all of it within this "
-        "range, else the largest centred part",
+        description="width over height of the crop, which is squashed to clip.size: the whole picture if it is within "
+        "this range, else the largest centred part",
     )
     loss_exponent: Positive = Field(1.0, description="p of mean |difference|^p / p; 1: L1")
 
@@ -198,10 +200,10 @@ class ActionStageConfig(StageConfig):
 
 
 class ViewsConfig(Section):
-    """Evaluation looks at a video several times and averages what it sees."""
+    """Evaluation averages over several views of a video."""
 
-    segments: PositiveInt = Field(1, description="clips of a video, evenly spread over it")
-    crops: Literal[1, 3] = Field(1, description="of a clip: the centre; 3: both ends of the longer side too")
+    segments: PositiveInt = Field(1, description="clips of a video, evenly spaced")
+    crops: Literal[1, 3] = Field(1, description="crops of a clip. 1: the centre; 3: both ends of the longer side too")
 
 
 # PyTorch's default, with which the published probes were trained; Hugging Face's classifier has another one.
@@ -215,7 +217,7 @@ class ProbeStageConfig(StageConfig):
     micro_batch: PositiveInt = Field(8, description="clips per forward pass")
     evaluate_on: str = Field(description="the data set, one of data.sets, on which the probes are evaluated at the end")
     lr_scales: tuple[Positive, ...] = Field(
-        (1.0, 0.6, 0.2, 0.06, 0.02), min_length=1, description="a probe of each: the phase's learning rate times this"
+        (1.0, 0.6, 0.2, 0.06, 0.02), min_length=1, description="a probe for each: the phase's learning rate times this"
     )
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.01, 0.1, 0.4, 0.8), min_length=1, description="and for each of these"
@@ -224,41 +226,41 @@ class ProbeStageConfig(StageConfig):
     heads: PositiveInt = Field(16, description="attention heads of a probe; a divisor of the encoder's width")
     eps: Positive | None = Field(
         None,
-        description="of a probe's LayerNorms; default: 1e-6, as Hugging Face's classifier has it, where heads are the "
-        "encoder's, so that the probe can be exported; else 1e-5, as published; a run that has begun keeps its own",
+        description="of a probe's LayerNorms; default: 1e-6, as in Hugging Face's classifier, if heads equals the "
+        "encoder's, so that the probe can be exported; else 1e-5, as published; a started run keeps its value",
     )
     labels_per_class: PositiveInt | None = Field(
         None, description="train on this many records of each class, drawn by data.seed; default: on all"
     )
     label_draws: PositiveInt = Field(
         1,
-        description="draws of labels_per_class records, none in two of them, each with probes of its own that see no "
-        "others: what few labels give depends on which they are, so accuracies are means with a spread",
+        description="disjoint draws of labels_per_class records, each with its own probes: results with few labels "
+        "depend on the draw, so accuracies are means with a spread",
     )
     choose_per_class: PositiveInt | None = Field(
         None,
-        description="choose the best setting on this many further records of each class of the training set, on "
-        "which it is then not trained; default: on evaluate_on itself, as published",
+        description="choose the best setting on this many further records of each class of the training set, which "
+        "are not trained on; default: on evaluate_on itself, as published",
     )
     keep_tokens: bool = Field(
         False,
-        description="of few labels: a training clip is always seen as in the evaluation (the video's middle, the "
-        "centre), encoded once and its tokens kept in memory, so that steps cost the probes alone; false: another "
-        "window and crop each time, as data.augment says",
+        description="for few labels: a training clip is taken as in the evaluation (the video's middle, the centre), "
+        "encoded once, and its tokens are kept in memory, so that a step computes only the probes; false: another "
+        "window and crop each time, by data.augment",
     )
     views: ViewsConfig = ViewsConfig()
-    neighbours: PositiveInt = Field(5, description="k of the k-NN that is reported beside the probes")
+    neighbours: PositiveInt = Field(5, description="k of the k-NN accuracy that is reported with the probes'")
 
     @model_validator(mode="after")
     def _something_to_freeze(self) -> "ProbeStageConfig":
         if not (self.init_from or self.continue_from):
             raise ValueError("init_from: the stage or the weights whose encoder is frozen; or untrained")
         if self.label_draws > 1 and self.labels_per_class is None:
-            raise ValueError("label_draws: of all labels there is one draw; give labels_per_class too")
+            raise ValueError("label_draws: several draws need labels_per_class")
         return self
 
     def layer_norm_eps(self, encoder_heads: int) -> float:
-        """``eps``, or its default for an encoder of so many heads."""
+        """Returns ``eps``, or its default for an encoder of so many heads."""
         if self.eps is not None:
             return self.eps
         return EXPORTED_PROBE_EPS if self.heads == encoder_heads else PROBE_EPS
