@@ -1,4 +1,4 @@
-"""Which attention kernel computes a network: the recipe's ``engine.attention``, tried before training."""
+"""Chooses the attention kernel of a network by the recipe's ``engine.attention``, and tries it before training."""
 
 import importlib.util
 import logging
@@ -22,7 +22,7 @@ _NAMES: dict[blocks.Kernel, str] = {
     blocks.fa4: "FlashAttention-4",
 }
 _BY_NAME = {"varlen": blocks.torch_varlen, "fa3": blocks.fa3, "fa4": blocks.fa4}
-# What auto takes before PyTorch's own choice, where it is installed, by the GPU's generation (compute capability).
+# What auto prefers to PyTorch's own choice, if it is installed, by the GPU's compute capability.
 # PyTorch's choice is cuDNN on H100. Others measured there, forward, heads of 64, 2k tokens, in TFLOP/s:
 # FlashAttention-2 318, cuDNN 395, FlashAttention-3 460.
 _FASTER = {8: blocks.flash_attn, 9: blocks.fa3, 10: blocks.fa4}
@@ -31,15 +31,16 @@ _PACKAGES: dict[blocks.Kernel, str] = {
     blocks.fa3: "flash_attn_interface",
     blocks.fa4: "flash_attn.cute.interface",
 }
-# Largest error of a kernel that is right, in parts of the largest value. bfloat16 alone makes 0.01; a wrong kernel 0.5.
+# Largest relative error of a correct kernel (of the largest value). bfloat16 rounding gives 0.01, a wrong kernel 0.5.
 _TOLERANCE = 0.05
 
 
 def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Give every attention layer of a network the chosen kernel; returns its name.
+    """Sets the chosen kernel in every attention layer of a network. Returns its name.
 
     choice: ``engine.attention``. A kernel is tried, forward and backward, for each head size of the network, and its
-    results compared with exact ones; one that was asked for by name and fails is a UserError, never replaced.
+    results are compared with exact ones. If a kernel that is chosen by name fails, raises UserError: no other one
+    replaces it.
     """
     if getattr(network, "masked_attention", False):
         if choice in ("flash", *_BY_NAME):
@@ -55,7 +56,7 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
     problems = [(size, problem) for size in head_sizes if (problem := _problem(kernel, size, device, dtype))]
     if problems and others:
         head_size, problem = problems[0]
-        # An installed kernel that fails makes the run slower than it could be; one that is not there is nobody's fault.
+        # An installed kernel that fails costs speed, which the user can repair; a missing one is normal.
         level = logging.WARNING if _is_installed(kernel) else logging.DEBUG
         _log.log(
             level,
@@ -78,7 +79,7 @@ def set_kernel(network: nn.Module, choice: str, *, device: torch.device, dtype: 
 
 
 def _candidates(choice: str, device: torch.device) -> list[blocks.Kernel]:
-    """Kernels to try, the best first; the last of ``auto`` runs everywhere."""
+    """Returns the kernels to try, the best first. The last one of ``auto`` runs everywhere."""
     if choice in _BY_NAME:
         return [_BY_NAME[choice]]
     if choice == "flash":
@@ -91,17 +92,17 @@ def _candidates(choice: str, device: torch.device) -> list[blocks.Kernel]:
 
 
 def _is_installed(kernel: blocks.Kernel) -> bool:
-    """Whether the package of a kernel that is not PyTorch's is there, in order or not."""
+    """Returns whether the package of a kernel that is not PyTorch's is installed, working or not."""
     try:
         return importlib.util.find_spec(_PACKAGES[kernel]) is not None
-    except ModuleNotFoundError:  # nor is the package above it
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
-    except Exception:  # noqa: BLE001 (there, but its import fails, in whatever way)
+    except Exception:  # noqa: BLE001 (installed, but its import fails in some way)
         return True
 
 
 def _problem(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernel cannot compute such heads; empty if it can."""
+    """Returns why the kernel cannot compute heads of this size; empty if it can."""
     if kernel is blocks.sdpa:
         return ""
     if kernel in (*_BY_NAME.values(), blocks.flash_attn) and device.type != "cuda":
@@ -119,7 +120,8 @@ def _problem(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype:
 
 
 def _largest_error(kernel: blocks.Kernel, head_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Of the output and the gradients of q, k and v, against float64, in parts of each one's largest value."""
+    """Returns the largest error of the output and the gradients of q, k and v against float64, relative to the largest
+    value of each."""
     given = torch.randn(4, 2, 2, 40, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     results: list[list[Tensor]] = []
     for compute, where, kind in ((kernel, device, dtype), (blocks.exact, torch.device("cpu"), torch.float64)):

@@ -1,4 +1,4 @@
-"""The exponential moving average of sharded parameters, on the local shards alone."""
+"""The exponential moving average of sharded parameters, computed on local shards only."""
 
 import torch
 from torch import nn
@@ -6,10 +6,10 @@ from torch.distributed.tensor import DTensor
 
 
 class ShardedEma:
-    """Keeps ``target`` an average of ``source``: two networks of one architecture, sharded alike.
+    """Keeps ``target`` an average of ``source``: two networks of one architecture, sharded in the same way.
 
-    Names, placements and dtypes are matched once, here. Raises AssertionError where they differ: shard i of
-    one must hold the same elements as shard i of the other, or the average would mix strangers.
+    Names, placements and dtypes are checked once, here. Raises AssertionError if they differ: shard i of one
+    must hold the same elements as shard i of the other, or the average would mix different elements.
     """
 
     def __init__(self, target: nn.Module, source: nn.Module) -> None:
@@ -30,8 +30,8 @@ class ShardedEma:
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """θ̄ ← m·θ̄ + (1−m)·θ, in float32."""
-        # A network that is still gathered from a forward pass computes with a copy: writing the shards
-        # underneath it would be lost, reading them would be stale.
+        # A network that is still gathered after a forward pass uses a copy: writes to its shards would be lost, and
+        # reads would be stale.
         for network, parameters in (
             (self._target, self._target_parameters),
             (self._source, self._source_parameters),
@@ -42,7 +42,7 @@ class ShardedEma:
 
 
 def sharded_parameters(network: nn.Module) -> dict[str, DTensor]:
-    """The parameters of a network in its sharded state, by canonical name."""
+    """Returns the parameters of a network in its sharded state, by canonical name."""
     parameters: dict[str, DTensor] = {}
     for name, parameter in network.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is not in its sharded state"

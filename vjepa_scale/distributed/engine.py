@@ -1,8 +1,8 @@
-"""What training asks of an engine; ``fsdp.py`` and ``zero.py`` answer it, each with a library's way to shard.
+"""The interface of an engine; ``fsdp.py`` and ``zero.py`` implement it with FSDP2 and DeepSpeed.
 
-An engine owns what only makes sense over all processes together: the shards of networks and optimiser, the
-averaging of gradients and of the EMA, and the tensors that a checkpoint holds, whole under canonical names. So
-objectives, the trainer and checkpoints are written once.
+An engine owns everything that concerns all processes together: the shards of networks and optimiser, the averaging
+of gradients, the EMA on shards, and the tensors of a checkpoint, with whole shapes and canonical names. Objectives,
+the trainer and checkpoints therefore do not depend on the sharding.
 """
 
 import math
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class InitialValue(Protocol):
-    """The start of the parameter of that canonical name: float32, on the CPU."""
+    """Returns the initial value of the parameter with a canonical name: float32, on the CPU."""
 
     def __call__(self, name: str, shape: torch.Size, *, seed: int) -> Tensor: ...
 
@@ -34,9 +34,9 @@ class InitialValue(Protocol):
 class Engine(ABC):
     """Shards networks over all processes of the started group. Every process is a data-parallel rank.
 
-    The order of its use: ``shard`` each network, ``match_ema``, ``start_optimizer``; then ``restore`` where a
-    checkpoint is loaded; then, per step, ``backward`` for each micro-batch, ``reduced``, ``step``, ``ema_update``.
-    Master weights, optimiser state, EMA and the reduction of gradients are float32, whatever computes.
+    The order of calls: ``shard`` for each network, ``match_ema``, ``start_optimizer``; ``restore`` if a checkpoint
+    is loaded; then, per step, ``backward`` for each micro-batch, ``reduced``, ``step``, ``ema_update``.
+    Master weights, optimiser state, EMA and the reduction of gradients are float32, whatever the compute type.
     """
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
@@ -50,10 +50,10 @@ class Engine(ABC):
     # -- from a plain network to a sharded one -------------------------------------------------------
 
     def _accept(self, network: nn.Module, *, trainable: bool) -> None:
-        """What comes before any sharding: refuse what could not be initialised, and choose the attention kernel."""
+        """Runs before any sharding: checks that the network can be initialised, and chooses the attention kernel."""
         assert all(parameter.is_meta for parameter in network.parameters()), "build the network on the meta device"
         assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
-        if not trainable:  # else as it was built: some networks have layers that no loss reaches
+        if not trainable:  # a trained network keeps its flags: some layers have no gradient
             network.requires_grad_(False)
         self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
 
@@ -67,20 +67,20 @@ class Engine(ABC):
         trainable: bool,
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
-        """Shard, materialise and initialise a network; returns the same module.
+        """Shards, materialises and initialises a network. Returns the same module.
 
-        network: built on the meta device, without buffers (nobody would give them values).
-        name:    prefix of its parameters' canonical names: the key of their initial values together with
-                 ``seed``. Values do not depend on the number of processes; two networks of one architecture
-                 under one name start equal.
+        network: built on the meta device, without buffers (they would not be initialised)
+        name:    prefix of its parameters' canonical names, which key their initial values together with ``seed``.
+                 Values do not depend on the number of processes; two networks of one architecture with one name
+                 start equal.
         """
 
     def set_forward_order(self, networks: Sequence[nn.Module]) -> None:  # noqa: B027 (only FSDP2 has a use for it)
-        """Networks of which every loss runs each after the one before: the next one's weights can be gathered early."""
+        """Sets the order in which every loss runs these networks, so that the next one's weights are gathered early."""
 
     @abstractmethod
     def match_ema(self, target: nn.Module, source: nn.Module) -> None:
-        """Check, before training, that ``ema_update`` can average these two shard by shard."""
+        """Checks, before training, that ``ema_update`` can average these two networks shard by shard."""
 
     @abstractmethod
     def start_optimizer(
@@ -90,30 +90,30 @@ class Engine(ABC):
         settings: Mapping[str, GroupSetting] | None = None,
         unreached: Collection[str] = (),
     ) -> None:
-        """Make the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``.
+        """Creates the optimiser of these networks (by the prefix of their parameters' names). Once, after ``shard``.
 
-        settings:  networks with a rate and a weight decay of their own
-        unreached: parameters that no loss reaches, by canonical name: they stay as they are
+        settings:  networks with their own learning rate and weight decay
+        unreached: parameters that no loss reaches, by canonical name: they do not change
         """
 
     # -- what a training step needs -------------------------------------------------------------------
 
     @abstractmethod
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch, whose loss counts ``share``; returns ``share · loss``, detached.
+        """Runs forward and backward of one micro-batch with weight ``share``. Returns ``share · loss``, detached.
 
-        Gradients are averaged over ranks in the last micro-batch of a step only; until then each rank sums its own.
+        Gradients are averaged over ranks only in the last micro-batch of a step; before, each rank sums its own.
         """
 
     @torch.no_grad()
     def evaluate(self, forward: Callable[[], T]) -> T:
-        """What networks give, computed as in training, without gradients. Collective: all ranks, equally often."""
+        """Runs ``forward`` as in training, without gradients, and returns its result. Collective."""
         return forward()
 
     def reduced(self, values: Tensor) -> tuple[list[float], dict[str, float]]:
-        """Averages of some float values over all ranks, and the L2 norms of the step's gradients, by clip group.
+        """Returns averages of float values over all ranks, and the L2 norms of the step's gradients by clip group.
 
-        Norms are of whole networks. Equal on every rank: one collective, and one wait for the device.
+        Norms are of whole networks. Results are equal on every rank. One collective, and one host synchronisation.
         """
         groups = list(dict.fromkeys(group["clip_group"] for group in self._optimizer.param_groups))
         squares = torch.zeros(len(groups), dtype=torch.float64, device=self.device)
@@ -126,9 +126,9 @@ class Engine(ABC):
         return summed[: len(values)], dict(zip(groups, norms, strict=True))
 
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
-        """Multiply the gradients of some clip groups: clipping is scaling by ``limit / norm`` where that is below 1.
+        """Multiplies the gradients of some clip groups. Clipping is scaling by ``limit / norm`` if that is below 1.
 
-        0 makes zeros of what is not finite, too.
+        A factor of 0 sets gradients to zero, also those that are not finite.
         """
         for group, gradients in self._gradients().items():
             factor = factors.get(group, 1.0)
@@ -139,21 +139,21 @@ class Engine(ABC):
 
     @abstractmethod
     def _gradients(self) -> dict[str, list[Tensor]]:
-        """This rank's share of the averaged gradients, by clip group; without those of which it has none."""
+        """Returns this rank's shards of the averaged gradients, by clip group, without empty ones."""
 
-    # On how many ranks each gradient is.
+    # Number of ranks that hold each gradient.
     _gradient_copies = 1
 
     @abstractmethod
     def discard_gradients(self) -> None:
-        """Forget the gradients of the step: nothing has moved."""
+        """Discards the gradients of the step. Weights do not change."""
 
     @abstractmethod
     def step(self, lr: float) -> None:
-        """Move the weights by their gradients, and forget these."""
+        """Updates the weights by their gradients, then discards the gradients."""
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """The weight decay of the next steps, of what ``start_optimizer`` decays; networks with settings keep theirs.
+        """Sets the weight decay of the next steps for parameters with decay. Networks with settings keep theirs.
 
         ``start_optimizer`` must have had a weight decay above 0.
         """
@@ -164,32 +164,32 @@ class Engine(ABC):
         """θ̄ ← m·θ̄ + (1−m)·θ for all parameters of ``target`` (θ̄) and ``source`` (θ), in float32."""
 
     def mean(self, x: Tensor) -> Tensor:
-        """The average of a float tensor over all ranks: equal on all of them, no gradient."""
+        """Returns the average of a float tensor over all ranks, equal on all of them, without gradient. Collective."""
         total = x.detach().clone()
         dist.all_reduce(total)
         return total.div_(self.dp_world_size)
 
     # -- what a checkpoint holds ----------------------------------------------------------------------
 
-    # Does ``tensors`` give copies in CPU memory, or the state itself?
+    # Whether ``tensors`` returns copies in CPU memory, or the state itself.
     gives_copies = False
 
     @abstractmethod
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, as it is now: DTensors of the canonical names and whole shapes.
+        """Returns the tensors of a checkpoint, as they are now: DTensors with canonical names and whole shapes.
 
         networks: by the prefix of their parameters' names
         optimizer: the moments of the trained networks too, as ``optimizer.<moment>.<parameter>``
-        Collective. Loaders write into them; ``restore`` then makes what they hold the state of the run.
+        Collective. A loader writes into these tensors; then ``restore`` makes them the state of the run.
         """
 
     @abstractmethod
     def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-        """Take over ``tensors``, filled by a loader; those that are left out stay as they are. Collective."""
+        """Sets the state from ``tensors``, which a loader has filled. Missing ones do not change. Collective."""
 
     @property
     def optimizer_steps(self) -> int:
-        """How many steps the moments have seen, which Adam's bias correction needs; 0 for SGD."""
+        """Number of steps of the moments, for Adam's bias correction; 0 for SGD."""
         return get_optimizer_steps(self._optimizer)
 
     @optimizer_steps.setter
@@ -198,14 +198,14 @@ class Engine(ABC):
 
 
 def checked_start(value: InitialValue, name: str, shape: torch.Size, *, seed: int) -> Tensor:
-    """The start of a parameter: master weights are float32."""
+    """Returns the initial value of a parameter, and asserts that it is float32, as master weights are."""
     full = value(name, shape, seed=seed)
     assert full.dtype == torch.float32, f"{name}: master weights are float32"
     return full
 
 
 def build_engine(cfg: EngineConfig, ranks: Ranks) -> Engine:
-    """The engine that the recipe asks for. Raises UserError where its library is not installed."""
+    """Returns the engine of the recipe. Raises UserError if its library is not installed."""
     if cfg.kind == "deepspeed":
         from vjepa_scale.distributed.zero import ZeroEngine
 

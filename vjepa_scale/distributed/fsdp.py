@@ -1,4 +1,4 @@
-"""FSDP2: plain networks become sharded ones. ``FsdpEngine.shard`` is the whole of it, in order."""
+"""The FSDP2 engine. ``FsdpEngine.shard`` has all steps from a plain network to a sharded one, in order."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -23,8 +23,8 @@ from vjepa_scale.recipe.stage_sections import OptimizerConfig
 class FsdpEngine(Engine):
     """The default engine. Parameters, gradients, optimiser state and EMA are sharded, in hybrid sharding too.
 
-    With ``precision: bfloat16`` a block computes with bf16 copies of its parameters, gathered for the moment, and
-    gradients are averaged in float32.
+    With ``precision: bfloat16`` a block computes with temporary, gathered bf16 copies of its parameters, and gradients
+    are averaged in float32.
     """
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
@@ -35,11 +35,11 @@ class FsdpEngine(Engine):
         )
         self._gradient_copies = replicas
         self._reshards = replicas == 1 if cfg.reshard_after_forward == "auto" else cfg.reshard_after_forward
-        self._order: list[nn.Module] = []  # in which networks run, until they are linked
+        self._order: list[nn.Module] = []  # the order in which networks run; empty after prefetching is set up
         self._ema: dict[nn.Module, ShardedEma] = {}
         self._trained: list[nn.Module] = []
         self._named: list[tuple[str, nn.Parameter]] = []
-        self._shards: list[nn.Parameter] = []  # of these, in their order
+        self._shards: list[nn.Parameter] = []  # the shards of ``_named``, in its order
         self._sharded_of: dict[nn.Parameter, nn.Parameter] = {}
 
     # -- from a plain network to a sharded one -------------------------------------------------------
@@ -53,20 +53,20 @@ class FsdpEngine(Engine):
         trainable: bool,
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
-        """Choose kernels, checkpoint activations, shard, materialise, initialise (see Engine.shard)."""
+        """Chooses kernels, checkpoints activations, shards, materialises, initialises (see Engine.shard)."""
         self._accept(network, trainable=trainable)
 
         blocks = prepare_blocks(network, self._cfg, trainable=trainable)  # checkpointed, then compiled
 
         network.register_forward_hook(_own_output)  # before FSDP's, which then sees what this returns
 
-        # A frozen network has no backward pass that would shard it again: left gathered (FSDP2's default for a
-        # root), every write to its shards would be hidden until one came.
+        # A frozen network has no backward pass that would reshard it. Left gathered (FSDP2's default for a root), it
+        # would not see writes to its shards.
         reshard = not trainable or self._reshards
         for block in blocks if self._cfg.shard_blocks else ():
             fully_shard(block, mesh=self.mesh, mp_policy=self._policy(root=False), reshard_after_forward=reshard)
         fully_shard(network, mesh=self.mesh, mp_policy=self._policy(root=True), reshard_after_forward=reshard)
-        if not reshard:  # nor between the backward passes of a step: ``backward`` shards them again at its end
+        if not reshard:  # nor between the backward passes of a step: ``backward`` reshards at the step's end
             assert isinstance(network, FSDPModule)
             network.set_reshard_after_backward(False)
         _prefetch(blocks, self._cfg.prefetch)
@@ -80,9 +80,9 @@ class FsdpEngine(Engine):
         return network
 
     def _policy(self, *, root: bool) -> MixedPrecisionPolicy:
-        # Only the root casts what comes in: it turns clips and features into the compute type once, and what
-        # blocks get beside tokens, float32 RoPE tables, passes through as it is. Only its output is float32:
-        # in between, LayerNorm needs input and weights of one type.
+        # Only the root casts its inputs: it converts clips and features to the compute type once, and the blocks'
+        # other inputs, float32 RoPE tables, are not cast. Only the root's output is float32: inside, LayerNorm
+        # needs input and weights of one type.
         return MixedPrecisionPolicy(
             param_dtype=None if self._compute_type == torch.float32 else self._compute_type,
             reduce_dtype=torch.float32,
@@ -104,8 +104,8 @@ class FsdpEngine(Engine):
     ) -> None:
         self._trained = list(trained.values())
         self._named = [(name, parameter) for name, parameter in named_parameters(trained) if parameter.requires_grad]
-        # The optimiser sees this rank's shards alone, as plain tensors on the same memory: it works element by element,
-        # and DTensors would take most of its time on the host.
+        # The optimiser gets only this rank's shards, as plain tensors on the same memory: it works element by element,
+        # and DTensors would take most of its host time.
         shards = [(name, nn.Parameter(_shard_of(parameter))) for name, parameter in self._named]
         self._optimizer = build_optimizer(cfg, shards, settings, unreached, fused=self.device.type == "cuda")
         self._shards = [shard for _, shard in shards]
@@ -132,7 +132,7 @@ class FsdpEngine(Engine):
             shard.grad = self._gradient(shard)
         self._optimizer.step()
         self.discard_gradients()
-        # After the first step: FSDP2 gives a network its streams in its first forward.
+        # After the first step, because FSDP2 creates a network's streams in its first forward.
         for before, after in pairwise(self._order):
             _prefetch_across(before, after, self._cfg.prefetch)
         self._order = []
@@ -148,7 +148,7 @@ class FsdpEngine(Engine):
     # -- what a checkpoint holds ----------------------------------------------------------------------
 
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
-        """The state itself, no copy."""
+        """Returns the state itself, not a copy."""
         state = {
             f"{prefix}.{name}": tensor
             for prefix, network in networks.items()
@@ -161,7 +161,7 @@ class FsdpEngine(Engine):
         return state
 
     def restore(self, networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to do: the loader has written into the state itself."""
+        """Does nothing: the loader has written into the state itself."""
 
     def _gradients(self) -> dict[str, list[Tensor]]:
         gradients: dict[str, list[Tensor]] = {}
@@ -179,13 +179,13 @@ class FsdpEngine(Engine):
 
 
 def _shard_of(whole: nn.Parameter) -> Tensor:
-    """This rank's shard of a parameter, on the same memory."""
+    """Returns this rank's shard of a parameter, on the same memory."""
     assert isinstance(whole, DTensor)
     return whole.to_local().detach()
 
 
 def _like(whole: nn.Parameter, shard: Tensor) -> DTensor:
-    """A shard of something in the form of a sharded parameter, on the shard's memory."""
+    """Returns a shard as a DTensor with the placement of a sharded parameter, on the shard's memory."""
     assert isinstance(whole, DTensor)
     return DTensor.from_local(
         shard, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
@@ -200,7 +200,7 @@ def _shard_again(networks: Iterable[nn.Module]) -> None:
 
 
 def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:
-    """Gather the next blocks' weights while a block computes: forward in their order, backward in reverse."""
+    """Gathers the next blocks' weights while a block computes: forward in their order, backward in reverse."""
     sharded = _sharded(blocks)
     for number, block in enumerate(sharded):
         block.set_modules_to_forward_prefetch(sharded[number + 1 : number + 1 + ahead])
@@ -208,9 +208,9 @@ def _prefetch(blocks: Sequence[nn.Module], ahead: int) -> None:
 
 
 def _prefetch_across(before: nn.Module, after: nn.Module, ahead: int) -> None:
-    """The same from the last block of a network to the next network, and back where both are trained.
+    """Prefetches from the last block of a network to the next network, and in backward if both are trained.
 
-    What a network has beside its blocks is gathered with them.
+    A network's other parameters are gathered with its blocks.
     """
     first, then = _sharded(blocks_of(before)), _sharded(blocks_of(after))
     assert isinstance(before, FSDPModule)
@@ -227,7 +227,8 @@ def _sharded(blocks: Iterable[nn.Module]) -> list[FSDPModule]:
 
 
 def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Any) -> Any:
-    """A network's output that is no view: an in-place operation on a view would cut off FSDP's backward hook."""
+    """Returns a network's output as a tensor that is not a view: in-place operations on a view would remove FSDP's
+    backward hook."""
     if isinstance(output, list):  # of several layers
         return [_own_output(network, inputs, one) for one in output]
     return output.clone() if output.requires_grad and output._is_view() else output
@@ -235,12 +236,12 @@ def _own_output(network: nn.Module, inputs: tuple[object, ...], output: Any) -> 
 
 @torch.no_grad()
 def fill_shard(tensor: Tensor, full: Tensor) -> None:
-    """Write this rank's shard of a whole tensor, which every rank has, into a sharded one (or a plain one)."""
+    """Writes this rank's shard of a whole tensor, which every rank has, into a sharded tensor (or a plain one)."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(full)
         return
     local = tensor.to_local()
-    # src_data_rank=None: every rank has the same full value already, nothing is sent.
+    # src_data_rank=None: every rank has the full value, so nothing is sent.
     shards = distribute_tensor(full.to(local.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     local.copy_(shards.to_local())
 

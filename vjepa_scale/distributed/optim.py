@@ -12,27 +12,27 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 class GroupSetting(NamedTuple):
-    """What a network has of its own. lr_scale: its learning rate is the step's times this."""
+    """A network's own settings. lr_scale: factor on the step's learning rate"""
 
     lr_scale: float
     weight_decay: float
 
 
-# The clip group of all networks without a setting of their own.
+# The clip group of all networks without their own setting.
 TOGETHER = ""
 
 
 def clip_group(name: str, settings: Mapping[str, GroupSetting] | None) -> str:
-    """Of a parameter: its network, where that has a setting of its own, or all others together.
+    """Returns the clip group of a parameter: its network if that has its own setting, else one group for all others.
 
-    A clip group learns by itself: its gradient is clipped by its own norm, and lost alone where it is not finite.
+    Gradients are clipped by the norm of their clip group. If that is not finite, only this group skips the step.
     """
     network = name.partition(".")[0]
     return network if network in (settings or {}) else TOGETHER
 
 
 def named_parameters(networks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    """All parameters of some networks by canonical name: the network's prefix, then the parameter's own name."""
+    """Returns all parameters of networks by canonical name: the network's prefix, then the parameter's name."""
     return [(f"{prefix}.{name}", p) for prefix, network in networks.items() for name, p in network.named_parameters()]
 
 
@@ -52,13 +52,13 @@ def make_optimizer(
     unreached: Collection[str] = (),
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW or plain SGD, in groups with weight decay and without. The caller sets the rate of each step (set_rate).
+    """Returns AdamW or SGD, in groups with weight decay and without. The caller sets the rate of each step (set_rate).
 
-    shape:     of a whole parameter, where it does not tell itself
-    settings:  of networks that have groups of their own, by the prefix of their parameters' names
-    unreached: parameters that no loss reaches. PyTorch's optimisers skip what has no gradient; an engine that hands
-               them zeros for it would decay these
-    fused:     AdamW in one kernel, for a GPU; else in operations over lists of tensors
+    shape:     returns the whole shape of a sharded parameter
+    settings:  of networks with their own groups, by the prefix of their parameters' names
+    unreached: parameters that no loss reaches, which get no decay. PyTorch's optimisers skip parameters without
+               gradient, but an engine that gives them zero gradients would decay them
+    fused:     AdamW in one kernel, for a GPU; otherwise in operations over lists of tensors
     """
     split: dict[tuple[str, GroupSetting], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -77,13 +77,13 @@ def make_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+    """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """The weight decay of the next step, of the groups that were made with one."""
+    """Sets the weight decay of the next step in groups that were created with one."""
     for group in optimizer.param_groups:
         if group["decays"]:
             group["weight_decay"] = weight_decay
@@ -96,7 +96,7 @@ def build_optimizer(
     unreached: Collection[str] = (),
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """``make_optimizer`` with moments from the start, as zeros: a checkpoint has the same tensors at any step."""
+    """``make_optimizer`` with moments of zeros before the first step: checkpoints of any step have the same tensors."""
     optimizer = make_optimizer(cfg, named_parameters, settings=settings, unreached=unreached, fused=fused)
     if cfg.kind == "adamw":
         start_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
@@ -104,7 +104,7 @@ def build_optimizer(
 
 
 def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """AdamW's state before its first step."""
+    """Sets AdamW's state before its first step: moments of zeros."""
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else None),
@@ -113,12 +113,13 @@ def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:
-    """As published: none on biases and 1-D parameters. Mask tokens, [1, 1, P], are decayed."""
+    """Returns whether a parameter has weight decay. As published, biases and 1-D parameters have none; mask tokens,
+    [1, 1, P], have."""
     return len(shape) > 1 and not name.endswith("bias")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters) -> dict[str, Tensor]:
-    """The moments themselves, not copies, as ``optimizer.exp_avg.<parameter>`` …; SGD has none."""
+    """Returns the moments (not copies) as ``optimizer.exp_avg.<parameter>`` …; SGD has none."""
     return {
         f"optimizer.{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in named_parameters
@@ -128,15 +129,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named_parameters: NamedP
 
 
 def get_optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """How many steps the moments have seen, which Adam's bias correction needs; 0 for SGD.
+    """Returns the number of steps of the moments, for Adam's bias correction; 0 for SGD.
 
-    One count for all: a parameter that never had a gradient counts less, but has nothing to correct.
+    The largest count is returned for all: a parameter that never had a gradient has moments of zero.
     """
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Put the count back after the moments were loaded."""
+    """Sets the number of steps after the moments were loaded."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(steps)

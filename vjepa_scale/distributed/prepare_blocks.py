@@ -1,7 +1,7 @@
-"""What is done to a network's blocks before they are sharded: activations checkpointed, then the rest compiled.
+"""Prepares a network's blocks before sharding: activation checkpointing, then compilation.
 
-In both, a block's forward method is replaced and the module is not wrapped: parameter names stay canonical, and the
-hooks by which engines gather a block's weights stay outside, so they are there when it is computed again.
+Both replace a block's forward method and do not wrap the module. So parameter names stay canonical, and an engine's
+hooks that gather a block's weights run outside the checkpointed part, also when it is recomputed.
 """
 
 from functools import partial
@@ -13,13 +13,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vjepa_scale.recipe.schema import EngineConfig
 
-# A block is what is checkpointed, compiled and gathered as one: an entry of a list of one of these names.
+# A block is an entry of a list with one of these names. It is checkpointed, compiled and gathered as a unit.
 BLOCK_LISTS = ("blocks", "predictor_blocks")
 
-# Kinds of blocks that may be compiled.
+# Limit of compiled variants of blocks.
 _KINDS = 64
-# Nearly all of a block's FLOPs. What is computed again in a selective checkpoint costs memory traffic alone.
-# By name: those of packages exist only where these are installed and imported.
+# Operations with nearly all of a block's FLOPs. A selective checkpoint keeps their outputs; recomputing the others
+# costs only memory traffic. By name, since operations of packages exist only after their import.
 _KEPT = frozenset(
     {
         "aten.mm.default",
@@ -39,7 +39,7 @@ _KEPT = frozenset(
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a network, in the order of its definition."""
+    """Returns the transformer blocks of a network, in the order of its definition."""
     return [
         block
         for path, module in network.named_modules()
@@ -49,7 +49,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def prepare_blocks(network: nn.Module, cfg: EngineConfig, *, trainable: bool) -> list[nn.Module]:
-    """Checkpoint activations and compile, as the recipe asks; returns the blocks."""
+    """Applies the recipe's activation checkpointing and compilation. Returns the blocks."""
     blocks = blocks_of(network)
     for block in blocks:
         if trainable and cfg.activation_checkpointing != "none":
@@ -60,9 +60,9 @@ def prepare_blocks(network: nn.Module, cfg: EngineConfig, *, trainable: bool) ->
 
 
 def checkpoint_activations(block: nn.Module, *, selective: bool = False) -> None:
-    """Keep only a block's input, and where ``selective`` its matmuls' and attention's outputs; compute the rest again.
+    """Keeps only a block's input, with ``selective`` also the outputs of matmuls and attention. Recomputes the rest.
 
-    Nothing in a block is random, so no state of a generator is kept.
+    Nothing in a block is random, so the state of generators is not kept.
     """
     kept: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kept)
@@ -73,12 +73,12 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_block(block: nn.Module) -> None:
-    """Compile a block's forward, for any number of tokens; blocks of one shape share what was compiled.
+    """Compiles a block's forward for any number of tokens. Blocks of one shape share the compiled code.
 
-    The number of tokens changes from step to step: after the first, dynamo takes it for a variable. A change in
-    kind (another width, a batch of another size, without gradient) compiles once more.
+    The number of tokens changes from step to step: from its second value on, dynamo treats it as dynamic. Any other
+    change (another width or batch size, no gradients) compiles once more.
     """
-    # All blocks of all networks are one function to dynamo, which by itself gives up after eight kinds: two networks,
-    # with and without gradients, each for its first number of tokens and for any, and several clip lengths are more.
+    # All blocks of all networks are one function to dynamo, whose default limit is eight variants. Two networks, with
+    # and without gradients, each for its first number of tokens and for any, and several clip lengths are more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
     block.forward = torch.compile(block.forward, dynamic=None)

@@ -1,9 +1,9 @@
-"""The processes of a job find each other, work together, and part; the mesh in which they shard a network.
+"""Starts and ends the process group of a job, with collectives on objects, and builds the device mesh.
 
-One process takes the same path as many: a group of one. Under torchrun the group comes from its
+A single process is a group of one and runs the same code. Under torchrun the group comes from its
 environment. Otherwise rank 0 opens a store on a free port and publishes ``host:port`` in a file that the
-others wait for. The file is named after this start of the job and removed once everyone is there, so an
-address of an earlier start is never met.
+others wait for. The file is named after this start of the job, and removed once all ranks have joined, so a
+rank never reads the address of an earlier start.
 """
 
 import gc
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
-    """Set threads and device, and join the process group.
+    """Sets threads and device, and joins the process group.
 
-    rendezvous: a folder that all processes see (not used under torchrun).
-    Raises UserError, before anyone waits for anyone, for a device or a mesh that is impossible; RuntimeError
-    naming the file or the ranks when some processes have not come within ``cfg.timeout_s`` seconds.
+    rendezvous: a folder that all processes see (not used under torchrun)
+    Raises UserError for an impossible device or mesh, before any rank waits for another; RuntimeError naming the
+    file or the ranks if some processes have not joined within ``cfg.timeout_s`` seconds.
     """
     count_replicas(cfg.replicate, world_size=ranks.world_size, per_node=ranks.local_world_size)
     device = pick_device(cfg, ranks)
@@ -50,7 +50,7 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
     if cfg.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
-        # Filling costs time, and nothing here reads memory before it is written.
+        # Filling costs time, and no code here reads uninitialised memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     timeout = timedelta(seconds=cfg.timeout_s)
     join = partial(
@@ -59,11 +59,11 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
-        # NCCL then connects here, where one that cannot is told, not in the first step; groups of some ranks are split
-        # from its communicator.
+        # With a device id NCCL connects here, where a failure has a clear message, and not in the first step. Groups of
+        # fewer ranks are split from its communicator.
         device_id=device if device.type == "cuda" else None,
     )
-    log.adopt()  # PyTorch has made its handlers by now
+    log.adopt()  # PyTorch has added its handlers by now
     laps = log.Laps()
     if ranks.source == "torchrun":
         join(init_method="env://")
@@ -80,13 +80,13 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
-    # An object collective takes the CPU backend, so no stream of a GPU is synchronised and no device guessed.
+    """Waits until every process has called it."""
+    # An object collective uses the CPU backend: it needs no device and synchronises no GPU stream.
     from_all(None)
 
 
 def from_rank_0(value: T) -> T:
-    """Rank 0's value, on every rank (also without a group: the only process is rank 0)."""
+    """Returns rank 0's value on every rank. Without a group the only process is rank 0."""
     holder = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(holder, src=0)
@@ -94,9 +94,9 @@ def from_rank_0(value: T) -> T:
 
 
 def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's value, in the order of ranks, on every rank; also a barrier. Slow: not for every step.
+    """Returns every rank's value, in the order of ranks, on every rank; also a barrier. Too slow for every step.
 
-    group: another group of all processes, for a thread that must not mix its messages with training's
+    group: another group of all processes, for a thread whose messages must not mix with training's
     """
     values = [value] * world_size()
     if dist.is_initialized():
@@ -105,7 +105,7 @@ def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def to_rank_0(value: T) -> list[T] | None:
-    """Every rank's value, in the order of ranks, on rank 0; None on the others. For what is too large for all."""
+    """Returns every rank's value, in the order of ranks, on rank 0; None on the others. For large values."""
     if not dist.is_initialized():
         return [value]
     values = [value] * world_size() if is_main() else None
@@ -114,34 +114,34 @@ def to_rank_0(value: T) -> list[T] | None:
 
 
 def rank() -> int:
-    """This process's rank; 0 without a group."""
+    """Returns this process's rank; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are; 1 without a group."""
+    """Returns the number of processes; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Is this rank 0? (Also without a group.)"""
+    """Returns whether this is rank 0; True without a group."""
     return rank() == 0
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_cleanly(code: int = 0) -> NoReturn:
-    """End a process that has finished its work, by the short way.
+    """Ends a process after finished work by ``os._exit``.
 
-    Threads of gloo now and then abort an interpreter that takes itself apart after finished work. Never
-    call this on an error path: it skips everything that would report the error.
+    Threads of gloo sometimes abort an interpreter during its shutdown. Never call this on an error path: it
+    skips everything that would report the error.
     """
     stop()
-    gc.collect()  # semaphores of the loaders' queues are unlinked when these are collected
+    gc.collect()  # unlinks the semaphores of the loaders' queues
     remove_socket_folder()
     logging.shutdown()
     sys.stdout.flush()
@@ -150,12 +150,12 @@ def exit_cleanly(code: int = 0) -> NoReturn:
 
 
 def pick_device(cfg: EngineConfig, ranks: Ranks) -> torch.device:
-    """This process's device: the one that the recipe asks for, or with ``auto`` a GPU where there is one."""
+    """Returns this process's device: the recipe's, or with ``auto`` a GPU if there is one."""
     found = torch.cuda.device_count()
     if cfg.device == "cpu" or (cfg.device == "auto" and found == 0):
         return torch.device("cpu")
     if ranks.local_rank >= found:
-        # On a cluster the recipe fitted the node when it was given: a GPU is broken, the next node may be whole.
+        # Slurm has given the requested GPUs, so one is broken; another node may work.
         raise (PassingError if ranks.source == "slurm" else UserError)(
             f"process {ranks.local_rank} of this node has no GPU: {found} found",
             where="engine.device",
@@ -165,7 +165,7 @@ def pick_device(cfg: EngineConfig, ranks: Ranks) -> torch.device:
 
 
 def _open_store(ranks: Ranks, file: Path, timeout: timedelta) -> dist.TCPStore:
-    """The key-value store that rank 0 serves and every rank has entered when this returns."""
+    """Returns the key-value store, which rank 0 serves. On rank 0, all ranks have joined when it returns."""
     deadline = time.monotonic() + timeout.total_seconds()
     if ranks.is_main:
         host = _own_address(ranks, os.environ)
@@ -187,7 +187,7 @@ def _open_store(ranks: Ranks, file: Path, timeout: timedelta) -> dist.TCPStore:
 
 
 def _own_address(ranks: Ranks, environment: Mapping[str, str]) -> str:
-    """How the other processes of the job reach this one."""
+    """Returns the address by which the other processes of the job reach this one."""
     return environment["SLURMD_NODENAME"] if ranks.source == "slurm" else "127.0.0.1"
 
 
@@ -206,13 +206,12 @@ def _wait_for_everyone(store: dist.TCPStore, ranks: Ranks, deadline: float) -> N
 
 
 def build_mesh(device_type: str, *, world_size: int, replicate: int, timeout_s: float) -> DeviceMesh:
-    """A mesh over all processes of the (already started) group, whose collectives wait so long for a peer.
+    """Returns a mesh over all processes of the started group, with this timeout for its collectives.
 
-    Its dimensions: ``shard`` alone, or ``replicate`` × ``shard`` for hybrid sharding.
-
-    Neighbouring ranks shard together, so that with one replica per node the all-gathers stay in the node.
+    Its dimensions: ``shard`` only, or ``replicate`` × ``shard`` for hybrid sharding. Neighbouring ranks shard
+    together, so that with one replica per node the all-gathers stay inside the node.
     """
-    if replicate == 1:  # the group of all processes, which has that timeout
+    if replicate == 1:  # uses the group of all processes, which has that timeout
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     ranks = torch.arange(world_size).view(replicate, world_size // replicate)
     groups = [_own_group(lists, timeout_s) for lists in (ranks.T.tolist(), ranks.tolist())]
@@ -220,7 +219,7 @@ def build_mesh(device_type: str, *, world_size: int, replicate: int, timeout_s: 
 
 
 def _own_group(lists: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
-    """This rank's of some groups. (A mesh that makes its groups itself leaves them PyTorch's timeouts.)"""
+    """Creates groups and returns this rank's. (Groups that a mesh creates itself have PyTorch's default timeout.)"""
     own, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_s))
     assert own is not None, "each rank is in one"
     return own

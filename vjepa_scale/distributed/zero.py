@@ -1,13 +1,13 @@
-"""DeepSpeed ZeRO 1, 2 and 3 behind the same interface as FSDP2.
+"""The DeepSpeed engine: ZeRO 1, 2 and 3.
 
     1  every rank has all weights and gradients; optimiser state is partitioned
-    2  gradients too
+    2  gradients are partitioned too
     3  weights too: they are gathered for the module that computes, and partitioned again after it
 
-DeepSpeed keeps float32 masters here; in bfloat16 it is autocast that computes with rounded copies, as the
-published code does. What DeepSpeed partitions are flat pieces of all parameters laid end to end; checkpoints see
-none of that: they get whole tensors under canonical names, in shards of dim 0, so that one written here resumes on
-any number of ranks, and under FSDP2.
+Master weights are float32. With bfloat16, autocast computes with rounded copies, as in the published code. DeepSpeed
+partitions the concatenation of all parameters into flat pieces. Checkpoints do not depend on this: they get whole
+tensors with canonical names, sharded along dim 0, so that one written here resumes on any number of ranks, and under
+FSDP2.
 """
 
 import logging
@@ -41,14 +41,14 @@ from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's engine around a composite of all trained networks; under stage 3 another around each frozen one."""
+    """One DeepSpeed engine for a composite of all trained networks; with stage 3 one more for each frozen network."""
 
     def __init__(self, cfg: EngineConfig, ranks: Ranks) -> None:
         super().__init__(cfg, ranks)
         self._deepspeed = _import_deepspeed(self.device, ranks)
         self._stage = cfg.zero_stage
         self._mesh = build_mesh("cpu", world_size=self.dp_world_size, replicate=1, timeout_s=cfg.timeout_s)
-        self._frozen_engines: list[Any] = []  # alive as long as their hooks are needed
+        self._frozen_engines: list[Any] = []  # references that keep their hooks alive
         self._named: dict[str, nn.Parameter] = {}
         self._engine: Any = None
 
@@ -63,11 +63,11 @@ class ZeroEngine(Engine):
         trainable: bool,
         initial_value: InitialValue = initial_value,
     ) -> nn.Module:
-        """Choose kernels, checkpoint activations, then piece by piece: materialise, initialise, partition."""
+        """Chooses kernels, checkpoints activations, then piece by piece: materialises, initialises, partitions."""
         self._accept(network, trainable=trainable)
         blocks = prepare_blocks(network, self._cfg, trainable=trainable)
         names = {id(parameter): f"{name}.{own}" for own, parameter in network.named_parameters()}
-        for piece in [*blocks, network]:  # so that at most one block is whole before it is partitioned
+        for piece in [*blocks, network]:  # then at most one block is whole at a time
             self._materialise(piece, names, seed, initial_value)
         if self._stage == 3 and not trainable:
             engine, *_ = self._deepspeed.initialize(model=network, config=self._config(), dist_init_required=False)
@@ -115,17 +115,17 @@ class ZeroEngine(Engine):
 
     def _config(self) -> dict[str, Any]:
         return {
-            # The sizes of batches are ours, and the boundary of accumulation is told to it: these are not used.
+            # Not used: this package decides batch sizes, and ``backward`` sets the accumulation boundary.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            # Its default would clip at 1.0. Clipping is the training step's, where the recipe asks for it.
+            # DeepSpeed's default clips at 1.0. The training step clips, if the recipe sets a limit.
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
             "zero_optimization": {
                 "stage": self._stage,
                 "overlap_comm": self.device.type == "cuda",
-                # Weights that stay gathered would hide what the EMA writes into their partitions.
+                # Weights that stay gathered would not see what the EMA writes into their partitions.
                 "stage3_param_persistence_threshold": 0,
                 "stage3_model_persistence_threshold": 0,
                 "stage3_max_reuse_distance": 0,
@@ -172,12 +172,12 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
-        # Looked up each time: DeepSpeed may give a parameter another tensor.
+        # Read at each update, because DeepSpeed may replace a parameter's tensor.
         averages = [self._local(parameter) for parameter in target.parameters()]
         torch._foreach_lerp_(averages, [self._local(parameter) for parameter in source.parameters()], 1.0 - momentum)
 
     def _local(self, parameter: Any) -> Tensor:
-        """What this rank holds of a parameter, float32: all of it, or under stage 3 its flat piece."""
+        """Returns what this rank holds of a parameter, float32: all of it, or with stage 3 its flat piece."""
         if self._stage < 3:
             return parameter.data
         assert parameter.ds_status.name == "NOT_AVAILABLE", "a gathered weight hides what is written to its partition"
@@ -188,7 +188,7 @@ class ZeroEngine(Engine):
     gives_copies = True
 
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:
-        """Copies, in CPU memory: each rank has its share of every tensor."""
+        """Returns copies in CPU memory: each rank has its shard of every tensor."""
         state = {name: self._sharded(self._whole(p, self._local(p))) for name, p in named_parameters(networks)}
         if optimizer:
             for moment in self._moments:
@@ -208,14 +208,14 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def _sharded(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor that it has whole; only these are copied to the CPU."""
+        """Returns this rank's rows of a whole tensor. Copies only these to the CPU."""
         pieces = whole.chunk(self.dp_world_size)
         own = pieces[self.dp_rank] if self.dp_rank < len(pieces) else whole[:0]
         copy = own.to("cpu", copy=True)
         return DTensor.from_local(copy, self._mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
 
     def _whole(self, parameter: Any, local: Tensor) -> Tensor:
-        """A parameter, or a moment of it, from its pieces on all ranks."""
+        """Assembles a parameter, or a moment of it, from its pieces on all ranks. Collective."""
         if self._stage < 3:
             return local
         pieces = local.new_empty(self.dp_world_size * local.numel())
@@ -228,7 +228,7 @@ class ZeroEngine(Engine):
         return parameter.get_full_hp_param(moment)
 
     def _put(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
-        """Write a whole tensor into this rank's pieces: of the moment; or of the weight and its master."""
+        """Writes a whole tensor into this rank's pieces: of the moment, or, with None, of the weight and its master."""
         if self._stage == 3:
             piece = parameter.ds_tensor.numel()
             flat = whole.flatten().new_zeros(self.dp_world_size * piece)
@@ -246,7 +246,7 @@ class ZeroEngine(Engine):
 
 
 class _Composite(nn.Module):
-    """All trained networks as one module, whose forward computes a loss with them."""
+    """All trained networks as one module. Its forward runs a function that computes a loss with them."""
 
     def __init__(self, networks: Mapping[str, nn.Module], compute_type: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -267,9 +267,9 @@ def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
-    """The library, told which device computes, and quiet."""
+    """Imports DeepSpeed for this device, with its logging reduced. Raises UserError if it cannot be imported."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # it reads no other place
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # DeepSpeed reads only this variable
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
     try:
         import deepspeed
@@ -280,6 +280,6 @@ def _import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     log.adopt()
-    # An all-reduce for inference on CPUs, which would be compiled now; without it gloo does the same.
+    # An all-reduce for inference on CPUs that would be compiled now; gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

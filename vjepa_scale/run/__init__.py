@@ -1,1 +1,1 @@
-"""What a run writes down: events, metrics, failures. Without PyTorch: launchers and monitors read it."""
+"""The records of a run: events, metrics, failures. Does not import PyTorch: launchers and monitors read them."""

@@ -1,4 +1,4 @@
-"""history.jsonl of a stage: what became of it, over all its jobs and restarts. Light: it does not import torch.
+"""history.jsonl of a stage: the events of all its jobs and restarts. Does not import PyTorch.
 
 A row has ``time`` (seconds since 1970) and ``event``:
 
@@ -6,15 +6,15 @@ A row has ``time`` (seconds since 1970) and ``event``:
     started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated,
                  attention (the kernel)
     saved        a checkpoint is complete: job, step
-    interrupted  a signal was obeyed: job, signal, step (of the checkpoint that was saved then)
-    failed       what ended an attempt: job, job_id, kind, message, rank, step, user_error, bystander, log, report
-    requeued     the attempt is to be followed by another: reason, job_id
-    gave_up      no more attempts: reason
+    interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
+    failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
+    requeued     another attempt follows: reason, job_id
+    gave_up      no other attempt follows: reason
     cancelled    by tools/launch.py cancel, or by the launcher's Ctrl-C
     done         the last checkpoint is complete: job, step
 
-Rows are only appended, each in one write. Everything that a person is told about a run comes from here, from
-metrics.jsonl and from the checkpoints, so it is known with and without Slurm's accounting.
+Rows are only appended, each in one write. ``status`` reads this file, metrics.jsonl and the checkpoints, so it works
+without Slurm's accounting.
 """
 
 import time
@@ -29,7 +29,7 @@ from vjepa_scale.core.files import append_jsonl, read_jsonl, write_last_words
 Row = dict[str, Any]
 
 _NUMBER, _STEP, _TEXT = (int, float), (int, type(None)), (str, type(None))
-# What a row of an event must have to be read here, and of what type: a line that has not is no row of ours.
+# The required keys of each event and their types. Other lines are ignored.
 _ALWAYS: dict[str, Any] = {"time": _NUMBER, "event": str}
 _OF_EVENT: dict[str, dict[str, Any]] = {
     "submitted": {"cluster": str, "job_id": (str, int)},
@@ -50,7 +50,7 @@ _OF_EVENT: dict[str, dict[str, Any]] = {
 }
 
 
-# And of what type these are where they are there.
+# Types of optional keys.
 _MAY_HAVE: dict[str, Any] = {"job": str, "job_id": (str, int), "name": _TEXT, "created": _NUMBER}
 
 
@@ -68,7 +68,7 @@ class History:
         self.path = stage_folder / "history.jsonl"
 
     def add(self, event: str, **values: Any) -> None:
-        """Append one row, durably, also where the disk has just filled up (``keep_reserve`` of the stage's folder)."""
+        """Appends one row durably, also on a full disk (``keep_reserve`` of the stage's folder)."""
         row = {"time": time.time(), "event": event, **values}
         write_last_words(self.path.parent, lambda: append_jsonl(self.path, row, durable=True))
 
@@ -76,7 +76,7 @@ class History:
         return [row for row in read_jsonl(self.path) if _is_row(row)]
 
     def since_submission(self) -> list[Row]:
-        """The rows of the last launch, its ``submitted`` row first; all rows where there was no launch."""
+        """Returns the rows of the last launch, its ``submitted`` row first; all rows if there was no launch."""
         rows = self.rows()
         marks = [index for index, row in enumerate(rows) if row["event"] == "submitted"]
         return rows[marks[-1] :] if marks else rows
@@ -84,13 +84,13 @@ class History:
 
 @dataclass
 class Attempt:
-    """One try of a stage, from a job's start to whatever ended it.
+    """One attempt at a stage, from the start of a job to its end.
 
-    started: its ``started`` row; None where it failed before rank 0 could begin
-    saved:   the last step that it checkpointed, None if it did not come that far
-    end:     the row that ended it (interrupted, failed, done); None while it runs, or where it ended
-             without a word
-    later:   cancelled, requeued, gave_up
+    started: its ``started`` row; None if it failed before rank 0 wrote it
+    saved:   the step of its last checkpoint; None without one
+    end:     the row that ended it (interrupted, failed, done); None while it runs, or if it ended without
+             writing one
+    later:   rows ``cancelled``, ``requeued``, ``gave_up``
     """
 
     started: Row | None = None
@@ -104,15 +104,15 @@ class Attempt:
         return row.get("job_id") if row else None
 
     def is_of(self, job: str) -> bool:
-        """Is it a try of this start of a job (Ranks.job, or a pattern for it)?"""
+        """Returns whether it belongs to this start of a job (Ranks.job, or a pattern for it)."""
         return self.started is not None and fnmatchcase(self.started["job"], job)
 
 
 def attempts(rows: Sequence[Row]) -> list[Attempt]:
-    """The attempts that rows tell of, oldest first.
+    """Returns the attempts that the rows record, oldest first.
 
-    A row that names its job belongs to that start of it, also where a successor has already begun: what a node
-    that was given up still writes must not count for the one that took over.
+    A row that names its job belongs to that start of it, also if a later one has begun: a node that Slurm has given
+    up may still write, and its rows must not count for the job's next start.
     """
     out: list[Attempt] = []
     for row in rows:
@@ -121,7 +121,7 @@ def attempts(rows: Sequence[Row]) -> list[Attempt]:
             out.append(Attempt(started=row))
         elif event in ("interrupted", "failed", "done"):
             mine = _attempt_of(row, out)
-            if mine is None or mine.end is not None:  # it failed before it could begin: there is no ``started`` row
+            if mine is None or mine.end is not None:  # it failed before its ``started`` row
                 mine = Attempt()
                 out.append(mine)
             mine.end = row

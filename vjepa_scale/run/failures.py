@@ -1,8 +1,8 @@
-"""Why did an attempt end? Each rank that fails leaves a report; here the one that knows most is found.
+"""Failure reports: each rank that fails writes one; ``worst_failure`` finds the one that names the cause.
 
     <run>/<stage>/failures/JOB.RANK.json   rank, step, kind, message, user_error, bystander, traceback, log
 
-Light: it does not import torch.
+Does not import PyTorch.
 """
 
 import traceback
@@ -18,7 +18,7 @@ from vjepa_scale.core.ranks import Ranks
 
 Report = dict[str, Any]
 
-# What a rank sees when another one has gone: less telling than that one's own exception.
+# Errors of a rank whose peer has ended. The peer's own exception names the cause.
 _BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _KEYS = {"rank", "step", "kind", "message", "user_error", "bystander", "log"}
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
@@ -26,31 +26,31 @@ _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection res
 
 @dataclass
 class Progress:
-    """``step``: the step that is being computed, for whoever reports a failure; None before the first."""
+    """``step``: the step that is being computed, for failure reports; None before the first."""
 
     step: int | None = None
 
 
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
-    """Write this rank's report. step: the one that was being computed, if training had begun."""
+    """Writes this rank's report. step: the one that was being computed; None before the first."""
     log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
     path = folder / f"{_file_name(ranks.job)}.{ranks.rank}.json"
-    told = told_as(error)
+    shown = reported_error(error)
     report = {
         "rank": ranks.rank,
         "step": step,
-        "kind": type(told).__name__,
-        "message": str(told),
-        "user_error": isinstance(told, UserError) and not isinstance(told, PassingError),
-        "bystander": _is_bystander(told),
+        "kind": type(shown).__name__,
+        "message": str(shown),
+        "user_error": isinstance(shown, UserError) and not isinstance(shown, PassingError),
+        "bystander": _is_bystander(shown),
         "traceback": "".join(traceback.format_exception(error)),
         "log": str(log) if log.exists() else None,
     }
     write_last_words(folder.parent, lambda: write_json(path, report))
 
 
-def told_as(error: BaseException) -> BaseException:
-    """The error, or what it means to a user: a full disk is theirs to mend, and may be so by the next attempt."""
+def reported_error(error: BaseException) -> BaseException:
+    """Returns the error to report: for a full disk a PassingError, since the user may free space meanwhile."""
     if not isinstance(error, OSError) or error.errno not in FULL:
         return error
     return PassingError(
@@ -61,26 +61,26 @@ def told_as(error: BaseException) -> BaseException:
 
 
 def worst_failure(folder: Path, job: str) -> Report | None:
-    """The most telling report of an attempt, with its own path under ``report``; None where no rank left one.
+    """Returns the report of an attempt that best names the cause, with its path as ``report``; None without reports.
 
     job: Ranks.job of the attempt, or a pattern for it
 
-    A user's mistake comes first, then an exception of a rank's own, then those that only lost a peer.
+    User errors come first, then other exceptions, then errors of ranks that only lost a peer.
     """
     paths = folder.glob(f"{_file_name(job)}.*.json")
     reports = [{**report, "report": str(path)} for path in paths for report in _read(path)]
-    return min(reports, key=lambda report: (_rank_of_evidence(report), report["rank"]), default=None)
+    return min(reports, key=lambda report: (_priority(report), report["rank"]), default=None)
 
 
 def _read(path: Path) -> Iterator[Report]:
-    """The report in a file; nothing where the file is damaged, or no report."""
+    """Yields the report of a file; nothing if the file is damaged or not a report."""
     with suppress(UserError):
         found = read_json(path)
         if isinstance(found, dict) and found.keys() >= _KEYS and isinstance(found["rank"], int):
             yield found
 
 
-def _rank_of_evidence(report: Report) -> int:
+def _priority(report: Report) -> int:
     return 0 if report["user_error"] else 2 if report["bystander"] else 1
 
 

@@ -1,4 +1,4 @@
-"""One trainer per stage, and one launcher per run."""
+"""Locks: one trainer per stage, and one launcher per run."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -8,19 +8,19 @@ from vjepa_scale.core.errors import UserError, reason_of
 from vjepa_scale.core.files import file_lock
 from vjepa_scale.core.installed import command
 
-# The ranks of a run that was just killed may take a moment to be gone.
+# Seconds that the ranks of a run that was just killed may take to end.
 PATIENCE_S = 10.0
 
 HELD = "another process is training this stage"
 
 
 def stage_lock(stage_folder: Path, *, patience_s: float) -> AbstractContextManager[bool]:
-    """Hold a stage's lock, as rank 0 does while it trains; yields whether this process has it."""
+    """Takes a stage's lock, as rank 0 does during training. Yields whether this process holds it."""
     return file_lock(stage_folder / ".lock", patience_s=patience_s)
 
 
 def refuse_if_training(stage_folder: Path) -> None:
-    """Raise UserError if a stage is being trained now. For launchers, before they touch anything of it."""
+    """Raises UserError if a stage is being trained. Launchers call it before they change anything of it."""
     if (stage_folder / ".lock").exists():
         with stage_lock(stage_folder, patience_s=PATIENCE_S) as held:
             if not held:
@@ -29,7 +29,7 @@ def refuse_if_training(stage_folder: Path) -> None:
 
 @contextmanager
 def only_launcher_of(run_folder: Path) -> Iterator[None]:
-    """Raise UserError while another process launches, or locally runs, the same run."""
+    """Raises UserError while another process launches the same run, or runs it locally."""
     with ExitStack() as stack:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)

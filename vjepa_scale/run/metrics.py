@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per step, gapless over restarts. Only the trainer writes here, on rank 0."""
+"""metrics.jsonl: one row per step, without gaps over restarts. Only the trainer's rank 0 writes it."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Rows for machines, a line now and then for people.
+    """Writes a row per step, and logs a line every ``console_every`` steps.
 
-    Resuming at ``step`` removes the rows of later steps: ``repeated`` many, which will be trained, and written, again.
+    Resuming at ``step`` removes the rows from that step on, which will be trained again. ``repeated`` is their number.
     """
 
     def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
@@ -29,15 +29,15 @@ class MetricsLog:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, and log it where it is due.
+        """Appends one row, and logs it if it is due.
 
-        A value may be a Future: the row, and those behind it, are held until it is there.
+        A value may be a Future: the row, and all later rows, are held until it has a result.
         """
         self._held.append(row)
         self.flush(wait=False)
 
     def flush(self, *, wait: bool = True) -> None:
-        """Append what is held; without ``wait``, up to the first value that is not there yet."""
+        """Appends the held rows; without ``wait``, up to the first row whose value has no result yet."""
         while self._held:
             futures = [value for value in self._held[0].values() if isinstance(value, Future)]
             if not wait and not all(future.done() for future in futures):
@@ -57,6 +57,6 @@ class MetricsLog:
 
 
 def touch(path: Path) -> None:
-    """Make an empty file where there is none: an empty ledger says that nothing happened."""
+    """Creates an empty file if there is none: an empty ledger records that nothing happened."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o644))

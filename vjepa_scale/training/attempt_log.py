@@ -1,4 +1,4 @@
-"""What an attempt at a stage writes down and logs: events, a row per step, lines. Rank 0 writes; every rank calls."""
+"""The records of an attempt at a stage: events, a row per step, log lines. Every rank calls it; rank 0 writes."""
 
 import logging
 import os
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 
 
 class SupersededError(RuntimeError):
-    """A later start of the same stage has taken over; this one must write nothing more."""
+    """A later start of the same stage is running; this one must not write anything more."""
 
 
 class AttemptLog:
-    """Of one attempt, by all of its ranks. Files are written from ``begin`` on; ``say`` only logs."""
+    """Records one attempt. Files are written from ``begin`` on; ``say`` only logs."""
 
     def __init__(self, stage: Stage, ranks: Ranks) -> None:
         self._stage, self._ranks = stage, ranks
@@ -31,12 +31,12 @@ class AttemptLog:
         self._metrics: MetricsLog | None = None  # of rank 0, from ``begin`` on
 
     def begin(self, start: Start, *, last_step: int, attention: str) -> None:
-        """The attempt is about to train. attention: the kernel in use"""
+        """Opens rank 0's history and metrics files, and writes the ``started`` row. attention: the kernel in use"""
         if not self._ranks.is_main:
             return
         stage = self._stage
         keep_reserve(stage.folder)
-        stage.evaluation.unlink(missing_ok=True)  # of probes that this attempt replaces
+        stage.evaluation.unlink(missing_ok=True)  # it is of probes that this attempt replaces
         of_run = Path(stage.recipe.run.dir) / "recipe.yaml"
         for path in (stage.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
             write_atomic(path, recipe_yaml(stage.recipe))
@@ -59,34 +59,34 @@ class AttemptLog:
         self.say(f"{stage.name}: attention by {attention}")
 
     def event(self, event: str, **values: object) -> None:
-        """A row of history.jsonl."""
+        """Appends a row to history.jsonl."""
         if self._ranks.is_main:
             self._history.add(event, job=self._ranks.job, **values)
 
     def step(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl, and a line now and then."""
+        """Appends a row to metrics.jsonl, and logs a line every ``log.every`` steps."""
         if self._metrics is not None:
             self._metrics.write(row)
 
     def flush(self) -> None:
-        """Wait for values of rows that are not there yet, and write them."""
+        """Waits for the values of held rows, and writes these rows."""
         if self._metrics is not None:
             self._metrics.flush()
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Logs a line on rank 0."""
         if self._ranks.is_main:
             _log.info(text)
 
     def stopped_by(self, error: Exception, step: int) -> None:
-        """The run ends itself in this step: its rows so far, and the reason, are written."""
+        """Records that the run stopped itself in this step: writes the held rows and the reason."""
         self.flush()
         if self._ranks.is_main:
             row = {"event": "stop", "stage": self._stage.name, "step": step, "reason": str(error), "pid": os.getpid()}
             append_jsonl(Path(self._stage.recipe.run.dir) / LEDGER, row, durable=True)
 
     def refuse_if_superseded(self) -> None:
-        """A start of this stage after ours (its node was given up, yet lives) is the one that counts. Collective."""
+        """Raises SupersededError if the stage has been started again: Slurm has given up this node. Collective."""
         started = [row for row in self._history.rows() if row["event"] == "started"] if self._ranks.is_main else []
         job = process_group.from_rank_0(started[-1]["job"] if started else None)
         if job != self._ranks.job:

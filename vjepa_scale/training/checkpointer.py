@@ -1,4 +1,4 @@
-"""The checkpoints of a stage in training: when one is due, what it says, which ones stay."""
+"""The checkpoints of a stage in training: when one is due, the facts in its manifest, and which ones to keep."""
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.saver import Saver
@@ -7,7 +7,7 @@ from vjepa_scale.training.setup import Training
 
 
 class Checkpointer:
-    """Every rank makes one, and calls all of it alike."""
+    """Saves checkpoints. Every rank creates one and makes the same calls."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
@@ -18,13 +18,13 @@ class Checkpointer:
         )
 
     def due(self, phase: Phase, step: int) -> bool:
-        """After so many steps: now and then, and at the end of each phase."""
+        """Returns whether one is due after ``step`` steps: every ``checkpoint.every``, and at ends of phases."""
         return step % self._training.stage.recipe.checkpoint.every == 0 or step == phase.end
 
     def save(self, phase: Phase, step: int) -> None:
-        """Begin to write the checkpoint of ``step`` completed steps; the last one is written when this returns."""
+        """Starts to write the checkpoint of ``step`` completed steps. The stage's last one is complete on return."""
         training = self._training
-        training.log.flush()  # who resumes there finds every row before it
+        training.log.flush()  # a resume from this checkpoint needs every row before it
         self.collect(wait=True)
         training.log.refuse_if_superseded()
         tensors = training.engine.tensors(training.objective.networks, optimizer=True)
@@ -51,7 +51,7 @@ class Checkpointer:
             self.collect(wait=True)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Record the checkpoint that is complete now, if one is, and remove those that are not to stay."""
+        """If a checkpoint has just been completed, records it, and removes the ones that are not kept."""
         if (saved := self._saver.take(wait=wait)) is None:
             return
         step, path = saved

@@ -1,7 +1,7 @@
-"""Starting from weights: those of a checkpoint of ours, or published, Hugging Face's or consolidated ones.
+"""Loads initial weights: from a checkpoint of ours, or foreign ones: published, Hugging Face's or consolidated.
 
-Of foreign weights everything is checked before a process starts (``check_foreign``), and every rank fills them into its
-shards tensor by tensor (``load_foreign``): no rank ever holds a whole model.
+Foreign weights are checked before a process starts (``check_foreign``). Every rank loads them into its shards tensor by
+tensor (``load_foreign``), so no rank ever holds a whole model.
 """
 
 import logging
@@ -24,14 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 def check_foreign(stage: Stage) -> int:
-    """Raise UserError, naming the stage's key, unless the weights fit; returns the step that training goes on from.
+    """Raises UserError naming the stage's key if the weights do not fit. Returns the step that training continues from.
 
-    Reads names and shapes; of ``continue_from`` the optimiser's step counts too.
+    Reads names and shapes; for ``continue_from`` also the optimiser's step counts.
     """
     word, path = stage.starts_by, str(stage.starts_from)
     if word == "continue_from" and not stage.has_target_encoder:
         raise UserError(
-            "it holds no optimiser's state of this stage",
+            "it holds no optimiser state of this stage",
             where=f"{stage.name}.continue_from: {path}",
             fix="init_from, which takes its weights",
         )
@@ -43,9 +43,9 @@ def check_foreign(stage: Stage) -> int:
 
 
 def load_foreign(stage: Stage, path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Fill networks, and for ``continue_from`` the optimiser's moments; returns what matched, in a sentence.
+    """Loads networks, and for ``continue_from`` the optimiser's moments. Returns a sentence about what matched.
 
-    tensors: by canonical names, as a checkpoint of ours holds them. A target encoder that is not there is the encoder.
+    tensors: by canonical names, as in a checkpoint of ours. A missing target encoder gets the encoder's weights.
     """
     source = _open(stage, str(path))
     report = source.match(stage.recipe.model).sentence()
@@ -62,13 +62,13 @@ def load_foreign(stage: Stage, path: Path, tensors: Mapping[str, Tensor]) -> str
         else:
             fresh.append(name)
     taken = tuple(f"{network}." for network in (*stage.networks_at_start, "target_encoder"))
-    assert not any(name.startswith(taken) for name in fresh), "open and match said that all of these are there"
+    assert not any(name.startswith(taken) for name in fresh), "checked by open_weights and match"
     _log.debug("of %s: %d tensors; fresh: %s", path, len(tensors) - len(fresh), ", ".join(fresh) or "none")
     return report + (f"; {len(fresh)} tensors start fresh" if fresh else "")
 
 
 def _open(stage: Stage, path: str) -> WeightSource:
-    """A stage that trains an encoder takes both; another freezes the target encoder where there are two."""
+    """Opens both encoders for a stage that trains one; for other stages the target encoder, if there are two."""
     weights: Weights | None = "both" if stage.has_target_encoder else None
     return open_weights(path, model=stage.recipe.model, weights=weights, networks=stage.networks_at_start)
 
@@ -83,16 +83,16 @@ def _optimizer(stage: Stage, path: str) -> dict[str, dict[str, Tensor]]:
 
 
 def _steps(moments: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Completed steps: the count of the parameters that were trained in all of them."""
+    """Returns the number of completed steps: the largest count, of the parameters that every step trained."""
     assert {*MOMENTS, "step"} <= next(iter(moments.values())).keys()
     return int(torch.stack([state["step"].float() for state in moments.values()]).max())
 
 
 def load_initial(stage: Stage, checkpoint: Path, tensors: dict[str, Tensor]) -> store.LoadReport:
-    """Fill what ``init_from`` takes from a checkpoint of ours, weights only, and leave in ``tensors`` only theirs.
+    """Loads the weights that ``init_from`` takes from a checkpoint of ours. Removes all other tensors from ``tensors``.
 
-    A stage that has one encoder, a frozen one, takes the target encoder where the checkpoint has two. Raises UserError
-    where something of a network is missing, or of another shape. The checkpoint is not verified again here.
+    A stage with one, frozen, encoder takes the target encoder if the checkpoint has two. Raises UserError if a tensor
+    of a network is missing or has another shape. Does not verify the checkpoint again.
     """
     stored = {name.partition(".")[0] for name in CheckpointReader(checkpoint).tensors()}
     sources = _sources(stage, stored)
@@ -105,7 +105,7 @@ def load_initial(stage: Stage, checkpoint: Path, tensors: dict[str, Tensor]) -> 
 
 
 def _sources(stage: Stage, stored: set[str]) -> dict[str, str]:
-    """Our networks -> the checkpoint's."""
+    """Returns the stage's networks -> the checkpoint's."""
     sources: dict[str, str] = {network: network for network in stage.networks_at_start}
     if stage.has_target_encoder:
         return sources | {"target_encoder": "target_encoder"}

@@ -1,7 +1,6 @@
-"""What a stage starts from, by names and manifests alone: its first step, its data's order, another's checkpoint.
+"""Finds what a stage starts from by names and manifests: its first step, the order of its data, the source checkpoint.
 
-Without PyTorch, so that launchers and dry runs are quick. Only weights of another format are opened, by the code that
-loads them.
+Without PyTorch, so that launchers and dry runs are quick. Only foreign weights are opened, by the code that loads them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
 
 
 def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """``load_recipe`` for whoever trains: a run that has begun keeps values that were another version's defaults."""
+    """``load_recipe`` for training: a started run keeps the recorded values of keys whose default has changed since."""
     recipe = load_recipe(path, overrides)
     kept = []
     for stage in stages_of(recipe).values():
@@ -41,19 +40,19 @@ def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe
 
 
 def _recorded(stage: Stage) -> dict[str, Any]:
-    """A stage's section as its newest checkpoint has it, or else the last launch of its run; empty: neither."""
+    """Returns a stage's section from its newest checkpoint, or else from the run's last launch; empty: neither."""
     own = newest_name(stage.checkpoints)
     if own is not None:
         return read_manifest(own)["recipe"].get(stage.name, {})
     launched = Path(stage.recipe.run.dir) / "recipe.yaml"
-    with suppress(UserError):  # a damaged one is written again by the next launch
+    with suppress(UserError):  # the next launch rewrites a damaged one
         if launched.is_file():
             return load_recipe(launched).model_dump(mode="json", exclude_none=True).get(stage.name, {})
     return {}
 
 
 def planned_first(stage: Stage) -> int:
-    """The global step that a stage begins, or began, at."""
+    """Returns the global step at which a stage begins, or began."""
     own = newest_name(stage.checkpoints)
     if own is not None:
         return read_manifest(own)["first"]
@@ -68,7 +67,7 @@ def planned_first(stage: Stage) -> int:
 
 
 def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manifest]]:
-    """The phases of a stage and the order of its data, as they were or will be trained; and the data."""
+    """Returns a stage's phases, the order of its data, and the manifests, as they were or will be trained."""
     manifests = open_data(stage)
     phases = stage.phases_from(planned_first(stage))
     own = newest_name(stage.checkpoints)
@@ -85,34 +84,34 @@ def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manif
 
 
 def end_of(stage: Stage) -> int:
-    """The global step at which a stage ends."""
+    """Returns the global step at which a stage ends."""
     return stage.phases_from(planned_first(stage))[-1].end
 
 
 def end_checkpoint(stage: Stage) -> Path:
-    """Where a stage's last checkpoint is, or will be."""
+    """Returns the path of a stage's last checkpoint, which need not exist."""
     return stage.checkpoints / name_of(end_of(stage))
 
 
 def starts_elsewhere(stage: Stage) -> bool:
-    """Does it start from weights that are not a training checkpoint of ours?"""
+    """Returns whether the stage starts from foreign weights, which are not a training checkpoint of ours."""
     value = stage.starts_from
     return value is not None and value != UNTRAINED and value not in stage.earlier and is_foreign(value)
 
 
 def foreign_step(stage: Stage) -> int:
-    """``check_foreign``, whose reading of weights needs PyTorch."""
+    """``check_foreign``, imported late because it needs PyTorch."""
     from vjepa_scale.training.load_weights import check_foreign
 
     return check_foreign(stage)
 
 
 def starts_from_the_same(done: Stage, today: Stage, origin: Mapping[str, Any]) -> bool:
-    """Is what the stage starts from what it began with, wherever that was moved and however its path is spelled?
+    """Returns whether the stage's source is the one that it began with, even if it was moved or is spelled differently.
 
     done:   the stage by the recipe that it was trained with
-    origin: of its first weights, as the manifests of its checkpoints have it
-    A checkpoint is known by its identity. Weights of another format have none there: their place decides.
+    origin: the source of its initial weights, from the manifests of its checkpoints
+    Checkpoints are compared by identity; foreign weights, which have none, by path.
     """
     then, now = str(done.starts_from), str(today.starts_from)
     if done.starts_by != today.starts_by or today.starts_from in (None, UNTRAINED):
@@ -138,11 +137,11 @@ def source_of(
     last: Callable[[Path], Path | None] = last_name,
     verify: Callable[[Path], object] | None = None,
 ) -> Path:
-    """The checkpoint that a stage starts from. Its key names a stage, a stage's folder or a checkpoint.
+    """Returns the checkpoint that a stage starts from. Its key names a stage, a stage's folder or a checkpoint.
 
-    newest, last, verify: how a folder's newest good checkpoint, and its last one, are found and a checkpoint is
-                          checked; by default only its manifest and the sizes of its files are looked at
-    Raises DamagedEndError where a stage of this recipe has come to its end, and its last checkpoint is damaged.
+    newest, last, verify: find a folder's newest good checkpoint and its last one, and verify a checkpoint; the
+                          defaults read only manifests and sizes of files
+    Raises DamagedEndError if a stage of this recipe has reached its end, but its last checkpoint is damaged.
     """
     value, key = str(stage.starts_from), f"{stage.name}.{stage.starts_by}"
     before = stage.earlier.get(value)
@@ -187,32 +186,32 @@ def source_of(
 
 
 def _refuse_unfit(stage: Stage, source: Path) -> None:
-    """Of another objective, where an optimiser's state is wanted; or of another model."""
+    """Raises UserError if the checkpoint has another objective, for ``continue_from``, or another model."""
     manifest = read_manifest(source)
     then = validate_recipe(manifest["recipe"], source=source / MANIFEST)
     if stage.starts_by == "continue_from" and trained_kind(manifest, where=source) != stage.kind:
         raise UserError(
-            f"{source} is of {manifest['stage']}: nothing of {stage.name} can go on from it",
+            f"{source} is of stage {manifest['stage']}, with another objective: {stage.name} cannot continue from it",
             where=f"{stage.name}.continue_from",
             fix="init_from, which takes its weights",
         )
     try:
-        # Heads and positions have no tensors: only the models' words tell whether weights mean the same under both.
+        # Heads and positions have no tensors, so shapes cannot show that they differ: compare the models' sections.
         refuse_other_model(then.model, stage.recipe.model, where=source, networks=stage.networks_at_start)
     except UserError as error:
         raise UserError(error.what, where=f"{stage.name}.{stage.starts_by}: {error.where}", fix=error.fix) from None
 
 
 def carried(stage: Stage, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
-    """How many clips each data set has given before a stage that continues from ``source``.
+    """Returns the number of clips drawn from each data set before a stage that continues from ``source``.
 
-    A data set whose order is another one now (other shards, seed or lanes) begins with its first epoch.
+    A data set whose order has changed (other shards, seed or lanes) begins with its first epoch.
     """
     manifest = read_manifest(source)
     data = manifest["recipe"]["data"]
     if (data["seed"], data["lanes"]) != (stage.recipe.data.seed, stage.recipe.data.lanes):
         return {}
-    if stage.draws_some_records:  # which may be other records now
+    if stage.draws_some_records:  # the records may have changed
         return {}
     return {
         name: manifest["drawn"][name]

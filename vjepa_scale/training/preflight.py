@@ -1,7 +1,7 @@
-"""What can be decided before a stage's processes start: whether it is finished, and what would be refused.
+"""Checks before a stage's processes start: whether it is finished, and what would stop it.
 
-By names, manifests and recipes alone, without PyTorch, so that launchers and dry runs are quick. What the nodes must
-offer (shared memory, open files) is checked there, by the ranks: data/host_limits.py.
+Reads only names, manifests and recipes, without PyTorch, so that launchers and dry runs are quick. Limits of the nodes
+(shared memory, open files) are checked by the ranks: data/host_limits.py.
 """
 
 import importlib.util
@@ -39,9 +39,9 @@ from vjepa_scale.training.recipe_changes import recipe_changes
 
 
 def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
-    """Everything about a stage that can be refused before a process starts.
+    """Raises UserError for everything about a stage that can be checked before a process starts.
 
-    will_have_run: stages that this same launch runs before, whose checkpoints need not exist yet.
+    will_have_run: stages that this launch runs before it, whose checkpoints need not exist yet
     """
     for phase in stage.phases:
         accumulation(phase, dp_world_size=stage.world_size)
@@ -62,7 +62,7 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
 
 
 def is_finished(stage: Stage) -> bool:
-    """Does the stage have its last checkpoint, and what follows it? (Looks at names and manifests only.)"""
+    """Returns whether the stage has its last checkpoint, and its evaluation if any. Reads names and manifests only."""
     newest = newest_name(stage.checkpoints)
     if newest is None:
         return False
@@ -72,9 +72,9 @@ def is_finished(stage: Stage) -> bool:
 
 
 def check_finished(stage: Stage) -> None:
-    """Refuse a recipe that a finished stage was not trained with: it would be taken for its result."""
+    """Raises UserError if a finished stage was trained with another recipe, whose result it is."""
     newest = newest_name(stage.checkpoints)
-    assert newest is not None, "is_finished said so"
+    assert newest is not None, "the stage is finished"
     refuse_other_recipe(stage, newest)
 
 
@@ -88,13 +88,14 @@ class Damage:
 
 
 def damage_of(stage: Stage, *, say: Callable[[str], object]) -> Damage | None:
-    """Read a finished stage's last checkpoint, every byte; of older ones only where it is damaged.
+    """Verifies every byte of a finished stage's last checkpoint; if it is damaged, of earlier ones too.
 
-    Raises UserError where none of them is good. say: gets a line before the reading, which may take minutes
+    say: gets a line before the verification, which may take minutes
+    Raises UserError if none of them is good.
     """
     folder = stage.checkpoints
     last = newest_name(folder)
-    assert last is not None, "is_finished said so"
+    assert last is not None, "the stage is finished"
     say(f"{stage.name} is complete: verifying {last.name} ({size_of(last) / 1e9:.2g} GB)")
     found = problems(last)
     if not found:
@@ -111,10 +112,10 @@ def damage_of(stage: Stage, *, say: Callable[[str], object]) -> Damage | None:
 
 
 def refuse_other_recipe(stage: Stage, path: Path) -> None:
-    """Resume must continue what was trained: the steps done must be the same under today's recipe.
+    """Raises UserError with the differences if the recipe would have trained the finished steps differently.
 
-    path: the stage's own checkpoint. Later steps may change (a stage may be made longer), and so may what no
-    number depends on. Raises UserError with what differs.
+    path: the stage's own checkpoint
+    Later steps may change (a stage may become longer), and so may values that do not affect results.
     """
     manifest = read_manifest(path)
     _refuse_other_origin(stage, path)
@@ -131,10 +132,10 @@ def refuse_other_recipe(stage: Stage, path: Path) -> None:
 
 
 def _refuse_other_origin(stage: Stage, path: Path) -> None:
-    """What a stage began with must still be how the stage before it ends."""
+    """Raises UserError if the stage before no longer ends with the checkpoint that this stage started from."""
     manifest, name = read_manifest(path), str(stage.starts_from)
     origin = manifest.get("origin", {})
-    # Where it only took weights, ``first`` is 0: the origin says of which step they were.
+    # With init_from, ``first`` is 0; the origin has the step of the weights.
     began = manifest["first"] if stage.config.continue_from is not None else origin.get("step")
     before = stage.earlier.get(name)
     if before is None or began is None:
@@ -167,7 +168,7 @@ def refuse_other_data(manifests: Mapping[str, Manifest], path: Path) -> None:
 
 
 def check_installed(cfg: EngineConfig) -> None:
-    """Raise UserError where the engine's library is not installed. Nothing is imported: for before a job starts."""
+    """Raises UserError if the engine's library is not installed. Does not import it: this runs before a job starts."""
     if cfg.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "DeepSpeed is not installed", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]', or kind: fsdp"

@@ -1,4 +1,4 @@
-"""What of a stage's finished steps a changed recipe would contradict, key by key."""
+"""Finds, key by key, what a changed recipe contradicts of a stage's finished steps."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,15 +10,15 @@ from vjepa_scale.recipe.phases import Ramp
 
 
 def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_source: bool = False) -> list[str]:
-    """``KEY: THEN then, NOW now`` for all that the steps from ``first`` to ``step`` depended on; none: they agree.
+    """Returns ``KEY: THEN then, NOW now`` for each changed value that the steps from ``first`` to ``step`` depend on.
 
-    done: the stage by the recipe that trained these steps. Later steps may differ, and so may what no number depends
-          on.
-    same_source: what the stage starts from is known to be the same, whatever path ``continue_from`` or ``init_from`` is
+    done: the stage by the recipe that trained these steps. Later steps may differ, and so may values that do not affect
+          results.
+    same_source: the stage's source is known to be the same, whatever the path in ``continue_from`` or ``init_from``
     """
     if done.kind != today.kind:
         return [f"{today.name}.kind: {done.kind} then, {today.kind} now"]
-    # Of a value that either recipe schedules, each trained step counts, and not the constant that would stand for it.
+    # If either recipe schedules a value, its values at the trained steps are compared, not its constant.
     scheduled = _scheduled(done.phases_from(first)) | _scheduled(today.phases_from(first))
     decisive = _decisive(done, scheduled), _decisive(today, scheduled)
     if same_source:
@@ -34,13 +34,13 @@ def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_sou
 
 
 def _scheduled(phases: list[Phase]) -> set[str]:
-    """Which of ``weight_decay`` and ``ema_momentum`` have ramps."""
+    """Returns which of ``weight_decay`` and ``ema_momentum`` have ramps."""
     ramps = {"weight_decay": phases[0].weight_decay_ramp, "ema_momentum": phases[0].ema_ramp}
     return {key for key, ramp in ramps.items() if ramp is not None}
 
 
 def _decisive(stage: Stage, scheduled: set[str]) -> dict[str, Any]:
-    """What the numbers of a stage depend on in all of its steps, by the recipe's keys."""
+    """Returns the values that the results of all steps of a stage depend on, by the recipe's keys."""
     recipe, whole = stage.recipe, stage.recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("workers", "prefetch", "faults")}
     elsewhere = set(NETWORKS) - set(stage.networks)
@@ -49,7 +49,7 @@ def _decisive(stage: Stage, scheduled: set[str]) -> dict[str, Any]:
         **{f"{stage.name}.{word}": own[word] for word in ("continue_from", "init_from", "init_without")},
         "run": {"seed": recipe.run.seed},
         "engine": {"precision": recipe.engine.precision},
-        "data": data | {"sets": stage.data_sets},  # the rest of the sets: by identity and mixture
+        "data": data | {"sets": stage.data_sets},  # names only: identities and mixtures are compared elsewhere
         "model": {key: value for key, value in whole["model"].items() if key not in elsewhere},
         "optimizer": stage.optimizer.model_dump(mode="json"),
         **stage.decisive(),
@@ -61,7 +61,7 @@ def _decisive(stage: Stage, scheduled: set[str]) -> dict[str, Any]:
 
 
 def _trained(stage: Stage, phases: list[Phase], step: int, scheduled: set[str]) -> dict[str, dict[str, Any]]:
-    """What the steps before ``step`` were trained with: a section for ``steps FIRST to LAST`` of each phase."""
+    """Returns the values of the steps before ``step``: a section ``steps FIRST to LAST`` for each phase."""
     recipe = stage.recipe
     out: dict[str, dict[str, Any]] = {}
     for phase in phases:
@@ -84,7 +84,7 @@ def _trained(stage: Stage, phases: list[Phase], step: int, scheduled: set[str]) 
 
 
 def _scheduled_values(stage: Stage, phase: Phase, last: int, scheduled: set[str]) -> dict[str, Any]:
-    """Of ``scheduled`` values, also by a recipe that has a constant."""
+    """Returns the values that are in ``scheduled``, also if this recipe has a constant."""
     out: dict[str, Any] = {}
     if "weight_decay" in scheduled:
         constant = stage.optimizer.weight_decay
@@ -98,32 +98,32 @@ def _scheduled_values(stage: Stage, phase: Phase, last: int, scheduled: set[str]
 
 
 def _values(name: str, ramp: Ramp, value_at: Callable[[int], float], first: int, last: int) -> dict[str, Any]:
-    """Two values, which decide what lies between them together with the shape."""
+    """Returns the values at two steps and the shape, which determine all values between them."""
     values = {f"{name} at step {step}": value_at(step) for step in (first, last)}
     bent = last > first and ramp.start != ramp.final
     return {**values, f"{name}'s shape": ramp.shape if bent else "linear"}
 
 
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
-    """``KEY: THEN then, NOW now`` for every value that differs, down to the deepest key."""
+    """Yields ``KEY: THEN then, NOW now`` for every value that differs, at the deepest key."""
     then_parts, now_parts = _parts(then), _parts(now)
     if then_parts and list(then_parts) == list(now_parts):
         for name in then_parts:
             yield from _differences(then_parts[name], now_parts[name], f"{key}.{name}" if key else name)
     elif then != now or then_parts:  # with parts: of other names, or in another order
-        yield f"{key}: {_said(then)} then, {_said(now)} now"
+        yield f"{key}: {_shown(then)} then, {_shown(now)} now"
 
 
 def _parts(value: Any) -> dict[Any, Any]:
-    """What a value is made of: keys of a section, items of a list of sections."""
+    """Returns the parts of a value: keys of a section, items of a list of sections."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return dict(enumerate(value))
     return value if isinstance(value, dict) else {}
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return f"{len(value)} item{'s' * (len(value) != 1)}"
     if isinstance(value, float):
-        return f"{value:.12g}"  # without the noise of the last digits
+        return f"{value:.12g}"  # without rounding errors in the last digits
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

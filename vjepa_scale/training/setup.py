@@ -1,4 +1,4 @@
-"""What a stage trains with, made before its first step: data, networks, optimiser, and the weights it starts from."""
+"""Sets up a stage before its first step: data, networks, optimiser, and the weights that it starts from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ from vjepa_scale.video.torchcodec import import_torchcodec
 class Training:
     """Everything that a stage trains with.
 
-    start:     where it starts; origin: where its first weights came from, for its checkpoints
-    phases:    on the global step, from ``start.first``
-    manifests: of its data sets; records: those that it draws from, where that is not all of them
+    start:     where it starts; origin: the source of its initial weights, for its manifests
+    phases:    by global steps, from ``start.first``
+    manifests: of its data sets; records: those that it draws from, if not all
     skipped:   the clips that were replaced so far
     """
 
@@ -54,9 +54,9 @@ class Training:
 
 
 def set_up(stage: Stage, ranks: Ranks) -> Training:
-    """Open the data, build the networks, and load what the stage starts from. Collective.
+    """Opens the data, builds the networks, and loads the weights that the stage starts from. Collective.
 
-    Raises UserError for what a user can mend: data, checkpoints, limits of the node.
+    Raises UserError for errors in data or checkpoints, and for limits of the node.
     """
     recipe, log = stage.recipe, AttemptLog(stage, ranks)
     engine = build_engine(recipe.engine, ranks)
@@ -67,10 +67,10 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     if recipe.data.decoder == TORCHCODEC:
         import_torchcodec()  # now, not in the first worker
     process_group.barrier()
-    log.say(f"{stage.name}: {ranks.world_size} processes have met on {engine.device.type}; opening the data")
+    log.say(f"{stage.name}: {ranks.world_size} processes have joined on {engine.device.type}; opening the data")
     manifests = open_data(stage)
     start = find_start(stage, manifests)
-    origin = origin_of(start)  # now: that checkpoint may be removed while this stage trains
+    origin = origin_of(start)  # now, since that checkpoint may be removed during training
     phases = stage.phases_from(start.first)
     records = stage.records(manifests)
     counts = ", ".join(f"{name} {len(records.get(name, range(m.records)))}" for name, m in manifests.items())
@@ -96,7 +96,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
 
 
 def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log: AttemptLog) -> None:
-    """Fill the networks, and the optimiser where training goes on, from where the stage starts."""
+    """Loads the networks, and for resume and ``continue_from`` the optimiser, from where the stage starts."""
     if start.checkpoint is None:
         log.say(f"{stage.name} starts fresh")
         return
@@ -113,4 +113,4 @@ def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log:
     log.say(f"{stage.name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
     then = start.manifest.get("attention") if start.kind == "resume" else None
     if then not in (None, engine.attention):
-        log.say(f"attention was by {then}, now by {engine.attention}: equal in the method, not to the bit")
+        log.say(f"attention was by {then}, now by {engine.attention}: results are not equal to the bit")

@@ -1,7 +1,7 @@
-"""Being asked to save and stop: a signal only sets a flag, which is acted upon between steps.
+"""Signals to save and stop. A signal only sets a flag, which is checked between steps.
 
-Handlers of Python run between bytecodes, so a signal that comes inside a collective or a save is noticed
-after it; what it asks for is done after the step, by all ranks together (``training_step`` spreads the flag).
+Python runs signal handlers between bytecodes, so a signal during a collective or a save is handled after it.
+All ranks save and stop together after the step: the flag is reduced with the loss (``compute_gradients``).
 """
 
 import signal
@@ -9,12 +9,12 @@ from types import FrameType
 
 from vjepa_scale.core.worker_pool import start_fork_server
 
-# USR2: Slurm before the time limit or a preemption (USR1 is NCCL's). TERM: sites that send only that.
+# USR2: from Slurm, before the time limit or a preemption (NCCL uses USR1). TERM: for sites that send only that.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class SavedAndStopped(Exception):
-    """The stage has obeyed a signal: its state is saved, it is not at its end."""
+    """The stage has saved and stopped after a signal, before its end."""
 
 
 class Interrupt:
@@ -24,7 +24,7 @@ class Interrupt:
         self.signal: str | None = None
 
     def listen(self) -> None:
-        """Take the signals from now on, and keep them from the loader's workers. In the main thread only."""
+        """Handles the signals from now on, and blocks them in the loader's workers. Call it in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         start_fork_server("vjepa_scale.data.loader", deaf_to=SIGNALS)

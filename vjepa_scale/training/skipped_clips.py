@@ -1,10 +1,10 @@
-"""ledger.jsonl of a run: the failures that its numbers depend on, beside recipe, seed and step.
+"""ledger.jsonl of a run: the decode failures that its results depend on, in addition to recipe, seed and step.
 
 Rows have ``event``:
 
     substituted  a clip was replaced: stage, and the fields of data/substitution.py's DecodeFailure. Written before the
-                 step moves, and replayed on resume: the clip is then replaced without being tried
-    stop         the run ended itself: stage, step, reason, pid. Changes no number
+                 weights of the step change, and replayed on resume: the clip is then replaced without decoding
+    stop         the run stopped itself: stage, step, reason, pid. Does not affect results
 
 Only rank 0 writes.
 """
@@ -26,9 +26,9 @@ _NAMED = 4  # clips that an error names
 
 
 class SkippedClips:
-    """A stage's part of the run's ledger, equal on every rank.
+    """A stage's rows of the run's ledger, equal on every rank.
 
-    Every rank must make it: rank 0's reading is everyone's.
+    Creating it is collective: rank 0 reads the file and sends the rows to all.
     """
 
     def __init__(self, run_dir: Path, stage: str) -> None:
@@ -40,34 +40,35 @@ class SkippedClips:
                 raise UserError(
                     f"a row of {stage!r} that is not whole: {row}",
                     where=self.path,
-                    fix="restore this file from a copy: the numbers of the run depend on it",
+                    fix="restore this file from a copy: the results of the run depend on it",
                 )
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
         self._failures = {failure.place: failure for failure in (DecodeFailure(**row) for row in read)}
 
     def known(self) -> dict[Place, tuple[str, str]]:
-        """The clips that are not to be tried: place -> (cause, detail)."""
+        """Returns the clips to replace without decoding: place -> (cause, detail)."""
         return {place: (failure.cause, failure.detail) for place, failure in self._failures.items()}
 
     def new(self, failures: Iterable[DecodeFailure]) -> list[DecodeFailure]:
-        """Those that it does not hold."""
+        """Returns the failures that are not recorded yet."""
         return [failure for failure in failures if failure.place not in self._failures]
 
     def substituted(self, step: int) -> int:
-        """How many clips of a step were replaced."""
+        """Returns the number of clips of a step that were replaced."""
         return len({place.slot for place in self._failures if place.step == step})
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """Clips that were not shown, by data set and cause."""
+        """Returns the numbers of replaced clips, by data set and cause."""
         return dict(Counter((failure.dataset, failure.cause) for failure in self._failures.values()).most_common())
 
     def enter(
         self, failures: Iterable[DecodeFailure], *, step: int, global_batch: int, faults: FaultsConfig, write: bool
     ) -> list[DecodeFailure]:
-        """Take in all ranks' new failures of a step, durably, and return them by slot.
+        """Records all ranks' new failures of a step, durably. Returns them sorted by slot.
 
-        write: this is rank 0. Raises UserError where they are too many; then nothing is written, since the step
-        does not move: with its shards restored, the run goes on as if nothing had been.
+        write: whether this is rank 0
+        Raises UserError if they are too many. Then nothing is written, and the step does not change the weights: with
+        the shards restored, the run resumes as if they had never failed.
         """
         new = sorted(failures, key=lambda failure: failure.slot)
         before = [a for a in self._failures.values() if step - faults.window < a.step <= step]

@@ -1,8 +1,8 @@
-"""Where does a stage start? Fresh, from its own last checkpoint, or from another run's.
+"""Decides where a stage starts: fresh, from its own newest checkpoint, or from another one.
 
-Three words that are never mixed: *resume* (this stage goes on from its own newest checkpoint, always tried
-first), ``continue_from`` (weights, EMA, optimiser and step go on from another stage or checkpoint) and
-``init_from`` (weights only, step 0).
+Three different terms: *resume* (the stage continues from its own newest checkpoint, always tried first),
+``continue_from`` (weights, EMA, optimiser and step continue from another stage or checkpoint) and ``init_from``
+(weights only, step 0).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from vjepa_scale.training.load_weights import check_foreign
 from vjepa_scale.training.planned_start import DamagedEndError, carried, end_checkpoint, source_of, starts_elsewhere
 from vjepa_scale.training.preflight import refuse_other_data, refuse_other_recipe
 
-# The verdict of all ranks, and every byte read.
+# All ranks decide together, and every byte is verified.
 _read_source = partial(source_of, newest=store.find_latest, last=store.find_last, verify=store.verify)
 
 
@@ -44,18 +44,17 @@ class Start:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Of the checkpoint, where that is one of ours. Read once."""
+        """The manifest of the checkpoint, which must be a training checkpoint of ours. Read once."""
         assert self.checkpoint is not None and not self.foreign, "a training checkpoint of ours"  # noqa: PT018
         return store.read_manifest(self.checkpoint)
 
 
 def find_start(stage: Stage, manifests: Mapping[str, Manifest]) -> Start:
-    """Decide where the stage starts. Every rank calls it and gets the same answer.
+    """Decides where the stage starts. Every rank calls it and gets the same result.
 
-    manifests: of today's data sets. One that is not what a finished step was drawn from makes a resume
-    impossible.
-    Raises UserError where a checkpoint that was asked for is absent, unfinished or damaged: a stage never
-    starts from scratch instead.
+    manifests: of the present data sets; a resume needs the data sets from which the finished steps were drawn
+    Raises UserError if a checkpoint of the recipe is absent, unfinished or damaged: a stage never starts fresh
+    instead.
     """
     own = store.find_latest(stage.checkpoints)
     if own is not None:
@@ -77,7 +76,8 @@ def find_start(stage: Stage, manifests: Mapping[str, Manifest]) -> Start:
 
 
 def _verified_source(stage: Stage) -> Path:
-    """As source_of, every byte read. A damaged end of an earlier stage is set aside: that stage is not finished."""
+    """``source_of`` that verifies every byte. If the last checkpoint of an earlier stage is damaged, sets it aside:
+    that stage is then not finished."""
     try:
         return _read_source(stage)
     except DamagedEndError:
@@ -87,7 +87,7 @@ def _verified_source(stage: Stage) -> Path:
 
 
 def origin_of(start: Start) -> dict[str, Any]:
-    """Where a stage's first weights came from, in words for its checkpoints: a resume has its own's. Empty: fresh."""
+    """Returns the source of a stage's initial weights, for its manifests; of a resume, as recorded. Empty: fresh."""
     if start.checkpoint is None:
         return {}
     if start.foreign:

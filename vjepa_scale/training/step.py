@@ -1,7 +1,7 @@
-"""One optimiser step, as the paper writes it, in two halves: gradients, which move nothing, and the move.
+"""One optimiser step, as in the paper, in two halves: gradients, which change no weights, and the update.
 
-Between them all ranks know the same: the mean loss, the gradients' norms, and whether a clip did not decode anywhere or
-a stop was asked for. So all of them go on, or none.
+Between the halves all ranks have the same reduced values: the mean loss, the gradients' norms, and whether any rank has
+a new decode failure or a stop request. So either all ranks update or none does.
 """
 
 import math
@@ -21,19 +21,19 @@ from vjepa_scale.objective.objective import Objective
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradients of a step are not numbers; nothing has moved."""
+    """The loss or the gradients of a step are not finite; nothing was updated."""
 
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What one step's micro-batches gave, equal on every rank. Nothing has moved.
+    """The results of a step's micro-batches, before the update. Equal on every rank, unless stated.
 
     loss:     the mean over all micro-batches of all ranks, which have equal size
     norms:    L2, by clip group (distributed/optim.py)
-    reported: what the objective reports beside its loss
-    stop:     some rank has been asked to save and stop
-    failures: some rank has had clips that do not decode and that the run does not know of yet
-    observed: features of this rank, where their effective rank is asked for
+    reported: the objective's other scalars
+    stop:     some rank has received a signal to save and stop
+    failures: some rank has decode failures that the ledger does not have yet
+    observed: features of this rank, if their effective rank is measured in this step
     laps:     of this rank: forward, backward, reduce
     """
 
@@ -48,15 +48,15 @@ class StepGradients:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave, equal on every rank.
+    """The results of one step. Equal on every rank, unless stated.
 
     lr:        the learning rate of the step
-    effective_rank: where it was asked for, on rank 0 alone
-    grad_norm: of all gradients together that are finite
-    parts:     what the objective reports beside its loss
-    lost:      of several networks that learn each by itself, those whose gradient was not finite: they got zeros
-    stop:      some rank has been asked to save and stop
-    laps:      of this rank: forward, backward, reduce, optimizer, ema. On a GPU, "reduce" has the wait for it
+    effective_rank: if it is measured in this step; on rank 0 only
+    grad_norm: of all finite gradients together
+    parts:     the objective's other scalars
+    lost:      clip groups whose gradient was not finite; it was set to zero
+    stop:      some rank has received a signal to save and stop
+    laps:      of this rank: forward, backward, reduce, optimizer, ema. On a GPU, "reduce" includes waiting for it
     """
 
     loss: float
@@ -78,7 +78,7 @@ def training_step(
     clip_grad_norm: float | None = None,
     measure_rank: bool = False,
 ) -> StepResult:
-    """Both halves of a step. Raises NonFiniteLossError where nothing could be learned."""
+    """Runs both halves of a step. Raises NonFiniteLossError as ``apply_gradients``."""
     gradients = compute_gradients(objective, engine, batch, measure_rank=measure_rank)
     return apply_gradients(objective, engine, gradients, lr=lr, clip_grad_norm=clip_grad_norm)
 
@@ -95,9 +95,9 @@ def compute_gradients(
     """Masks, target, context, prediction, loss (in ``objective.loss``), gradients; averaged over ranks.
 
     batch:        this rank's micro-batches, with their masks
-    measure_rank: look at the effective rank of the target features
-    stop_asked:   this rank has been asked to stop; all ranks learn it with the loss, so they stop together
-    failures:     clips of this batch that did not decode, and that the run does not know of yet
+    measure_rank: measure the effective rank of the target features
+    stop_asked:   this rank has received a signal to stop; reduced with the loss, so all ranks stop together
+    failures:     decode failures in this batch that the ledger does not have yet
     """
     observed = FeatureCovariance() if measure_rank and objective.observes else None
     total = torch.zeros((), device=engine.device)
@@ -130,10 +130,10 @@ def apply_gradients(
     lr: float,
     clip_grad_norm: float | None = None,
 ) -> StepResult:
-    """Check, clip, step, EMA. All ranks judge the reduced loss and gradients before anything moves.
+    """Check, clip, step, EMA. All ranks check the reduced loss and gradients before any update.
 
-    clip_grad_norm: of each clip group (distributed/optim.py)
-    Raises NonFiniteLossError where the loss is not finite, and where no part's gradient is.
+    clip_grad_norm: limit for each clip group (distributed/optim.py)
+    Raises NonFiniteLossError if the loss is not finite, or no clip group has a finite gradient.
     """
     finite = {group: norm for group, norm in gradients.norms.items() if math.isfinite(norm)}
     if not (math.isfinite(gradients.loss) and finite):

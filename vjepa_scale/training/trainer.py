@@ -1,4 +1,4 @@
-"""One stage, from its start to its last checkpoint. The same function on every rank."""
+"""Trains one stage, from its start to its last checkpoint. Every rank runs the same function."""
 
 import logging
 import time
@@ -35,33 +35,33 @@ def train_stage(
     interrupt: Interrupt | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Train a stage until its last step is checkpointed. Resumes by itself.
+    """Trains a stage until its last step is checkpointed. Resumes from its newest checkpoint.
 
-    interrupt: asks for a save and a stop after the current step
-    progress:  kept up to date, for whoever reports a failure
-    Raises UserError for what a user can mend, NonFiniteLossError where the loss is not a number,
-    SavedAndStopped where a rank was interrupted.
+    interrupt: a signal in it makes the stage save and stop after the current step
+    progress:  updated with the current step, for failure reports
+    Raises UserError for user errors, NonFiniteLossError if the loss is not finite, SavedAndStopped after a signal to
+    any rank.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
     raise_open_files(stage, world_size=ranks.world_size)
     process_group.start(ranks, stage.recipe.engine, rendezvous=stage.folder / "rendezvous")
     try:
-        # Half, so that the other ranks, who wait for the answer in a collective, do not run out of time first.
+        # Half of the timeout: the other ranks wait in a collective meanwhile, which must not time out first.
         with _only_trainer_of(stage.folder, ranks, patience_s=stage.recipe.engine.timeout_s / 2):
             _Trainer(set_up(stage, ranks), interrupt or Interrupt(), progress or Progress()).train()
     except SavedAndStopped:
         process_group.stop()
         raise
-    # Not after an error: with NCCL it may wait for peers that wait for us, and nobody would report anything.
+    # Not after an error: with NCCL it may wait for peers that wait for this rank, and no rank would report the error.
     process_group.stop()
 
 
 @contextmanager
 def _only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterator[None]:
-    """Rank 0 holds the stage's lock inside; every rank raises PassingError where another job holds it.
+    """Rank 0 holds the stage's lock inside. Every rank raises PassingError if another job holds it.
 
-    patience_s: how long the holder has to end. After a node failure it may be our own predecessor, whose processes end
-                only when they notice that their peers are gone.
+    patience_s: seconds to wait for another holder to end. After a node failure it may be the job's earlier start, whose
+                processes end only when they notice that their peers are gone.
     """
     with stage_lock(folder, patience_s=patience_s) if ranks.is_main else nullcontext(False) as held:
         if not process_group.from_rank_0(held):
@@ -70,7 +70,7 @@ def _only_trainer_of(folder: Path, ranks: Ranks, *, patience_s: float) -> Iterat
 
 
 class _Trainer:
-    """The loop over phases and steps. Decisions are all ranks' together: what one rank learned comes with the loss."""
+    """The loop over phases and steps. All ranks decide together: flags of one rank are reduced with the loss."""
 
     def __init__(self, training: Training, interrupt: Interrupt, progress: Progress) -> None:
         self.training, self.interrupt, self.progress = training, interrupt, progress
@@ -114,7 +114,7 @@ class _Trainer:
                     self._stop(step + 1)
 
     def _step(self, phase: Phase, step: int, batch: StepBatch) -> StepResult:
-        """Masks, target, context, prediction, loss; reduce; then, on all ranks or on none, clip, step, EMA."""
+        """Masks, target, context, prediction, loss; reduce; then, on all ranks or none, clip, step, EMA."""
         last = step + 1 == self.training.end
         failures = self.training.skipped.new(failure for part in batch for failure in part.failures)
         gradients = compute_gradients(
@@ -154,10 +154,10 @@ class _Trainer:
         )
 
     def _enter(self, phase: Phase, step: int, mine: list[DecodeFailure]) -> None:
-        """All ranks' clips of a step that did not decode into the ledger, before anything moves. Collective."""
-        self.log.refuse_if_superseded()  # a row that the successor has not read would change the run at its next resume
+        """Writes all ranks' decode failures of a step into the ledger, before any update. Collective."""
+        self.log.refuse_if_superseded()  # a later start has read the ledger; a new row would change its next resume
         everyone = [failure for failures in process_group.from_all(mine) for failure in failures]
-        # No barrier behind it: rank 0's step, and with it every checkpoint, comes after its writing.
+        # No barrier is needed: rank 0 writes before its step, and every checkpoint needs that step.
         entered = self.training.skipped.enter(
             everyone,
             step=step,
@@ -172,7 +172,7 @@ class _Trainer:
 
     def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float) -> None:
         if result.lost:
-            self.log.say(f"step {step}: {', '.join(result.lost)}: gradient not finite, not learned from")
+            self.log.say(f"step {step}: {', '.join(result.lost)}: gradient not finite, set to 0")
         weight_decay = phase.weight_decay(step)
         self.log.step(
             {
@@ -192,7 +192,7 @@ class _Trainer:
         )
 
     def _evaluate(self) -> None:
-        """What the objective is worth at its end, into evaluation.json."""
+        """Evaluates the objective and writes evaluation.json."""
         found = self.objective.evaluation(self.training.phases, partial(self._stop_if_asked, self.training.end))
         self.log.refuse_if_superseded()
         if found is not None:
@@ -201,11 +201,11 @@ class _Trainer:
             write_json(self.stage.evaluation, {"origin": origin, "step": self.training.end, **result})
             self.log.say("\n".join(lines))
 
-    # -- ends ------------------------------------------------------------------------------------------
+    # -- stops -----------------------------------------------------------------------------------------
 
     @contextmanager
     def _ending_recorded(self, step: int) -> Iterator[None]:
-        """Where the run ends itself inside, the reason and the checkpoint in flight are written."""
+        """If the run stops itself inside, records the reason and completes the checkpoint that is being written."""
         try:
             yield
         except (NonFiniteLossError, UserError) as error:
@@ -214,7 +214,7 @@ class _Trainer:
             raise
 
     def _stop_if_asked(self, step: int) -> None:
-        """Between steps: nothing is to be saved that was not saved at this one. Collective."""
+        """Stops after a signal to any rank. Saves nothing, since no step has run since ``step``. Collective."""
         asked = torch.tensor(float(self.interrupt.signal is not None), device=self.engine.device)
         if self.engine.mean(asked).item() > 0:
             self._stop(step)
@@ -223,6 +223,6 @@ class _Trainer:
         self.checkpoints.collect(wait=True)
         signal = self.interrupt.signal or "a signal to another rank"
         self.log.event("interrupted", step=step, signal=signal)
-        self.log.say(f"{self.stage.name}: {signal} obeyed: saved at step {step}, to go on from there")
-        process_group.barrier()  # the first to exit may have the others ended; the history must be written by then
+        self.log.say(f"{self.stage.name}: stopped by {signal}: saved at step {step}; the same command resumes there")
+        process_group.barrier()  # the first exit may end the other ranks, so the history must be complete before
         raise SavedAndStopped(f"{signal}: saved at step {step}")
