@@ -117,7 +117,7 @@ def of_functions(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
         yield said_by(lambda: host_limits.check_limits(stage, ranks_on_node=2)).replace(str(folder), "/dev/shm")
     yield said_by(lambda: load_profile("nowhere"))
     yield said_by(lambda: detect_ranks({"RANK": "0"}))
-    yield str(failures.told_as(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")))
+    yield str(failures.reported_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")))
 
     broken = [DecodeFailure(0, slot, "left", slot, "a", "0.tar", "unreadable") for slot in range(2)]
     skipped = SkippedClips(folder, "pretrain")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The end of a batch script of ours: queue the job again, or let it end.
+# The end of our batch scripts: queues the job again, or lets it end.
 #
 #     bash epilogue.sh STATUS COMMAND...
 #
-# STATUS is srun's exit status: 0 the work is done, 75 a signal was obeyed and everything is saved. After any
-# other, COMMAND (for stages vjepa_scale.launch.requeue) decides: its 75 means again. The exit status is the job's, which
-# Slurm's afterok dependencies read.
+# STATUS is srun's exit status: 0 the work is done, 75 saved and stopped after a signal. After any other status,
+# COMMAND (for stages vjepa_scale.launch.requeue) decides: its status 75 means again. This script's exit status is the
+# job's, which Slurm's afterok dependencies read.
 set -u
-trap : TERM USR2 # Slurm signals the batch shell too; what is begun here must be finished
+trap : TERM USR2 # Slurm signals the batch shell too, and this script must run to its end
 again=75
 status=$1
 srun_status=$1
@@ -17,7 +17,7 @@ job_id=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 [ "$status" -ne 0 ] || exit 0
 
-# Exits where Slurm itself has started this job again: then nothing here counts any more.
+# Exits if Slurm itself has started this job again. Then this script must do nothing more.
 leave_if_succeeded() {
   local restarts=${1#* Restarts=}
   restarts=${restarts%% *}
@@ -37,14 +37,14 @@ if [ "$status" -ne "$again" ]; then
 fi
 [ "$status" -eq "$again" ] || exit "$status"
 
-# The controller may be busy or being restarted: nobody is awake to try again.
+# Repeats, because the controller may be busy or restarting.
 for pause in 1 5 15 30 60 0; do
   if job=$(scontrol --oneliner show job "$job_id"); then
     leave_if_succeeded "$job"
     case $job in
-    *" JobState=COMPLETING Reason=TimeLimit "*) ;; # saved in the last moment
+    *" JobState=COMPLETING Reason=TimeLimit "*) ;; # saved just before the time limit
     *" JobState=CANCELLED "* | *" JobState=COMPLETING "*)
-      # Slurm is ending it, and not to start it again: somebody's scancel, which leaves us the time to save
+      # Slurm is ending the job for good: a scancel, after which there is still time to save
       echo "job $job_id was cancelled: not queued again"
       exit 1
       ;;

@@ -1,8 +1,8 @@
-"""Memory per GPU and time of a phase, computed from a recipe before anything runs. Nothing here was measured on a GPU.
+"""Estimates memory per GPU and time of a phase from a recipe, before anything runs. Nothing here was measured on a GPU.
 
-Memory is by part: what the engine shards (weights, EMA target, gradients, AdamW moments), what it gathers for a moment,
-what networks keep for the backward pass (model/memory.py), and the batch. Time is FLOPs over the GPU's peak times
-``UTILISATION``.
+Memory is the sum of: what the engine shards (weights, EMA target, gradients, AdamW moments), temporarily gathered
+weights, what networks keep for the backward pass (model/memory.py), and the batch. Time is FLOPs divided by the GPU's
+peak times ``UTILISATION``.
 """
 
 import re
@@ -27,7 +27,7 @@ from vjepa_scale.recipe.phases import accumulation
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes, of which this is what is left to be allocated; peak: bf16 FLOP/s, dense, float32 accumulation"""
+    """memory: bytes; peak: bf16 FLOP/s, dense, float32 accumulation"""
 
     memory: float
     peak: float
@@ -40,22 +40,22 @@ GPUS = {
     "H200": Gpu(141e9, 989e12),  # SXM
     "RTX4090": Gpu(24e9, 165e12),
 }
-# Share of the peak that all computed FLOPs reach: an assumption. A model of ViT-g's step on an H100, kernel by kernel,
+# Assumed fraction of the peak over all computed FLOPs. A model of ViT-g's step on an H100, kernel by kernel,
 # gave 0.24 for the published code and 0.38 for this package, compiled and without recomputation.
 UTILISATION = 0.3
-# Share of a GPU's memory that an estimate may fill: the rest is for CUDA's context, libraries and fragmentation.
+# Fraction of a GPU's memory that an estimate may fill. The rest is for CUDA's context, libraries and fragmentation.
 FILLED = 0.9
-# DeepSpeed's default size of what it reduces at once, in values.
+# DeepSpeed's default size of a reduction bucket, in values.
 ZERO_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one phase.
+    """The estimate of one phase.
 
     memory:    bytes per GPU by part
-    flops:     of one optimiser step over all ranks, with what activation checkpointing computes again
-    step_s:    seconds of one step; None where the compute type is not bfloat16, which GPUs' peaks are of
+    flops:     of one optimiser step over all ranks, with the recomputation of activation checkpointing
+    step_s:    seconds of one step; None if the compute type is not bfloat16, for which the peaks are
     gpu_hours: of the phase, over all GPUs; None likewise
     """
 
@@ -72,9 +72,9 @@ class Estimate:
 
 
 def estimate(stage: Stage, phase: Phase) -> Estimate | None:
-    """Of a phase on the GPU that ``launch.gpu`` names; None for a kind of stage that does not say what its clips keep.
+    """Estimates a phase on the GPU of ``launch.gpu``. Returns None for a kind of stage without ``clip_work``.
 
-    Raises UserError where the ranks do not divide the batch, or do not divide into replicas.
+    Raises UserError if the ranks do not divide the batch, or do not divide into replicas.
     """
     recipe, engine, ranks = stage.recipe, stage.recipe.engine, stage.world_size
     works: dict[int, ClipWork] = {}
@@ -129,10 +129,10 @@ def _fsdp_bytes(stage: Stage, *, P: int, frozen: int, moments: int, block: int, 
     return {
         "weights": FLOAT32 * P / shards,
         "target or frozen encoder": FLOAT32 * frozen / shards,
-        # Between the micro-batches of a step each rank has its own sum, unsharded.
+        # Between the micro-batches of a step each rank holds its own unsharded sum.
         "gradients": FLOAT32 * (P if accumulated > 1 else P / shards),
         "optimiser": FLOAT32 * moments * P / shards,
-        # Beside the gathered weights, the gradient of the block that computes, before and after its cast to float32.
+        # Gathered weights, and the gradient of the current block before and after its cast to float32.
         "gathered": compute_bytes(engine) * gathered + (compute_bytes(engine) + FLOAT32) * block,
     }
 
@@ -143,7 +143,7 @@ def _zero_bytes(stage: Stage, *, P: int, frozen: int, moments: int, block: int, 
     held = P / ranks if level == 3 else P
     rounded = compute_bytes(engine) if engine.precision != "float32" else 0  # autocast keeps a copy of all weights
     return {
-        "weights": FLOAT32 * (held + P / ranks),  # what computes, and the masters' partition
+        "weights": FLOAT32 * (held + P / ranks),  # the weights that compute, and the masters' partition
         "target or frozen encoder": FLOAT32 * (frozen / ranks if level == 3 else frozen),
         "gradients": FLOAT32 * (P if level == 1 else P / ranks + min(P, ZERO_BUCKET)),
         "optimiser": FLOAT32 * moments * P / ranks,
@@ -152,9 +152,9 @@ def _zero_bytes(stage: Stage, *, P: int, frozen: int, moments: int, block: int, 
 
 
 def summary(recipe: Recipe) -> tuple[float, float] | None:
-    """Of a whole recipe: the most bytes per GPU that a phase takes, and days of all stages one after the other.
+    """Returns the largest bytes per GPU of a recipe's phases, and the days of all stages in sequence.
 
-    None where a stage runs on CPU or has no estimate.
+    None if a stage runs on CPU or has no estimate.
     """
     found = [estimate(stage, phase) for stage in stages_of(recipe).values() for phase in stage.phases]
     if recipe.engine.device == "cpu" or not all(found):
@@ -165,7 +165,7 @@ def summary(recipe: Recipe) -> tuple[float, float] | None:
 
 
 def in_words(recipe: Recipe) -> str:
-    """The summary as headers of recipes have it: ``17 GB of an RTX4090's 24, 2.6 days``."""
+    """Returns the summary in the form of recipes' headers: ``17 GB of an RTX4090's 24, 2.6 days``."""
     found, name = summary(recipe), recipe.launch.gpu
     if found is None:
         return "no estimate"
@@ -173,7 +173,7 @@ def in_words(recipe: Recipe) -> str:
 
 
 def recipes_table(folder: Path) -> str:
-    """Markdown: a row per recipe of the folder. What it is for is the start of the comment at its top."""
+    """Returns a Markdown table with a row per recipe of a folder. Its purpose is the first clause of the file."""
     rows = ["| recipe | what for | GPUs | memory per GPU | days |", "|---|---|---|---|---|"]
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
@@ -188,12 +188,12 @@ def recipes_table(folder: Path) -> str:
 
 
 def fits(found: Estimate, recipe: Recipe) -> bool:
-    """Whether the GPU of ``launch.gpu`` has room for it, less what is set aside (``FILLED``)."""
+    """Returns whether the estimate is below the fraction ``FILLED`` of the memory of ``launch.gpu``."""
     return found.total <= FILLED * GPUS[recipe.launch.gpu].memory
 
 
 def estimate_lines(stage: Stage, phase: Phase) -> Iterator[str]:
-    """Two lines of a dry run: memory per GPU, and time. One where the kind of stage has no estimate."""
+    """Yields two lines of a dry run: memory per GPU, and time. One line if the kind of stage has no estimate."""
     name = stage.recipe.launch.gpu
     gpu, found = GPUS[name], estimate(stage, phase)
     if found is None:

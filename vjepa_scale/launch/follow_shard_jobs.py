@@ -1,4 +1,4 @@
-"""Follows the Slurm jobs that make a data set: how far they are, by the files that they write, and how they end."""
+"""Follows the Slurm jobs that make a data set: their progress, by the files that they write, and their ends."""
 
 import os
 import time
@@ -18,12 +18,12 @@ from vjepa_scale.shards.work import Progress, Work
 
 LOOK_S = 1.0
 ASK_S = 5.0
-# How late another node's files may be seen.
+# Seconds after which files of another node are visible here.
 SURE_AFTER_S = 60.0
 
 
 class JobFailedError(RuntimeError):
-    """A job ended without its work done; the message names it, its log and what it said last."""
+    """A job ended with its work unfinished. The message names the job, its log and the log's last line."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Job:
 
 
 def follow(work: Work, jobs: dict[str, Job], logs: Path, *, progress: Progress) -> None:
-    """Show what the jobs do until the data set is finished.
+    """Shows the progress of the jobs until the data set is finished.
 
-    A task that fails is told at once; the others of its array are followed to their end, since what they do counts.
-    Raises JobFailedError then. After KeyboardInterrupt it says that the jobs run on.
+    Reports a failed task at once, follows the others of its array to their end, since their results are kept, and
+    then raises JobFailedError. After KeyboardInterrupt prints that the jobs continue.
     """
     follower = _Follower(work, jobs, logs, progress)
     try:
@@ -54,14 +54,14 @@ def follow(work: Work, jobs: dict[str, Job], logs: Path, *, progress: Progress) 
 
 
 class _Follower:
-    """failed: by task; said: the last words about each step."""
+    """_failed: by task; _printed: the last line printed about each step."""
 
     def __init__(self, work: Work, jobs: dict[str, Job], logs: Path, progress: Progress) -> None:
         self._work, self._jobs, self._logs, self._progress = work, jobs, logs, progress
         self._files = Files(work)
         self._steps = {job.job_id: step for step, job in jobs.items()}
         self._failed: dict[str, JobState] = {}
-        self._said: dict[str, str] = {}
+        self._printed: dict[str, str] = {}
         self._shown: dict[str, int] = {}
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class _Follower:
             if time.monotonic() >= ask_at:
                 ask_at = time.monotonic() + ASK_S
                 try:
-                    tasks = self._ask()
+                    tasks = self._query()
                 except SlurmUnavailable as error:
                     self._say("", f"Slurm does not answer: {error}")
                 else:
@@ -91,9 +91,9 @@ class _Follower:
         if self._finished():
             return
         if not self._failed:
-            raise JobFailedError(f"the jobs have ended, and nothing says why it is not finished: logs in {self._logs}")
+            raise JobFailedError(f"the jobs have ended without an error, but it is not finished: logs in {self._logs}")
         first = min(self._failed.values(), key=lambda task: STEPS.index(task.name))
-        raise JobFailedError(f"{self._how(first)} (the same command goes on)")
+        raise JobFailedError(f"{self._failure(first)} (the same command goes on)")
 
     def _finished(self) -> bool:
         return (self._work.out / MANIFEST).exists() and not self._work.folder.exists()
@@ -108,8 +108,8 @@ class _Follower:
 
     # -- Slurm -----------------------------------------------------------------------------------------
 
-    def _ask(self) -> list[JobState]:
-        """Every job and task that Slurm still knows; their name is the step's."""
+    def _query(self) -> list[JobState]:
+        """Returns every job and task that Slurm still knows; their name is the step's."""
         ids = ",".join(self._steps)
         asked = run_slurm(["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%F|%K|%T|%r"])
         if asked.returncode and "invalid job id" not in asked.stderr.lower():
@@ -123,14 +123,14 @@ class _Follower:
             if not is_alive(task) and task.state != "COMPLETED":
                 self._fail(task, others=sum(is_alive(other) and other.name == task.name for other in tasks))
             else:
-                self._failed.pop(task.job_id, None)  # somebody has queued it again
+                self._failed.pop(task.job_id, None)  # it was queued again
         return tasks
 
     def _fail(self, task: JobState, *, others: int) -> None:
         if task.job_id not in self._failed:
             self._failed[task.job_id] = task
             if others:
-                print(f"warning: {self._how(task)}; the others go on", flush=True)
+                print(f"warning: {self._failure(task)}; the others continue", flush=True)
 
     def _announce(self, tasks: Sequence[JobState]) -> None:
         step = next((step for step in STEPS if any(t.name == step and is_alive(t) for t in tasks)), None)
@@ -143,12 +143,12 @@ class _Follower:
         self._say(step, f"{step}: Slurm {self._jobs[step]} {words}")
 
     def _say(self, about: str, words: str) -> None:
-        if self._said.get(about) != words:
-            self._said[about] = words
+        if self._printed.get(about) != words:
+            self._printed[about] = words
             print(words, flush=True)
 
-    def _how(self, task: JobState) -> str:
-        """One line: step, job, how it ended, its log and the log's last words."""
+    def _failure(self, task: JobState) -> str:
+        """Returns one line: step, job, how it ended, its log and the log's last line."""
         ended = {"CANCELLED": "was cancelled", "TIMEOUT": "ran into its time limit"}
         words = ended.get(task.state, task.state.lower().replace("_", " "))
         log = self._logs / f"{task.job_id}_0_log.err"
@@ -157,7 +157,7 @@ class _Follower:
 
 
 class Files:
-    """How far a data set is, read off its files: cheap to ask again, since of each only what is new is read."""
+    """The progress of a data set, read from its files. Repeated calls are cheap: they read only what is new."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -166,20 +166,20 @@ class Files:
         self._shards: int | None = None
 
     def so_far(self) -> list[tuple[str, int, int]]:
-        """(what is being done, how much is done, of how much), as Progress is told."""
+        """Returns (activity, number done, total), as arguments of Progress."""
         if self._shards is None:
             with suppress(UserError):
                 self._shards = Plan.open(self._work).shards
-        told = [("probing", self._work.files if self._shards is not None else self._sources(), self._work.files)]
+        progress = [("probing", self._work.files if self._shards is not None else self._sources(), self._work.files)]
         if self._shards is not None:
             there = sum(name.startswith("shard-") and name.endswith(".tar") for name in os.listdir(self._work.out))
-            told.append(("writing", there, self._shards))
-        return told
+            progress.append(("writing", there, self._shards))
+        return progress
 
     def _sources(self) -> int:
-        """Sources with a verdict; one that two processes have probed counts once its chunk is finished."""
+        """Returns the number of probed sources. One that two processes have probed counts once in a finished chunk."""
         known = Counter[int]()
-        with suppress(FileNotFoundError):  # it is finished just now
+        with suppress(FileNotFoundError):  # the data set has just been finished
             names = sorted(os.listdir(self._work.folder / "probed"))
             for name in names:
                 if name.endswith(".part"):
@@ -190,17 +190,17 @@ class Files:
         return sum(min(lines, self._work.files_in(chunk)) for chunk, lines in known.items())
 
     def _read(self, name: str) -> int:
-        """Whole lines of one file of verdicts so far."""
+        """Returns the number of whole lines of one file of probe results so far."""
         file = self._files.setdefault(name, GrowingFile(self._work.folder / "probed" / name))
         self._lines[name] += sum(1 for _ in file.lines())
         return self._lines[name]
 
 
 def last_words(log: Path) -> str:
-    """A log's last line that is neither srun's nor submitit's, without ``error:``; empty where there is none."""
+    """Returns a log's last line that is not srun's or submitit's, without ``error:``; empty if there is none."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    told = [line for line in lines if line.strip() and not line.startswith(("srun: ", "submitit "))]
-    return told[-1].strip().removeprefix("error: ") if told else ""
+    own = [line for line in lines if line.strip() and not line.startswith(("srun: ", "submitit "))]
+    return own[-1].strip().removeprefix("error: ") if own else ""

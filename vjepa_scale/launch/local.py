@@ -1,7 +1,7 @@
-"""The chain of stages on this machine: submitit's local executor for each attempt, and our loop around it.
+"""Runs the chain of stages on this machine: a loop over attempts, each started by submitit's local executor.
 
-The loop does what Slurm does elsewhere: a stage that was interrupted or failed is started again by the same
-rules (``restarts``), and a stage waits for the one before.
+The loop does what Slurm does on a cluster: a stage waits for the one before, and is started again after an
+interruption or a failure, by the same rules (retry_policy.py).
 """
 
 import os
@@ -27,9 +27,9 @@ from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
 
 FAILURE_GRACE_S = 15.0
-# A signal that comes while submitit is starting the ranks is lost, so it is repeated; ranks do not mind.
+# A signal during submitit's start of the ranks is lost, so it is repeated. Ranks ignore repetitions.
 ASK_AGAIN_S = 5.0
-# Time to finish a step and save, before submitit's local executor ends a job at its time limit.
+# Seconds to finish a step and save before submitit's local executor ends a job at its time limit.
 SIGNAL_DELAY_S = 30
 
 
@@ -38,7 +38,7 @@ class StageFailedError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """The launcher was told to stop: its ranks have saved, or were killed when it was told twice."""
+    """The launcher was stopped by a signal: its ranks have saved, or were killed after a second signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -46,7 +46,7 @@ class StoppedError(Exception):
 
 
 class LocalChain:
-    """Runs stages one after the other, each to its end, over restarts; shows rank 0's lines as they come."""
+    """Runs stages in order, each to its end over restarts. Shows rank 0's lines as they come."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -54,7 +54,7 @@ class LocalChain:
         self._stopping: int | None = None
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Raises UserError for what the user can mend, StoppedError after a signal, else StageFailedError."""
+        """Raises UserError after a user error, StoppedError after a signal, otherwise StageFailedError."""
         with self._listening():
             for stage in stages:
                 if is_finished(stage):
@@ -67,7 +67,7 @@ class LocalChain:
     def _run_stage(self, stage: Stage) -> None:
         folder = stage.folder
         for leftover in (*folder.glob("failures/*.json"), *folder.glob("rendezvous/*")):
-            leftover.unlink()  # a local job's name is a process id, which may come again
+            leftover.unlink()  # a local job's name is a process id, which may be reused
         history = History(folder)
         folder.mkdir(parents=True, exist_ok=True)
         keep_reserve(folder)
@@ -110,7 +110,7 @@ class LocalChain:
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(
             tasks_per_node=launch.tasks_per_node,
-            gpus_per_node=len(gpus),  # submitit hides every GPU that is not asked for
+            gpus_per_node=len(gpus),  # submitit hides every GPU that is not requested
             visible_gpus=gpus,
             timeout_min=launch.timeout_min,
             signal_delay_s=SIGNAL_DELAY_S,
@@ -121,10 +121,10 @@ class LocalChain:
         return self._job
 
     def _follow(self, job: submitit.Job, failures: Path) -> None:
-        """Copy what rank 0 prints, and its warnings, to our own stdout until the job is over.
+        """Copies rank 0's output and warnings to our stdout until the job has ended.
 
-        Once a rank has failed, the others get a moment to say what they saw and are ended then: one that never
-        reached the group would wait for its dead peer until ``engine.timeout_s``.
+        After a rank has failed, the others get ``FAILURE_GRACE_S`` seconds to write reports, and are then killed: a
+        rank that has not joined the process group would wait for its dead peer until ``engine.timeout_s``.
         """
         said, warned = GrowingFile(Path(job.paths.stdout)), GrowingFile(Path(job.paths.stderr))
         show = LiveLines()
@@ -135,7 +135,7 @@ class LocalChain:
                 self._ask_to_save(job)
                 asked_at = time.monotonic()
             over = job.done()
-            with suppress(OSError):  # of ours, on a full disk: the lines are in the ranks' logs, and the run goes on
+            with suppress(OSError):  # our stdout on a full disk: the run continues, and the ranks' logs have the lines
                 show_lines(warned, whole_lines=not over, only="warning: ", stream=show)
                 show_lines(said, whole_lines=not over, stream=show)
             if over:
@@ -150,7 +150,7 @@ class LocalChain:
 
     def _failure(self, stage: Stage, verdict: Verdict, history: History) -> Exception:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
-        if verdict.user_error or failed["kind"] == PassingError.__name__:  # it did not pass
+        if verdict.user_error or failed["kind"] == PassingError.__name__:  # it was not temporary
             return UserError(failed["message"])
         who = f"rank {failed['rank']} failed with " if failed["rank"] is not None else ""
         where = f"report in {failed['report']}, " if failed["report"] else ""
@@ -158,7 +158,7 @@ class LocalChain:
             f"{stage.name}: {who}{verdict.ended}; not started again, since {verdict.why}; {where}logs in {stage.logs}"
         )
 
-    # -- being told to stop --------------------------------------------------------------------------
+    # -- signals -------------------------------------------------------------------------------------
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -170,7 +170,7 @@ class LocalChain:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        """The first time, ranks save and stop; the second time they are killed."""
+        """At the first signal, ranks save and stop; at the second one they are killed."""
         if self._job is None:
             raise StoppedError(number)
         if self._stopping is None:
@@ -186,14 +186,14 @@ class LocalChain:
 
 @contextmanager
 def _inherited(code: Path) -> Iterator[None]:
-    """What the job's processes inherit: the code of this launch, and deafness to the terminal's Ctrl-C.
+    """Sets what processes started inside inherit: the code of this launch, and that Ctrl-C is ignored.
 
-    Ctrl-C reaches every process of a terminal; only the launcher is to hear it, so that ranks can save.
+    A terminal sends Ctrl-C to every process. Only the launcher handles it, so that ranks can save.
     """
     ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL")}
     os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{ours['PYTHONPATH']}" if ours["PYTHONPATH"] else str(code)
     os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR2"  # what the ranks listen to, whatever the user's shell says
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR2"  # the ranks' signal; the shell may have another
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -204,10 +204,10 @@ def _inherited(code: Path) -> Iterator[None]:
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[int]:
-    """The GPUs that this process may use, by the numbers that CUDA_VISIBLE_DEVICES has for them."""
+    """Returns the GPUs that this process may use, by the numbers of CUDA_VISIBLE_DEVICES."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        import torch  # to ask for GPUs
+        import torch  # only to count GPUs
 
         return list(range(torch.cuda.device_count()))
     numbers = [part.strip() for part in named.split(",") if part.strip()]

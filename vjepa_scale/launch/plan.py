@@ -1,4 +1,4 @@
-"""What a launch will do, in words, before it does it."""
+"""Checks a launch and describes what it will do, before anything starts."""
 
 import math
 import re
@@ -29,7 +29,7 @@ from vjepa_scale.training.preflight import Damage, check_finished, damage_of, is
 
 
 def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[Stage]:
-    """The stages to run, in the recipe's order. Raises UserError for a name the recipe does not have."""
+    """Returns the stages to run, in the recipe's order. Raises UserError for a name that the recipe does not have."""
     every = stages_of(recipe)
     for name in names or ():
         if name not in every:
@@ -38,7 +38,7 @@ def chosen_stages(recipe: Recipe, names: Sequence[str] | None) -> list[Stage]:
 
 
 def chosen_cluster(recipe: Recipe) -> str:
-    """ "slurm" or "local": what launch.cluster says, where auto is Slurm if its sbatch command is there."""
+    """Returns "slurm" or "local" by launch.cluster; auto is Slurm if the sbatch command is found."""
     if recipe.launch.cluster != "auto":
         return recipe.launch.cluster
     return "slurm" if shutil.which("sbatch") else "local"
@@ -51,11 +51,11 @@ def check(
     cluster: str,
     repair: Callable[[str], object] | None = None,
 ) -> list[Stage]:
-    """Preflight of every stage; returns those that are not finished.
+    """Runs the preflight of every stage. Returns the stages that are not finished.
 
-    source: the recipe's file, which errors name
-    repair: gets the lines about it where the last checkpoints of finished stages are to be read, and a damaged one set
-            aside, so that its stage is trained again from the good one before it; None: files are not read
+    source: the recipe's file, for errors
+    repair: if given, the last checkpoints of finished stages are verified, and a damaged one is set aside, so that its
+            stage is trained again from the good one before it; it gets the lines about this. None: not verified
     """
     if (lacking := machine_lacks(stages, source=source, cluster=cluster)) is not None:
         raise lacking
@@ -74,7 +74,7 @@ def _checked(stages: Sequence[Stage], source: object, repair: Callable[[str], ob
         if finished:
             if repair is None:
                 continue
-            refuse_if_at_work(recipe)  # before minutes of reading
+            refuse_if_at_work(recipe)  # before a verification of minutes
             if (damage := damage_of(stage, say=repair)) is None:
                 continue
             damaged.append((stage, damage))
@@ -95,9 +95,9 @@ def _checked(stages: Sequence[Stage], source: object, repair: Callable[[str], ob
 
 
 def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iterator[str]:
-    """What a launch would be refused for now, as a dry run says it: nothing is written or submitted.
+    """Yields the reasons for which a launch would be refused now, for a dry run. Writes and submits nothing.
 
-    What this machine lacks is left to ``machine_lacks``.
+    ``machine_lacks`` has what this machine lacks.
     """
     try:
         _checked(stages, source, None)
@@ -117,7 +117,7 @@ def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iter
 
 
 def machine_lacks(stages: Sequence[Stage], *, source: object, cluster: str) -> UserError | None:
-    """The nodes or GPUs that a local run would need and this machine does not have; None: it has them."""
+    """Returns the error of a local run that needs more nodes or GPUs than this machine has; None: it has enough."""
     try:
         with errors_name(source):
             for stage in stages if cluster == "local" else ():
@@ -136,7 +136,7 @@ def _fits_this_machine(stage: Stage) -> None:
         )
     if stage.recipe.engine.device != "cuda":
         return
-    import torch  # to ask for GPUs
+    import torch  # only to count GPUs
 
     if stage.launch.tasks_per_node > torch.cuda.device_count():
         raise UserError(
@@ -147,7 +147,7 @@ def _fits_this_machine(stage: Stage) -> None:
 
 
 def refuse_if_at_work(recipe: Recipe) -> None:
-    """Raise UserError if a job of the run is waiting or running, or if Slurm does not say whether one is."""
+    """Raises UserError if a job of the run is pending or running, or if Slurm does not answer."""
     for stage in stages_of(recipe).values():
         files = StageFiles(stage)
         if not files.rows or files.finished:
@@ -171,7 +171,7 @@ def refuse_if_at_work(recipe: Recipe) -> None:
 
 @contextmanager
 def errors_name(source: object) -> Iterator[None]:
-    """Errors about a key inside begin with the recipe's file."""
+    """Adds the recipe's file to errors that name only a key."""
     try:
         yield
     except UserError as error:
@@ -180,9 +180,9 @@ def errors_name(source: object) -> Iterator[None]:
 
 
 def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
-    """The plan as lines: ranks, then every phase with its steps, rate, geometry and batch.
+    """Yields the lines of the plan: ranks, then every phase with its steps, rate, geometry and batch.
 
-    where: ``site``'s words
+    where: the text of ``site``
     """
     recipe = stages[0].recipe
     model, encoder = recipe.model, recipe.model.encoder
@@ -203,7 +203,7 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
             try:
                 manifest = manifests[name] = Manifest.open(data_set.path)
                 held, problem = f", {manifest.records} records in {len(manifest.shards)} shards", ""
-            except UserError as error:  # a plan shows what is wrong; a launch refuses it
+            except UserError as error:  # a plan shows the error; a launch raises it
                 problem = f"  (error: {error})"
         own = (f", {data_set.frames} frames" if data_set.frames else "") + (
             f", {data_set.fps:g} frames per second" if data_set.fps else ""
@@ -237,7 +237,7 @@ def _ranks(launch: LaunchConfig) -> str:
 
 
 def site(recipe: Recipe) -> str:
-    """Cluster and profile, which is read so that a mistake in it shows in a dry run."""
+    """Returns cluster and profile as text. Reads the profile, so that a dry run shows errors in it."""
     cluster = chosen_cluster(recipe)
     if recipe.launch.profile is None:
         return cluster
@@ -257,7 +257,7 @@ def _phase_line(stage: Stage, phase: Phase) -> str:
 
 
 def _schedules(phase: Phase) -> str:
-    """``lr 0.1 → 0.2``, and what else has a ramp; of one that goes on after the phase, where it would arrive."""
+    """Returns ``lr 0.1 → 0.2`` and the other ramps. If a ramp ends after the phase, its whole range too."""
     last = phase.end - 1
     ramps = [("lr", phase.lr_ramp, phase.start_lr, phase.last_lr)]
     if (ramp := phase.weight_decay_ramp) is not None:
@@ -280,7 +280,7 @@ def _schedules(phase: Phase) -> str:
 
 
 def _geometries(stage: Stage, phase: Phase) -> str:
-    """``16 × 256×256 px = 2048 tokens``; of several, each with its share of the clips."""
+    """Returns ``16 × 256×256 px = 2048 tokens``; for several geometries each with its fraction of the clips."""
     said = []
     for frames, part in phase.geometries.items():
         share = f" ({sum(part.values()) / sum(phase.mixture.values()):.3g} of the clips: {', '.join(part)})"
@@ -291,16 +291,16 @@ def _geometries(stage: Stage, phase: Phase) -> str:
 
 
 def _count(value: float) -> str:
-    """1.234e15 → ``1.23 P``."""
+    """Formats a number: 1.234e15 → ``1.23 P``."""
     thousands = min(int(math.log10(max(value, 1))) // 3, 6)
     return f"{value / 1000**thousands:.3g} {' kMGTPE'[thousands].strip()}"
 
 
 def order_lines(stages: Sequence[Stage], text: str) -> Iterator[str]:
-    """``--dump-order FIRST:LAST``: a line per clip of the global steps FIRST … LAST−1, without training.
+    """Yields the lines of ``--dump-order FIRST:LAST``: one per clip of the global steps FIRST … LAST−1.
 
-    The first line, ``# step…``, names the columns, separated by tabs. Raises UserError before it for a range that
-    holds no step of the stages.
+    The first line, ``# step…``, names the columns, which are separated by tabs. Raises UserError before it for a range
+    without a step of the stages.
     """
     first_text, colon, last_text = text.partition(":")
     if not (colon and all(re.fullmatch(r"\d{1,18}", part) for part in (first_text, last_text))):

@@ -1,7 +1,7 @@
-"""What a site's Slurm wants, apart from the recipe: partition, account, modules, environment, container.
+"""Site profiles: a site's Slurm options, apart from the recipe: partition, account, modules, environment, container.
 
-A profile is a YAML file, by name (slurm/profiles/NAME.yaml here, or a shipped one) or by path. Every plain value is
-read as the text that stands there, so ``NCCL_X: yes`` or ``mem: 0`` mean what Slurm and the shell would make of them.
+A profile is a YAML file, by name (slurm/profiles/NAME.yaml here, or a shipped one) or by path. Plain values are read as
+text, so Slurm and the shell get ``NCCL_X: yes`` or ``mem: 0`` as written.
 
 python -m vjepa_scale.launch.profile > docs/slurm_profiles.md
 """
@@ -39,14 +39,14 @@ class Profile(Section):
     """One site, or one way to use it."""
 
     partition: Word | None = Field(None, description="partitions, separated by commas; default: the site's")
-    account: Word | None = Field(None, description="whom the hours are charged to")
+    account: Word | None = Field(None, description="the account to charge")
     qos: Word | None = Field(None, description="quality of service")
     reservation: Word | None = Field(None, description="reserved nodes to run on")
     gres: Word | None = Field(None, description="generic resources per node, for example `gpu:h100:8`")
     gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="GPUs to ask for on each node; default: one per process, where the recipe needs GPUs and `gres` "
-        "names none; 0: ask for none, where nodes are given whole",
+        description="GPUs to request on each node; default: one per process, if the recipe needs GPUs and `gres` "
+        "names none; 0: request none, for sites that allocate whole nodes",
     )
     constraint: Word | None = Field(None, description="features that nodes must have, for example `h100&ib`")
     nodelist: Words = Field((), description="nodes that must be among those used, for example `[gpu01]`")
@@ -55,7 +55,7 @@ class Profile(Section):
         False, description="true: no other job on these nodes"
     )
     mem: Annotated[str, AfterValidator(values.mem)] | None = Field(
-        None, description="memory per node with its unit, for example `480G`; 0: all of it; default: the site's"
+        None, description="memory per node with its unit, for example `480G`; 0: all memory; default: the site's"
     )
     signal_delay_s: Annotated[int, Field(ge=1, le=65535)] = Field(
         300,
@@ -64,8 +64,8 @@ class Profile(Section):
     )
     requeue: bool = Field(
         True,
-        description="the job may be started again: by Slurm when a node fails or a job above preempts it, by the "
-        "launcher after a time limit; false: neither",
+        description="the job may be started again: by Slurm after a node failure or a preemption, by the launcher "
+        "after a time limit; false: neither",
     )
     modules: tuple[Annotated[str, AfterValidator(values.module)], ...] = Field(
         (), description="`module load` each of these first, in this order"
@@ -104,7 +104,7 @@ class Profile(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values stay text; only an empty one is none."""
+    """Reads plain values as text; an empty value is None."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -116,7 +116,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_profile(name_or_path: str | None) -> Profile:
-    """Read a site profile.
+    """Reads a site profile.
 
     name_or_path: a path; or NAME for slurm/profiles/NAME.yaml below the current folder, or else a shipped profile;
                   None: Slurm's own defaults.
@@ -148,7 +148,7 @@ def load_profile(name_or_path: str | None) -> Profile:
     return profile
 
 
-# Where a user keeps profiles, below the current folder: in a checkout this is where the shipped ones lie, too.
+# The folder of a user's profiles, below the current folder; in a checkout it also has the shipped ones.
 OWN = Path("slurm", "profiles")
 
 
@@ -163,7 +163,7 @@ def _path_of(name_or_path: str) -> Path:
 
 
 def _check_bash(profile: Profile, path: Path) -> None:
-    """A quote that is not closed in one line would swallow the rest of the batch script."""
+    """Raises UserError for invalid bash: an unclosed quote in one line would swallow the rest of the batch script."""
     for number, item in enumerate(profile.setup):
         try:
             checked = subprocess.run(
@@ -173,7 +173,7 @@ def _check_bash(profile: Profile, path: Path) -> None:
                 capture_output=True,
                 text=True,
             )
-        except FileNotFoundError:  # no bash on this machine: the job will tell
+        except FileNotFoundError:  # no bash on this machine: the job will fail with the error
             return
         if checked.returncode or checked.stderr:
             said = checked.stderr.strip().splitlines()[-1:] or ["a syntax error"]
@@ -181,7 +181,8 @@ def _check_bash(profile: Profile, path: Path) -> None:
 
 
 def guarded(item: str) -> list[str]:
-    """A setup item that ends the job where it fails; lines of their own, since it may end in a comment."""
+    """Returns lines of bash that run a setup item and end the job if it fails. An item may end in a comment, so the
+    closing brace has its own line."""
     if all(line.lstrip().startswith("#") or not line.strip() for line in item.split("\n")):
         return [item]
     return ["{", item, f"}} || setup_failed {shlex.quote(item.strip().partition(chr(10))[0])}"]
@@ -233,7 +234,7 @@ Notes:
 
 
 def reference() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     return _INTRODUCTION + "".join(f"| `{key}` | {default} | {meaning} |\n" for key, default, meaning in _rows())
 
 

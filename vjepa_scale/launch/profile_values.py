@@ -1,10 +1,10 @@
-"""What the values of a profile may hold: each function gives a value back, or raises ValueError with what is wrong."""
+"""Checks of the values of a profile. Each function returns the value, or raises ValueError with what is wrong."""
 
 import re
 import shlex
 from typing import Any
 
-# What the launcher decides. A second value in the batch script would win over it, or break what relies on it.
+# Options that the launcher sets, and why. A second value in the batch script would override the launcher's.
 _LAUNCHERS = {
     "job-name": "it is the run folder's name and the stage",
     "nodes": "it is launch.nodes of the recipe",
@@ -23,11 +23,11 @@ _LAUNCHERS = {
     "array": "a stage is one job",
     "chdir": "paths of the recipe are relative to the folder of the launch",
     "no-kill": "a job that lost a node has to start again from its checkpoint",
-    "gpus-per-task": "every process must see all GPUs of its node; use gpus_per_node or gres",
+    "gpus-per-task": "every process must have access to all GPUs of its node; use gpus_per_node or gres",
     "parsable": "the launcher reads what sbatch prints",
     "quiet": "the launcher reads what sbatch prints",
     "test-only": "nothing would be submitted; use --dry-run --print-sbatch",
-    "wait": "sbatch would not come back; use --wait of the launcher",
+    "wait": "sbatch would not return; use --wait of the launcher",
     "wrap": "the launcher writes the script",
     "clusters": "jobs are looked up in the cluster that the launch is made on",
     "cluster": "jobs are looked up in the cluster that the launch is made on",
@@ -35,7 +35,7 @@ _LAUNCHERS = {
 _SRUN_LAUNCHERS = re.compile(
     r"--(output|error|input|nodes|ntasks|ntasks-per-node|gpus-per-task|jobid|multi-prog|no-kill|pty|test-only)|-[oeiNnk].*"
 )
-# One process's place in the job: a fixed value would be the same for all of them.
+# Variables that differ from process to process: a fixed value would be the same for all.
 _RANK_VARIABLES = re.compile(
     r"(LOCAL_)?(RANK|WORLD_SIZE)|SUBMITIT_EXECUTOR|SLURM_(PROCID|NTASKS|LOCALID|JOB_ID|STEP_ID)"
 )
@@ -43,7 +43,7 @@ VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
 
 
 def line(value: str) -> str:
-    """One line that is not empty: a line break would end an #SBATCH line and begin a command."""
+    """Checks for one line that is not empty: a line break would end an #SBATCH line and begin a command."""
     if not value.strip():
         raise ValueError("is empty; take the line out")
     if any(not character.isprintable() for character in value):
@@ -52,12 +52,12 @@ def line(value: str) -> str:
 
 
 def text(value: str) -> str:
-    """Text for Slurm itself, which fills in no variables, knows no ~, and drops backslashes from #SBATCH lines."""
+    """Checks text for Slurm, which expands neither variables nor ~, and drops backslashes from #SBATCH lines."""
     line(value)
     if "\\" in value:
         raise ValueError(f"{value!r}: Slurm drops backslashes")
     if VARIABLE.search(value) or re.search(r"(^|=)~", value):
-        raise ValueError(f"{value!r}: Slurm fills in neither variables nor ~; write it out")
+        raise ValueError(f"{value!r}: Slurm expands neither variables nor ~; write it out")
     return value
 
 
@@ -74,7 +74,7 @@ def mem(value: str) -> str:
 
 
 def option(name: str) -> str:
-    """The long name of an sbatch option, as sbatch spells it."""
+    """Returns the long name of an sbatch option, as sbatch spells it."""
     option = name.replace("_", "-")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) < 2:
         raise ValueError(f"{name!r} is not an option's long name without dashes in front, such as licenses")
@@ -118,7 +118,7 @@ def setup(value: str) -> str:
 
 
 def command(value: str) -> str:
-    """Words of a command, quoted as in a shell; nothing of a shell in it but $NAME."""
+    """Checks words of a command, quoted as in a shell, with no shell syntax other than $NAME."""
     try:
         words = shlex.split(line(value))
     except ValueError as error:
@@ -133,20 +133,20 @@ def command(value: str) -> str:
 def shell_text(value: str) -> str:
     rest = VARIABLE.sub("", line(value))
     if "$" in rest or "`" in rest:
-        raise ValueError(f"{value!r}: only $NAME and ${{NAME}} are filled in")
+        raise ValueError(f"{value!r}: only $NAME and ${{NAME}} are expanded")
     if value.startswith("~"):
-        raise ValueError(f"{value!r}: ~ is not filled in; write $HOME")
+        raise ValueError(f"{value!r}: ~ is not expanded; write $HOME")
     return value
 
 
 def srun(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Options only: srun takes the first thing that is not one for the command to run."""
+    """Checks for options only: srun runs the first argument that is not an option as the command."""
     takes_value = False
     for argument in arguments:
         name = argument.partition("=")[0]
         if not argument.startswith("-"):
             if not takes_value:
-                raise ValueError(f"{argument!r} is not an option: srun would run it in place of Python")
+                raise ValueError(f"{argument!r} is not an option: srun would run it instead of Python")
             takes_value = False
             continue
         if any(character.isspace() for character in name):

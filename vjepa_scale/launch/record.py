@@ -1,4 +1,4 @@
-"""What a launch leaves behind: the resolved recipe that its jobs read, the code that they run, where both come from."""
+"""Records a launch: the resolved recipe that its jobs read, the code that they run, and the source of both."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class Launch:
     """The files of one launch.
 
     folder: ``<run>/launches/0001``
-    recipe: the resolved recipe; jobs read this one, whatever becomes of the file it was made from
-    code:   the folder that jobs import vjepa_scale from
+    recipe: the resolved recipe, which jobs read; later changes of the user's file do not affect them
+    code:   the folder from which jobs import vjepa_scale
     """
 
     folder: Path
@@ -27,12 +27,12 @@ class Launch:
         return self.folder / "recipe.yaml"
 
     def withdraw(self) -> None:
-        """Remove what was written down of a launch that did not come to be."""
+        """Removes the record of a launch that failed."""
         shutil.rmtree(self.folder)
 
 
 def record_launch(stages: Sequence[Stage], *, cluster: str) -> Launch:
-    """Write a launch down, and the run's own ``recipe.yaml``, before anything starts."""
+    """Writes the record of a launch, and the run's ``recipe.yaml``, before anything starts."""
     recipe = stages[0].recipe
     run = Path(recipe.run.dir).absolute()
     code = snapshot_code(run)
@@ -52,7 +52,7 @@ def record_launch(stages: Sequence[Stage], *, cluster: str) -> Launch:
 
 
 def planned_launch(recipe: Recipe) -> Launch:
-    """The launch that would be next; nothing is written."""
+    """Returns the next launch without writing anything."""
     run = Path(recipe.run.dir).absolute()
     taken = [int(path.name) for path in (run / "launches").glob("*") if path.name.isdigit()]
     return Launch(run / "launches" / f"{max(taken, default=0) + 1:04d}", code_folder(run))

@@ -1,18 +1,18 @@
-"""At the end of a Slurm job's attempt that did not end well: is there to be another?
+"""Decides whether a Slurm job whose attempt has failed is queued again.
 
 srun --ntasks 1 python -m vjepa_scale.launch.requeue RECIPE STAGE [key=value …]
 
-Runs inside the job (vjepa_scale/launch/epilogue.sh calls it). Writes the failure into the stage's history and
-says in one line what follows. Exit codes: 75 queue the job again; 0 the stage is done after all; 2 or 1 let it
-end. Light: it does not import torch, since a job that is being preempted has no time.
+Runs inside the job (vjepa_scale/launch/epilogue.sh calls it). Writes the failure into the stage's history and logs
+the decision in one line. Exit codes: 75 queue the job again; 0 the stage is complete; 2 or 1 do not queue it again.
+Does not import PyTorch, since a job that is being preempted has little time.
 
---refused: Slurm did not queue the job again; write that down, and nothing else.
---setup-failed: no rank was started, since a line of the site's setup failed.
+--refused: Slurm did not queue the job again; only records that.
+--setup-failed: no rank was started, because a line of the site's setup failed.
 """
 
 import signal
 
-# Slurm signals all processes of a job; this comes before anything that takes time.
+# Slurm signals all processes of a job, so signals are ignored before the slow imports.
 for _number in (signal.SIGTERM, signal.SIGUSR2):
     signal.signal(_number, signal.SIG_IGN)
 
@@ -59,10 +59,10 @@ def main() -> int:
         return 0
     if verdict.kind == "again":
         history.add("requeued", job_id=job_id, reason=verdict.ended)
-        _log.info(f"{stage.name}: {verdict.ended}: job {job_id} is to be queued again")
+        _log.info(f"{stage.name}: {verdict.ended}: job {job_id} will be queued again")
         return EXIT_SAVED
     history.add("gave_up", job_id=job_id, reason=verdict.why)
-    _log.info(f"{stage.name}: {verdict.ended}: not again, since {verdict.why}")
+    _log.info(f"{stage.name}: {verdict.ended}: not queued again, since {verdict.why}")
     return EXIT_USER_ERROR if verdict.user_error else 1
 
 

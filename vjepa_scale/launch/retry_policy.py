@@ -1,13 +1,13 @@
-"""An attempt at a stage has ended: is there another? The same rules on Slurm and on this machine.
+"""Decides whether another attempt follows one that has ended. The same rules apply on Slurm and on this machine.
 
-A stage may go on for weeks over time limits and preemptions: what counts is that attempts bring it further.
-It gives up when
+A stage may be restarted for weeks, after time limits and preemptions, as long as attempts bring new checkpoints.
+It is not restarted
 
-- the user has something to mend,
-- the same kind of failure came at the same step twice in a row: it would come again, and burn the allocation,
-- more than ``launch.max_restarts`` restarts in a row brought no new checkpoint.
+- after a user error,
+- after the same kind of failure at the same step twice in a row, which would occur again,
+- when more than ``launch.max_restarts`` restarts in a row brought no new checkpoint.
 
-Light: it does not import torch.
+Does not import PyTorch.
 """
 
 import logging
@@ -25,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows an attempt: nothing, since the stage is done; another attempt; or an end to trying.
+    """The decision after an attempt. done: the stage is complete; again: another attempt; stop: no other attempt.
 
-    ended: the attempt's ``interrupted`` or ``failed`` row, in words
-    why:   of ``stop``
+    ended: the attempt's ``interrupted`` or ``failed`` row as text
+    why:   the reason of ``stop``
     """
 
     kind: Literal["done", "again", "stop"]
@@ -48,13 +48,13 @@ def end_of_attempt(
     setup: str | None = None,
     early_signal: str | None = None,
 ) -> Verdict:
-    """Write down how the attempt that has just ended failed, unless the history says how it ended; then judge it.
+    """Records how the attempt that has just ended failed, unless the history has its end. Returns the decision.
 
     job:    Ranks.job of its processes, or a pattern for it
-    job_id: of a job whose attempts count together over its requeues; None: all attempts since the last launch
-    log:    where to look if no rank has left a report
-    setup:  which line of the site's setup failed, in words
-    early_signal: what ended the ranks, if it may have been before they could listen to it
+    job_id: the job whose attempts, over its requeues, are counted; None: all attempts since the last launch
+    log:    named in the failure if no rank has left a report
+    setup:  the message about a failed line of the site's setup
+    early_signal: a signal that may have ended the ranks before they could handle it
     """
     mine = [attempt for attempt in _tried(history, job_id) if attempt.is_of(job)]
     if not mine and early_signal is not None and worst_failure(failures, job) is None:
@@ -75,8 +75,8 @@ def end_of_attempt(
                 "report": None,
                 "log": str(log) if log.exists() else None,
             }
-        told = {key: value for key, value in report.items() if key != "traceback"}
-        history.add("failed", job=job, job_id=job_id or job, **told)
+        row = {key: value for key, value in report.items() if key != "traceback"}
+        history.add("failed", job=job, job_id=job_id or job, **row)
     tried = _tried(history, job_id)
     verdict = judge(tried, max_restarts=max_restarts)
     _log.debug(
@@ -94,7 +94,7 @@ def _tried(history: History, job_id: str | None) -> list[Attempt]:
 
 
 def judge(tried: Sequence[Attempt], *, max_restarts: int) -> Verdict:
-    """What follows the last of these attempts, which has ended."""
+    """Returns the decision after the last of these attempts, which has ended."""
     end = tried[-1].end
     assert end is not None, "an attempt that has ended"
     if end["event"] == "done":
@@ -109,7 +109,7 @@ def judge(tried: Sequence[Attempt], *, max_restarts: int) -> Verdict:
         return Verdict("stop", ended, "it is for the user to mend", user_error=True)
     if max_restarts == 0:
         return Verdict("stop", ended, "launch.max_restarts is 0")
-    if before is not None and _alike(before, end):
+    if before is not None and _same_failure(before, end):
         return Verdict("stop", ended, f"{end['kind']} {_at(end)} twice in a row: it would come again")
     if reason := _no_progress(tried, max_restarts):
         return Verdict("stop", ended, reason)
@@ -117,20 +117,20 @@ def judge(tried: Sequence[Attempt], *, max_restarts: int) -> Verdict:
 
 
 def refuse_endless_restarts(history: History, *, job_id: str, max_restarts: int) -> None:
-    """Before a job's next attempt: raise UserError where the earlier ones brought nothing.
+    """Before a job's next attempt: raises UserError if too many earlier ones brought no new checkpoint.
 
-    For restarts that nobody of ours decided on: Slurm itself requeues a job whose node failed.
+    For restarts without a decision of this module: Slurm itself requeues a job whose node failed.
     """
     if reason := _no_progress(_tried(history, job_id), max_restarts):
         raise UserError(reason, where="launch.max_restarts", fix="see the errors in history.jsonl, then launch again")
 
 
-def _alike(before: Row, end: Row) -> bool:
-    """The same failure at the same step? What ranks see that lost a peer is always alike and says nothing."""
+def _same_failure(before: Row, end: Row) -> bool:
+    """Returns whether both are the same failure at the same step. Errors of a lost peer are always equal: False."""
     if before["event"] != "failed" or end.get("bystander"):
         return False
     same = (before["kind"], before["step"]) == (end["kind"], end["step"])
-    # Before the first step a kind says less: only the same words are the same failure.
+    # Before the first step a kind is less specific: the messages must be equal too.
     return same and (end["step"] is not None or before["message"] == end["message"])
 
 
@@ -143,7 +143,7 @@ def _no_progress(tried: Sequence[Attempt], max_restarts: int) -> str | None:
     for attempt in reversed(tried):
         if attempt.saved is not None:
             break
-        # A signal before the first step is nobody's failure: a job may be preempted as it starts.
+        # A signal before the first step does not count: a job may be preempted just after its start.
         if not (attempt.end and attempt.end["event"] == "interrupted" and attempt.end["step"] is None):
             fruitless += 1
     return f"{fruitless} attempts in a row brought no new checkpoint" if fruitless > max_restarts else None

@@ -1,7 +1,7 @@
-"""How a job of ours is submitted, whatever it does: what it gets of the site's profile, submitit, sbatch's words.
+"""Submits any job of ours: options from the site's profile, submitit's executor, sbatch's error messages.
 
-A job's batch script is submitit's: the site's setup, ``srun`` of our Python processes, and after it our epilogue,
-which queues the job again where a process has ended with status 75.
+submitit writes the batch script: the site's setup, ``srun`` of our Python processes, then our epilogue, which queues
+the job again if a process has ended with status 75.
 """
 
 import os
@@ -26,19 +26,19 @@ from vjepa_scale.launch.profile_values import VARIABLE
 from vjepa_scale.launch.snapshot import import_lines
 from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
 
-# -- what a job gets of a profile: parameters of submitit, arguments of srun, lines of its script ----
+# -- from a profile: parameters of submitit, arguments of srun, lines of the script -----------------
 
 _GPU_GRES = re.compile(r"(gres[:/])?gpu(:|$)")
 _GPU_OPTION = re.compile(r"(^|[-:/=])gpus?($|[-:=])")  # gpus, gpu-bind, mem-per-gpu, tres-per-task=gres/gpu:1
 
 
 def submitit_parameters(profile: Profile, *, needs_gpus: bool, tasks_per_node: int) -> dict[str, Any]:
-    """Keyword arguments for ``SlurmExecutor.update_parameters``: everything that is the site's.
+    """Returns the site's keyword arguments for ``SlurmExecutor.update_parameters``.
 
-    needs_gpus:     the recipe's processes each drive a GPU
+    needs_gpus:     each process of the recipe uses a GPU
     tasks_per_node: processes per node
-    The caller adds the job's own: job_name, nodes, ntasks_per_node, cpus_per_task, time, dependency. Where it has
-    ``setup``, ``srun_args`` or ``additional_parameters`` too, it must join them with these.
+    The caller adds the job's own: job_name, nodes, ntasks_per_node, cpus_per_task, time, dependency. If it also has
+    ``setup``, ``srun_args`` or ``additional_parameters``, it must join them with these.
     """
     sbatch: dict[str, Any] = {name: value == "true" or value for name, value in profile.sbatch.items()}
     parameters: dict[str, Any] = {
@@ -66,8 +66,8 @@ def submitit_parameters(profile: Profile, *, needs_gpus: bool, tasks_per_node: i
 
 
 def srun_arguments(profile: Profile) -> list[str]:
-    """What the site's profile hands to srun."""
-    # Where sbatch was told --export=NONE (some sites do by default), srun would hand on nothing either.
+    """Returns the site profile's arguments of srun."""
+    # After sbatch --export=NONE (the default of some sites), srun would not pass the environment on either.
     exports = [] if any(argument.startswith("--export=") for argument in profile.srun) else ["--export=ALL"]
     return [*exports, *profile.srun]
 
@@ -81,20 +81,20 @@ def _gpus_per_node(profile: Profile, needs_gpus: bool, tasks_per_node: int) -> i
 
 
 def without_gpus(profile: Profile) -> Profile:
-    """The same site for jobs that use no GPU: none is asked for, in none of the ways there are."""
+    """Returns the profile without any option that requests GPUs, for jobs on the CPU."""
     parts = [part for part in (profile.gres or "").split(",") if part and not _GPU_GRES.match(part)]
     sbatch = {name: value for name, value in profile.sbatch.items() if not _GPU_OPTION.search(f"{name}={value}")}
     return profile.model_copy(update={"gpus_per_node": 0, "gres": ",".join(parts) or None, "sbatch": sbatch})
 
 
 def setup_lines(profile: Profile) -> list[str]:
-    """Lines of bash for the batch script before srun: modules, variables, the site's own lines.
+    """Returns lines of bash for the batch script before srun: modules, variables, the site's own lines.
 
-    Any that fails says so on stderr and ends the job with status 1.
+    If one fails, it prints an error to stderr and ends the job with status 1.
     """
     lines = [
         'setup_failed() { local said="status $? in the setup of this job: $1"; echo "error: $said" >&2; '
-        # Another node may be whole: slurm.py's finish decides.
+        # Another node may work: ``finish`` of slurm.py decides.
         'if declare -F finish >/dev/null; then finish 1 "$said"; fi; exit 1; }',
         # From Slurm 22.05 on, srun takes a job's --cpus-per-task from this variable only.
         'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
@@ -112,13 +112,13 @@ def setup_lines(profile: Profile) -> list[str]:
 
 
 def python_command(profile: Profile) -> str:
-    """Container prefix and interpreter of the processes, quoted for bash: ``SlurmExecutor(python=…)``."""
+    """Returns container prefix and interpreter of the processes, quoted for bash: ``SlurmExecutor(python=…)``."""
     python = shlex.quote(sys.executable) if profile.python is None else _quoted(profile.python)
     return " ".join([*map(_quoted, shlex.split(profile.container or "")), python])
 
 
 def _quoted(word: str) -> str:
-    """A word for bash in which only ``$NAME`` and ``${NAME}`` are filled in, and never split."""
+    """Returns a word quoted for bash, in which only ``$NAME`` and ``${NAME}`` are expanded, without word splitting."""
     if not VARIABLE.search(word):
         return shlex.quote(word)
     parts: list[str] = []
@@ -132,18 +132,18 @@ def _quoted(word: str) -> str:
 # -- how a job is submitted --------------------------------------------------------------------------
 
 SIGNAL = "USR2"
-SIGNAL_EARLY_S = 60  # Slurm's own words: its signal may come up to a minute before what --signal says
+SIGNAL_EARLY_S = 60  # by Slurm's documentation, the signal may come up to a minute before the time of --signal
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
-    """submitit's executor, which here can also say what it would submit."""
+    """submitit's executor that can also return the script that it would submit."""
 
     @classmethod
     def affinity(cls) -> int:
-        return 2  # submitit's own wants srun, which a dry run does without
+        return 2  # submitit's own method needs srun, which a dry run does not need
 
     def script(self, tasks: int = 1) -> str:
-        """The batch script that ``submit``, or ``map_array`` over this many tasks, hands to sbatch."""
+        """Returns the batch script that ``submit``, or ``map_array`` over this many tasks, passes to sbatch."""
         count = {"map_count": tasks} if tasks > 1 else {}  # as submitit's map_array: an array of one is a job
         asked = copy(self)
         asked.parameters = {**self.parameters, **count}
@@ -165,13 +165,13 @@ def job_executor(
     after: str | None,
     srun_args: Sequence[str] = (),
 ) -> ScriptExecutor:
-    """The executor of one job, or of one array.
+    """Returns the executor of one job, or of one array.
 
-    code:      the folder that its processes import vjepa_scale from
-    finish:    the command of the batch script's ``finish``, which is given srun's status as $1, and as $2 what a
-               failed line of the site's setup said
-    after:     the job that must have succeeded before
-    srun_args: before the site's
+    code:      the folder from which its processes import vjepa_scale
+    finish:    the commands of the batch script's function ``finish``. $1: srun's status; $2: the message of a failed
+               line of the site's setup
+    after:     the job that must succeed before it
+    srun_args: come before the site's
     """
     refuse_pattern(logs)
     site = submitit_parameters(profile, needs_gpus=needs_gpus, tasks_per_node=tasks_per_node)
@@ -200,49 +200,49 @@ def job_executor(
 
 
 def _log_level() -> list[str]:
-    """The level of whoever submits, for the job's processes. With --export=NONE, sbatch does not hand it on."""
+    """Returns lines that set the submitter's log level for the job. With --export=NONE sbatch does not pass it on."""
     word = os.environ.get(log.VARIABLE)
     return [f"export {log.VARIABLE}={shlex.quote(word)}"] if word else []
 
 
 def epilogue(code: Path, *decide: str) -> str:
-    """A line of bash: epilogue.sh with the status that ``finish`` was given, and who decides about a failure.
+    """Returns a line of bash that runs epilogue.sh with $1 of ``finish`` and the command that decides about a failure.
 
-    decide: words for bash as they are to stand there
+    decide: the command's words, already quoted for bash
     """
     return " ".join(["bash", shlex.quote(str(code / "vjepa_scale" / "launch" / "epilogue.sh")), '"$1"', *decide])
 
 
 def refuse_short(timeout_min: int, profile: Profile, *, named: str, doing: str, where: str) -> None:
-    """Raise UserError where Slurm's signal before the time limit would come before a job has done anything."""
+    """Raises UserError if Slurm's signal before the time limit would come before a job has done anything."""
     if 60 * timeout_min <= profile.signal_delay_s + SIGNAL_EARLY_S:
         raise UserError(
-            f"jobs of {timeout_min} minutes ({60 * timeout_min} s) that Slurm tells to save up to "
+            f"jobs of {timeout_min} minutes ({60 * timeout_min} s) that get Slurm's signal to save up to "
             f"{profile.signal_delay_s} + {SIGNAL_EARLY_S} s before their end would not {doing}",
             where=where,
             fix=f"a longer one, or a shorter signal_delay_s in profile {named}",
         )
 
 
-# What to look at where Slurm refuses a job.
-SEE_SLURM = "sinfo, sacctmgr show associations and scontrol show partition say what there is"
+# The fix if Slurm refuses a job.
+SEE_SLURM = "sinfo, sacctmgr show associations and scontrol show partition list what is allowed"
 
 
 def need_sbatch(*, where: str, otherwise: str) -> None:
-    """Raise UserError where there is no Slurm to submit to. otherwise: what works without."""
+    """Raises UserError if there is no sbatch command. otherwise: what works without it"""
     if shutil.which("sbatch") is None:
         raise UserError("no sbatch command here", where=where, fix=f"run on a login node, or {otherwise}")
 
 
 def refuse_pattern(folder: Path) -> None:
-    """Raise UserError where Slurm would write logs of this folder elsewhere."""
+    """Raises UserError if Slurm would write logs of this folder elsewhere."""
     if "%" in str(folder):
         raise UserError("Slurm reads % in the path of a log as a pattern", where=folder, fix="a folder without %")
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C, a closed terminal or a kill wait until the block is done."""
+    """Defers Ctrl-C, a closed terminal's signal and SIGTERM until the block is done."""
     waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
     try:
@@ -252,10 +252,11 @@ def undisturbed() -> Iterator[None]:
 
 
 def jobs_of(folder: Path, *, name: str | None = None, also: Collection[str] = ()) -> list[str]:
-    """Ids of this user's jobs, waiting or at work, whose script lies below a folder, oldest first; of one name.
+    """Returns ids of this user's jobs, pending or running, whose script is below a folder, oldest first.
 
-    An array's id is that of the whole. also: ids that count too; the folder may have had another path then
-    Raises SlurmUnavailable.
+    name: only jobs with this name
+    also: these ids too, if they are in the queue, since the folder may have had another path
+    An array has one id. Raises SlurmUnavailable.
     """
     named = ["--name", name] if name is not None else []
     asked = run_slurm(["squeue", "--me", "--noheader", *named, "--format", "%F %o"])
@@ -268,12 +269,12 @@ def jobs_of(folder: Path, *, name: str | None = None, also: Collection[str] = ()
 
 
 def objection(script: str) -> str:
-    """What Slurm says against a batch script, were it submitted now (``sbatch --test-only``); empty if nothing."""
+    """Returns why Slurm would refuse a batch script now (``sbatch --test-only``); empty if it would not."""
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
     return said_by_sbatch(done.stderr) if done.returncode else ""
 
 
 def said_by_sbatch(text: str) -> str:
-    """sbatch's error lines, each once and without its name."""
+    """Returns sbatch's error messages, each once, without the prefix ``sbatch: error:``."""
     lines = [line.partition("error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or " ".join(text.split())

@@ -1,4 +1,4 @@
-"""``make_shards --cluster slurm``: the steps of data/ingest as Slurm jobs, and a terminal that follows them.
+"""``make_shards --cluster slurm``: submits the steps of vjepa_scale/shards as Slurm jobs and follows them.
 
     probe  an array of N  ->  plan  one job  ->  write  an array of N  ->  finish  one job      (afterok)
 
@@ -7,8 +7,8 @@
         logs/       JOB_0_log.err, of an array's task JOB_TASK_0_log.err; the batch scripts
         code/       what the jobs import (snapshot.py)
 
-Who follows changes nothing. What the jobs have done lies in OUT/.work, so any end of theirs is followed by submitting
-all four again: what is done is found done.
+Following changes nothing. The jobs' progress is in OUT/.work. After any failure all four jobs are submitted again, and
+skip finished work.
 """
 
 import math
@@ -52,7 +52,7 @@ _ARRAYS = ("probe", "write")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of the cluster. profile: as load_profile; cpus: of each job, and its worker processes."""
+    """The resources to request. profile: as for load_profile; cpus: CPUs and worker processes of each job"""
 
     jobs: int
     profile: str | None
@@ -61,7 +61,7 @@ class Asked:
 
 
 def scripts(out: Path, asked: Asked) -> dict[str, str]:
-    """Step -> its batch script, as it would be submitted. A job id that is not known yet is named after its step."""
+    """Returns step -> its batch script, as it would be submitted. Unknown job ids are named after their step."""
     folder = _folder(out)
     texts = {}
     after = None
@@ -72,16 +72,16 @@ def scripts(out: Path, asked: Asked) -> dict[str, str]:
 
 
 def make_shards_on_slurm(videos: Path, out: Path, settings: Settings, asked: Asked, *, progress: Progress) -> Summary:
-    """Make the data set on the cluster, or finish it, or find it finished; stays until then.
+    """Makes or completes the data set on the cluster. Returns when it is finished.
 
-    Where jobs of OUT are in the queue already, they are followed. Raises UserError where Slurm or ``begin`` refuses,
-    arrays_follow.JobFailedError where a job failed; after KeyboardInterrupt the jobs run on.
+    If jobs of OUT are in the queue already, follows these. Raises UserError if Slurm or ``begin`` refuses,
+    follow_shard_jobs.JobFailedError if a job failed. After KeyboardInterrupt the jobs continue.
     """
     need_sbatch(where=f"{program('make_shards')} --cluster slurm", otherwise="leave --cluster out")
     script = scripts(out, asked)["probe"]
-    if not _at_work(out) and (said := objection(script)):  # before the sources are listed, which may take long
+    if not _queued_jobs(out) and (said := objection(script)):  # before listing the sources, which may take long
         raise _refused("probe", said, asked)
-    work = begin(videos, out, settings, relist=not _at_work(out))
+    work = begin(videos, out, settings, relist=not _queued_jobs(out))
     if work is None:
         _tidy(out)
         return summarize(out, existed=True)
@@ -92,15 +92,15 @@ def make_shards_on_slurm(videos: Path, out: Path, settings: Settings, asked: Ask
 
 
 def _attach_or_submit(work: Work, asked: Asked) -> dict[str, Job]:
-    """The jobs that now make the data set, whoever has submitted them."""
+    """Returns the jobs that make the data set: those in the queue, or newly submitted ones."""
     out, folder = work.out, _folder(work.out)
-    with _alone(folder):
-        if alive := _at_work(out):
+    with _submission_lock(folder):
+        if alive := _queued_jobs(out):
             jobs = _submitted(folder)
-            strangers = set(alive) - {job.job_id for job in jobs.values()}
-            if strangers or jobs.keys() != set(STEPS):
+            unknown = set(alive) - {job.job_id for job in jobs.values()}
+            if unknown or jobs.keys() != set(STEPS):
                 raise UserError(
-                    f"Slurm jobs {' '.join(alive)} of this folder are in the queue, but their submission was cut off",
+                    f"Slurm jobs {' '.join(alive)} of this folder are in the queue, but not all were submitted",
                     where=out,
                     fix=f"scancel {' '.join(alive)}, and the same command goes on",
                 )
@@ -116,7 +116,7 @@ def _submit(work: Work, asked: Asked) -> dict[str, Job]:
     code = snapshot_code(folder)
     jobs: dict[str, Job] = {}
     handles: list[submitit.Job] = []
-    with undisturbed():  # else some could be in the queue that nobody follows
+    with undisturbed():  # otherwise unrecorded jobs could be in the queue
         for step in STEPS:
             after = handles[-1].job_id.partition("_")[0] if handles else None
             tasks = _tasks(step, asked)
@@ -135,9 +135,9 @@ def _submit(work: Work, asked: Asked) -> dict[str, Job]:
 
 
 def _submit_step(executor: ScriptExecutor, work: Work, step: str, asked: Asked) -> submitit.Job:
-    """The job, or an array's first."""
+    """Submits a step. Returns its job, or the first of its array."""
     parts = [Part(index, _tasks(step, asked)) for index in range(_tasks(step, asked))]
-    # Jobs start in another folder; and the sources may have been moved since the work was begun.
+    # Jobs start in another folder, and the sources may have been moved since the work began.
     seen = replace(work, out=work.out.absolute(), videos=work.videos.absolute(), root=work.root.absolute())
     share = partial(run_share, seen, step, workers=asked.cpus, timeout_min=asked.timeout_min)
     jobs: list[submitit.Job] = executor.map_array(share, parts)
@@ -150,7 +150,7 @@ def _executor(out: Path, asked: Asked, step: str, *, code: Path, after: str | No
         asked.timeout_min,
         profile,
         named=asked.profile or "(its default)",
-        doing="make much",
+        doing="do any work",
         where=f"{program('make_shards')} --timeout-min",
     )
     early = '[ "$1" -ne 140 ] && [ "$1" -ne 143 ] || set -- 75  # USR2 or TERM before Python could listen'
@@ -209,15 +209,15 @@ def _submitted(folder: Path) -> dict[str, Job]:
         raise UserError("not the jobs of make_shards", where=folder / "jobs.json", fix="remove it") from None
 
 
-def _at_work(out: Path) -> list[str]:
-    """Ids of the jobs of OUT that are in the queue; raises UserError where Slurm does not say."""
+def _queued_jobs(out: Path) -> list[str]:
+    """Returns ids of the jobs of OUT that are in the queue. Raises UserError if Slurm does not answer."""
     folder = _folder(out)
     if not folder.is_dir():
         return []
     try:
         return jobs_of(folder, also={job.job_id for job in _submitted(folder).values()})
     except SlurmUnavailable as error:
-        raise UserError(f"Slurm does not say whether jobs are at work: {error}", where=out, fix="try later") from None
+        raise UserError(f"Slurm does not say whether jobs are queued: {error}", where=out, fix="try later") from None
 
 
 def _named(jobs: dict[str, Job]) -> str:
@@ -225,15 +225,15 @@ def _named(jobs: dict[str, Job]) -> str:
 
 
 def _tidy(out: Path) -> None:
-    """What remains is what a run without Slurm leaves, unless the last job is still about to end."""
-    with suppress(UserError):  # Slurm does not answer: the same command does it another time
-        if _folder(out).is_dir() and not _at_work(out):
+    """Removes OUT/.slurm, unless the last job is still ending."""
+    with suppress(UserError):  # Slurm does not answer: a later call removes it
+        if _folder(out).is_dir() and not _queued_jobs(out):
             shutil.rmtree(_folder(out), ignore_errors=True)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process submits for the same OUT."""
+def _submission_lock(folder: Path) -> Iterator[None]:
+    """Waits until no other process submits jobs for the same OUT."""
     folder.mkdir(exist_ok=True)
     with file_lock(folder / "lock", patience_s=math.inf):
         yield

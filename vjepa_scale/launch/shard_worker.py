@@ -1,7 +1,7 @@
-"""What each Slurm job of ``make_shards --cluster slurm`` runs: its share of one step.
+"""The process of each Slurm job of ``make_shards --cluster slurm``: runs its share of one step.
 
-A step keeps on disk whatever it has done and goes on from there, so a job that Slurm wants to end leaves at once, with
-the status after which epilogue.sh queues it again.
+A step writes its progress to disk and continues from it. So a job that gets a signal exits at once, with the status
+after which epilogue.sh queues it again.
 """
 
 import os
@@ -22,18 +22,18 @@ STEPS = ("probe", "plan", "write", "finish")
 
 
 def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: int) -> None:
-    """One job's share of a step, from wherever it stands; exits as ``run_command`` does, or with 75 after a signal."""
+    """Runs one job's share of a step, or the rest of it. Exits as ``run_command`` does, or with 75 after a signal."""
     attempt = Attempt(timeout_min)
-    told = (signal.SIGTERM, signal.SIGUSR2)
-    for number in told:
+    signals = (signal.SIGTERM, signal.SIGUSR2)
+    for number in signals:
         signal.signal(number, attempt.leave)
 
     def share() -> None:
         log.set_up(f"{step} job {part.index}", main=part.index == 0)
-        # A worker that died of it would seem to have died of its video.
-        start_fork_server("vjepa_scale.shards.probe", "vjepa_scale.shards.write", deaf_to=told)
+        # A worker that a signal ends would be taken for one that its video has crashed.
+        start_fork_server("vjepa_scale.shards.probe", "vjepa_scale.shards.write", deaf_to=signals)
         if (work.out / MANIFEST).exists() and not work.folder.exists():
-            tidy(work.out)  # its finish was queued again at the last moment, maybe amid this
+            tidy(work.out)  # the step ``finish`` was interrupted at its end, perhaps during this
             return
         if step == "probe":
             probe(work, part, workers=workers, progress=attempt.count)
@@ -48,7 +48,7 @@ def run_share(work: Work, step: str, part: Part, *, workers: int, timeout_min: i
 
 
 class Attempt:
-    """Keeps a step that nothing comes of within a job's time limit from being queued again for ever."""
+    """Stops the requeueing of a job that finishes nothing within its time limit."""
 
     def __init__(self, timeout_min: int) -> None:
         self._done, self._timeout_min, self._started = 0, timeout_min, time.monotonic()
@@ -57,7 +57,7 @@ class Attempt:
         self._done += 1
 
     def leave(self, number: int, _: FrameType | None) -> None:
-        # More than half of it: a job may as well be preempted as it starts.
+        # Only after half of the limit: a job may be preempted just after its start.
         if not self._done and time.monotonic() - self._started > 60 * self._timeout_min / 2:
             os.write(2, f"error: nothing was finished in {self._timeout_min} minutes (--timeout-min)\n".encode())
             os._exit(1)

@@ -1,6 +1,6 @@
 """The chain of stages on Slurm: one submitit job per stage, each waiting for the one before (afterok).
 
-srun starts one process per rank; the epilogue queues the job again where the attempt was not the last.
+srun starts one process per rank; the epilogue queues the job again if another attempt follows.
 """
 
 import shlex
@@ -37,9 +37,9 @@ from vjepa_scale.run.events import History
 
 
 def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
-    """Submit the stages' jobs and write them into the stages' histories.
+    """Submits the stages' jobs and writes them into the stages' histories.
 
-    Raises UserError where Slurm refuses one; those submitted before it are cancelled then.
+    If Slurm refuses one, cancels those submitted before it and raises UserError.
     """
     need_sbatch(where="launch.cluster", otherwise="--cluster local")
     before: submitit.Job | None = None
@@ -48,11 +48,11 @@ def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
         executor = stage_executor(stage, launch, after=before.job_id if before else None)
         write_atomic(launch.folder / f"{stage.name}.sbatch", executor.script())
         name = executor.parameters["job_name"]
-        _refuse_twin(stage.recipe, name)
+        _refuse_unrecorded_job(stage.recipe, name)
         stage.folder.mkdir(parents=True, exist_ok=True)
         keep_reserve(stage.folder)
         try:
-            with undisturbed():  # a job that nobody has written down would get a twin by the next launch
+            with undisturbed():  # the next launch would submit an unrecorded job a second time
                 job = executor.submit(run_launched, launch.recipe, stage.name)
                 history = History(stage.folder)
                 history.add("submitted", cluster="slurm", job_id=job.job_id, name=name, launch=str(launch.folder))
@@ -64,7 +64,7 @@ def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
                 launch.withdraw()
             raise UserError(
                 f"Slurm refused the job of {stage.name!r}: {said_by_sbatch(str(error))}",
-                where=_blame(stage.recipe),
+                where=_key_of_slurm(stage.recipe),
                 fix=SEE_SLURM,
             ) from None
         submitted.append((job, history))
@@ -73,19 +73,19 @@ def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
         before = job
 
 
-def _refuse_twin(recipe: Recipe, name: str) -> None:
-    """Raise UserError if Slurm has a job of this run that no history tells of: sbatch's answer may have been lost."""
+def _refuse_unrecorded_job(recipe: Recipe, name: str) -> None:
+    """Raises UserError if Slurm has a job of this run that no history records: sbatch's output may have been lost."""
     run = Path(recipe.run.dir).absolute()
     try:
-        twins = jobs_of(run, name=name)
-    except SlurmUnavailable:  # then sbatch has no answer either, and says why
+        found = jobs_of(run, name=name)
+    except SlurmUnavailable:  # sbatch fails too then, with the reason
         return
-    for job_id in twins:
+    for job_id in found:
         raise UserError(f"Slurm job {job_id} is this stage's already", where=run, fix=f"scancel {job_id}, or wait")
 
 
 def scripts(stages: Sequence[Stage], launch: Launch) -> dict[str, str]:
-    """Stage → its batch script, as it would be submitted. A job id that is not known yet is named after its stage."""
+    """Returns stage → its batch script, as it would be submitted. Unknown job ids are named after their stage."""
     texts = {}
     for before, stage in zip([None, *stages], stages, strict=False):
         after = f"JOB_ID_OF_{before.name.upper()}" if before else None
@@ -94,7 +94,7 @@ def scripts(stages: Sequence[Stage], launch: Launch) -> dict[str, str]:
 
 
 def stage_executor(stage: Stage, launch: Launch, *, after: str | None) -> ScriptExecutor:
-    """The executor of one stage's job. after: the job that must have succeeded before."""
+    """Returns the executor of one stage's job. after: the job that must succeed before it"""
     run = Path(stage.recipe.run.dir).absolute()
     profile, cfg = load_profile(stage.launch.profile), stage.launch
     refuse_pattern(run)
@@ -117,22 +117,22 @@ def stage_executor(stage: Stage, launch: Launch, *, after: str | None) -> Script
     )
 
 
-_END_PEERS = "--kill-on-bad-exit=1"  # else ranks wait for their dead peer
+_END_PEERS = "--kill-on-bad-exit=1"  # otherwise ranks wait for a dead peer
 
 
 def _finish(stage_name: str, launch: Launch, profile: Profile) -> str:
-    """A line of the batch script: what follows an attempt, given its status; of a failing setup, what it said."""
+    """Returns the line of the batch script that runs after an attempt. $1: its status; $2: a failed setup's message"""
     step = shlex.join(["srun", "--nodes=1", "--ntasks=1", "--overlap", _END_PEERS, *srun_arguments(profile)])
     decide = shlex.join(["-m", "vjepa_scale.launch.requeue", str(launch.recipe), stage_name])
     return epilogue(launch.code, step, python_command(profile), decide, '${2:+"--setup-failed=$2"}')
 
 
 def test_submission(stage: Stage, launch: Launch) -> str:
-    """What Slurm says against the stage's job, were it submitted now (``sbatch --test-only``); empty if nothing."""
+    """Returns why Slurm would refuse the stage's job now (``sbatch --test-only``); empty if it would not."""
     if shutil.which("sbatch") is None:
         return ""
     return objection(stage_executor(stage, launch, after=None).script())
 
 
-def _blame(recipe: Recipe) -> str:
+def _key_of_slurm(recipe: Recipe) -> str:
     return "launch" if recipe.launch.profile is None else f"launch.profile={recipe.launch.profile}"

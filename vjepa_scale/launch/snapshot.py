@@ -1,6 +1,6 @@
-"""What was launched: a copy of the code that the jobs run, and the state of the checkout it came from.
+"""Copies the code that jobs run, and records the state of its checkout.
 
-A stage may wait in the queue for days. Its jobs import the copy, so that what is edited meanwhile does not reach them.
+A stage may wait in the queue for days. Its jobs import the copy, so that later edits do not affect them.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ PATCH_LIMIT = 16 * 2**20  # bytes
 
 
 def code_digest() -> str:
-    """12 hex digits over the names and bytes of the running package's files."""
+    """Returns a digest of 12 hex digits over the names and bytes of the running package's files."""
     return _digest(_files(_package()))
 
 
 def code_folder(run_folder: Path) -> Path:
-    """Where ``snapshot_code`` puts the copy; writes nothing."""
+    """Returns the folder of ``snapshot_code``'s copy. Writes nothing."""
     return _folder(run_folder, code_digest())
 
 
 def snapshot_code(run_folder: Path) -> Path:
-    """Copy the running package to ``<run>/code/<digest>/vjepa_scale``, unless it is there already.
+    """Copies the running package to ``<run>/code/<digest>/vjepa_scale``, unless it exists already.
 
-    Returns the folder for PYTHONPATH. The name is given by one rename, so a copy under it is whole; several
-    processes may do this at once.
+    Returns the folder for PYTHONPATH. The copy gets its name by one rename, so it is complete; several processes may
+    do this at once.
     """
     files = _files(_package())
     digest = _digest(files)
@@ -53,13 +53,13 @@ def snapshot_code(run_folder: Path) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest}.", suffix=".tmp", dir=final.parent))
         try:
-            temporary.chmod(final.parent.stat().st_mode & 0o7777)  # mkdtemp's is ours alone
+            temporary.chmod(final.parent.stat().st_mode & 0o7777)  # mkdtemp's mode is 0700
             _write(temporary / vjepa_scale.__name__, files)
-            if final.exists() and not _is_whole(final, digest):  # somebody edited or thinned it out
+            if final.exists() and not _is_whole(final, digest):  # it was edited, or files were removed
                 remove_dir(final)
             publish_dir(temporary, final)
         except OSError:
-            if not _is_whole(final, digest):  # else another process was first
+            if not _is_whole(final, digest):  # otherwise another process was first
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -67,9 +67,9 @@ def snapshot_code(run_folder: Path) -> Path:
 
 
 def import_lines(folder: Path) -> list[str]:
-    """Lines of bash after which Python imports vjepa_scale from a folder, wherever it is started.
+    """Returns lines of bash after which Python imports vjepa_scale from a folder, whatever the current folder.
 
-    ``python -m`` looks in the current folder before PYTHONPATH, and a launch is mostly made from a checkout.
+    ``python -m`` searches the current folder before PYTHONPATH, and most launches are made in a checkout.
     """
     return [
         f"export PYTHONPATH={shlex.quote(str(folder))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -89,7 +89,7 @@ def _folder(run_folder: Path, digest: str) -> Path:
 
 
 def _files(package: Path) -> dict[str, bytes]:
-    """Relative name → bytes of every file but caches and hidden ones. Read once, so that digest and copy agree."""
+    """Returns relative name → bytes of every file except caches and hidden ones. Read once for both digest and copy."""
     found: dict[str, bytes] = {}
     for folder, folders, names in os.walk(package):
         folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
@@ -126,7 +126,7 @@ def _write(package: Path, files: dict[str, bytes]) -> None:
 
 
 def new_launch_folder(run_folder: Path) -> Path:
-    """Create ``<run>/launches/0001``, or the next number that is free."""
+    """Creates ``<run>/launches/0001``, or the next free number."""
     launches = Path(run_folder) / "launches"
     launches.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name) for path in launches.iterdir() if path.name.isdigit()), default=0)
@@ -135,16 +135,16 @@ def new_launch_folder(run_folder: Path) -> Path:
         folder = launches / f"{number:04d}"
         try:
             folder.mkdir()
-        except FileExistsError:  # another launch took it just now
+        except FileExistsError:  # another launch has just created it
             continue
         return folder
 
 
 def source_state() -> tuple[dict[str, Any], str]:
-    """(facts for source.json, patch for source.patch): what ran, and from which commit.
+    """Returns (facts for source.json, patch for source.patch): what ran, and from which commit.
 
-    The patch has what tracked files of the checkout differ in from the commit, and the package's untracked files
-    whole. What git does not say is null, and ``git_error`` says why.
+    The patch has the differences of tracked files from the commit, and the package's untracked files. Facts that git
+    cannot give are null, and ``git_error`` has the reason.
     """
     git, patch = _git_state()
     state = {
@@ -165,7 +165,7 @@ _PLAIN = ("--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--
 
 
 class _NoGit(Exception):
-    """Git has nothing to say; the message is why."""
+    """Git gives no information; the message is the reason."""
 
 
 def _git_state() -> tuple[dict[str, Any], str]:
@@ -178,7 +178,7 @@ def _git_state() -> tuple[dict[str, Any], str]:
             raise _NoGit(f"the package is not under version control in {top}")  # e.g. installed into .venv
         state["commit"] = _git("rev-parse", "--verify", "HEAD", at=top).strip()
         state["branch"] = _git("symbolic-ref", "--short", "--quiet", "HEAD", at=top, accepted=(0, 1)).strip() or None
-        # Of untracked files only the package's: a checkout may have a million others in its data folder.
+        # Only the package's untracked files: a checkout may have a million others in its data folder.
         untracked = _git("ls-files", "-z", "--others", "--exclude-standard", "--", f"{name}/", at=top)
         state["untracked"] = [file for file in untracked.split("\0") if file]
         patch = _git("diff", *_PLAIN, "HEAD", at=top)
@@ -191,7 +191,7 @@ def _git_state() -> tuple[dict[str, Any], str]:
 
 
 def _git(*arguments: str, at: Path, accepted: tuple[int, ...] = (0,)) -> str:
-    """What git prints, whatever the user's settings; the first PATCH_LIMIT bytes of it."""
+    """Runs git without the user's settings. Returns the first PATCH_LIMIT bytes of its output. Raises _NoGit."""
     with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
@@ -217,7 +217,7 @@ def _git(*arguments: str, at: Path, accepted: tuple[int, ...] = (0,)) -> str:
 
 @cache
 def _git_environment() -> dict[str, str]:
-    """No settings of the user or the machine but one: whose checkouts they trust."""
+    """Returns an environment without git settings of the user or the machine, except safe.directory."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     trusted = ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):

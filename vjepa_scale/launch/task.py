@@ -1,4 +1,4 @@
-"""launch/worker.py under its first name, which scripts of users' own may call: ``-m vjepa_scale.launch.task``."""
+"""The earlier name of launch/worker.py, which users' scripts may call: ``-m vjepa_scale.launch.task``."""
 
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.launch.worker import main, run_launched

@@ -1,9 +1,9 @@
-"""The entry of each process of a stage: under submitit (local or Slurm), torchrun, srun or plain Python.
+"""The entry point of each process of a stage: under submitit (local or Slurm), torchrun, srun or plain Python.
 
 torchrun --nproc-per-node 8 -m vjepa_scale.launch.worker recipes/vitg_384.yaml pretrain [key=value …]
 
-Exit codes: 0 done; 75 (EX_TEMPFAIL) saved after a signal, to be started again; 2 a mistake that one line
-names; 1 anything else.
+Exit codes: 0 done; 75 (EX_TEMPFAIL) saved and stopped after a signal, the same command resumes; 2 a user error,
+with one line on stderr; 1 any other error.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.launch.retry_policy import refuse_endless_restarts
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.run.events import History
-from vjepa_scale.run.failures import Progress, report_failure, told_as
+from vjepa_scale.run.failures import Progress, report_failure, reported_error
 from vjepa_scale.training.planned_start import load_for_training
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 
 
 def run_launched(recipe: Path, stage: str) -> str:
-    """What submitit runs as each rank: one attempt at a stage of the recipe that the launch has written down."""
+    """Runs one attempt at a stage, as one rank, by the recipe of the launch's record. submitit calls it."""
     return run_stage(stages_of(load_recipe(recipe))[stage])
 
 
 def run_stage(stage: Stage) -> str:
-    """One attempt at a stage, as one rank of this job. Returns "done".
+    """Runs one attempt at a stage, as one rank of this job. Returns "done".
 
-    Raises SystemExit(75) where a signal was obeyed, with everything saved. Any other end leaves
-    ``failures/JOB.RANK.json``.
+    Raises SystemExit(75) after a signal, when everything is saved. After any other exception writes
+    ``failures/JOB.RANK.json`` and raises it again.
     """
     interrupt = Interrupt()
     ranks = detect_ranks()
@@ -44,7 +44,8 @@ def run_stage(stage: Stage) -> str:
     try:
         interrupt.listen()
         log.set_up(f"{stage.name} rank {ranks.rank}", main=ranks.is_main)
-        # PyTorch takes seconds: launchers, which only name ``run_launched``, do without, and a signal now is heard.
+        # Importing PyTorch takes seconds. Launchers, which only pickle ``run_launched``, do not need it, and signals
+        # are handled before it.
         from vjepa_scale.training.trainer import train_stage
 
         if ranks.source == "slurm":
@@ -55,13 +56,13 @@ def run_stage(stage: Stage) -> str:
         _exit_at_the_end(EXIT_SAVED)
         sys.exit(EXIT_SAVED)
     except BaseException as error:
-        told = told_as(error)
+        shown = reported_error(error)
         try:
             report_failure(stage.failures, ranks, progress.step, error, logs=stage.logs)
-        except OSError as unwritten:  # the error itself is what must be seen
+        except OSError as unwritten:  # must not replace the error itself
             with suppress(OSError):
-                print(f"error: {told}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
-        atexit.register(_leave, 2 if isinstance(told, UserError) else 1)
+                print(f"error: {shown}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
+        atexit.register(_leave, 2 if isinstance(shown, UserError) else 1)
         raise
     _exit_at_the_end(0)
     return "done"
@@ -70,12 +71,12 @@ def run_stage(stage: Stage) -> str:
 def _exit_at_the_end(code: int) -> None:
     from vjepa_scale.distributed import process_group
 
-    # Only now that the work is done, and only at exit: submitit has a result to write first.
+    # Only after finished work, and at exit, because submitit writes a result first.
     atexit.register(partial(process_group.exit_cleanly, code))
 
 
 def _leave(code: int) -> NoReturn:
-    """End a rank that has failed, reported and printed its traceback: nothing that may wait for its peers."""
+    """Ends a failed rank after its report and traceback, by ``os._exit``: other cleanup may wait for its peers."""
     remove_socket_folder()
     with suppress(OSError):  # logs on a full disk
         sys.stdout.flush()
