@@ -1,17 +1,17 @@
-# make demo: sets everything up, then runs the whole chain on CPU.   make test: sets everything up, then tests.
+# make demo: sets up the environment, then runs the whole chain on CPU.   make test: sets it up, then runs the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder --durations 30
-# Containers often set it; then each of the many processes would compile all that it imports, PyTorch too, anew.
+# Containers often set it. Then every process would compile all its imports, including PyTorch, again.
 unexport PYTHONDONTWRITEBYTECODE
-# Empty where nobody has named a Python.
+# The user's value of PYTHON; empty for the default.
 ASKED := $(if $(filter file default undefined,$(origin PYTHON)),,$(PYTHON))
 
 .PHONY: env dev python demo check-demo showcase test test-full lint bench clean
 
-# What running needs; dev: what tests and checks need beside it (transformers, deepspeed, torchcodec, pytest …).
+# env: what running needs; dev: also what tests and checks need (transformers, deepspeed, torchcodec, pytest …).
 env: python $(VENV)/.ready
 
 dev: env $(VENV)/.ready-dev
@@ -20,7 +20,7 @@ python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "make env: no $(PYTHON) here: Python 3.11 or newer is needed (Debian and Ubuntu: apt-get install python3 python3-venv)" >&2; exit 1; }
 	@"$(PYTHON)" .ci/check_python.py $(VENV) "$(ASKED)"
 
-# Python files are compiled where they are first imported: most never are.
+# --no-compile: Python compiles files at their first import, and most are never imported.
 $(VENV)/.ready: pyproject.toml constraints.txt | python
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) -e .
@@ -33,18 +33,18 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 demo: env
 	$(BIN)/python tools/demo.py recipes/demo.yaml
 
-# Does the demo's table show what docs/learning.md says? Half of each margin: another CPU gives other bits.
+# Checks the demo's table against docs/learning.md, with half of each margin: results differ between CPUs.
 check-demo: env
 	$(BIN)/python benchmarks/showcase.py --check runs/demo/summary.json
 
 showcase: env
 	$(BIN)/python benchmarks/showcase.py
 
-# Three workers on two cores: a test waits for its processes a third of the time.
+# Three workers on two cores, because a test waits for its processes a third of the time.
 test: dev
 	$(PYTEST) --numprocesses 3 -m "not slow and not slurm"
 
-# What make test leaves out: kills, Slurm, long runs; and again what it may have skipped for want of a system package.
+# The tests that make test leaves out (kills, Slurm, long runs), and those that need a system package.
 test-full: dev
 	$(PYTEST) --numprocesses 3 -m "slow or slurm or system" --timeout 1800
 

@@ -1,8 +1,8 @@
-"""Is this a Python that `make env` can use? One line on stderr and exit code 1 if not.
+"""Checks that `make env` can use this Python. If not, prints one line to stderr and exits with 1.
 
-python .ci/check_python.py VENV [asked]     asked: the user has named this Python, in make env PYTHON=…
+python .ci/check_python.py VENV [asked]     asked: the user's value of PYTHON in make env PYTHON=…
 
-Runs under whatever Python is called so: nothing here is newer than Python 3.4.
+May run under an old Python: uses nothing newer than Python 3.4.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def problem(environment, asked):
         if asked and there and there != here:
             return OTHER.format(environment, there, asked, here)
         if os.path.exists(os.path.join(environment, ".ready")):
-            return None  # made already: which Python runs this does not matter
+            return None  # it exists, so the Python that runs this does not matter
     if sys.version_info < (3, 11):
         return OLD.format(here)
     if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
@@ -38,7 +38,7 @@ def problem(environment, asked):
 
 
 def version_of(environment):
-    """As pyvenv.cfg has it; None where there is none."""
+    """Returns the version in pyvenv.cfg; None if there is none."""
     try:
         with open(os.path.join(environment, "pyvenv.cfg")) as file:
             settings = dict(line.partition("=")[::2] for line in file)

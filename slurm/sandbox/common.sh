@@ -1,4 +1,4 @@
-# What start.sh, stop.sh, node.sh and controller.sh share. Sourced, never run.
+# Functions of start.sh, stop.sh, node.sh and controller.sh. Sourced, never run.
 # shellcheck shell=bash
 
 DEFAULT_BASE="${TMPDIR:-/tmp}/slurm_sandbox_$(id -un)"
@@ -8,8 +8,8 @@ fail() {
   exit 1
 }
 
-# The start of a process in clock ticks since boot: with the pid it names one process for good.
-# Empty where there is no such process, or it is a zombie.
+# Prints the start of a process in clock ticks since boot, which identifies it together with the pid.
+# Empty if there is no such process, or it is a zombie.
 born() {
   local line
   { line=$(<"/proc/$1/stat"); } 2>/dev/null || return 0
@@ -18,7 +18,7 @@ born() {
   [ "${fields[0]}" = Z ] || echo "${fields[19]}"
 }
 
-# daemon_runs NAME: is the process that start_daemon wrote down still the one with that pid?
+# daemon_runs NAME: whether the process that start_daemon recorded still runs; its pid may have been reused.
 daemon_runs() {
   local pid time
   [ -r "$BASE/run/$1.pid" ] || return 1
@@ -26,7 +26,7 @@ daemon_runs() {
   [ -n "$time" ] && [ "$(born "$pid")" = "$time" ]
 }
 
-# start_daemon NAME COMMAND...: in its own session, so that a ctrl-c in the caller's terminal leaves it alone.
+# start_daemon NAME COMMAND...: in its own session, so that Ctrl-C in the caller's terminal does not reach it.
 start_daemon() {
   local name=$1
   shift
@@ -35,7 +35,7 @@ start_daemon() {
   disown $! # bash would report its end
 }
 
-# kill_daemon NAME SIGNAL SECONDS: the signal, and KILL for what is left after that many seconds.
+# kill_daemon NAME SIGNAL SECONDS: sends the signal, and KILL if it still runs after that many seconds.
 kill_daemon() {
   local pid deadline=$((SECONDS + $3 + 1))
   if daemon_runs "$1"; then
@@ -49,8 +49,8 @@ kill_daemon() {
   rm -f "$BASE/run/$1.pid"
 }
 
-# slurmd of one node. As root it lives in a mount namespace of its own where /etc/hosts knows the nodes' names
-# (its steps inherit that); the machine's file is not touched.
+# Starts slurmd of one node. As root it runs in its own mount namespace, where /etc/hosts has the nodes' names (its
+# steps inherit that); the machine's file does not change.
 start_slurmd() {
   local node=$1
   mkdir -p "$BASE/spool/$node"
@@ -67,9 +67,9 @@ start_slurmctld() {
   start_daemon slurmctld slurmctld -D -i -f "$SLURM_CONF"
 }
 
-# The ids of slurmstepd and of tasks: of the whole sandbox, or of one node. They carry the sandbox's SLURM_CONF in
-# their environment; so does the shell of whoever has sourced env.sh, but that has no job id. A task that has cleared
-# its environment is found below its slurmstepd.
+# Prints the ids of slurmstepd and of tasks: of the whole sandbox, or of one node. They have the sandbox's SLURM_CONF in
+# their environment. So does a user's shell that has sourced env.sh, but that has no job id. A task that has cleared its
+# environment is found as a child of its slurmstepd.
 # steps [NODE]
 steps() {
   local node=${1:-} file pid parent mine=" " todo
@@ -96,13 +96,13 @@ steps() {
     done
   done
   for pid in $mine; do
-    # not this script, should a job run it, and no zombies
+    # no zombies, and not this script, which a job may run
     [ "$pid" = $$ ] || [ "$pid" = "$BASHPID" ] || [ -z "$(born "$pid")" ] || echo "$pid"
   done
 }
 
-# End what steps lists: with KILL, since a task may ignore anything else, and slurmstepd before its tasks, since it
-# would still tell the controller that they have failed.
+# Ends what steps lists: with KILL, since a task may ignore other signals, and slurmstepd before its tasks, since it
+# would report their failure to the controller.
 kill_steps() {
   local ids pid
   for _ in $(seq 50); do
@@ -118,8 +118,8 @@ kill_steps() {
   fail "these processes of jobs do not end: $(echo "$ids" | tr '\n' ' ')"
 }
 
-# Everything that this sandbox runs: first what could start more, munged and the database last. With KILL, since
-# nothing here is read again.
+# Ends all processes of this sandbox: first those that could start others, munged and the database last. With KILL, since
+# no state is needed again.
 stop_all() {
   local file pid name
   for file in "$BASE"/run/slurmd.*.pid "$BASE/run/slurmctld.pid"; do
@@ -127,14 +127,14 @@ stop_all() {
   done
   kill_steps
   for name in slurmdbd mariadbd munged; do kill_daemon "$name" KILL 5; done
-  # what the daemons have started: slurmscriptd
+  # children of the daemons: slurmscriptd
   for file in $(grep -lzxsF "SANDBOX_BASE=$BASE" /proc/[0-9]*/environ); do
     pid=${file//[^0-9]/}
     [ "$pid" = $$ ] || [ "$pid" = "$BASHPID" ] || kill -KILL "$pid" 2>/dev/null || true
   done
 }
 
-# The sandbox that a --base names; exits where there is none.
+# Opens the sandbox of --base; exits if there is none.
 open_base() {
   BASE=$(realpath -m -- "$BASE")
   [ -e "$BASE/.slurm_sandbox" ] || fail "no sandbox in $BASE: start one with start.sh --base"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # controller.sh [--base DIR] stop|start|forget
-#   stop    end slurmctld: Slurm's commands fail, running jobs run on
-#   start   start it again with the state that it had
-#   forget  stop, throw its state away, start: no earlier job is known, and ids go on from higher ones
+#   stop    end slurmctld: Slurm's commands fail, running jobs continue
+#   start   start it again with its earlier state
+#   forget  stop, delete its state, start: no earlier job is known, and new ids are higher
 set -euo pipefail
 # shellcheck source=slurm/sandbox/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -20,8 +20,8 @@ case $1 in
   start) daemon_runs slurmctld || start_slurmctld ;;
   forget)
     kill_daemon slurmctld TERM 10
-    kill_steps # jobs that nobody knows any more
-    # the ids that were given are lost with the state, so leave more room than a sandbox gives in its life
+    kill_steps # jobs that the controller will not know
+    # the last id is lost with the state: skip more ids than a sandbox uses
     first=$(sed -n 's/^FirstJobId=//p' "$SLURM_CONF")
     sed -i "s/^FirstJobId=.*/FirstJobId=$((first + 10000))/" "$SLURM_CONF"
     rm -rf "${BASE:?}"/state/*

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # node.sh [--base DIR] kill|start|power-off NODE
-#   kill       kill -9 the node's slurmd; its steps and tasks run on, as when only the daemon dies
-#   power-off  kill -9 the node's slurmd, steps and tasks, as when the machine is gone
+#   kill       kill -9 the node's slurmd; its steps and tasks continue, as when only the daemon dies
+#   power-off  kill -9 the node's slurmd, steps and tasks, as in a power failure
 #   start      start its slurmd again
 set -euo pipefail
 # shellcheck source=slurm/sandbox/common.sh

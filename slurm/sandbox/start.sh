@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Start a real Slurm cluster on this machine: see README.md. Ends what it has started if anything fails.
+# Starts a real Slurm cluster on this machine: see README.md. If anything fails, ends what it has started.
 set -euo pipefail
 # shellcheck source=slurm/sandbox/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-# What a caller inside a job or another cluster has exported must not reach the daemons.
+# Variables of a caller inside a job or another cluster must not reach the daemons.
 unset "${!SLURM@}" "${!SBATCH@}" "${!SRUN@}" "${!SALLOC@}" "${!MUNGE@}" || true
 
 usage() {
@@ -48,7 +48,7 @@ done
 case $ACCOUNTING in none | slurmdbd) ;; *) fail "--accounting $ACCOUNTING: none or slurmdbd" ;; esac
 
 # --- programs ---
-PATH="$PATH:/usr/sbin:/sbin" # the daemons are there, and a plain user's PATH often is not
+PATH="$PATH:/usr/sbin:/sbin" # the folders of the daemons, which a plain user's PATH often lacks
 need() { command -v "$1" >/dev/null || fail "$1 is missing: apt-get install -y --no-install-recommends $2"; }
 need munged munge
 need slurmctld slurmctld
@@ -95,9 +95,9 @@ ME=$(id -un)
 HOST=$(uname -n)
 HOST=${HOST%%.*}
 
-# --- ports: one start at a time until its daemons listen, so that two do not choose the same ---
+# --- ports: a lock until the daemons listen, so that two starts do not choose the same ports ---
 exec 9>>"/tmp/.slurm_sandbox_ports_$(id -u)"
-flock -w 120 9 || fail "another start.sh holds the ports' lock for two minutes already"
+flock -w 120 9 || fail "another start.sh has held the lock of the ports for two minutes"
 used() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 block_free() {
   local port
@@ -109,14 +109,14 @@ if [ -n "$PORT" ]; then
   block_free "$PORT" || fail "--port $PORT: something listens there already"
 else
   for _ in $(seq 50); do
-    PORT=$((12000 + 100 * (RANDOM % 180))) # below the ports that the kernel hands out
+    PORT=$((12000 + 100 * (RANDOM % 180))) # below the kernel's ephemeral ports
     if block_free "$PORT"; then break; fi
     PORT=""
   done
   [ -n "$PORT" ] || fail "no 100 free ports found between 12000 and 30000"
 fi
 
-# --- the nodes' names: they must resolve inside a job, since tasks meet at the first node's name ---
+# --- the nodes' names: they must resolve inside a job, since tasks connect to the first node by its name ---
 hosts_can_be_private() {
   [ "$(id -u)" = 0 ] && unshare -m --propagation private mount --bind /etc/hosts /etc/hosts 2>/dev/null
 }
@@ -135,7 +135,7 @@ SOCKET="$BASE/munge/munge.sock"
 start_daemon munged munged --foreground --force --key-file="$BASE/munge/munge.key" --socket="$SOCKET" --num-threads=4 \
   --pid-file="$BASE/munge/munged.pid" --log-file="$BASE/log/munged.log" --seed-file="$BASE/munge/munged.seed"
 
-# wait_until SECONDS WHAT DAEMON COMMAND...: fails at once when the daemon has ended.
+# wait_until SECONDS WHAT DAEMON COMMAND...: waits until COMMAND succeeds; fails at once if the daemon has ended.
 wait_until() {
   local deadline=$((SECONDS + $1)) what=$2 daemon=$3
   shift 3
@@ -155,7 +155,7 @@ if [ "$ACCOUNTING" = slurmdbd ]; then
   mkdir -p "$BASE/db/data"
   MARIADBD=(mariadbd --no-defaults --user="$ME" --datadir="$BASE/db/data" --innodb-buffer-pool-size=64M
     --innodb-log-file-size=32M --innodb-lock-wait-timeout=900)
-  # mariadb-install-db would need the larger package mariadb-client, so its steps by hand
+  # The steps of mariadb-install-db, which would need the larger package mariadb-client.
   {
     # (--bootstrap wants one statement a line)
     printf '%s;\n' "create database mysql" "use mysql" "set @auth_root_socket=NULL" "set @skip_auth_anonymous=1" \
@@ -187,7 +187,7 @@ AccountingStoragePass=\"$SOCKET\""
 fi
 
 # --- slurm.conf ---
-# FirstJobId: a new sandbox has new ids, so that a job does not meet the logs of an older one.
+# FirstJobId: a new sandbox has new ids, so that a job does not find the logs of an earlier one.
 # cred_expire: the delay of a requeue. MinJobAge: jobs stay in scontrol for an hour after their end.
 cat >"$SLURM_CONF" <<CONF
 ClusterName=sandbox
@@ -242,7 +242,7 @@ printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" >"$BASE/env.sh"
 
 # --- the daemons ---
 if [ "$ACCOUNTING" = slurmdbd ]; then
-  start_daemon slurmdbd slurmdbd -D # finds slurmdbd.conf beside SLURM_CONF
+  start_daemon slurmdbd slurmdbd -D # finds slurmdbd.conf next to SLURM_CONF
   wait_until "$READY_TIMEOUT" "slurmdbd does not answer" slurmdbd timeout 5 sacctmgr -n show cluster
   timeout 20 sacctmgr -i add cluster sandbox >"$BASE/log/sacctmgr.out" 2>&1 || fail "sacctmgr: see $BASE/log/sacctmgr.out"
 fi
