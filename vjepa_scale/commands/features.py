@@ -19,7 +19,7 @@ from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.installed import as_called, program, run_console_command
 from vjepa_scale.core.ranks import usable_cores
 
-# Videos per file: of features that are read together, some hundred megabytes at most for short clips.
+# Videos per file: a few hundred megabytes of features at most, for short clips.
 PART = {"mean": 4096, "time": 1024, "none": 32}
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"not in -{depth} … {depth - 1}", where=f"{program('extract_features')} --layers", fix="blocks that exist"
         )
     settings = Settings(args.pool, layers, chunk, args.dtype, args.batch, args.part or PART[args.pool])
-    with tqdm(desc="parts", disable=None) as bar:  # only where someone watches
+    with tqdm(desc="parts", disable=None) as bar:  # shown only on a terminal
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = list(plan.describe(stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
-        # A plan for a cluster is looked at on a laptop: what this machine lacks is no mistake in recipe or data.
+        # Users plan a cluster run on a laptop, so packages missing on this machine are no error of recipe or data.
         if lacking := plan.machine_lacks(stages, source=arguments.recipe, cluster=cluster):
             print(f"not on this machine: {lacking}")
         problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
@@ -112,7 +112,7 @@ def _launch(
         print("\n".join(description), flush=True)
         return _in_background(remaining[0], [arguments.recipe, *overrides, "--stages", names])
     with only_launcher_of(run):
-        plan.refuse_if_at_work(recipe)  # another launch may have come between
+        plan.refuse_if_at_work(recipe)  # another launch may have started meanwhile
         print("\n".join(description), flush=True)
         launch = record_launch(remaining, cluster=cluster)
         if cluster == "local":
@@ -152,7 +152,7 @@ def _print_scripts(stages: list[Stage], cluster: str, *, dry_run: bool) -> int:
 
 
 def _in_background(first: Stage, again: list[str]) -> int:
-    """The same command with --wait, in a session of its own, so that closing the terminal does not end it."""
+    """Starts the same command with --wait in a new session, so that closing the terminal does not end it."""
     run = Path(first.recipe.run.dir)
     log = run / "launch.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _in_background(first: Stage, again: list[str]) -> int:
             stderr=output,
             start_new_session=True,
         )
-    # Imports of PyTorch, here and in each rank, take most of the time until the first line of the run.
+    # Importing PyTorch, here and in each rank, takes most of the time until the first line of the run.
     print(f"process {process.pid} starts {first.name!r} in the background and writes {log}", flush=True)
     history = first.folder / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flag(name: str) -> str:
-    """A flag as errors name it."""
+    """Returns a flag with its command, for error messages."""
     return f"{program('make_shards')} {name}"
 
 
@@ -268,7 +268,7 @@ def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def look_after(command: str, arguments: Sequence[str]) -> int:
-    """The commands on a folder of shards."""
+    """Runs the commands on a folder of shards."""
     parser = argparse.ArgumentParser(prog=f"{program('make_shards')} {command}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: cores)")
@@ -294,7 +294,7 @@ def _verdict(wrong: int) -> str:
 
 
 class Watch:
-    """Progress with rate and time left: a bar for a terminal; in a log, a line now and then."""
+    """Shows progress with rate and remaining time: a bar on a terminal; occasional lines in a log."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
@@ -305,7 +305,7 @@ class Watch:
         if doing not in self._bars:
             self._bars[doing] = tqdm(desc=doing, total=total, initial=done, disable=None)
             self._said[doing] = time.monotonic()
-            self._began[doing] = self._said[doing], done  # by an earlier run
+            self._began[doing] = self._said[doing], done  # excludes work of an earlier run from the rate
         bar, now = self._bars[doing], time.monotonic()
         bar.update(done - bar.n)
         if done == total:
@@ -356,7 +356,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _lasting(hours: float) -> str:
-    """A length in the unit that has digits to show: hours, or minutes below one, or seconds below a minute."""
+    """Formats a duration: in hours, or in minutes below one hour, or in seconds below one minute."""
     if hours >= 1:
         return f"{hours:.2f} h"
     return f"{60 * hours:.1f} min" if 60 * hours >= 1 else f"{3600 * hours:.1f} s"
