@@ -136,7 +136,7 @@ def _axis_tables(
 def _compute_axis_tables(
     length: int, scale: float, channels: int, layout: Layout, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Computes angles in float64: they are few, and float32 angles would lose more digits than a rounded result does."""
+    """Computes angles in float64: they are few, and float32 angles would lose more digits than rounding the result."""
     frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
     positions = torch.arange(length, dtype=torch.float64, device=device) * scale
     angles = positions[:, None] * frequencies
