@@ -159,8 +159,8 @@ def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> 
             raise UserError(
                 f"holds {before}" + (f", not {now}" if before != now else " of another run"), where=out, fix=fix
             )
-        if strangers := sorted(set(content) - set(files)):
-            raise UserError(f"holds this result and also {', '.join(strangers[:3])}", where=out, fix=fix)
+        if extra := sorted(set(content) - set(files)):
+            raise UserError(f"holds this result and also {', '.join(extra[:3])}", where=out, fix=fix)
         return
     raise UserError("not empty, and not a result of this program", where=out, fix=fix)
 
@@ -190,8 +190,8 @@ def check_against_transformers(folder: Path, source: WeightSource) -> str:
         theirs, info = VJEPA2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load the result: {error}", where=source.where) from None
-    if strangers := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise UserError(f"transformers finds {strangers[:3]} missing or unexpected in the result", where=source.where)
+    if extra := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise UserError(f"transformers finds {extra[:3]} missing or unexpected in the result", where=source.where)
     theirs.eval()
     with torch.device("meta"):
         encoder, predictor = Encoder(config.model), Predictor(config.model)

@@ -42,7 +42,7 @@ def handles_needed(stage: Stage, *, world_size: int) -> int:
     """Returns the most files that one rank has open."""
     recipe, phase = stage.recipe, stage.phases[0]
     beside, _ = stage.beside_clips(phase.frames, phase.size)
-    tensors = 1 + beside  # the clips first
+    tensors = 1 + beside  # 1 for the clips
     loader = _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
     return _OTHER_HANDLES + _GROUPS * (world_size - 1) + (loader if recipe.data.workers else 0)
 

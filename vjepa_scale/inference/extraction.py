@@ -151,8 +151,8 @@ class _Shards:
         manifest = self._manifest
         label = int(manifest.column("label")[record])
         # Shards made by other tools may have no JSON for a record, or none with its source.
-        told = metadata_of(manifest, record)
-        path = told.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
+        metadata = metadata_of(manifest, record)
+        path = metadata.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
         known = {
             "source": path,
             "shard": manifest.shard_of(record).name,
@@ -349,8 +349,8 @@ def _decode(
     try:
         pictures = stream_pictures(videos.media(job.video), fps=fps, start_s=job.first / fps)
         # Crops one by one, because full pictures of several chunks would take gigabytes.
-        told = _recorded(board, ClipRef(0, number, "", 0, (), fps), pictures)
-        clips = [cropped(picture, size) for picture in islice(told, count)]
+        recorded = _recorded(board, ClipRef(0, number, "", 0, (), fps), pictures)
+        clips = [cropped(picture, size) for picture in islice(recorded, count)]
     except DecodeError as error:
         return rejected(error.reason, error.detail)
     except OSError as error:

@@ -43,7 +43,7 @@ class BlockMasksConfig(MaskSection):
     @model_validator(mode="after")
     def _one_complement(self) -> "BlockMasksConfig":
         if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
-            raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
+            raise ValueError("pred_full_complement sets the context: leave out full_complement and max_keep")
         return self
 
 

@@ -65,8 +65,8 @@ def check_shards(folder: Path, *, decode: bool, workers: int, progress: Progress
         progress("checking", done, len(tasks))
     listed = {shard.name for shard in manifest.shards}
     indexed = "indexed" in manifest.source  # an indexed tar without a usable sample is not in the manifest
-    strangers = [] if indexed else [path.name for path in sorted(folder.glob("*.tar")) if path.name not in listed]
-    return [line for lines in found for line in lines] + [f"{name}: not in the manifest" for name in strangers]
+    extra = [] if indexed else [path.name for path in sorted(folder.glob("*.tar")) if path.name not in listed]
+    return [line for lines in found for line in lines] + [f"{name}: not in the manifest" for name in extra]
 
 
 def _check_manifest(manifest: Manifest) -> list[str]:

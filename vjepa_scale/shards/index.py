@@ -155,8 +155,10 @@ def _look(path: Path, sample: Sample) -> _Found:
             return file.read()
 
     if len(sample.media) != 1:
-        told = f"members: {', '.join(sample.members)}"
-        raise DecodeError("not one video", told if sample.media else f"{told}; a video of this key must be in this tar")
+        detail = f"members: {', '.join(sample.members)}"
+        raise DecodeError(
+            "not one video", detail if sample.media else f"{detail}; a video of this key must be in this tar"
+        )
     video = sample.members[sample.media[0]]
     facts = decode_whole(FileSlice(path, video.offset, video.size), images=True).facts
     known = sample.members.get("json", Member(0, 0))

@@ -180,7 +180,7 @@ def _contains(ordered: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
 
 
-# -- what differs between a data set and what is asked for -------------------------------------------
+# -- differences between a data set and the request --------------------------------------------------
 
 _COMPARED = 100_000  # sources: with more, the differing one is not searched
 

@@ -50,7 +50,7 @@ class Trajectory:
     retimed: str | None
     sha256: str
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Returns the trajectory's entry in a record's JSON."""
         known = {name: value for name, value in asdict(self).items() if name != "sha256"}
         return known | {"retimed": self.retimed is not None}

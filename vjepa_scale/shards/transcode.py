@@ -93,7 +93,7 @@ def plan_transcodes(
     if (end - bounds[-1]) * rate < 0.5:  # less than one frame remains
         if len(bounds) > 1:
             bounds.pop()
-        else:  # less than one was asked for: it is one, and not behind the end
+        else:  # less than one frame was requested: use one that ends with the video at the latest
             bounds = [at_change(max(0.0, min(begin, facts.duration - float(1 / rate))))]
             end = at_change(min(bounds[0] + float(1 / rate), facts.duration))
     bounds.append(end)

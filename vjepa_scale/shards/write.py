@@ -225,7 +225,7 @@ def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: 
     if record.metadata is not None:
         known["metadata"] = record.metadata
     if record.trajectory is not None:
-        known["trajectory"] = record.trajectory.told()
+        known["trajectory"] = record.trajectory.as_json()
     made = _made_as(record)
     text = json.dumps(known).encode()
     contents: dict[str, tuple[str, int, Iterable[bytes | memoryview]]] = {"json": ("json", len(text), [text])}
