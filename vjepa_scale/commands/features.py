@@ -1,11 +1,11 @@
-"""Features of every video in a folder, or in shards, by a trained encoder: OUT/parts/*.safetensors, OUT/index.jsonl.
+"""Extract features of every video in a folder or in shards: OUT/parts/*.safetensors, OUT/index.jsonl.
 
 python tools/extract_features.py VIDEOS DIR features
 python tools/extract_features.py SHARDS DIR features --pool time --layers 5,11 --dtype float16
 python tools/extract_features.py SHARDS DIR features --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
-Run it again to go on after an interruption. Exit code 0 also where videos were rejected; the last line counts them.
-docs/inference.md says how to read the files.
+Run it again to continue after an interruption. Exit code 0 also where videos were rejected; the last line counts them.
+docs/inference.md explains how to read the files.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Run a recipe's stages on Slurm (through submitit) or on this machine, and look after the run.
+"""Run a recipe's stages on Slurm (through submitit) or on this machine; show, follow and cancel runs.
 
 python tools/launch.py recipes/vitg_384.yaml --dry-run
 python tools/launch.py recipes/vitg_384.yaml launch.profile=mine --dry-run --print-sbatch
 python tools/launch.py recipes/vitg_384.yaml launch.profile=mine
-python tools/launch.py status RUN [--json]     what became of each stage; exit code 1 if one failed
-python tools/launch.py follow RUN              what rank 0 says, until the last stage is over (Ctrl-C leaves it running)
-python tools/launch.py cancel RUN              end its jobs; the same launch goes on later
+python tools/launch.py status RUN [--json]     state of each stage; exit code 1 if one failed
+python tools/launch.py follow RUN              log of rank 0, until the last stage ends (Ctrl-C leaves the run alone)
+python tools/launch.py cancel RUN              end its jobs; the same launch continues it later
 
 The same launch command again refuses a run that is at work and continues one that has stopped. VJEPA_LOG=debug (or
-warning, error) in the environment sets how much the logs of its processes say.
+warning, error) in the environment sets the level of its processes' logs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(arguments.recipe).exists() and (close := difflib.get_close_matches(arguments.recipe, COMMANDS, n=1)):
         raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     arguments.recipe = str(recipe_file(arguments.recipe))
-    from vjepa_scale.launch import plan  # imports torch, which status does without
+    from vjepa_scale.launch import plan  # imports torch, which status does not need
     from vjepa_scale.training.planned_start import load_for_training
 
     overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
