@@ -50,7 +50,7 @@ def train(ranks: Ranks, recipe: Path, notes: Path) -> None:
     usual = UsedEngine.step
 
     def noted(self: Engine, lr: float) -> None:
-        groups = [[group["decays"], group["weight_decay"]] for group in self._optimizer.param_groups]
+        groups = [[group["scheduled"], group["weight_decay"]] for group in self._optimizer.param_groups]
         with notes.open("a") as file:
             file.write(json.dumps(groups) + "\n")
         usual(self, lr)
