@@ -370,7 +370,7 @@ class Stage(ABC):
         )
 
     def clip_work(self, phase: Phase, frames: int) -> ClipWork | None:
-        """What one clip of a micro-batch computes and keeps, at most, for an estimate of memory; None: not known."""
+        """What one clip of a micro-batch computes and keeps in a large step, to estimate memory; None: not known."""
         return None
 
     def tokens_in_words(self, phase: Phase, frames: int) -> str:
