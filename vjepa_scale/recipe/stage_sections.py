@@ -1,5 +1,6 @@
 """What a recipe may say of its stages, their phases and clips."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -18,8 +19,17 @@ class OptimizerConfig(Section):
 
 
 RampShape = Literal["linear", "cosine"]
+
+
+def _as_horizon(value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ValueError(f"must be steps (a whole number) or a multiple of what it covers (1.25), not {value!r}")
+    return value
+
+
 # In steps, or as a multiple of what the ramp covers: 112500, 1.25.
-Horizon = PositiveInt | Positive
+Horizon = Annotated[PositiveInt | Positive, BeforeValidator(_as_horizon)]
 
 
 class RampConfig(Section):
