@@ -24,6 +24,7 @@ from vjepa_scale.video.torchcodec import import_torchcodec
 
 preload_once()
 os.environ.pop(log.VARIABLE, None)
+log.set_up()  # as a command: pytest has handlers of its own, which a program's import would give way to
 
 # Of these fixtures, every worker of pytest-xdist gets the same folders: tests only read them.
 

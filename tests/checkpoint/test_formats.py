@@ -1,6 +1,7 @@
 """From one format to the next and back: no bit changes, and transformers computes what our networks do."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,19 @@ def test_a_wrong_result_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
     said: list[str] = []
     consolidate(tmp_path / "run", tmp_path / "hf", to="huggingface", check=False, say=said.append)
     assert "not checked against transformers: --no-check" in said
+
+
+def test_the_check_sees_wrong_positions_in_fresh_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose attention is nearly uniform: as they are, features of the two layouts differ by 2e-5 of the largest."""
+    from vjepa_scale.checkpoint.formats import huggingface
+
+    run_of(tmp_path / "run", SMALL | {"rope": {"layout": "interleaved"}})
+    monkeypatch.setattr(huggingface, "refuse_inexpressible", lambda *_: None)
+    with pytest.raises(UserError, match="transformers computes something else") as refusal:
+        consolidate(tmp_path / "run", tmp_path / "hf", to="huggingface")
+    found = re.search(r"features differ by (\S+), predictions differ by (\S+) ", str(refusal.value))
+    assert found is not None
+    assert all(float(value) > 1e-4 for value in found.groups())
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,41 @@ def test_two_ranks_and_their_workers(tmp_path: Path) -> None:
         assert re.match(f"{STAMP} debug \\[pretrain rank {rank}\\] joined .*gloo", joined)
         for number in (5, 6):
             assert re.search(f"^{STAMP} debug \\[pretrain rank {rank} worker 0\\] loads {number}$", out, re.MULTILINE)
+
+
+PROGRAM = """
+import logging, sys
+{before}
+import vjepa_scale.core.errors
+{after}
+for level in ("info", "warning"):
+    getattr(logging.getLogger("vjepa_scale.checkpoint.load"), level)("%s of ours", level)
+"""
+CONFIG = "logging.basicConfig(stream=sys.stdout, level=logging.INFO, format='%(name)s: %(message)s')"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word", "out", "err"),
+    [
+        ("", "", "", [], ["info of ours", "warning: warning of ours"]),
+        ("", "", "warning", [], ["warning: warning of ours"]),
+        (CONFIG, "", "", ["info", "warning"], []),
+        ("", CONFIG, "", ["info", "warning"], []),
+        ("", "logging.getLogger('vjepa_scale').setLevel('WARNING')", "", [], ["warning: warning of ours"]),
+        ("logging.getLogger('vjepa_scale').setLevel('WARNING')", CONFIG, "", ["warning"], []),
+        ("", "logging.getLogger('vjepa_scale').addHandler(logging.NullHandler())", "", [], []),
+    ],
+)
+def test_a_program_that_imports_the_package_has_its_own_logging(
+    before: str, after: str, word: str, out: list[str], err: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(before=before, after=after)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "VJEPA_LOG": word},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_S,
+    )
+    assert done.stdout.splitlines() == [f"vjepa_scale.checkpoint.load: {level} of ours" for level in out]
+    assert done.stderr.splitlines() == err

@@ -11,7 +11,15 @@ from tests.distributed.jepa_shape import MODEL, batch, start
 from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.fsdp import FsdpEngine
-from vjepa_scale.distributed.optim import build_optimizer, get_optimizer_steps, optimizer_tensors, set_optimizer_steps
+from vjepa_scale.distributed.optim import (
+    GroupSetting,
+    build_optimizer,
+    get_optimizer_steps,
+    make_optimizer,
+    optimizer_tensors,
+    set_optimizer_steps,
+    set_weight_decay,
+)
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
@@ -129,3 +137,15 @@ def test_adamw_on_shards_equals_adamw_on_whole_tensors() -> None:
         if name.endswith("qkv.bias"):
             difference[MODEL.encoder.width : 2 * MODEL.encoder.width] = 0
         assert float(difference.max()) < 2e-5, name
+
+
+def test_a_schedule_leaves_networks_with_settings_alone() -> None:
+    """Their weight decay is their own: of three networks, a probe's group keeps 0.3 and a rate of its own scale."""
+    networks = {name: nn.Linear(2, 2) for name in ("encoder", "predictor", "probe")}
+    settings = {"probe": GroupSetting(0.1, 0.3)}
+    named = [(f"{name}.{n}", p) for name, network in networks.items() for n, p in network.named_parameters()]
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), named, settings=settings)
+    set_weight_decay(optimizer, 0.2)
+    of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [of[id(network.weight)] for network in networks.values()] == [0.2, 0.2, 0.3]
+    assert [of[id(network.bias)] for network in networks.values()] == [0.0, 0.0, 0.0]

@@ -16,6 +16,7 @@ from tests.model.test_probe import random_classifier
 from vjepa_scale.checkpoint.consolidate import consolidate
 from vjepa_scale.checkpoint.formats import open_weights
 from vjepa_scale.checkpoint.load import write_consolidated
+from vjepa_scale.commands.consolidate import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -211,6 +212,21 @@ def test_options_that_do_not_fit(released: Path, words: tuple[str, ...], message
     code, report = run(released, *words)
     assert code == 2
     assert message in report
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("x.pt", "--out", "out", "--clips", "a.mp4"),
+        ("x.pt", "--out", "out", "--device", "cuda"),
+        ("--compare", "x.pt", "--to", "huggingface"),
+    ],
+)
+def test_options_of_another_job_are_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "--compare" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_cannot_be_compared_is_a_user_error(

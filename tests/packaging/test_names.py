@@ -119,9 +119,12 @@ def test_a_recipe_elsewhere_extends_a_shipped_one(tmp_path: Path, monkeypatch: p
     assert load_recipe("mine/a.yaml") == load_recipe(ROOT / "recipes" / "vitl_256.yaml")
     (mine / "vitl_256.yaml").write_text("extends: demo\nrun: {seed: 7}\n")  # beside it: this one counts
     assert load_recipe("mine/a.yaml") == demo
-    (mine / "vitl_256.yaml").write_text("extends: vitl_256\n")
-    with pytest.raises(UserError, match=r"mine/vitl_256\.yaml:extends: extends itself"):
-        load_recipe("mine/a.yaml")
+    for name in ("vitl_256", "vitl_256.yaml"):  # of the same name as the shipped one that it extends
+        (mine / "vitl_256.yaml").write_text(f"extends: {name}\nrun: {{seed: 7}}\n")
+        assert load_recipe("mine/a.yaml") == load_recipe(ROOT / "recipes" / "vitl_256.yaml", ["run.seed=7"])
+    (mine / "loop.yaml").write_text("extends: loop\n")
+    with pytest.raises(UserError, match=r"mine/loop\.yaml:extends: extends itself"):
+        load_recipe("mine/loop.yaml")
     (mine / "a.yaml").write_text("extends: vitl256\n")
     with pytest.raises(UserError, match=r"a\.yaml:extends: no such recipe: mine/vitl256 .*did you mean vitl_256\?"):
         load_recipe("mine/a.yaml")

@@ -173,6 +173,8 @@ ACTION = {"init_from": "x.pt", "steps": 1, "phases": ONE}
         ("pretrain", {"weight_decay": {"final": -1}}, "pretrain.weight_decay.final", "at least 0"),
         ("pretrain", {"ema_momentum": {"final": 1.5}}, "pretrain.ema_momentum.final", "at most 1"),
         ("pretrain", {"ema_momentum": {"final": 1, "shape": "sine"}}, "pretrain.ema_momentum.shape", "cosine"),
+        ("pretrain", {"weight_decay": {"final": 1, "horizon": True}}, "pretrain.weight_decay.horizon", "not True"),
+        ("pretrain", {"weight_decay": {"final": 1, "horizon": 0.0}}, "pretrain.weight_decay.horizon", "multiple"),
         ("pretrain", {"phases": [{**ONE[0], "lr_shape": "cosine"}]}, "pretrain.phases.0", "final_lr"),
         ("action", {"ema_momentum": 0.9}, "action.ema_momentum", "no target encoder"),
         ("action", {"phases": [{**ONE[0], "ema_momentum": 0.9}]}, "action.phases.0.ema_momentum", "no target"),

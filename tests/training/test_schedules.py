@@ -11,6 +11,8 @@ from torch import nn
 
 from tests.chain import RECIPE, checkpoint_tensors, metrics, write_recipe
 from tests.processes import ENGINE, LIMIT_S, run_processes
+from vjepa_scale.checkpoint.manifest import write_manifest
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine, build_engine
@@ -18,6 +20,7 @@ from vjepa_scale.recipe import stages_of
 from vjepa_scale.recipe.load import load_recipe
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
+from vjepa_scale.training.planned_start import source_of
 from vjepa_scale.training.recipe_changes import recipe_changes
 from vjepa_scale.training.trainer import train_stage
 
@@ -47,7 +50,7 @@ def train(ranks: Ranks, recipe: Path, notes: Path) -> None:
     usual = UsedEngine.step
 
     def noted(self: Engine, lr: float) -> None:
-        groups = [[group["decays"], group["weight_decay"]] for group in self._optimizer.param_groups]
+        groups = [[group["scheduled"], group["weight_decay"]] for group in self._optimizer.param_groups]
         with notes.open("a") as file:
             file.write(json.dumps(groups) + "\n")
         usual(self, lr)
@@ -174,3 +177,36 @@ def test_what_schedules_change_of_finished_steps_is_named(
         assert found == []
     for difference in differences:
         assert any(difference in one for one in found), found
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "refused"),
+    [
+        ({}, "cooldown.weight_decay=0.3,"),  # half way from 0.1 to 0.5
+        ({"weight_decay": 0.3}, "cooldown.ema_momentum=0.95,"),
+        ({"weight_decay": {"final": 0.4}, "ema_momentum": 0.9}, "cooldown.weight_decay.start=0.3,"),
+        ({"weight_decay": 0.04, "ema_momentum": {"start": 0.95, "final": 1}}, None),
+        ({"optimizer": {"weight_decay": 0.2}, "ema_momentum": 0.9}, None),
+    ],
+)
+def test_a_cooldown_from_the_path_of_a_checkpoint_says_its_values(
+    cooldown: dict[str, Any], refused: str | None, tmp_path: Path
+) -> None:
+    """The checkpoint is of half of a schedule; the recipe's constants are 0.04 and 0.9."""
+    ramps = {"weight_decay": {"start": 0.1, "final": 0.5}, "ema_momentum": {"start": 0.9, "final": 1.0}}
+    sets = {"left": tmp_path, "right": tmp_path}
+    path = write_recipe(tmp_path / "then.yaml", tmp_path / "then", sets, pretrain={**RECIPE["pretrain"], **ramps})
+    written = {"stage": "pretrain", "first": 0, "recipe": load_recipe(path).model_dump(mode="json", exclude_none=True)}
+    checkpoint = tmp_path / "step_00000006"
+    checkpoint.mkdir()
+    write_manifest(checkpoint, step=6, world_size=1, files={}, extra=written)
+    cooldown = {**RECIPE["cooldown"], "continue_from": str(checkpoint), **cooldown}
+    cooldown["phases"] = [{"name": "decay", "start_lr": 1e-3}]
+    path = write_recipe(tmp_path / "now.yaml", tmp_path / "now", sets, cooldown=cooldown)
+    stage = stages_of(load_recipe(path))["cooldown"]
+    if refused is None:
+        assert source_of(stage) == checkpoint
+        return
+    with pytest.raises(UserError) as refusal:
+        source_of(stage)
+    assert str(refusal.value.fix).startswith(refused)

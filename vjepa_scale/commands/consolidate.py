@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vjepa_scale.checkpoint.consolidate import FORMATS, consolidate, export_classifier, find_checkpoint, result_config
+from vjepa_scale.checkpoint.consolidate import (
+    FORMATS,
+    Format,
+    consolidate,
+    export_classifier,
+    find_checkpoint,
+    result_config,
+)
 from vjepa_scale.checkpoint.formats.native import describe_checkpoint
 from vjepa_scale.checkpoint.load import is_probe_stage
 from vjepa_scale.core.errors import run_command
@@ -38,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--to",
         choices=list(FORMATS),
-        default="safetensors",
-        help="safetensors: for vjepa_scale; huggingface: for transformers; published: a .pt for Meta's code",
+        help="safetensors: for vjepa_scale (the default); huggingface: for transformers; published: a .pt for Meta's "
+        "code",
     )
     parser.add_argument("--out", type=Path, help="the folder to write: new, empty, or with this same result")
     parser.add_argument(
@@ -67,20 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.compare is not None:
         return 0 if _compare(arguments, parser) else 1
+    if arguments.clips or arguments.device:
+        parser.error("--clips and --device are options of --compare")
     if arguments.source is None or arguments.out is None:
         parser.error("give SOURCE and --out, or --describe PATH, or --compare PATH [PATH2]")
-    if arguments.to == "huggingface" and is_probe_stage(arguments.source):
+    to: Format = arguments.to or "safetensors"
+    if to == "huggingface" and is_probe_stage(arguments.source):
         given = (arguments.weights, arguments.dtype, arguments.model, arguments.size, arguments.frames)
         if any(given) or arguments.encoder_only:
             parser.error("of a probe stage, --to and --out only: the stage says the rest")
         trained = export_classifier(arguments.source, arguments.out)
         print(f"written: {arguments.out}: {trained.result['best']['probe']}, {len(trained.classes)} classes")
         return 0
-    done = "written again" if (arguments.out / FORMATS[arguments.to][0]).exists() else "written"
+    done = "written again" if (arguments.out / FORMATS[to][0]).exists() else "written"
     consolidate(
         arguments.source,
         arguments.out,
-        to=arguments.to,
+        to=to,
         weights=arguments.weights,
         dtype=arguments.dtype,
         model=arguments.model,
@@ -90,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check=not arguments.no_check,
         say=print,
     )
-    print(f"{done}: {arguments.out}: {result_config(arguments.out, arguments.to).title()}")
+    print(f"{done}: {arguments.out}: {result_config(arguments.out, to).title()}")
     return 0
 
 
@@ -107,30 +117,30 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clips",
         nargs="+",
-        default=["1"],
         metavar="N|VIDEO",
         help="compare: how many clips of noise, or video files; default: 1",
     )
-    parser.add_argument("--device", default="cpu", help="compare: cpu (default), cuda, cuda:1")
+    parser.add_argument("--device", help="compare: cpu (default), cuda, cuda:1")
 
 
 def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
     from vjepa_scale.inference.compare import compare  # imports decoders, which other commands do not need
 
     source, *more = arguments.compare
-    others = ("source", "out", "weights", "dtype", "encoder_only", "no_check")
+    others = ("source", "to", "out", "weights", "dtype", "encoder_only", "no_check")
     if len(more) > 1 or any(getattr(arguments, name) for name in others):
         parser.error("--compare takes one or two paths, --model, --size, --frames, --clips and --device")
-    numbered = len(arguments.clips) == 1 and arguments.clips[0].isdigit()
+    given = arguments.clips or ["1"]
+    numbered = len(given) == 1 and given[0].isdigit()
     return compare(
         source,
         *more,
         model=arguments.model,
         size=arguments.size,
         frames=arguments.frames,
-        clips=int(arguments.clips[0]) if numbered else 1,
-        videos=() if numbered else [Path(clip) for clip in arguments.clips],
-        device=arguments.device,
+        clips=int(given[0]) if numbered else 1,
+        videos=() if numbered else [Path(clip) for clip in given],
+        device=arguments.device or "cpu",
     )
 
 

@@ -5,8 +5,9 @@ A process of a job (a rank, its loader workers, a job that makes shards) calls `
     2026-11-29 17:00:00.123 info [pretrain rank 0] saved runs/demo/pretrain/checkpoints/step_00000100
 
 debug and info to stdout, warnings and errors to stderr. Records of other packages have the name of their logger after
-the process: ``[pretrain rank 0, torch.distributed]``. Every other process (a command, a program that imports the
-package) writes plain lines to stderr: ``warning: …``. A command prints its results to stdout and does not log them.
+the process: ``[pretrain rank 0, torch.distributed]``. A command writes plain lines to stderr: ``warning: …``; it
+prints its results to stdout and does not log them. In a program that imports the package, the records go to the
+program's handlers; where it has none, they are plain lines on stderr.
 
 ``VJEPA_LOG`` sets the level: debug, info (the default), warning or error. Of other packages, warnings and errors are
 shown; with debug, all records. Does not import PyTorch.
@@ -130,13 +131,18 @@ def shown(line: str) -> str | None:
 
 
 class _Console(logging.Handler):
-    """Writes to the sys.stdout and sys.stderr of the moment at which a record comes."""
+    """Writes to the sys.stdout and sys.stderr of the moment at which a record comes.
 
-    def __init__(self, process: Process) -> None:
+    fallback: only where no other handler takes the record, as logging.lastResort does
+    """
+
+    def __init__(self, process: Process, *, fallback: bool = False) -> None:
         super().__init__()
-        self._process = process
+        self._process, self._fallback = process, fallback
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._fallback and (logging.getLogger().handlers or logging.getLogger(_OURS).handlers != [self]):
+            return
         to_stdout = self._process.name and record.levelno < logging.WARNING
         stream = sys.stdout if to_stdout else sys.stderr
         if record.name.partition(".")[0] == _OURS:
@@ -174,4 +180,12 @@ class Laps:
         return ", ".join(f"{name} {seconds:.4f} s" for name, seconds in self.seconds.items())
 
 
-apply(_process)
+def _start_in_a_program() -> None:
+    """At import, before ``set_up`` says what this process is. What the program has set already stays."""
+    ours = logging.getLogger(_OURS)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(LEVELS.get(os.environ.get(VARIABLE, ""), logging.INFO))  # commands refuse other words
+    ours.addHandler(_Console(_process, fallback=True))
+
+
+_start_in_a_program()

@@ -68,7 +68,8 @@ def make_optimizer(
             own = own._replace(weight_decay=0.0)
         split.setdefault((group, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "clip_group": group, "decays": own.weight_decay > 0, **own._asdict()}
+        {"params": parameters, "clip_group": group, "scheduled": own.weight_decay > 0 and group == TOGETHER}
+        | own._asdict()
         for (group, own), parameters in split.items()
     ]
     if cfg.kind == "sgd":
@@ -83,9 +84,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Sets the weight decay of the next step in groups that were created with one."""
+    """Sets the weight decay of the next step in groups that were created with one, without settings of their own."""
     for group in optimizer.param_groups:
-        if group["decays"]:
+        if group["scheduled"]:
             group["weight_decay"] = weight_decay
 
 

@@ -72,7 +72,11 @@ class JepaStage(Stage):
         return sum(flops.jepa_step(self.recipe.model, t * h * w, lengths) for lengths in pairs) / SAMPLED_STEPS
 
     def clip_work(self, phase: Phase, frames: int) -> ClipWork:
-        """Returns the work with the largest masks of some steps, the same steps for all phases of a geometry."""
+        """Returns the work with the largest masks of some steps, the same steps for all phases of a geometry.
+
+        Not a bound: with V-JEPA 2's masks on 2048 tokens one step in a hundred has more context, in 4,000 steps by
+        up to 15 %.
+        """
         t, h, w = self._grid(phase, frames)
         sampled = self._pairs(range(2 * SAMPLED_STEPS), phase, frames)
         pairs = max(sampled, key=lambda pairs: sum(context for context, _ in pairs))

@@ -66,14 +66,18 @@ def recipe_file(given: str | Path) -> Path:
     raise UserError("no such recipe", where=given, fix=fix)
 
 
-def _file_of(given: str, *, folder: Path) -> Path | None:
-    """Returns a path relative to a folder, with ``.yaml`` appended if it has no suffix; else the shipped recipe."""
+def _file_of(given: str, *, folder: Path, extending: Path | None = None) -> Path | None:
+    """Returns a path relative to a folder, with ``.yaml`` appended if it has no suffix; else the shipped recipe.
+
+    extending: the file that names it, which can only mean the shipped one by a name of its own
+    """
     paths = [folder / given] + ([folder / f"{given}.yaml"] if given and not Path(given).suffix else [])
     # A folder is not a recipe: a folder demo/ does not hide the shipped recipe of that name.
     own = [path for path in paths if path.exists() and not path.is_dir()]
-    if own:
+    shipped = find_shipped("recipes", given)
+    if own and not (extending and shipped and own[0].samefile(extending)):
         return own[0]
-    return find_shipped("recipes", given) or (paths[0] if paths[0].is_dir() else None)
+    return shipped or (paths[0] if paths[0].is_dir() else None)
 
 
 def validate_recipe(tree: dict[str, Any], *, source: object) -> Recipe:
@@ -110,7 +114,7 @@ def _read(path: Path, seen: tuple[Path, ...], above: Path | None = None) -> list
         raise UserError(f"must be the path of one file, not {parent!r}", where=f"{path}:extends")
     if parent is None:
         return [(path, tree)]
-    if (extended := _file_of(parent, folder=path.parent)) is None:
+    if (extended := _file_of(parent, folder=path.parent, extending=path)) is None:
         raise UserError(
             f"no such recipe: {path.parent / parent}",
             where=f"{path}:extends",

@@ -68,6 +68,17 @@ def schedules_of(stage: Stage, first: int) -> tuple[Schedule, Schedule]:
     )
 
 
+def scheduled_after(stage: Stage, *, first: int, step: int) -> dict[str, float]:
+    """The values at which the schedules of a stage that began at step ``first`` stand after ``step`` completed steps.
+
+    Only of what is scheduled: ``weight_decay``, ``ema_momentum``.
+    """
+    phases = stage.phases_from(first)
+    phase = next((phase for phase in phases if phase.first < step <= phase.end), phases[0])
+    ramps = {"weight_decay": phase.weight_decay_ramp, "ema_momentum": phase.ema_ramp}
+    return {key: ramp.after(step - ramp.first) for key, ramp in ramps.items() if ramp is not None}
+
+
 def _ramp(given: RampConfig, value: float, first: int, steps: int) -> Ramp:
     """value: the start, if the section has none"""
     start = value if given.start is None else given.start

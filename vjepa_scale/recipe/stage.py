@@ -370,7 +370,7 @@ class Stage(ABC):
         )
 
     def clip_work(self, phase: Phase, frames: int) -> ClipWork | None:
-        """Returns what one clip of a micro-batch computes and keeps, at most, to estimate memory; None: unknown."""
+        """Returns what a clip of a micro-batch computes and keeps in a large step, for the estimate; None: unknown."""
         return None
 
     def tokens_in_words(self, phase: Phase, frames: int) -> str:

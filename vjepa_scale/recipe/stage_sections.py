@@ -1,5 +1,6 @@
 """The sections of a recipe for stages, their phases and clips."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -18,8 +19,17 @@ class OptimizerConfig(Section):
 
 
 RampShape = Literal["linear", "cosine"]
-# In steps, or as a multiple of the steps that the ramp covers: 112500, 1.25.
-Horizon = PositiveInt | Positive
+
+
+def _as_horizon(value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ValueError(f"must be steps (a whole number) or a multiple of what it covers (1.25), not {value!r}")
+    return value
+
+
+# In steps, or as a multiple of what the ramp covers: 112500, 1.25.
+Horizon = Annotated[PositiveInt | Positive, BeforeValidator(_as_horizon)]
 
 
 class RampConfig(Section):

@@ -3,6 +3,7 @@
 Without PyTorch, so that launchers and dry runs are quick. Only foreign weights are opened, by the code that loads them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.recipe import Phase, Recipe, Stage, load_recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
+from vjepa_scale.recipe.schedules import scheduled_after
 from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
 
 
@@ -186,7 +188,7 @@ def source_of(
 
 
 def _refuse_unfit(stage: Stage, source: Path) -> None:
-    """Raises UserError if the checkpoint has another objective, for ``continue_from``, or another model."""
+    """Raises UserError for another objective, for ``continue_from``; another model; or the middle of a schedule."""
     manifest = read_manifest(source)
     then = validate_recipe(manifest["recipe"], source=source / MANIFEST)
     if stage.starts_by == "continue_from" and trained_kind(manifest, where=source) != stage.kind:
@@ -200,6 +202,24 @@ def _refuse_unfit(stage: Stage, source: Path) -> None:
         refuse_other_model(then.model, stage.recipe.model, where=source, networks=stage.networks_at_start)
     except UserError as error:
         raise UserError(error.what, where=f"{stage.name}.{stage.starts_by}: {error.where}", fix=error.fix) from None
+    if stage.starts_by == "continue_from" and stage.starts_from not in stage.earlier:
+        _refuse_lost_schedules(stage, stages_of(then)[manifest["stage"]], manifest, source)
+
+
+def _refuse_lost_schedules(stage: Stage, before: Stage, manifest: Mapping[str, Any], source: Path) -> None:
+    """A checkpoint by path, whose scheduled values the constants of this recipe would replace without a word."""
+    begins_with = {"weight_decay": stage.optimizer.weight_decay, "ema_momentum": stage.recipe.jepa.ema_momentum}
+    for key, reached in scheduled_after(before, first=manifest["first"], step=manifest["step"]).items():
+        given = getattr(stage.config.phases[0], key) or getattr(stage.config, key)
+        says = (given is not None and given.start is not None) or (key == "weight_decay" and stage.config.optimizer)
+        if not says and not math.isclose(reached, begins_with[key], rel_tol=1e-9):
+            where = f"{stage.name}.{key}" if given is None else f"{stage.name}.{key}.start"
+            raise UserError(
+                f"{source} has come to {reached:g} by its schedule, and {stage.name} would go on with the recipe's "
+                f"{begins_with[key]:g}",
+                where=where,
+                fix=f"{where}={reached:.12g}, or ={begins_with[key]:g} if that is meant",
+            )
 
 
 def carried(stage: Stage, manifests: Mapping[str, Manifest], source: Path) -> dict[str, int]:
