@@ -38,3 +38,12 @@ def test_a_row_waits_for_its_value_and_those_behind_it_for_the_row(
     log.flush()  # as before a checkpoint
     assert steps() == [0, 1, 2, 3]
     assert "rank   21.5" in capsys.readouterr().err  # of a process that has not set up its logging
+
+
+def test_lines_of_steps_are_aligned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0, last_step=1000, console_every=1)
+    for step, norm in ((8, 1.0), (9, 12.5), (999, 0.1)):
+        log.write(row(step, 20.5) | {"grad_norm": norm})
+    lines = capsys.readouterr().err.splitlines()
+    for word in ("loss", "lr", "grad", "rank", "clips/s"):
+        assert len({line.index(word) for line in lines}) == 1, lines
