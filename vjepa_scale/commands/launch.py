@@ -6,6 +6,7 @@ python tools/launch.py recipes/vitg_384.yaml launch.profile=mine
 python tools/launch.py status RUN [--json]     state of each stage; exit code 1 if one failed
 python tools/launch.py follow RUN              log of rank 0, until the last stage ends (Ctrl-C leaves the run alone)
 python tools/launch.py cancel RUN              end its jobs; the same launch continues it later
+python tools/launch.py publish RUN [--to wandb,tensorboard]    send its metrics there (docs/watching.md)
 
 The same launch command again refuses a run that is at work and continues one that has stopped. VJEPA_LOG=debug (or
 warning, error) in the environment sets the level of its processes' logs.
@@ -34,7 +35,7 @@ from vjepa_scale.core.installed import (
 from vjepa_scale.recipe import Recipe, Stage
 from vjepa_scale.recipe.load import recipe_file
 
-COMMANDS = ("status", "follow", "cancel")
+COMMANDS = ("status", "follow", "cancel", "publish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,16 +184,22 @@ def _in_background(first: Stage, again: list[str]) -> int:
 
 
 def look_after(asked: str, words: Sequence[str]) -> int:
-    """``status RUN [--json]``, ``follow RUN``, ``cancel RUN``."""
+    """``status RUN [--json]``, ``follow RUN``, ``cancel RUN``, ``publish RUN [--to SINKS]``."""
     parser = argparse.ArgumentParser(prog=f"{program('launch')} {asked}", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run folder: run.dir of its recipe")
     if asked == "status":
         parser.add_argument("--json", action="store_true", help="for programs")
+    if asked == "publish":
+        parser.add_argument("--to", help="wandb, tensorboard or wandb,tensorboard; default: as log of its recipe says")
     arguments = parser.parse_args(words)
     if asked == "follow":
         from vjepa_scale.monitor.follow import follow
 
         return follow(arguments.run)
+    if asked == "publish":
+        from vjepa_scale.monitor.publish import publish
+
+        return publish(arguments.run, arguments.to.split(",") if arguments.to else None)
     if asked == "cancel":
         from vjepa_scale.monitor.cancel import cancel
 

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from vjepa_scale.core import log
-from vjepa_scale.core.errors import EXIT_SAVED, UserError, run_command
+from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.core.worker_pool import remove_socket_folder
 from vjepa_scale.launch.retry_policy import refuse_endless_restarts
+from vjepa_scale.monitor.publish import Publishers
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.run.events import History
 from vjepa_scale.run.failures import Progress, report_failure, reported_error
 from vjepa_scale.training.planned_start import load_for_training
+from vjepa_scale.training.preflight import check_sinks_installed
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 
 
@@ -41,6 +43,7 @@ def run_stage(stage: Stage) -> str:
     interrupt = Interrupt()
     ranks = detect_ranks()
     progress = Progress()
+    publishers: Publishers | None = None
     try:
         interrupt.listen()
         log.set_up(f"{stage.name} rank {ranks.rank}", main=ranks.is_main)
@@ -51,8 +54,13 @@ def run_stage(stage: Stage) -> str:
         if ranks.source == "slurm":
             history = History(stage.folder)
             refuse_endless_restarts(history, job_id=ranks.job_id, max_restarts=stage.launch.max_restarts)
+        sinks = stage.recipe.log
+        check_sinks_installed(sinks.sinks)
+        if ranks.is_main:
+            publishers = Publishers(stage, sinks.sinks, timeout_s=sinks.sink_timeout_s, live=True)
         train_stage(stage, ranks, interrupt=interrupt, progress=progress)
     except SavedAndStopped:
+        _end(publishers, EXIT_SAVED)
         _exit_at_the_end(EXIT_SAVED)
         sys.exit(EXIT_SAVED)
     except BaseException as error:
@@ -62,10 +70,19 @@ def run_stage(stage: Stage) -> str:
         except OSError as unwritten:  # must not replace the error itself
             with suppress(OSError):
                 print(f"error: {shown}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
-        atexit.register(_leave, 2 if isinstance(shown, UserError) else 1)
+        code = EXIT_USER_ERROR if isinstance(shown, UserError) else 1
+        _end(publishers, code)
+        atexit.register(_leave, code)
         raise
+    _end(publishers, 0)
     _exit_at_the_end(0)
     return "done"
+
+
+def _end(publishers: Publishers | None, code: int) -> None:
+    """Wait a little for what rank 0's publishers have left. The stage has ended, whatever becomes of them."""
+    if publishers is not None:
+        publishers.end(code)
 
 
 def _exit_at_the_end(code: int) -> None:

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from vjepa_scale.recipe.log_sections import LogConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.sections import (
@@ -355,13 +356,6 @@ class CheckpointConfig(Section):
     keep: PositiveInt = Field(3, description="recent checkpoints to keep; those at ends of phases always stay")
     background: bool = Field(
         True, description="write during training, from a copy in CPU memory; false: training waits"
-    )
-
-
-class LogConfig(Section):
-    every: PositiveInt = Field(10, description="steps between console lines; metrics.jsonl has every step")
-    effective_rank_every: PositiveInt = Field(
-        10, description="steps between measurements of the effective rank of the target features"
     )
 
 

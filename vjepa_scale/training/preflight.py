@@ -47,6 +47,7 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
         accumulation(phase, dp_world_size=stage.world_size)
     stage.check_before_launch()
     check_installed(stage.recipe.engine)
+    check_sinks_installed(stage.recipe.log.sinks)
     count_replicas(stage.recipe.engine.replicate, world_size=stage.world_size, per_node=stage.launch.tasks_per_node)
     manifests = open_data(stage)
     own = newest_name(stage.checkpoints)
@@ -173,3 +174,11 @@ def check_installed(cfg: EngineConfig) -> None:
         raise UserError(
             "DeepSpeed is not installed", where="engine.kind", fix="pip install 'vjepa_scale[deepspeed]', or kind: fsdp"
         )
+
+
+def check_sinks_installed(sinks: Collection[str]) -> None:
+    """Raise UserError where the package of one (``LogConfig.sinks``) is not installed. Nothing is imported."""
+    for sink in sinks:
+        found = importlib.util.find_spec(sink)
+        if found is None or found.origin is None:  # without a file: a folder of that name, such as W&B makes
+            raise UserError(f"{sink} is not installed", where=f"log.{sink}", fix=f"pip install 'vjepa_scale[{sink}]'")
