@@ -3,7 +3,9 @@
 import json
 import os
 import struct
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 
 from tests.chain import tool, write_recipe
 from tests.monitor.sinks_read import Read, silent_server, tensorboard_series, wandb_records, wandb_series
+from tests.monitor.wandb_server import wandb_server
 from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.monitor.publish import Publishers, _Rows, last_exit_code
+from vjepa_scale.core.worker_pool import kill_processes, process_tree
+from vjepa_scale.monitor.publish import Publishers, _End, _Rows, _send, last_exit_code
 from vjepa_scale.monitor.sinks import Series, TensorBoard, _why_offline, numbers
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.training.preflight import check_sinks_installed
@@ -101,6 +105,33 @@ def test_rows_of_a_file_that_is_cut_and_written_again(tmp_path: Path) -> None:
     (tmp_path / "other").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n')
     (tmp_path / "other").replace(path)  # longer than what was read
     assert steps() == [0, 1, 2, 3]
+
+
+class Recorded:
+    """A sink that has the steps up to ``last``."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.steps: list[int] = []
+        self.closed: list[int | None] = []
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.steps.append(step)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self, exit_code: int | None) -> None:
+        self.closed.append(exit_code)
+
+
+@pytest.mark.parametrize("exit_code", [0, 75, None])
+def test_rows_that_a_sink_has_are_not_sent_again_and_the_rest_is(stage: Stage, exit_code: int | None) -> None:
+    write(stage, 0, 10)
+    sink, end = Recorded(last=4), _End(threading.Event(), exit_code)
+    end.over.set()
+    _send(series_of(stage), sink, end)
+    assert (sink.steps, sink.closed) == ([5, 6, 7, 8, 9], [exit_code])
 
 
 DONE, SAVED = {"event": "done", "step": 9}, {"event": "interrupted", "step": 4, "signal": "USR2"}
@@ -202,6 +233,17 @@ def test_a_sink_that_fails_says_so_once_and_the_other_goes_on(stage: Stage, capf
     assert_gapless(tensorboard_series(stage.folder, "loss"), 8)
 
 
+def test_a_sink_that_hangs_is_ended_at_the_limit(stage: Stage, capfd: pytest.CaptureFixture[str]) -> None:
+    write(stage, 0, 4)
+    publishers = Publishers(stage, ["tensorboard"], timeout_s=0.1, live=True)
+    hanging = psutil.Process(publishers._processes["tensorboard"].pid)
+    hanging.suspend()
+    assert not publishers.end(0)
+    assert not hanging.is_running()
+    (warned,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert "tensorboard does not have all rows after 0.1 s (log.sink_timeout_s)" in warned
+
+
 @pytest.mark.slow
 def test_killed_publishers_leave_no_gap_and_no_double(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -241,3 +283,42 @@ def test_killed_publishers_leave_no_gap_and_no_double(
     assert any(record["type"] == "preempting" for record in records)
     secret = KEY.encode()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_online_the_server_gets_each_step_once_over_a_kill(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    write(stage, 0, 30)
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        killed = Publishers(stage, ["wandb"], timeout_s=LIMIT_S, live=True)  # mode auto: there is a key, and an answer
+        until(lambda: any(server.history.values()))
+        kill_processes(process_tree(killed._processes["wandb"].pid))
+        killed.end(None)
+        resume_at(stage, 20)
+        write(stage, 20, 50)
+        assert Publishers(stage, ["wandb"], timeout_s=LIMIT_S, live=True).end(75)
+        write(stage, 50, 60)
+        assert Publishers(stage, ["wandb"], timeout_s=LIMIT_S, live=True).end(0)
+    (rows,) = server.history.values()
+    assert_gapless(([row["_step"] for row in rows], [row["loss"] for row in rows]), 60)
+    assert any(end.get("preempting") for end in server.ends)
+    assert [end["exitcode"] for end in server.ends if end.get("complete")] == [75, 0]
+
+
+@pytest.mark.slow
+def test_wandb_sync_joins_the_folders_of_all_attempts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for first, end in ((0, 20), (20, 45)):
+        write(stage, first, end)
+        assert Publishers(stage, ["wandb"], timeout_s=LIMIT_S, live=True).end(0)
+    folders = sorted((stage.folder / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    with wandb_server() as server:
+        environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], env=environment, cwd=stage.folder, check=True)
+    (rows,) = server.history.values()
+    assert_gapless(([row["_step"] for row in rows], [row["loss"] for row in rows]), 45)
