@@ -38,7 +38,7 @@ class Worker:
 
     stage: Stage
 
-    def __init__(self, function: object) -> None:
+    def __init__(self, function: object, number: int) -> None:
         self.stage.workers.append(self)
         self.connection, self.task, self.silent_s = self, None, 0.0
         self.killed, self._script, self._word = False, iter(()), ""
