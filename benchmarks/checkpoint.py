@@ -1,10 +1,10 @@
-"""What checkpoints cost: how long training waits for one, and how fast and in how much memory one is consolidated.
+"""Measures the cost of checkpoints: time that training waits, and time and memory of consolidation.
 
-Training: the networks of a recipe (the demo's) in one process. The milliseconds of a step; of a save that training
-waits for; of one in the background: the copy, all that training waits, and a step while the files are being written.
+Training: the networks of a recipe (the demo's) in one process. Milliseconds of a step; of a blocking save; of a save in
+the background: the copy, the total wait of training, and a step while files are written.
 
-Consolidation: a checkpoint of ViT-H's shape, written here, by tools/consolidate.py in a process of its own: seconds,
-and the peak of resident memory, which counts pages of the checkpoint's files only while they are mapped.
+Consolidation: a checkpoint of ViT-H's shape, written here, by tools/consolidate.py in a separate process: seconds, and
+peak resident memory, which counts pages of the checkpoint's files only while they are mapped.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --model vit_large --skip-training
@@ -130,7 +130,7 @@ def _ms(function: Callable[[], object]) -> float:
 def _consolidation(model: str, folder: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "vitg_256.yaml", [f"model.encoder={model}"])
     began = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # DCP's remark that there is no process group
+    with contextlib.redirect_stderr(io.StringIO()):  # hides DCP's warning that there is no process group
         checkpoint = _saved(recipe, folder)
     size = sum(path.stat().st_size for path in checkpoint.iterdir()) / 1e9
     print(f"{model}: a checkpoint of {size:.1f} GB, written in {time.perf_counter() - began:.0f} s\n")
@@ -153,7 +153,7 @@ print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).
 
 
 def _saved(recipe: Recipe, folder: Path) -> Path:
-    """Encoder, target encoder and predictor, without moments: those are not read."""
+    """Saves encoder, target encoder and predictor; without moments, which consolidation does not read."""
     networks = {"encoder": Encoder(recipe.model), "predictor": Predictor(recipe.model)}
     for name, network in networks.items():
         initialise(network, seed=0, prefix=name)

@@ -1,4 +1,4 @@
-"""What benchmarks/step.py measures with: a step's parts, the rate of a matrix product, the peak of memory."""
+"""Measurements for benchmarks/step.py: parts of a step, rate of a matrix product, peak memory."""
 
 import resource
 import time
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Clock:
-    """Milliseconds by part, of one step. On a GPU parts are true only where the device is waited for between them."""
+    """Milliseconds by part of one step. On a GPU, parts are only valid with a synchronisation between them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +24,7 @@ class Clock:
         return 1000 * time.perf_counter()
 
     def watch(self, part: str, module: nn.Module) -> None:
-        """With the gathering of its weights: around the hooks of the engine."""
+        """Times a module as a part, including the gathering of its weights in the engine's hooks."""
         began: list[float] = []
         module.register_forward_pre_hook(lambda *_: began.append(self.now()), prepend=True)
 
@@ -37,17 +37,17 @@ class Clock:
         def run(*args: Any, **kwargs: Any) -> Any:
             inside, began = sum(self.ms.values()), self.now()
             result = function(*args, **kwargs)
-            self.ms[part] += self.now() - began - (sum(self.ms.values()) - inside)  # what is inside has its own part
+            self.ms[part] += self.now() - began - (sum(self.ms.values()) - inside)  # excludes parts inside this one
             return result
 
         return run
 
     def time_method(self, part: str, owner: object, name: str) -> None:
-        """From now on the calls of this method are that part."""
+        """Times the calls of a method as a part."""
         setattr(owner, name, self.timed(part, getattr(owner, name)))
 
     def whole(self, step: Callable[[], object], *, parts: bool) -> dict[str, float]:
-        """One step, in parts where they are asked for; the device is waited for at both ends."""
+        """Times one step, in parts if requested; synchronises the device at both ends."""
         self.ms.clear()
         self.waits = True
         began = self.now()
@@ -59,7 +59,7 @@ class Clock:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """FLOPs per second of a large square matrix product: the best of five.
+    """Returns FLOPs per second of a large square matrix product: the best of five.
 
     n: rows; default: 8192 on a GPU, 1536 on a CPU
     """
@@ -74,7 +74,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, n: int | None = None)
 
 
 def peak_memory(device: torch.device, others: int) -> float:
-    """GiB. On a GPU of one side's step, without what the other holds; on a CPU of the process, both sides together."""
+    """Returns peak GiB: on a GPU of one side's step, without the other's tensors; on a CPU of the whole process."""
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated() - others) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,6 @@
-"""Our encoder beside transformers' VJEPA2Model encoder of the same size, timed in turns in the same process.
+"""Times our encoder and transformers' VJEPA2Model encoder of the same size, alternating in one process.
 
-Both have random weights and give the same features for the same weights (tests/model/test_published.py).
+Both have random weights, and compute the same features from the same weights (tests/model/test_published.py).
 Prints milliseconds per forward, and per forward and backward, of one batch in training mode: the best of
 --repeats, ours and theirs alternating.
 
@@ -80,7 +80,7 @@ def _encoders(width: int, depth: int, heads: int, t: int, h: int) -> tuple[nn.Mo
 
 
 def _compare(ours: nn.Module, theirs: nn.Module, clips: Tensor, repeats: int) -> tuple[list[float], list[float]]:
-    """Milliseconds (ours, theirs) of a forward without gradients, and of a forward and backward."""
+    """Returns milliseconds (ours, theirs) of a forward without gradients, and of a forward and backward."""
 
     def our_forward() -> Tensor:
         return ours(clips)
@@ -105,7 +105,7 @@ def _with_backward(forward: Callable[[], Tensor], network: nn.Module) -> Callabl
 
 
 def _alternating(runs: tuple[Callable[[], Tensor], ...], repeats: int, device: torch.device) -> list[float]:
-    """Milliseconds of each, the best of ``repeats`` rounds after one that is not counted."""
+    """Returns milliseconds of each, the best of ``repeats`` rounds after one warm-up."""
     best = [float("inf")] * len(runs)
     for round_number in range(repeats + 1):
         for k, run in enumerate(runs):

@@ -1,22 +1,22 @@
-"""All that a GPU is to be measured for, in rows that a command which is cut off does not lose.
+"""Runs all GPU measurements, row by row, so that an interrupted command loses no finished row.
 
-For a machine without a network on which a command may last ten minutes. One command measures as many rows as fit into
---limit-s seconds; the same command again goes on with those that are missing. OUT/rows.json and OUT/rows.md are
-written anew after each row.
+For a machine without a network where a command may last ten minutes. One command measures as many rows as fit into
+--limit-s seconds; the same command again continues with the missing ones. OUT/rows.json and OUT/rows.md are rewritten
+after each row.
 
     tests    pytest -m gpu
     step     the training step of ViT-g at three shapes, frames × pixels × clips, with one switch changed at a time
-    peer     the published code's step beside ours, in turn, with the same sizes, clips and masks (--peer FOLDER)
-    loader   the step with clips that are ready, the same step fed from shards that it makes, the loader alone
-    save     the step, what a save in the background holds up, and the step while the files are written
-    resume   kill -9 and a restart by the launcher, beside a run that nobody killed: equal to the bit; two processes
+    peer     the published code's step and ours, alternating, with the same sizes, clips and masks (--peer FOLDER)
+    loader   the step with prepared clips, the same step with clips from shards, the loader alone
+    save     the step, the wait for a save in the background, and the step while files are written
+    resume   kill -9 and a restart by the launcher, compared with an undisturbed run: equal to the bit; two processes
 
     python benchmarks/gpu.py --peer build/vjepa2 --out runs/gpu
     python benchmarks/gpu.py --part step loader --out runs/gpu
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --device cpu --toy
 
-The steps that are timed, and those before them that are not, have the same masks. The exit code is 1 where a row of
-tests, save or resume failed otherwise than for want of memory.
+Warm-up steps and timed steps have the same masks. The exit code is 1 where a row of tests, save or resume failed for a
+reason other than memory.
 """
 
 import argparse
@@ -110,12 +110,12 @@ def main() -> int:
     book = Book(arguments.out, card=card, parts=parts)
     peer = arguments.peer if arguments.peer and (arguments.peer / "src" / "models").is_dir() else None
     print(table_line(HEADS) + "\n|" + "---|" * len(HEADS), flush=True)
-    # A save that was cut off may still write into it.
+    # An interrupted save may still write into it.
     with tempfile.TemporaryDirectory(prefix="gpu-benchmark-", ignore_cleanup_errors=True) as folder:
         session = Session(arguments.device, sizes, Path(folder), toy=arguments.toy, peer=peer)
         units = pending(units_of(parts, sizes, device=arguments.device, peer=peer is not None), book, arguments.again)
         left = measure(units, session, book, limit_s=arguments.limit_s, began=began)
-        if not session.problem:  # else NCCL would raise, or wait
+        if not session.problem:  # else NCCL would raise or hang
             process_group.stop()
     book.say_left_out(left)
     wrong = [row for row in book.rows if row["card"] == card and row["part"] in parts and is_wrong(row)]
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def units_of(parts: Sequence[str], sizes: Sizes, *, device: str, peer: bool) -> list[Unit]:
-    """All rows of some parts. Inductor is not tried on a CPU: it may have no compiler there, and it takes minutes."""
+    """Returns all rows of some parts. Skips Inductor on a CPU, where it may lack a compiler and takes minutes."""
     base = sizes.base if device == "cuda" else {**sizes.base, "compile": False}
 
     def switched(part: str, names: tuple[str, ...], run: Any, shape: Shape, changes: Switches) -> Unit:
@@ -173,7 +173,7 @@ def _settings(switches: Switches) -> str:
 
 
 def pending(units: Sequence[Unit], book: "Book", again: bool) -> list[Unit]:
-    """Those to be measured, in their order; last come those that a time limit has cut off before."""
+    """Returns the units to measure, in order; units that a time limit interrupted before come last."""
     states = {key_of(row): row["state"] for row in book.rows if row["card"] == book.card}
     chosen = [unit for unit in units if again or any(states.get(key) not in FINISHED for key in unit.keys)]
     return sorted(chosen, key=lambda unit: any(states.get(key) == "cut off" for key in unit.keys))
@@ -192,9 +192,9 @@ def measure(
     began: float,
     now: Callable[[], float] = time.monotonic,
 ) -> list[Unit]:
-    """Measure and write down units, one after the other; returns those that are left out.
+    """Measures units one after the other and records them; returns those that are left out.
 
-    None begins when less time is left than the longest one took. One that is at work at the end is cut off.
+    Starts no unit when less time is left than the longest one took. Interrupts the current unit at the time limit.
     """
     longest = 0.0
     for number, unit in enumerate(units):
@@ -213,7 +213,7 @@ def measure(
 
 
 def _attempt(unit: Unit, session: "Session", seconds: float) -> list[Row]:
-    """The unit's rows; where they cannot be had, rows that say why."""
+    """Returns the unit's rows; where it fails, rows with the reason."""
     try:
         with _limited(seconds):
             return unit.measure(session, unit)
@@ -231,7 +231,7 @@ def _attempt(unit: Unit, session: "Session", seconds: float) -> list[Row]:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in here after so many seconds."""
+    """Raises OutOfTime inside the block after ``seconds`` seconds."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise OutOfTime
@@ -246,7 +246,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 def is_wrong(row: Row) -> bool:
-    """Does this row make the exit code 1?"""
+    """Returns whether this row makes the exit code 1."""
     return row["part"] in JUDGED and row["state"] == "failed"
 
 

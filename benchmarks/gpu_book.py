@@ -1,4 +1,4 @@
-"""The rows of benchmarks/gpu.py: what one is, and the files in which they are kept."""
+"""The rows of benchmarks/gpu.py, and the files that store them."""
 
 import json
 import shlex
@@ -18,8 +18,8 @@ Switches = Mapping[str, Any]  # keys of the recipe's section engine
 
 PARTS = ("tests", "step", "peer", "loader", "save", "resume")
 JUDGED = ("tests", "save", "resume")  # of these, a failed row makes the exit code 1
-# States of a row. "absent" (something is not installed or was not given) and "cut off" (by the time limit) are tried
-# again by the next command. "refused": by the product, as it says it would.
+# States of a row. The next command retries "absent" (something is not installed or was not given) and "cut off" (by the
+# time limit). "refused": by the product, as documented.
 FINISHED = ("measured", "failed", "out of memory", "refused")
 
 
@@ -38,8 +38,8 @@ class Unit:
     """Rows that are measured together.
 
     names:    of the rows
-    switches: those of the recipe's engine that are not the base's
-    settings: how rows name all switches
+    switches: switches of the recipe's engine that differ from the base
+    settings: names of all switches in rows
     """
 
     part: str
@@ -71,7 +71,7 @@ EMPTY: Row = {
     "product_tflops": None,
     "peak_gib": None,
     "shares": {},  # of the step, by part
-    "facts": {},  # what only rows of this part have
+    "facts": {},  # values that only rows of this part have
 }
 HEADS = (
     "part",
@@ -92,9 +92,9 @@ HEADS = (
 
 
 class Book:
-    """The rows of a folder: rows.json for programs, rows.md for people. A row replaces an older one of its key.
+    """The rows of a folder: rows.json for programs, rows.md for readers. A row replaces an older one of the same key.
 
-    parts: those of this command; what was absent for them is looked for again
+    parts: parts of this command; their "absent" rows are retried
     """
 
     def __init__(self, folder: Path, *, card: str, parts: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ class Book:
                 "settings": unit.settings,
                 **EMPTY,
                 **row,
-                "seconds": round(seconds, 1),  # that the unit took, with its warm-up
+                "seconds": round(seconds, 1),  # duration of the unit, with warm-up
                 "torch": torch.__version__,
                 "card": self.card,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -128,7 +128,7 @@ class Book:
         self._write()
 
     def say_left_out(self, units: Sequence[Unit]) -> None:
-        """Where some are: on standard output, and at the end of rows.md."""
+        """Reports left-out units, if any, on standard output and at the end of rows.md."""
         if units:
             named = "; ".join(" ".join([*unit.keys[0]]).strip() for unit in units)
             note = f"Left out by the last command, {len(units)}: {named}. The same command again goes on with these."

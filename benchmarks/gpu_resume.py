@@ -1,4 +1,4 @@
-"""Rows of benchmarks/gpu.py that run the launcher: a run that is killed beside one that is not, and two processes."""
+"""Rows of benchmarks/gpu.py that run the launcher: a killed run compared with an undisturbed one, and two processes."""
 
 import contextlib
 import sys
@@ -20,7 +20,7 @@ from vjepa_scale.recipe import recipe_yaml
 
 
 def measure_resume(session: Session, unit: Unit) -> list[Row]:
-    """Two runs side by side, of which one loses its rank; they must end with the same bits."""
+    """Measures two concurrent runs, one of which loses its rank; both must end with the same bits."""
     whole, killed = (_recipe_file(session, unit, name) for name in ("whole", "killed"))
     with _launched(whole) as launcher, _launched(killed) as victim:
         at = _kill_rank(victim, killed.parent, every=session.sizes.trained_steps // 6)
@@ -44,7 +44,7 @@ def measure_resume(session: Session, unit: Unit) -> list[Row]:
 
 
 def measure_two(session: Session, unit: Unit) -> list[Row]:
-    """Two processes on one machine: on one GPU the product refuses the second."""
+    """Measures two processes on one machine: on one GPU the product refuses the second."""
     recipe = _recipe_file(session, unit, "two", tasks=2, steps=4)
     with _launched(recipe) as launcher:
         said, _ = launcher.communicate()
@@ -63,7 +63,7 @@ def measure_two(session: Session, unit: Unit) -> list[Row]:
 
 
 def _recipe_file(session: Session, unit: Unit, name: str, *, tasks: int = 1, steps: int | None = None) -> Path:
-    """Recipe and folder of a run that tools/launch.py starts here."""
+    """Writes the recipe of a run that tools/launch.py starts here; returns its path."""
     assert unit.shape is not None
     steps = steps or session.sizes.trained_steps
     run = session.folder / f"run-{name}-{unit.switches['compile']}"
@@ -91,7 +91,7 @@ def _launched(recipe: Path) -> "contextlib.AbstractContextManager[Popen[str]]":
 
 
 def _kill_rank(launcher: "Popen[str]", run: Path, *, every: int) -> int:
-    """kill -9 of the run's only rank, once it is two steps past a checkpoint; returns the steps that it had done."""
+    """Sends SIGKILL to the run's only rank, two steps after a checkpoint; returns the number of its completed steps."""
     while True:
         if launcher.poll() is not None:
             raise RuntimeError(f"ended before it was killed: {launcher.communicate()[0][-200:]}")
@@ -105,7 +105,7 @@ def _kill_rank(launcher: "Popen[str]", run: Path, *, every: int) -> int:
 
 def _rank_below(pid: int) -> psutil.Process | None:
     for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ended while we looked
+        with contextlib.suppress(psutil.Error):  # the process ended meanwhile
             is_rank = process.environ().get("SUBMITIT_LOCAL_GLOBALID") == "0"
             if is_rank and "submitit" in " ".join(process.cmdline()):
                 return process
@@ -117,7 +117,7 @@ def _metrics(run: Path) -> list[Row]:
 
 
 def difference(whole: Sequence[Row], killed: Sequence[Row]) -> str:
-    """Where the losses and gradient norms of two runs differ, by a bit or by a step; empty where they do not."""
+    """Describes where losses and gradient norms of two runs differ, in a bit or in a step; empty if they are equal."""
     if [row["step"] for row in whole] != [row["step"] for row in killed]:
         return f"{len(whole)} steps in the undisturbed run, {len(killed)} in the killed one"
     for a, b in zip(whole, killed, strict=True):
@@ -128,7 +128,7 @@ def difference(whole: Sequence[Row], killed: Sequence[Row]) -> str:
 
 
 def _tensor_difference(whole: Path, killed: Path, folder: Path) -> str:
-    """Which tensors of the last checkpoints differ by a bit; empty where none does."""
+    """Describes which tensors of the last checkpoints differ in a bit; empty where none does."""
     (a, b) = (_last_tensors(run, folder) for run in (whole, killed))
     if a.keys() != b.keys():
         return "the last checkpoints hold other tensors"
@@ -137,7 +137,7 @@ def _tensor_difference(whole: Path, killed: Path, folder: Path) -> str:
 
 
 def _last_tensors(run: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Read by PyTorch's own converter, not by the code under test."""
+    """Reads the tensors with PyTorch's own converter, not with the code under test."""
     newest = max((run / "pretrain" / "checkpoints").glob("step_*"))
     file = folder / "tensors.pt"
     dcp_to_torch_save(newest, file)

@@ -1,4 +1,4 @@
-"""What each row of benchmarks/gpu.py measures, and the process that measures it."""
+"""The measurement of each row of benchmarks/gpu.py, and the process that runs it."""
 
 import contextlib
 import functools
@@ -41,12 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and for how long.
+    """Sizes and durations of the measurements.
 
-    model:   a name of an encoder
+    model:   name of an encoder
     changes: overrides of all recipes
-    base:    the switches that the others differ from, each in one
-    trained: overrides of the recipe that is killed and resumed; killed_every: its steps between checkpoints
+    base:    base switches; each other row changes one of them
+    trained: overrides of the killed and resumed recipe; killed_every: its steps between checkpoints
     """
 
     shapes: tuple[Shape, ...]
@@ -69,15 +69,15 @@ class Absent(Exception):
 
 
 class Session:
-    """The process that measures: its device, its process group, the shards that it has made.
+    """The measuring process: its device, its process group, and its shards.
 
-    folder: a temporary one
+    folder: a temporary folder
     """
 
     def __init__(self, device: str, sizes: Sizes, folder: Path, *, toy: bool, peer: Path | None) -> None:
         self.sizes, self.folder, self.toy, self.peer = sizes, folder, toy, peer
         self.device = torch.device(device)
-        self.problem = ""  # why the device cannot be used any more
+        self.problem = ""  # why the device is no longer usable
         self._started = False
 
     def recipe(self, unit: Unit, *, steps: int, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,19 +95,19 @@ class Session:
         )
 
     def start(self, recipe: Recipe) -> None:
-        """Join the process group, of this process alone, once."""
+        """Joins a process group of this process only, once."""
         if not self._started:
             process_group.start(RANKS, recipe.engine, rendezvous=self.folder / "rendezvous")
             self._started = True
 
     @functools.cache  # noqa: B019 (there is one session in a process)
     def product(self, dtype: torch.dtype) -> float:
-        """FLOPs per second of a large matrix product."""
+        """Returns FLOPs per second of a large matrix product."""
         return product_rate(self.device, dtype)
 
     @functools.cache  # noqa: B019
     def shards(self, frames: int, size: int) -> Path:
-        """A folder of shards of videos that are as large, in pixels, and as long as such clips."""
+        """Returns a folder of shards whose videos have the size in pixels and the length of such clips."""
         videos, shards = (self.folder / f"{what}-{frames}-{size}" for what in ("videos", "shards"))
         seconds = frames / 4 + 1  # 4 frames a second
         world = World(size=size, fps=self.sizes.video_fps, seconds=seconds)
@@ -120,7 +120,7 @@ class Session:
         return shards
 
     def speed(self, recipe: Recipe, batches: Sequence[MicroBatch], step_ms: Sequence[float]) -> Row:
-        """The columns that milliseconds of steps on these batches give."""
+        """Returns the columns that follow from the milliseconds of steps on these batches."""
         median, nominal = statistics.median(step_ms), nominal_rate(self.device)
         rate = statistics.mean(flops_of(recipe, batch) for batch in batches) / (median / 1000)
         product = self.product(torch.bfloat16 if recipe.engine.precision == "bfloat16" else torch.float32)
@@ -134,11 +134,11 @@ class Session:
         }
 
     def tidy(self) -> None:
-        """Forget what the last rows left behind, and see whether the device still works."""
+        """Resets global state of the last rows, and checks that the device still works."""
         torch._dynamo.reset()
         gc.collect()
         torch.backends.cudnn.benchmark = False  # the published code's networks set it
-        with contextlib.suppress(ImportError):  # of a PyTorch without that registry
+        with contextlib.suppress(ImportError):  # older PyTorch has no such registry
             from torch.nn.attention import current_flash_attention_impl, restore_flash_attention_impl
 
             if current_flash_attention_impl() is not None:  # fa3 and fa4 change it for the whole process
@@ -152,7 +152,7 @@ class Session:
 
 
 def flops_of(recipe: Recipe, batch: MicroBatch) -> int:
-    """Model FLOPs of a step on a micro-batch, by the masks that it has."""
+    """Returns the model FLOPs of a step on a micro-batch with its masks."""
     frames, height, width = batch.clips.shape[2:]
     tokens = frames // recipe.model.tubelet * (height // recipe.model.patch) * (width // recipe.model.patch)
     lengths = [(pair.context.shape[1], pair.target.shape[1]) for pair in batch.masks]
@@ -160,7 +160,7 @@ def flops_of(recipe: Recipe, batch: MicroBatch) -> int:
 
 
 def spread(values_ms: Sequence[float]) -> Row:
-    """Median and quartiles, milliseconds."""
+    """Returns median and quartiles, milliseconds."""
     low, _, high = statistics.quantiles(values_ms, n=4, method="inclusive") if len(values_ms) > 1 else [*values_ms] * 3
     return {"median_ms": statistics.median(values_ms), "low_ms": low, "high_ms": high}
 
@@ -192,7 +192,7 @@ def measure_tests(session: Session, unit: Unit) -> list[Row]:
 
 @contextmanager
 def in_a_group(words: Sequence[object]) -> Iterator["subprocess.Popen[str]"]:
-    """A command in the repository's root, with processes of its own: none of them outlives this."""
+    """Runs a command in the repository's root in its own process group, which is ended on exit."""
     process = subprocess.Popen(
         list(map(str, words)),
         cwd=ROOT,
@@ -211,7 +211,7 @@ def in_a_group(words: Sequence[object]) -> Iterator["subprocess.Popen[str]"]:
             process.stdout.close()
 
 
-# -- the step, and the published one beside it -------------------------------------------------------
+# -- the step, and the published step ----------------------------------------------------------------
 
 
 def measure_step(session: Session, unit: Unit) -> list[Row]:
@@ -224,7 +224,7 @@ def measure_step(session: Session, unit: Unit) -> list[Row]:
         assert session.peer is not None
         sides.append(Theirs(session.peer, recipe, phase, session.device, clock))
     batches = [random_batch(recipe, phase, number) for number in range(session.sizes.steps)]
-    # On a GPU each is timed twice: as a whole, then in parts.
+    # On a GPU each step is timed twice: as a whole, then in parts.
     times = 2 if session.device.type == "cuda" else 1
     found = timed(sides, batches, [batch for batch in batches for _ in range(times)], clock)
     rows = []
@@ -260,7 +260,7 @@ LOADER_ROWS = ("clips that are ready", "fed by the loader", "the loader alone")
 
 
 def measure_loader(session: Session, unit: Unit) -> list[Row]:
-    """The same batches three times. Timed are those that come when what was prepared ahead has been used up."""
+    """Measures the same batches in three ways. Times only batches after the prefetched ones are used up."""
     assert unit.shape is not None
     shards = session.shards(unit.shape.frames, unit.shape.size)
     workers = min(16, usable_cores())
@@ -273,7 +273,7 @@ def measure_loader(session: Session, unit: Unit) -> list[Row]:
     with _loaded(session, recipe, phase, shards) as batches:
         fetched = [next(batches) for _ in range(ahead)]
         began = time.perf_counter()
-        fetched = list(batches)  # of these masks, all that follows
+        fetched = list(batches)  # the rest has the same masks
         alone_s = time.perf_counter() - began
     clips = len(fetched) * phase.global_batch
 
@@ -308,7 +308,7 @@ def measure_loader(session: Session, unit: Unit) -> list[Row]:
 
 @contextmanager
 def _loaded(session: Session, recipe: Recipe, phase: Phase, shards: Path) -> Iterator[Iterator[MicroBatch]]:
-    """The micro-batches of all steps, from shards, as the trainer gets them."""
+    """Yields the micro-batches of all steps, from shards, as in the trainer."""
     manifest = Manifest.open(shards)
     order = DataOrder(seed=0, sets=[("videos", manifest.records_per_shard)], phases=[phase], lanes=recipe.data.lanes)
     with PhaseLoader(
@@ -325,9 +325,9 @@ def _loaded(session: Session, recipe: Recipe, phase: Phase, shards: Path) -> Ite
 
 
 def _run(ours: Ours, batches: Iterator[MicroBatch]) -> list[tuple[float, float]]:
-    """Train on each; milliseconds of each step, the wait for its batch among them, and of that wait.
+    """Trains on each batch; returns milliseconds of each step, including the wait for its batch, and of that wait.
 
-    Nothing waits for the device that the trainer would not wait for: it does once in a step, for the loss.
+    Synchronises the device only where the trainer does: once per step, for the loss.
     """
     found = []
     began = time.perf_counter()
@@ -368,7 +368,7 @@ def measure_save(session: Session, unit: Unit) -> list[Row]:
     written_s: list[float] = []
     for number in range(session.sizes.saves + 1):
         if session.device.type == "cuda":
-            torch.cuda.synchronize()  # else the save waits for the end of the step before it
+            torch.cuda.synchronize()  # else the save waits for the step before it
         began = time.perf_counter()
         saver.save(number, ours.engine.tensors(ours.objective.networks, optimizer=True), {})
         held.append(1000 * (time.perf_counter() - began))
@@ -378,18 +378,18 @@ def measure_save(session: Session, unit: Unit) -> list[Row]:
             if saver.take(wait=False) is not None:
                 break
         written_s.append(time.perf_counter() - began)
-        shutil.rmtree(folder)  # those of ViT-g have 17 GB
+        shutil.rmtree(folder)  # a checkpoint of ViT-g has 17 GB
     size = sum(t.nbytes for t in ours.engine.tensors(ours.objective.networks, optimizer=True).values()) / 1e9
     facts = {"GB": size, "seconds until it is written": statistics.median(written_s), "first save, ms": held[0]}
     return [
         {"name": SAVE_ROWS[0], **session.speed(recipe, batches, alone), "peak_gib": peak_memory(session.device, 0)},
-        {"name": SAVE_ROWS[1], **spread(held[1:]), "facts": facts},  # the first one makes the memory of the copies
+        {"name": SAVE_ROWS[1], **spread(held[1:]), "facts": facts},  # the first save allocates the copies
         {"name": SAVE_ROWS[2], **session.speed(recipe, batches, during), "facts": {"steps": len(during)}},
     ]
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line."""
+    """Returns an error in one line."""
     words = " ".join(str(error).split())
     shown = words if len(words) <= 300 else f"{words[:300]} …"
     return shown if isinstance(error, UserError) else f"{type(error).__name__}: {shown}"

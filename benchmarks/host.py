@@ -1,10 +1,10 @@
-"""What a step costs the host at many ranks, of which one is here (PyTorch's fake group stands for the others).
+"""Measures host time of a step at many ranks, in one process (PyTorch's fake group replaces the other ranks).
 
-    optimiser   AdamW on one rank's shards of a model: on DTensors, as PyTorch does it by itself, and on plain tensors
-                over the same memory, as distributed/fsdp.py does. Its arithmetic is in both
-    plan        rank 0's plan of a save: of the shards of all ranks, and where the plan of the save before is kept
-    rank        what a step waits for the effective rank: for its eigenvalues, and where a thread computes them
-    tables      rotary tables of a micro-batch's five forward passes: computed anew, and kept
+    optimiser   AdamW on one rank's shards of a model: on DTensors, PyTorch's default, and on plain tensors over the
+                same memory, as in distributed/fsdp.py. Both include the arithmetic
+    plan        rank 0's plan of a save for the shards of all ranks: computed, and cached from the save before
+    rank        wait of a step for the effective rank: with its eigenvalues, and with a thread that computes them
+    tables      rotary tables of a micro-batch's five forward passes: computed, and cached
 
 Milliseconds, medians.
 
@@ -124,7 +124,7 @@ def plan(engine: Engine, objective: Jepa, ranks: int) -> tuple[float, float]:
 
 
 def _of_rank(plan: SavePlan, rank: int, ranks: int) -> SavePlan:
-    """The same tensors' shards on another rank."""
+    """Returns the plan for the same tensors' shards on another rank."""
     items = []
     for item in plan.items:
         assert item.tensor_data is not None
@@ -161,7 +161,7 @@ def effective_rank(recipe: Recipe, repeats: int) -> tuple[float, float]:
 
 
 def tables(repeats: int) -> tuple[float, float]:
-    """Of five forward passes: target, and context and predictor for both generators."""
+    """Times the tables of five forward passes: target, and context and predictor for both generators."""
     index = torch.arange(512).expand(24, -1)
 
     def five() -> None:

@@ -1,15 +1,15 @@
-"""Our loader beside the bare decoder, a plain webdataset pipeline, and the published code's way, on the same files.
+"""Compares our loader with the bare decoder, a plain webdataset pipeline, and the published code, on the same files.
 
-    bare decoder   PyAV on bytes in memory: seek, decode, RGB arrays. No crop, no batch: what cannot be avoided
+    bare decoder   PyAV on bytes in memory: seek, decode, RGB arrays. No crop, no batch: the lower bound
     ours           PhaseLoader in this process: order, shard read, the same decoding, crop, batch, masks
     torchcodec     the same with data.decoder: torchcodec (where it is installed)
     webdataset     webdataset.WebDataset over the same shards in their order, the bare decoder, our crop, batches
     published      decord on files with its own threads, stride 30 // 4, float32 crop, normalised (where decord is)
 
-Clips of 4 frames per second at random places of videos that it makes: 640×360, 30 frames per second, a keyframe every
-30 frames, sliding texture under grain. The n-th clip begins at the same second in each way. Each way runs in a fork
-of its own, in turns. Printed: clips per second of process CPU time (all threads), the median and the best of --rounds;
-the median of a round's rate ÷ the bare decoder's in the same round, since a busy machine makes CPU time vary, too; and
+Clips have 4 frames per second, at random times of generated videos: 640×360, 30 frames per second, a keyframe every 30
+frames, sliding texture with grain. The n-th clip begins at the same second in each variant. Each variant runs in its
+own forked process, in turns. Prints clips per second of process CPU time (all threads), median and best of --rounds;
+the median of a round's rate ÷ the bare decoder's in the same round, because CPU time also varies on a busy machine; and
 the peak memory of the process, imports included.
 
     python benchmarks/loader.py --frames 16 64 --clips 8 --rounds 3
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own, so that memory and threads of one do not touch the next."""
+    """Runs a function in a forked process, so that memory and threads do not affect the next; returns its result."""
     context = get_context("fork")
     here, there = context.Pipe()
 
@@ -108,7 +108,7 @@ def _in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _measured(way: Callable[..., Iterator[int]], folder: Path, frames: int, clips: int) -> tuple[float, float]:
-    """Clips per second of CPU time, after a batch to warm up; and the peak of resident memory, MB."""
+    """Returns clips per second of CPU time, after a warm-up batch; and peak resident memory, MB."""
     done = way(folder, frames, clips + BATCH)
     warm = 0
     while warm < BATCH:
@@ -135,7 +135,7 @@ def _make_data(folder: Path, videos: int, seconds: int) -> None:
 
 
 def _encode(path: Path, frames: int, rng: np.random.Generator) -> None:
-    """Two layers of smooth texture that slide, under grain."""
+    """Encodes two sliding layers of smooth texture, with grain."""
     layers = [
         np.sum([_texture(rng, 2 * HEIGHT, 2 * WIDTH, cell) * cell for cell in (8, 32, 128)], 0) / 168 * 150 + 50
         for _ in range(2)
@@ -155,7 +155,7 @@ def _encode(path: Path, frames: int, rng: np.random.Generator) -> None:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
-    """Smooth noise in [0, 1], its features about ``cell`` pixels wide: float32 [height, width, 3]."""
+    """Returns smooth noise in [0, 1] with features about ``cell`` pixels wide: float32 [height, width, 3]."""
     coarse = torch.from_numpy(rng.random((1, 3, height // cell + 2, width // cell + 2), dtype=np.float32))
     smooth = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     return smooth[0].permute(1, 2, 0).numpy()
@@ -188,7 +188,7 @@ def _planned(folder: Path, frames: int, clips: int, decoder: str = "pyav") -> tu
 
 
 def _windows(folder: Path, frames: int, clips: int) -> list[tuple[int, float]]:
-    """(record, start in seconds) of every clip that ours loads."""
+    """Returns (record, start in seconds) of every clip that our loader loads."""
     recipe, phase, order, manifest = _planned(folder, frames, clips)
     return [
         (ref.record, ref.start_s)
@@ -197,7 +197,7 @@ def _windows(folder: Path, frames: int, clips: int) -> list[tuple[int, float]]:
     ]
 
 
-# -- the ways: each yields the number of clips that are ready --------------------------------------
+# -- the variants: each yields the number of loaded clips ------------------------------------------
 
 
 def _bare(folder: Path, frames: int, clips: int) -> Iterator[int]:
@@ -228,7 +228,7 @@ def _webdataset(folder: Path, frames: int, clips: int) -> Iterator[int]:
     windows, number = _windows(folder, frames, clips), count()
 
     def clip(sample: dict[str, Any]) -> Tensor:
-        n = next(number) % len(windows)  # batched() takes a sample more before it gives the last batch
+        n = next(number) % len(windows)  # batched() reads one more sample before it yields the last batch
         pictures = list(_plain_decode(sample["mp4"], windows[n][1], frames))
         return random_crop(pictures, (CROP, CROP), augment, seed=0, step=n // BATCH, slot=n % BATCH)
 
@@ -262,7 +262,7 @@ def _published(folder: Path, frames: int, clips: int) -> Iterator[int]:
 
 
 def _plain_decode(data: bytes, start_s: float, frames: int) -> np.ndarray:
-    """What is on screen at start_s, start_s + 1/4, …: uint8 [T, H, W, 3], by PyAV and nothing of ours."""
+    """Decodes the pictures at start_s, start_s + 1/4, …: uint8 [T, H, W, 3], with PyAV only, without our code."""
     times = [start_s + k / FPS for k in range(frames)]
     shown: list[av.VideoFrame] = []
     with av.open(io.BytesIO(data)) as container:

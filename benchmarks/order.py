@@ -1,9 +1,8 @@
-"""What the order of the data costs, over data sets of millions of records. Sizes are made up, no file is touched.
+"""Measures the cost of the data order for data sets of millions of records. Sizes are synthetic, no file is read.
 
 Prints, for several numbers of lanes: microseconds of process CPU time per record of DataOrder.batch (every loader
-worker asks for whole global batches, so this is what it spends per step ÷ the global batch); the milliseconds of the
-first batch, which makes the tables of an epoch; and how many distinct shards one rank reads in 100 steps, beside the
-number of clips that it reads.
+worker computes whole global batches, so its time per step is this × the global batch); milliseconds of the first batch,
+which builds the tables of an epoch; and how many distinct shards one rank reads in 100 steps, with its number of clips.
 
     python benchmarks/order.py --records 20000000 --batch 3072 --ranks 128
 """
@@ -27,7 +26,7 @@ SETS = {
     "kinetics": (0.188, 0.033),
     "ssv2": (0.056, 0.008),
 }
-FIRST_STEP = 100_000  # the middle of a long run: data sets are at different places of different epochs
+FIRST_STEP = 100_000  # the middle of a long run, where data sets are at different positions of different epochs
 COUNTED_STEPS = 100
 
 Sets = list[tuple[str, npt.NDArray[np.int64]]]
@@ -78,7 +77,7 @@ def _order(sets: Sets, batch: int, lanes: int) -> DataOrder:
 
 
 def _shards_per_rank(order: DataOrder, sets: Sets, ranks: int) -> list[int]:
-    """How many distinct shards each rank reads; ranks take contiguous runs of slots."""
+    """Returns how many distinct shards each rank reads; ranks have contiguous ranges of slots."""
     ends = [np.cumsum(sizes) for _, sizes in sets]
     before = np.cumsum([0, *(len(sizes) for _, sizes in sets)])
     steps = []

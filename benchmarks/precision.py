@@ -1,8 +1,8 @@
-"""What bfloat16 costs in digits: our networks under FSDP2 and the published ones under autocast, beside float32.
+"""Measures errors of bfloat16 against float32: our networks under FSDP2, and the published ones under autocast.
 
-All from the same weights, on the same clips and masks: targets (after the LayerNorm without parameters; relative L2
-distance of a token, mean and largest), the loss and the gradient of all weights (relative). ``--gain`` multiplies the
-first weights: at 1 a network has hardly moved from the identity. Needs a checkout of the published code.
+All have the same weights, clips and masks. Compares targets (after the LayerNorm without parameters; relative L2
+distance of a token, mean and largest), the loss, and the gradient of all weights (relative). ``--gain`` multiplies the
+initial weights: at 1 a network is close to the identity. Needs a checkout of the published code.
 
     OMP_NUM_THREADS=1 python benchmarks/precision.py --peer ../vjepa2 --model vit_small --frames 8 --size 64
 """
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             f"engine.device={arguments.device}",
             "engine.activation_checkpointing=none",
-            "engine.compile=false",  # Inductor rounds less often, and both sides are to be compared as written
+            "engine.compile=false",  # Inductor rounds less often; both sides are compared as written
             f"model.encoder={arguments.model}",
             f"masks.group={arguments.batch}",
             f"pretrain.clip={{frames: {arguments.frames}, size: {arguments.size}}}",
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     phase = stages_of(recipe)["pretrain"].phases[0]
     with tempfile.TemporaryDirectory() as folder:
         process_group.start(RANKS, recipe.engine, rendezvous=Path(folder))
-        # First: it may refuse the folder or the recipe.
+        # First, because it may refuse the folder or the recipe.
         published = Published(arguments.peer, recipe, phase, process_group.pick_device(recipe.engine, RANKS))
         batch = random_batch(recipe, phase, 0)
         exact, weights = _ours(recipe, batch, "float32", arguments.gain)
@@ -109,7 +109,7 @@ def _ours(recipe: Recipe, batch: MicroBatch, precision: str, gain: float) -> tup
 
 @torch.no_grad()
 def _strengthen(name: str, tensor: Tensor, gain: float) -> None:
-    """Larger matrices; biases that are not 0 and norms that are not 1, the same in encoder and target encoder."""
+    """Scales matrices, and makes biases nonzero and norms different from 1, equal in encoder and target encoder."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if tensor.ndim > 1:
         local.mul_(gain)
@@ -129,7 +129,7 @@ def _published(published: Published, given: tuple[Any, ...], *, autocast: bool) 
 
 @contextmanager
 def _layer_norm_in_float32(device: str) -> Iterator[None]:
-    """Autocast on a GPU computes LayerNorm in float32; on a CPU it leaves it in bf16, which nobody trains with."""
+    """Computes LayerNorm in float32, as autocast does on a GPU; on a CPU autocast would use bf16."""
     if device != "cpu":
         yield
         return
@@ -155,7 +155,7 @@ def _normalised(features: Tensor) -> Tensor:
 
 
 def _gradient(networks: Mapping[str, nn.Module]) -> Tensor:
-    """Of encoder and predictor, end to end, float64."""
+    """Returns the concatenated gradients of encoder and predictor, float64."""
     trained = [p for name in ("encoder", "predictor") for p in networks[name].parameters()]
     return torch.cat([_whole(p.grad).flatten().double() for p in trained if p.grad is not None])
 

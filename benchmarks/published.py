@@ -1,8 +1,7 @@
-"""The published V-JEPA 2 code's training step, from a checkout that the reader has made (for benchmarks/step.py).
+"""Runs the training step of the published V-JEPA 2 code, from the user's checkout (for benchmarks/step.py).
 
-Its networks are built with the sizes of a recipe and its own classes; the step is written after its
-``app.vjepa.train``: autocast, target, context, predictor, L1, backward, AdamW, EMA. No DistributedDataParallel: one
-device has nothing to reduce.
+Builds the published classes with the sizes of a recipe. The step follows ``app.vjepa.train``: autocast, target,
+context, predictor, L1, backward, AdamW, EMA. There is no DistributedDataParallel, because there is one device.
 """
 
 import importlib
@@ -25,7 +24,7 @@ from vjepa_scale.recipe import Phase, Recipe
 
 
 class Parts(Protocol):
-    """Times what it wraps as a part of the step."""
+    """Times wrapped calls as parts of the step."""
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]: ...
 
@@ -38,7 +37,7 @@ class Published:
         _check_recipe(recipe, phase)
         self._recipe, self._device = recipe, device
         self._autocast = recipe.engine.precision == "bfloat16"
-        torch.backends.cudnn.benchmark = True  # as its training does
+        torch.backends.cudnn.benchmark = True  # as in the published training
         cfg = recipe.model
         common = {
             "img_size": phase.size,
@@ -50,7 +49,7 @@ class Published:
             "uniform_power": True,
             "use_sdpa": True,
             "use_rope": True,
-            # It has no selective one.
+            # The published code has no selective checkpointing.
             "use_activation_checkpointing": recipe.engine.activation_checkpointing != "none",
         }
         with device:
@@ -75,7 +74,7 @@ class Published:
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._autocast and device.type == "cuda")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights by canonical names, which are the published ones behind a network's prefix."""
+        """Loads weights by canonical names, which are the published names with a network's prefix."""
         for prefix, network in self.networks.items():
             own = {
                 name.removeprefix(f"{prefix}."): value
@@ -85,12 +84,12 @@ class Published:
             network.load_state_dict(own, strict=True)
 
     def compile(self) -> None:
-        """As its training does: each network as a whole."""
+        """Compiles each network as a whole, as in the published training."""
         for network in self.networks.values():
             network.compile()
 
     def given(self, batch: MicroBatch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Clips and mask index lists on the device, clips normalised: its loader's work, not its step's."""
+        """Returns normalised clips and mask indices on the device; outside the step, since its loader does this."""
         augment = self._recipe.data.augment
         mean, std = (torch.tensor(x, device=self._device).view(1, 3, 1, 1, 1) for x in (augment.mean, augment.std))
         clips = (batch.clips.to(self._device).float() / 255.0 - mean) / std
@@ -98,7 +97,7 @@ class Published:
         return clips, contexts, [pair.target.to(self._device) for pair in batch.masks]
 
     def loss(self, clips: Tensor, contexts: list[Tensor], targets: list[Tensor], *, autocast: bool) -> Tensor:
-        """Of one micro-batch. All pairs take mask token 0, as where clips have one length."""
+        """Returns the loss of one micro-batch. All pairs use mask token 0, as in runs with one clip length."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
             with torch.no_grad():
                 features = self._calls["target"](clips)
@@ -114,7 +113,7 @@ class Published:
             return torch.stack(differences).mean()
 
     def watched(self, clock: Parts) -> None:
-        """From now on the calls of networks are parts of the clock's step."""
+        """Times the calls of the networks as parts of the clock's step."""
         self._calls = {part: clock.timed(part, call) for part, call in self._calls.items()}
 
     def step(self, given: tuple[Tensor, list[Tensor], list[Tensor]], *, lr: float, clock: Parts) -> float:
@@ -157,7 +156,7 @@ class Published:
         return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps)
 
     def held_bytes(self) -> int:
-        """Of weights and moments, which stay between steps."""
+        """Returns bytes of weights and moments, which persist between steps."""
         weights = [p for network in self.networks.values() for p in network.parameters()]
         moments = [x for state in self._optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         return sum(tensor.nbytes for tensor in [*weights, *moments])
@@ -173,7 +172,7 @@ def _classes(checkout: Path) -> tuple[Any, Any]:
     sys.path.insert(0, str(checkout.resolve()))
     warnings.filterwarnings("ignore", message=r".*sdp_kernel.* is deprecated", category=FutureWarning)
     if "timm" not in sys.modules and importlib.util.find_spec("timm") is None:
-        # Its stochastic depth comes from there. Nothing here drops a path, so nothing calls it.
+        # The published code imports its stochastic depth from timm. It is not called, since no path is dropped here.
         for name in ("timm", "timm.models", "timm.models.layers"):
             sys.modules[name] = ModuleType(name)
         sys.modules["timm.models.layers"].drop_path = None  # type: ignore[attr-defined]
@@ -187,12 +186,12 @@ def _sizes(cfg: Any) -> dict[str, Any]:
 
 
 def _ratio(cfg: Any) -> float:
-    """The published networks round width × ratio down; half a channel more gives the width that is meant."""
+    """Returns an MLP ratio: the published networks round width × ratio down, so half a channel is added."""
     return (cfg.mlp_hidden + 0.5) / cfg.width
 
 
 def _check_recipe(recipe: Recipe, phase: Phase) -> None:
-    """Raise UserError where the published code would compute something else."""
+    """Raises UserError where the published code would compute something else."""
     for key, value, published in (
         ("model.positions", recipe.model.positions, "rope"),
         ("model.rope.layout", recipe.model.rope.layout, "tiled"),

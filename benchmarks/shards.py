@@ -1,24 +1,24 @@
-"""make_shards, which keeps bytes as they are, beside tar on the same files.
+"""Compares make_shards, which copies files unchanged, with tar on the same files.
 
     tar               tar cf, then fsync, as make_shards does
-    tar and sha256    and the checksum of the archive, which a manifest has
-    write             make_shards from its plan to the manifest: shards with JSON beside each video, checksums, columns
-    all of it         with the probe, which decodes every file whole (short here: see below)
+    tar and sha256    also the checksum of the archive, as in a manifest
+    write             make_shards from its plan to the manifest: shards with JSON for each video, checksums, columns
+    all of it         also the probe, which decodes every file as a whole (short here: see below)
 
-Seconds of wall time and of CPU (of all processes), the best of --rounds; megabytes of video per second from the page
-cache. tar is one process, make_shards has --workers. The videos are as large as real ones and as quick to decode as
-can be: eight tiny frames, and a box of random bytes that players skip.
+Prints seconds of wall time and of CPU (of all processes), the best of --rounds, and megabytes of video per second from
+the page cache. tar is one process, make_shards has --workers. The videos have the size of real ones and decode as fast
+as possible: eight tiny frames, and a box of random bytes that players skip.
 
     python benchmarks/shards.py --files 100 --mb 400 --workers 1
 
-With --records N, instead: what is done in one process for a data set of N records, as if all were probed and written.
+With --records N, measures instead the single-process steps for a data set of N records, with synthetic verdicts.
 
-    plan      verdicts -> which record goes where (1 in 1,000 is a duplicate, 1 in 100 was rejected)
+    plan      verdicts -> positions of records (1 in 1,000 is a duplicate, 1 in 100 was rejected)
     finish    columns and manifest, of shards of 1,000 records (their tars are empty files here)
-    open      Manifest.open, then one key and one place: what each rank does at its start
+    open      Manifest.open, then one key and one position, as each rank does at its start
 
-Each in a process of its own: seconds, and the most memory that it held beyond its imports (anonymous pages: not what
-is mapped from files, which the system may drop). N records take 1 kB of disk each while it runs.
+Each runs in a separate process: seconds, and peak memory beyond its imports (anonymous pages, without pages mapped from
+files, which the system may drop). It needs 1 kB of disk per record.
 
     python benchmarks/shards.py --records 20000000
 """
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Times(NamedTuple):
-    """A moment, or the time between two: of the clock, and of this process with all that it started."""
+    """A time or a duration: wall clock, and CPU of this process and its children."""
 
     wall_s: float
     cpu_s: float
@@ -101,10 +101,10 @@ class Times(NamedTuple):
     def now(cls) -> "Times":
         cpu_s = 0.0
         for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
                 times = child.cpu_times()
                 cpu_s += times.user + times.system + times.children_user + times.children_system
-        # In microseconds, where psutil counts in hundredths of a second. What has ended is in the parent's.
+        # Precision is a microsecond; psutil's is 1/100 s. The parent's time includes children that have ended.
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
             usage = resource.getrusage(who)
             cpu_s += usage.ru_utime + usage.ru_stime
@@ -176,7 +176,7 @@ def _at_scale(records: int, out: Path) -> None:
 
 
 def _pretend_probed(work: Work) -> None:
-    """A verdict per source, as probing writes them."""
+    """Writes a verdict per source, in the format of the probe."""
     for name in ("probed", "written"):
         (work.folder / name).mkdir(parents=True)
     facts = VideoFacts(duration=10.01, fps=29.97, frames=300, width=340, height=256)
@@ -196,7 +196,7 @@ def _pretend_probed(work: Work) -> None:
 
 
 def _pretend_written(work: Work) -> None:
-    """Receipts, of empty shards."""
+    """Writes receipts of empty shards."""
     plan, first = Plan.open(work), 0
     for shard, end in enumerate(plan.ends.tolist()):
         places = [[1536 + 1_002_000 * i, 1_000_000] for i in range(end - first)]
@@ -214,7 +214,7 @@ def _open(work: Work) -> None:
 
 
 def _measured(step: Callable[[Work], object], work: Work) -> tuple[float, int]:
-    """Seconds, and the most bytes of anonymous memory beyond what was there before."""
+    """Returns seconds, and the peak bytes of anonymous memory above the level before the step."""
     most, done = 0, threading.Event()
 
     def anonymous() -> int:

@@ -1,13 +1,14 @@
-"""Is what was trained worth something? The demo's chain over several seeds of data, weights and episodes.
+"""Evaluates the demo's chain over several seeds of data, weights and episodes.
 
 python benchmarks/showcase.py [key=value …] [--seeds 21 22 23] [--out runs/showcase] [--record]
 python benchmarks/showcase.py --check runs/demo/summary.json     one finished run, without training
 
-Prints means and spreads over the seeds, and whether each margin is there: trained features over untrained ones and over
-pixels, planning over both baselines, and both controls. ``--record`` writes benchmarks/results/showcase.json: the keys
-of a run's summary.json, means over seeds, and the standard deviations under ``std``. docs/learning.md tells with which
-seeds settings were found: 21 to 29 are not among them. Exit code 1 where a margin is missing. Of one run (``--check``)
-half of each margin of that file is asked for, or less where seeds differ much: one seed on another CPU has other bits.
+Prints means and spreads over the seeds, and whether each margin is reached: trained features over untrained ones and
+over pixels, planning over both baselines, and both controls. ``--record`` writes benchmarks/results/showcase.json: the
+keys of a run's summary.json, means over seeds, and standard deviations under ``std``. docs/learning.md lists the seeds
+that settings were chosen with; 21 to 29 are not among them. Exit code 1 where a margin is missing. A single run
+(``--check``) must reach half of each margin of that file, or less where seeds differ much, because another CPU gives
+other bits.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(found: Iterator[tuple[bool, str]]) -> int:
-    """Print each margin; 1 if one is missing."""
+    """Prints each margin; returns 1 if one is missing, else 0."""
     missing = 0
     for there, said in found:
         print(f"{'yes' if there else 'NO ':<5}{said}")
@@ -64,7 +65,7 @@ def report(found: Iterator[tuple[bool, str]]) -> int:
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One whole chain, by the demo's command, unless it is there, of the same recipe."""
+    """Runs one whole chain with the demo's command, unless its result of the same recipe exists."""
     run, data = arguments.out / f"seed{seed}", arguments.out / f"data{seed}" / "shards"
     shards = {"synthetic": "train", "held_out": "val", "robot": "robot"}
     words = [f"run.dir={run}", f"run.seed={seed}", f"data.seed={seed}", *arguments.overrides]
@@ -82,7 +83,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def table_of(summaries: Sequence[dict[str, Any]]) -> dict[str, tuple[float, ...]]:
-    """The numbers of all summaries, by dotted key."""
+    """Returns the numbers of all summaries, by dotted key."""
     numbers = [paths(summary) for summary in summaries]
     return {path: tuple(each[path] for each in numbers) for path in numbers[0]}
 
@@ -92,7 +93,7 @@ def spread(values: Any) -> float:
 
 
 def paths(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a summary, by dotted key."""
+    """Returns the numbers of a summary, by dotted key."""
     out: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -103,7 +104,7 @@ def paths(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def merged(trees: list[dict[str, Any]], over: Any) -> dict[str, Any]:
-    """The same keys, numbers merged over the summaries; what is no number is the first one's."""
+    """Merges numbers over the summaries, by key; takes other values from the first."""
     first, out = trees[0], {}
     for key, value in first.items():
         if isinstance(value, dict):
@@ -113,13 +114,13 @@ def merged(trees: list[dict[str, Any]], over: Any) -> dict[str, Any]:
     return out
 
 
-# What is wanted, in points over whatever it is compared with.
+# Required margins, in points over the baseline.
 WANTED = {"linear_probe": 10.0, "knn": 5.0, "attentive_probe": 10.0, "planning": 40.0}
 NAMES = {"linear_probe": "linear", "knn": "k-NN"}
 
 
 def gains(table: dict[str, tuple[float, ...]]) -> dict[str, dict[str, float]]:
-    """Points by measure and task, means over the seeds of a table."""
+    """Returns points over the baseline by measure and task, means over the seeds of a table."""
 
     def points(key: str, *others: str) -> float:
         return 100 * (mean(table[key]) - max(mean(table[other]) for other in others))
@@ -137,10 +138,10 @@ def gains(table: dict[str, tuple[float, ...]]) -> dict[str, dict[str, float]]:
 
 
 def limits_of(recorded: dict[str, tuple[float, ...]]) -> dict[str, dict[str, float]]:
-    """What one run has to reach, by measure and task, where several seeds reach what is wanted: half of their mean, or
-    two of their standard deviations below it where that is less.
+    """Returns the limits of one run, by measure and task, where several seeds reach the required margin.
 
-    recorded: the numbers of their file
+    A limit is half of the seeds' mean, or two standard deviations below the mean where that is less.
+    recorded: the numbers of the seeds' file
     """
 
     def limit(measure: str, task: str, gain: float) -> float:
@@ -158,7 +159,7 @@ def limits_of(recorded: dict[str, tuple[float, ...]]) -> dict[str, dict[str, flo
 def margins(
     table: dict[str, tuple[float, ...]], recorded: dict[str, tuple[float, ...]] | None = None
 ) -> Iterator[tuple[bool, str]]:
-    """Whether each is there, and in words. recorded: of several seeds, by which the table of one run is judged."""
+    """Yields whether each margin is reached, and a description. recorded: of several seeds, gives limits for one run"""
     limits = None if recorded is None else limits_of(recorded)
     over = {"attentive_probe": "the untrained encoder", "planning": "both baselines"}
     for measure, reached in gains(table).items():

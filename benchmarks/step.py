@@ -1,16 +1,16 @@
-"""Where the time of a training step goes: target, context, predictor, backward, optimiser, EMA.
+"""Times the parts of a training step: target, context, predictor, backward, optimiser, EMA.
 
-One process, random clips, real masks, the recipe's engine. Prints, for each attention kernel and with or without
-compilation, milliseconds per part, clips per second, the peak of memory, and the model FLOPs per second as a share of
-what one large matrix product reaches in the same run, and on a GPU also of the number its maker gives.
+Uses one process, random clips, real masks, and the recipe's engine. Prints, for each attention kernel and with or
+without compilation, milliseconds per part, clips per second, peak memory, and model FLOPs per second as a share of one
+large matrix product's in the same run, and on a GPU also of the data sheet's.
 
     OMP_NUM_THREADS=2 python benchmarks/step.py --device cpu --model vit_tiny --frames 16 --size 64 --batch 4
     python benchmarks/step.py --device cuda --model vit_giant --frames 16 --size 256 --batch 24 \\
         --compile both --attention sdpa flash
 
-With ``--peer FOLDER``, a checkout of https://github.com/facebookresearch/vjepa2, the published code's step is timed
-beside ours, in turn: ours, theirs, ours, theirs, with the same sizes, clips and masks. First both compute the loss in
-float32 from the same weights; the run stops where they differ.
+With ``--peer FOLDER``, a checkout of https://github.com/facebookresearch/vjepa2, also times the published code's step,
+alternating with ours, with the same sizes, clips and masks. First both compute the loss in float32 from the same
+weights; the run stops where they differ.
 
     python benchmarks/step.py --device cuda --model vit_giant --frames 64 --size 384 --batch 2 \\
         --compile both --attention sdpa flash --peer ../vjepa2
@@ -45,7 +45,7 @@ PARTS = ("target", "context", "predictor", "backward", "optimiser", "EMA", "rest
 # Dense bf16 FLOPs per second by the makers' data sheets.
 NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 RATE = 1e-5
-SAME_LOSS = 1e-4  # relative; float32 in another order of operations differs by some 1e-7
+SAME_LOSS = 1e-4  # relative; float32 with another order of operations differs by about 1e-7
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,10 +99,10 @@ def _recipe(arguments: argparse.Namespace, variant: dict[str, Any]) -> Recipe:
 def step_recipe(
     *, device: str, model: str, frames: int, size: int, batch: int, steps: int, peer: bool, overrides: Sequence[str]
 ) -> Recipe:
-    """A recipe of one phase whose step is one micro-batch.
+    """Returns a recipe of one phase whose step is one micro-batch.
 
     batch: clips
-    peer:  what is computed must be the published step, too
+    peer:  the step must equal the published step
     """
     given = [
         f"engine.device={device}",
@@ -151,14 +151,14 @@ class Ours:
 
 
 class Theirs:
-    """The published code's, from our first weights."""
+    """The published code's training step, with our initial weights."""
 
     name = "published"
 
     def __init__(self, checkout: Path, recipe: Recipe, phase: Phase, device: torch.device, clock: Clock) -> None:
         self._published, self._clock = Published(checkout, recipe, phase, device), clock
         self.losses = _same_loss(recipe, self._published, random_batch(recipe, phase, 0))
-        gc.collect()  # the networks that computed it
+        gc.collect()  # frees the networks that computed the loss
         if recipe.engine.compile:
             self._published.compile()
         self._published.watched(clock)
@@ -170,7 +170,10 @@ class Theirs:
 
 
 def _same_loss(recipe: Recipe, published: Published, batch: MicroBatch) -> tuple[float, float]:
-    """Give the published networks our first weights; both losses in float32. Raises UserError where they differ."""
+    """Loads our initial weights into the published networks; returns both float32 losses.
+
+    Raises UserError where they differ.
+    """
     plain = {"kind": "fsdp", "precision": "float32", "compile": False, "attention": "sdpa"}
     engine: Engine = build_engine(recipe.engine.model_copy(update=plain), RANKS)
     objective = Jepa(stages_of(recipe)["pretrain"], engine)
@@ -247,9 +250,9 @@ def _compared(recipe: Recipe, sides: Sequence[Any], rows: Sequence["Timed"]) -> 
 
 @dataclass(frozen=True)
 class Timed:
-    """What one side took.
+    """Times of one side.
 
-    parts: milliseconds of the parts of one step, the typical one, so that they add up
+    parts: milliseconds of the parts of one typical step, so that they add up
     steps: milliseconds of each step
     peak:  GiB
     loss:  of the last step
@@ -268,10 +271,10 @@ class Timed:
 def timed(
     sides: Sequence[Any], warmup: Sequence[MicroBatch], batches: Sequence[MicroBatch], clock: Clock
 ) -> list[Timed]:
-    """Each side's times. The sides take turns, with the same batches.
+    """Times each side. The sides alternate, with the same batches.
 
-    warmup:  batches that come first and are not timed. The lengths of masks decide what is compiled and which kernels
-             are planned: warm up with the masks that are timed.
+    warmup:  first batches, which are not timed. The lengths of masks decide what is compiled and which kernels are
+             planned, so they must have the masks of the timed batches.
     batches: on a GPU the first and every second one is timed as a whole, the others in parts
     """
     device = sides[0].engine.device
@@ -283,8 +286,7 @@ def timed(
             step = side.prepared(batch)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            # A GPU that is waited for between parts is slower than it need be: the whole is timed without that,
-            # in turn with the parts.
+            # Synchronising between parts slows a GPU down, so whole steps are timed without it, alternating with parts.
             parts = device.type == "cpu" or number % 2 == 1
 
             def keep(step: Callable[[], float] = step, index: int = index) -> None:
@@ -307,7 +309,7 @@ def timed(
 
 
 def nominal_rate(device: torch.device) -> float | None:
-    """Dense bf16 FLOPs per second of this device by its maker's data sheet; None where it is not known here."""
+    """Returns the device's dense bf16 FLOPs per second from its data sheet; None where it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((value for key, value in NOMINAL.items() if key in name), None)
 

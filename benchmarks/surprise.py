@@ -1,9 +1,9 @@
-"""Is impossible motion surprising to some models? docs/surprise.md's table: pairs of videos that differ in an event.
+"""Measures the surprise of models at impossible motion: the table of docs/surprise.md, over pairs of videos.
 
-Each model is a folder that load_model takes, trained on videos of tools/make_synthetic.py; beside it stands the same
-network before training. ``--world`` names the videos, of which the pairs take size, rate and looks; the default is
-the world that make_synthetic renders without options. A standard error counts the pairs of all seeds together.
-``nan``: an event that no pair has, since there are fewer pairs than events.
+Each model is a folder for load_model, trained on videos of tools/make_synthetic.py; the baseline is the same network
+before training. ``--world`` gives the videos whose size, rate and appearance the pairs have; the default is the world
+that make_synthetic renders without options. The standard error is over the pairs of all seeds. ``nan``: no pair has
+this event, because there are fewer pairs than events.
 
     OMP_NUM_THREADS=1 python benchmarks/surprise.py runs/demo/pretrain --world runs/demo-data/videos
     OMP_NUM_THREADS=1 python benchmarks/surprise.py MODEL [MODEL …] [--pairs 200] [--seeds 1000 1001]

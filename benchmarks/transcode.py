@@ -1,8 +1,8 @@
-"""What make_shards --transcode costs, and what it buys: clips per second before and after.
+"""Measures the cost of make_shards --transcode, and the clips per second before and after.
 
-A video with a keyframe every 250 frames, as is usual, is planned and encoded as make_shards does it. Then clips of 16
-frames at 4 a second are decoded from random places of both. Process CPU time, one thread. The video is textured and
-slides, with some noise; real ones take fewer or more bytes, and decode faster or slower, by a factor of several.
+Plans and encodes a video with the usual keyframe every 250 frames, as make_shards does. Then decodes clips of 16 frames
+at 4 per second from random times of both. Reports process CPU time, one thread. The video is sliding texture with some
+noise; real ones may differ several times in bytes and decoding time.
 
     python benchmarks/transcode.py --size 1280x720 --seconds 20 --short-side 288
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Weights of any format become files that other tools load: vjepa_scale/commands/consolidate.py."""
+"""Converts weights of any format to files that other tools load: vjepa_scale/commands/consolidate.py."""
 
 from vjepa_scale.commands.consolidate import main
 from vjepa_scale.core.errors import run_command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole chain on data that it makes itself: vjepa_scale/commands/demo.py."""
+"""Runs the whole chain on data that it renders: vjepa_scale/commands/demo.py."""
 
 from vjepa_scale.commands.demo import main
 from vjepa_scale.core.errors import run_command

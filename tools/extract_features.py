@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Features of every video in a folder, or in shards: vjepa_scale/commands/features.py."""
+"""Extracts features of every video in a folder, or in shards: vjepa_scale/commands/features.py."""
 
 from vjepa_scale.commands.features import main
 from vjepa_scale.core.errors import run_command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a recipe's stages on Slurm or here, and look after the run: vjepa_scale/commands/launch.py."""
+"""Runs a recipe's stages on Slurm or on this machine: vjepa_scale/commands/launch.py."""
 
 from vjepa_scale.commands.launch import main
 from vjepa_scale.core.errors import run_command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Render a synthetic world to MP4 files: vjepa_scale/commands/synthetic.py."""
+"""Renders a synthetic world to MP4 files: vjepa_scale/commands/synthetic.py."""
 
 from vjepa_scale.commands.synthetic import main
 from vjepa_scale.core.errors import run_command

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Plant known bugs, one at a time, in a copy of this checkout, and see which test catches each.
+"""Plants known bugs, one at a time, in a copy of this checkout, and reports which test catches each.
 
 python tools/mutants.py                              # all bugs of tools/mutants*.toml
 python tools/mutants.py rope-axes ema-skipped        # some of them
 python tools/mutants.py --list
 python tools/mutants.py --keep-going --out FILE.md   # do not stop at the first survivor; write the table
 
-For maintainers, not for CI: run it before and after a change to the tests. The copy holds the files of the working
-tree that git knows or would add. The tests that the chosen bugs name run first without any bug: a test that does not
-pass there proves nothing. Exits with 1 where a bug survived, and with 2 where nothing could be said.
+For maintainers, not for CI: run it before and after a change to the tests. The copy has the files of the working tree
+that git tracks or would add. The tests of the chosen bugs run first without any bug, because a test that fails there
+proves nothing. Exits with 1 where a bug survived, and with 2 where there is no result.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.worker_pool import kill_processes, process_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = Path("tools/mutants.toml")  # its head says what an entry is; there may be more: mutants_*.toml
+TABLE = Path("tools/mutants.toml")  # its header describes an entry; further tables: mutants_*.toml
 
 CAUGHT, TIMED_OUT, SURVIVED, BROKEN = "caught", "caught (time-out)", "SURVIVED", "BROKEN"
 
@@ -40,11 +40,11 @@ CAUGHT, TIMED_OUT, SURVIVED, BROKEN = "caught", "caught (time-out)", "SURVIVED",
 class Mutant:
     """One bug.
 
-    bug:   what it stands for
-    file:  the file that it changes, from the root of the checkout
-    old:   text that is in the file exactly once; new: what takes its place
-    tests: files or node ids for pytest, the fast ones
-    slow:  there is no fast test: those marked slow may run too
+    bug:   description
+    file:  the changed file, relative to the root of the checkout
+    old:   text that is in the file exactly once; new: its replacement
+    tests: files or node ids of fast tests for pytest
+    slow:  there is no fast test, so tests marked slow may run too
     """
 
     name: str
@@ -56,7 +56,7 @@ class Mutant:
     slow: bool = False
 
     def planted(self, root: Path) -> str:
-        """The text of the file with the bug. Raises UserError where the edit does not match exactly once."""
+        """Returns the text of the file with the bug. Raises UserError where the edit does not match exactly once."""
         path = root / self.file
         text = path.read_text() if path.is_file() else ""
         if (found := text.count(self.old)) != 1:
@@ -70,7 +70,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant. test, message: of the test that caught it, and the first line of what it said."""
+    """Result of a mutant. test, message: the test that caught it, and the first line of its message"""
 
     mutant: Mutant
     verdict: str
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def read_table(root: Path) -> list[Mutant]:
-    """The mutants of tools/mutants*.toml. Raises UserError where one cannot be read, or two have the same name."""
+    """Reads the mutants of tools/mutants*.toml. Raises UserError where one is unreadable, or two have the same name."""
     mutants: dict[str, Mutant] = {}
     for path in sorted((root / TABLE.parent).glob(f"{TABLE.stem}*.toml")):
         try:
@@ -98,20 +98,20 @@ def read_table(root: Path) -> list[Mutant]:
 
 
 def copy_checkout(root: Path, to: Path) -> None:
-    """Copy the files of the working tree that git knows or would add."""
+    """Copies the files of the working tree that git tracks or would add."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         names = subprocess.run(listing, cwd=root, capture_output=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         raise UserError("git does not list its files", where=root, fix="run this in a clone") from None
     for name in os.fsdecode(names).split("\0"):
-        if name and (root / name).is_file():  # not what was deleted
+        if name and (root / name).is_file():  # git also lists deleted files
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, to / name)
 
 
 def environment_of(copy: Path) -> dict[str, str]:
-    """What makes a process, and all that it starts, import from the copy, and never an earlier mutant's bytecode."""
+    """Returns an environment in which a process and its children import the copy, without bytecode of other mutants."""
     before = os.environ.get("PYTHONPATH")
     return {
         "OMP_NUM_THREADS": "1",
@@ -122,7 +122,7 @@ def environment_of(copy: Path) -> dict[str, str]:
 
 
 def check_imports(copy: Path) -> None:
-    """Raise UserError where a process that a test starts anywhere would import another vjepa_scale."""
+    """Raises UserError where a process started by a test would import another vjepa_scale."""
     line = "import vjepa_scale; print(vjepa_scale.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", line], cwd=copy.parent, env=environment_of(copy), capture_output=True, text=True
@@ -145,7 +145,7 @@ _RUNNING: set[subprocess.Popen[bytes]] = set()
 class Ran:
     """One run of pytest.
 
-    rows: what tests/recorder.py wrote of tests; timed_out: it was ended; output: its last lines
+    rows: written by tests/recorder.py, one per test; timed_out: it was killed at the limit; output: its last lines
     """
 
     rows: list[dict[str, str]]
@@ -154,12 +154,12 @@ class Ran:
 
 
 def run_tests(copy: Path, tests: Iterable[str], *, slow: bool, limit_s: float, words: Sequence[str] = ()) -> Ran:
-    """Run pytest in the copy. Raises UserError where that imports vjepa_scale from somewhere else."""
+    """Runs pytest in the copy. Raises UserError where it imports vjepa_scale from somewhere else."""
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
         record, out = Path(folder) / "record.jsonl", Path(folder) / "out"
         marks = () if slow else ("-m", "not slow and not slurm")
         plugins = ("-p", "no:cacheprovider", "-p", "tests.recorder", "--record", record)
-        # pytest-timeout's limit for each test, which a loaded machine may need more than.
+        # Raises pytest-timeout's limit for each test, because a loaded machine may need more time.
         own = ("--basetemp", f"{folder}/t", "-o", f"timeout={limit_s:g}")
         command = (sys.executable, "-m", "pytest", "-q", *plugins, *own, *marks, *words, *tests)
         with open(out, "w") as stream:
@@ -183,14 +183,14 @@ def run_tests(copy: Path, tests: Iterable[str], *, slow: bool, limit_s: float, w
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, and all that it has started."""
+    """Ends a running process and all its children."""
     if process.poll() is None:
         kill_processes(process_tree(process.pid))
         process.wait()
 
 
 def check_unmutated(copy: Path, mutants: Sequence[Mutant], *, limit_s: float) -> None:
-    """Raise UserError unless, without a bug, no test of these mutants fails and each mutant has one that passes."""
+    """Raises UserError unless, without a bug, no test of these mutants fails and each mutant has one that passes."""
     passed: set[str] = set()
     for slow in (False, True):
         tests = sorted({test for mutant in mutants if mutant.slow == slow for test in mutant.tests})
@@ -217,12 +217,12 @@ def check_unmutated(copy: Path, mutants: Sequence[Mutant], *, limit_s: float) ->
 
 
 def _is_of(name: str, test: str) -> bool:
-    """Is a test's node id one of those that a file or a node id stands for?"""
+    """Returns whether the node id ``name`` belongs to ``test``, a file or a node id."""
     return name == test or name.startswith((f"{test}::", f"{test}["))
 
 
 def try_mutant(copy: Path, mutant: Mutant, *, limit_s: float) -> Outcome:
-    """Plant, run, and put the file back."""
+    """Plants the bug, runs its tests, and restores the file."""
     path = copy / mutant.file
     sound = path.read_text()
     path.write_text(mutant.planted(copy))
@@ -247,11 +247,11 @@ def try_mutant(copy: Path, mutant: Mutant, *, limit_s: float) -> Outcome:
 
 
 def headline(message: str) -> str:
-    """The first line that says what went wrong: of several ranks' tracebacks, the first one's error."""
+    """Returns the first line with the error; of several ranks' tracebacks, the error of the first."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if "Traceback (most recent call last)" in message:
         errors = [line for line in lines if line.partition(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
-        lines = errors[1:] or errors or lines  # the first one is the test's, around the ranks' tracebacks
+        lines = errors[1:] or errors or lines  # the first is the test's own, which quotes the ranks' tracebacks
     return lines[0] if lines else ""
 
 
@@ -259,7 +259,7 @@ def headline(message: str) -> str:
 
 
 def try_all(root: Path, mutants: Sequence[Mutant], *, jobs: int, limit_s: float, keep_going: bool) -> Iterator[Outcome]:
-    """The outcomes as they come, ``jobs`` at a time, each in a copy of its own. Raises UserError as the checks do."""
+    """Yields outcomes as they finish, ``jobs`` at a time, each in its own copy. Raises UserError as the checks do."""
     for mutant in mutants:
         mutant.planted(root)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -294,7 +294,7 @@ def try_all(root: Path, mutants: Sequence[Mutant], *, jobs: int, limit_s: float,
 
 
 def markdown(outcomes: Iterable[Outcome]) -> str:
-    """The outcomes as a table."""
+    """Returns the outcomes as a Markdown table."""
     head = "| name | bug | | caught by | s | what it said |\n|---|---|---|---|---|---|\n"
     rows = []
     for outcome in outcomes:
@@ -335,5 +335,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what runs ends with this
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that child processes are ended too
     run_command(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plan a robot's next actions: vjepa_scale/commands/plan.py."""
+"""Plans a robot's next actions: vjepa_scale/commands/plan.py."""
 
 from vjepa_scale.commands.plan import main
 from vjepa_scale.core.errors import run_command

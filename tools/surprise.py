@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How surprising videos are to a trained model: vjepa_scale/commands/surprise.py."""
+"""Measures how surprising videos are to a trained model: vjepa_scale/commands/surprise.py."""
 
 from vjepa_scale.commands.surprise import main
 from vjepa_scale.core.errors import run_command

@@ -85,7 +85,7 @@ def test_a_small_spread_far_from_zero_is_not_lost() -> None:
     for start in range(0, 3000, 7):
         joined = joined.joined(Moments.of(rows[start : start + 7]))
     assert joined.count == 3000
-    np.testing.assert_allclose(joined.told()["std"], rows.std(0), rtol=1e-6)
+    np.testing.assert_allclose(joined.as_json()["std"], rows.std(0), rtol=1e-6)
     np.testing.assert_allclose(joined.mean, rows.mean(0), rtol=1e-14)
     naive = (rows**2).mean(0) - rows.mean(0) ** 2
     assert np.abs(naive - rows.var(0)).max() > 0.1, "the test can tell"

@@ -1,6 +1,6 @@
-"""Weights of any format, into files that other tools load.
+"""Converts weights of any format to files that other tools load.
 
-A folder for Hugging Face is run beside our networks: where the numbers differ, the export is wrong.
+A Hugging Face export is run and compared with our networks: where outputs differ, the export is wrong.
 """
 
 import importlib.util
@@ -54,20 +54,20 @@ def consolidate(
     check: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write ``out``, whole or not at all; returns it.
+    """Writes ``out`` completely or not at all; returns it.
 
-    source:  what open_weights takes: a run, a checkpoint, a published file, a Hugging Face folder …
-    out:     a new or empty folder, or one that holds this same result, which is written again
+    source:  as for open_weights: a run, a checkpoint, a published file, a Hugging Face folder …
+    out:     a new or empty folder, or one that holds this same result, which is then overwritten
     weights: which encoder, where there are two; default: the target encoder, and both for ``published``
-    dtype:   what tensors are rounded to; default: as they are
-    model:   for a published file of others, which does not say it
-    frames, size: of the clips these weights are for, where the source does not say it
-    check:   run a Hugging Face result beside ours, where transformers is installed
-    say:     gets a line for everything the user should know
+    dtype:   type that tensors are rounded to; default: unchanged
+    model:   for a published file of others, which does not contain it
+    frames, size: of the clips that these weights are for, where the source does not contain them
+    check:   run a Hugging Face result and compare it with ours, where transformers is installed
+    say:     receives lines for the user
 
-    Needs no process group. Ours and Hugging Face's are written with at most one whole tensor and one shard of it in
-    memory; a published file is one dict, all of it in memory. Raises UserError where there is nothing good to
-    read, where the format cannot express it, where the check fails, or ``out`` holds something else.
+    Needs no process group. Our format and Hugging Face's are written with at most one whole tensor and one shard of it
+    in memory; a published file is one dict, held in memory as a whole. Raises UserError where the source cannot be
+    read, where the format cannot express it, where the check fails, or where ``out`` holds something else.
     """
     opened = open_weights(
         source,
@@ -97,7 +97,7 @@ def consolidate(
 
 
 def _with_clip(source: WeightSource, frames: int | None, size: int | None) -> WeightSource:
-    """The same weights, with the clip that the user gives where theirs is not known."""
+    """Returns the same weights, with the user's clip geometry where the source has none."""
     config = source.config
     given: dict[str, Any] = {}
     if frames is not None:
@@ -111,7 +111,7 @@ def _with_clip(source: WeightSource, frames: int | None, size: int | None) -> We
     assumed = tuple(key for key in config.assumed if key not in given)
     model = config.model
     if "size" in config.assumed and size is not None and "action_predictor" in config.networks:
-        # The published network takes the grid of its own pictures for the pretraining's: that was assumed, too.
+        # The published network uses its own pictures' grid as the pretraining grid, so that was assumed, too.
         action_predictor = model.action_predictor.model_copy(
             update={"grid": (size // model.patch, size // model.patch)}
         )
@@ -132,20 +132,20 @@ def _check(folder: Path, source: WeightSource, wanted: bool, say: Callable[[str]
 
 
 def result_config(folder: Path, to: Format) -> ConsolidatedConfig:
-    """The configuration of a result of this program. Raises UserError where there is none of this format."""
+    """Returns the configuration of a result of this program. Raises UserError where there is none of this format."""
     if to == "safetensors":
         return native.read_native_config(folder / native.WEIGHTS_FILE)
     return read_config_file(folder / {"published": published.CONFIG_FILE, "huggingface": huggingface.SIDECAR_FILE}[to])
 
 
 def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> None:
-    """Raise UserError unless ``out`` is new, empty or holds the result that ``config`` describes."""
+    """Raises UserError unless ``out`` is new, empty or holds the result that ``config`` describes."""
     content = content_of(out)
     if not content:
         return
     fix = "give another --out, or remove this one"
     for other, files in FORMATS.items():
-        # A Hugging Face folder has files of the same names as ours, and one more that says so.
+        # A Hugging Face folder has the same file names as ours, and one more file that identifies it.
         if other == "safetensors" and huggingface.SIDECAR_FILE in content:
             continue
         try:
@@ -159,8 +159,8 @@ def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> 
             raise UserError(
                 f"holds {before}" + (f", not {now}" if before != now else " of another run"), where=out, fix=fix
             )
-        if strangers := sorted(set(content) - set(files)):
-            raise UserError(f"holds this result and also {', '.join(strangers[:3])}", where=out, fix=fix)
+        if extra := sorted(set(content) - set(files)):
+            raise UserError(f"holds this result and also {', '.join(extra[:3])}", where=out, fix=fix)
         return
     raise UserError("not empty, and not a result of this program", where=out, fix=fix)
 
@@ -169,18 +169,18 @@ def _refuse_other_content(out: Path, config: ConsolidatedConfig, to: Format) -> 
 
 # Largest difference over largest output, float32. Rounding gives about 1e-6; a wrong name, 1e-2 and more.
 LIMIT = 1e-4
-# Positions along time enter like those along height and width: two steps are enough, whatever the clip's length.
+# Positions in time are treated as those in height and width, so two time steps suffice for any clip length.
 TIME_STEPS = 2
 
 
 @torch.no_grad()
 def check_against_transformers(folder: Path, source: WeightSource) -> str:
-    """Features and predictions of a random clip through both, float32 on the CPU; a sentence with the differences.
+    """Compares features and predictions of a random clip, float32 on the CPU; returns a sentence with the differences.
 
-    source: what ``folder`` was written from. Mask tokens are used as they are.
-    Both models are in memory. Raises UserError where they differ by more than LIMIT, or transformers cannot load it.
+    source: the weights that ``folder`` was written from. Mask tokens are used unchanged.
+    Holds both models in memory. Raises UserError where they differ by more than LIMIT, or transformers cannot load it.
     """
-    # Here: only this check needs the package, which may be missing.
+    # Imported here, because only this check needs the package, which may be missing.
     from transformers import VJEPA2Model
     from transformers.utils import logging
 
@@ -190,8 +190,8 @@ def check_against_transformers(folder: Path, source: WeightSource) -> str:
         theirs, info = VJEPA2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load the result: {error}", where=source.where) from None
-    if strangers := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise UserError(f"transformers finds {strangers[:3]} missing or unexpected in the result", where=source.where)
+    if extra := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise UserError(f"transformers finds {extra[:3]} missing or unexpected in the result", where=source.where)
     theirs.eval()
     with torch.device("meta"):
         encoder, predictor = Encoder(config.model), Predictor(config.model)
@@ -232,17 +232,18 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def export_classifier(folder: Path, out: Path) -> TrainedProbe:
-    """Write the best probe of a stage's folder, and the model that it was trained on, as VJEPA2ForVideoClassification.
+    """Writes the best probe of a stage's folder, and the model that it was trained on, as VJEPA2ForVideoClassification.
 
-    The model, with the predictor that theirs holds too, is read from where the stage started. Raises UserError where
-    its encoder is not the one beside the probe, to the bit, or where theirs cannot compute the probe.
+    Reads the model, including the predictor that their class also holds, from the weights that the stage started from.
+    Raises UserError where its encoder differs in any bit from the one saved with the probe, or where their class
+    cannot express the probe.
     """
     trained = load_probe(folder)
     if trained.result["origin"].get("path") is None:
         raise UserError("its encoder was never trained", where=folder / EVALUATION, fix="a probe of a trained one")
     origin = _source_of_probe(folder, trained.result["origin"])
     manifest = store.read_manifest(trained.checkpoint)
-    # Of a published file of others the stage's recipe knows what the file does not say.
+    # For a published file of others, the stage's recipe has what the file does not contain.
     foreign = Path(origin).suffix == ".pt" and not Path(f"{origin}.json").exists()
     model = trained.model
     heads = f"heads={model.encoder.heads},predictor_heads={model.predictor.heads}"
@@ -262,7 +263,7 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
 
 
 def _source_of_probe(folder: Path, origin: dict[str, Any]) -> str:
-    """Where the model is that a probe stage started from: where it was, or beside the probe in a run that was moved."""
+    """Returns the path of the model that a probe stage started from: the old one, or the new one in a moved run."""
     then = str(origin["path"])
     if Path(then).exists() or "identity" not in origin:
         return then
@@ -277,7 +278,7 @@ def _source_of_probe(folder: Path, origin: dict[str, Any]) -> str:
 
 
 def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProbe, classes: Sequence[str]) -> Path:
-    """Write a folder that ``VJEPA2ForVideoClassification.from_pretrained`` loads; returns it.
+    """Writes a folder that ``VJEPA2ForVideoClassification.from_pretrained`` loads; returns it.
 
     out:     a new or empty folder
     source:  the encoder that the probe was trained on, and its predictor, which that model also holds
@@ -296,7 +297,7 @@ def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProb
         "id2label": {str(number): name for number, name in names.items()},
         "label2id": {name: number for number, name in names.items()},
     }
-    # One type for the whole model: from_pretrained loads it in the one of config.json.
+    # One type for the whole model, because from_pretrained loads it in the type of config.json.
     dtype = source.entries[0][2]
     head = Head({name: value.to(dtype) for name, value in _their_head(probe).items()}, keys)
     with replaced_folder(out) as folder:
@@ -351,14 +352,14 @@ def _their_head(probe: AttentiveProbe) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """The head of a VJEPA2ForVideoClassification as our probe, in eval mode; classes: of its logits, in order."""
+    """The head of a VJEPA2ForVideoClassification as our probe, in eval mode. classes: of its logits, in order"""
 
     probe: AttentiveProbe
     classes: tuple[str, ...]
 
 
 def read_classifier_head(folder: Path) -> ClassifierHead | None:
-    """The head of a Hugging Face folder, float32; None where it holds none. Raises UserError where it is damaged."""
+    """Reads the head of a Hugging Face folder, float32; None if it has none. Raises UserError where it is damaged."""
     stored = huggingface.stored_tensors(folder)
     tensors = {
         name: native.read_safetensors(file, name).float()
@@ -385,7 +386,7 @@ def read_classifier_head(folder: Path) -> ClassifierHead | None:
         where=folder,
         fix="give a folder whose config.json and weights are of one model",
     )
-    # The pieces that _their_head gives are views of the probe's own parameters.
+    # The tensors of _their_head are views of the probe's parameters.
     with torch.no_grad():
         for name, piece in theirs.items():
             piece.copy_(tensors[name])

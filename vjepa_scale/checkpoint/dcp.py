@@ -1,8 +1,8 @@
-"""PyTorch's distributed checkpoints (DCP): written with a checksum for every chunk of a tensor, read without trust.
+"""PyTorch's distributed checkpoints (DCP), with a checksum for every chunk of a tensor and a safe reader.
 
-DCP itself loads flipped bytes without an error, and its index is a pickle, which can run code. The checksums of whole
-files, in the manifest, say which checkpoint is good before a run starts from it; those of chunks are verified whenever
-a part of a checkpoint is read later, from a disk that may fail then.
+DCP itself loads flipped bytes without an error, and its index is a pickle, which can run code. Checksums of whole
+files, in the manifest, are verified before a run starts from a checkpoint. Checksums of chunks are verified whenever a
+part of a checkpoint is read later, because the disk may fail in between.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, write_atomic, writing
 
 _OTHER = "use another checkpoint, or restore this one from a copy"
-_BLOCK = 2**20  # bytes: a chunk is never held whole here
+_BLOCK = 2**20  # bytes: chunks are hashed in blocks, never held in memory as a whole
 
 # -- writing ---------------------------------------------------------------------------------------
 
 
 class ChunkWriter(FileSystemWriter):
-    """DCP's writer, which remembers where this rank's chunks lie.
+    """DCP's writer, which also records the positions of this rank's chunks.
 
-    (The index that ``dcp.save`` returns knows it in some releases of PyTorch, and in others not.)
+    (Only some releases of PyTorch include them in the index that ``dcp.save`` returns.)
 
     places: (offset, length) of every chunk by file name
     """
 
     def __init__(self, folder: Path) -> None:
-        # One shard after the other: the ahead-copying loader of a GPU's tensors works on streams of its own.
+        # One shard after the other: DCP's loader that copies GPU tensors ahead uses its own streams.
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
         self.places: dict[str, set[tuple[int, int]]] = {}
 
@@ -59,10 +59,10 @@ class ChunkWriter(FileSystemWriter):
 def write_chunk_checksums(
     folder: Path, rank: int, files: Sequence[Path], places: Mapping[str, set[tuple[int, int]]]
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Write ``__RANK.sha256``, [offset, length, SHA-256] of every chunk in this rank's files.
+    """Writes ``__RANK.sha256``: [offset, length, SHA-256] of every chunk in this rank's files.
 
-    places: of the chunks, as ChunkWriter knows them
-    Returns its path, and what ``manifest.describe_file`` would say of each of ``files``: both from one reading.
+    places: of the chunks, from ChunkWriter
+    Returns its path, and the result of ``manifest.describe_file`` for each of ``files``; reads each file once for both.
     """
     assert places.keys() == {path.name for path in files}, f"chunks in {sorted(places)}, files {sorted(files)}"
     found: dict[str, list[tuple[int, int, str]]] = {}
@@ -71,7 +71,7 @@ def write_chunk_checksums(
         whole, found[path.name], end = hashlib.sha256(), [], 0
         with open(path, "rb") as file:
             for offset, length in sorted(places[path.name]):
-                _digest(file, end, offset - end, whole)  # what is between chunks
+                _digest(file, end, offset - end, whole)  # bytes between chunks
                 found[path.name].append((offset, length, _digest(file, offset, length, whole)))
                 end = offset + length
             size = path.stat().st_size
@@ -83,7 +83,7 @@ def write_chunk_checksums(
 
 
 def _digest(file: IO[bytes], offset: int, length: int, *others: Any) -> str:
-    """SHA-256 of a stretch of a file. others: hashes that take the same bytes."""
+    """Returns the SHA-256 of a range of a file. others: hashes that are updated with the same bytes"""
     assert length >= 0, "chunks overlap"
     digest = hashlib.sha256()
     file.seek(offset)
@@ -95,7 +95,7 @@ def _digest(file: IO[bytes], offset: int, length: int, *others: Any) -> str:
 
 
 class ChunkChecksums:
-    """What the chunks of a checkpoint must be. One that was written before there were checksums has none."""
+    """Checksums of a checkpoint's chunks. A checkpoint of an early version has none, and is not verified."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -108,7 +108,7 @@ class ChunkChecksums:
                 raise UserError("no checksums of chunks", where=path, fix=_OTHER) from None
 
     def verify(self, file: IO[bytes], name: str, offset: int, length: int) -> None:
-        """Raise UserError where a chunk's bytes are not those that were written. file: open, of this name."""
+        """Raises UserError where a chunk's bytes are not those that were written. file: the opened file ``name``"""
         known = self._of_file.get(name)
         if known is not None and known.get((offset, length)) != _digest(file, offset, length):
             raise UserError(
@@ -120,7 +120,7 @@ class ChunkChecksums:
 
 # -- reading ---------------------------------------------------------------------------------------
 
-# All that DCP's own index, the pickle ``.metadata``, is made of; beside these only torch's dtypes.
+# All types in DCP's index, the pickle ``.metadata``, except torch's dtypes.
 _CLASSES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -140,7 +140,7 @@ _CLASSES = {
 
 
 def _memory_format(owner: object, name: object) -> _MEM_FORMAT_ENCODING:
-    """Replaces ``getattr``, by which Python 3.11.0 to 3.11.3 pickle the members of an enum: the index has this one."""
+    """Replaces ``getattr``, with which Python 3.11.0 to 3.11.3 pickle enum members; the index contains this enum."""
     if owner is _MEM_FORMAT_ENCODING and isinstance(name, str) and name in _MEM_FORMAT_ENCODING.__members__:
         return _MEM_FORMAT_ENCODING.__members__[name]
     raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) has no place in the index of a checkpoint")
@@ -156,7 +156,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """DCP's reader, with an index that is read once and cannot run code, and chunks that are verified as they are read.
+    """DCP's reader. Reads the index once, without running code, and verifies chunks as it reads them.
 
     (Tensors are read weights-only.)
     """
@@ -184,17 +184,17 @@ class CheckpointReader(FileSystemReader):
         self._checksums = ChunkChecksums(checkpoint)
 
     def fill(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
-        """Read the tensors that have these names into these.
+        """Reads the stored tensors of these names into ``tensors``.
 
-        alone: no process group, though there may be one; otherwise every rank of it calls this
-        Raises UserError where what is stored cannot be read as tensors.
+        alone: use no process group, even if there is one; otherwise every rank of it must call this
+        Raises UserError where the stored data cannot be read as tensors.
         """
         try:
             with warnings.catch_warnings() if alone else nullcontext():
-                if alone:  # as intended, and DCP warns at every call
+                if alone:  # intended, but DCP warns at every call
                     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(tensors, storage_reader=self, no_dist=alone)
-        except CheckpointException as error:  # DCP's own, about all ranks; the cause is what we can tell
+        except CheckpointException as error:  # DCP wraps the errors of all ranks; report the cause
             causes = [cause for cause, _ in error.failures.values()]
             known = next((cause for cause in causes if isinstance(cause, UserError | OSError)), None)
             if known is not None:
@@ -210,9 +210,9 @@ class CheckpointReader(FileSystemReader):
         return super()._slice_file(file, sinfo)
 
     def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every tensor in the checkpoint."""
+        """Returns shape and dtype of every tensor in the checkpoint."""
         out = {}
         for name, entry in self.index.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata), "looked at when the index was read"
+            assert isinstance(entry, TensorStorageMetadata), "checked when the index was read"
             out[name] = (entry.size, entry.properties.dtype)
         return out

@@ -1,7 +1,7 @@
-"""What a user of trained weights loads: the networks, from weights of any format, and a stage's best probe.
+"""Loads trained networks from weights of any format, and the best probe of a stage.
 
 >>> encoder = load_encoder("exported/demo")            # a folder of tools/consolidate.py, a run, Hugging Face's …
->>> encoder = load_encoder("vitg.pt", model="vit_giant")  # a published file does not say its number of heads
+>>> encoder = load_encoder("vitg.pt", model="vit_giant")  # a published file does not contain its number of heads
 """
 
 import logging
@@ -49,7 +49,7 @@ Built = TypeVar("Built", bound=nn.Module)
 
 
 def read_config(path: str | Path, *, model: str | ModelConfig | None = None) -> ConsolidatedConfig:
-    """What weights of any format are: model, geometry, normalisation, recipe; None for what the source does not say.
+    """Returns model, geometry, normalisation and recipe of weights of any format; None for what the source lacks.
 
     path, model: as for open_weights
     """
@@ -59,16 +59,16 @@ def read_config(path: str | Path, *, model: str | ModelConfig | None = None) -> 
 def load_encoder(
     path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
 ) -> Encoder:
-    """The trained encoder, float32, in eval mode: the target encoder where there are two.
+    """Loads the trained encoder, float32, in eval mode: the target encoder where there are two.
 
     path:  a folder written by tools/consolidate.py, or its model.safetensors; a run, stage or checkpoint folder;
            a published ``.pt``; a Hugging Face folder
-    model: which model it is, where the path cannot say: for a published file of others, such as ``vit_giant``
+    model: the model, where the path does not contain it: for a published file of others, such as ``vit_giant``
 
-    The encoder maps normalised clips [B, 3, T, H, W] to tokens [B, N, D]; ``read_config(path)`` says the
-    mean and std, and the clip length, size and frame rate that it was trained on last.
-    How many tensors matched is logged (info: on stderr). Raises UserError where the path is something else or the
-    tensors do not match the model, all of them.
+    The encoder maps normalised clips [B, 3, T, H, W] to tokens [B, N, D]. ``read_config(path)`` has the mean and std,
+    and the clip length, size and frame rate of the last training.
+    Logs the number of matched tensors (info: on stderr). Raises UserError where the path is something else, or where
+    any tensor does not match the model.
     """
     return network_of(open_weights(path, model=model, networks=("encoder",)), "encoder", Encoder, torch.device(device))
 
@@ -76,7 +76,7 @@ def load_encoder(
 def load_predictor(
     path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
 ) -> Predictor:
-    """The trained predictor, float32, in eval mode. As load_encoder."""
+    """Loads the trained predictor, float32, in eval mode. Arguments and errors as for load_encoder."""
     source = open_weights(path, model=model, networks=("predictor",))
     return network_of(source, "predictor", Predictor, torch.device(device))
 
@@ -84,7 +84,7 @@ def load_predictor(
 def load_action_predictor(
     path: str | Path, device: str | torch.device = "cpu", *, model: str | ModelConfig | None = None
 ) -> ActionPredictor:
-    """The trained action-conditioned predictor, float32, in eval mode; of a run its action stage's. As load_encoder."""
+    """Loads the trained action-conditioned predictor; of a run, the action stage's. Otherwise as load_encoder."""
     source = open_weights(path, model=model, networks=("action_predictor",))
     return network_of(source, "action_predictor", build_action_predictor, torch.device(device))
 
@@ -92,7 +92,7 @@ def load_action_predictor(
 def network_of(
     source: WeightSource, name: Network, build: Callable[[ModelConfig], Built], device: torch.device
 ) -> Built:
-    """One network of weights that are open already. Raises UserError where they hold none, or do not match."""
+    """Builds one network from opened weights. Raises UserError where they lack it, or do not match."""
     if name not in source.networks():
         raise UserError(f"it holds no {name}", where=source.where, fix="give weights with one")
     source = source.only((name,))
@@ -101,7 +101,7 @@ def network_of(
         network = build(source.config.model)
     tensors: dict[str, Tensor] = {}
     for key, _, _ in source.entries:
-        # A copy: a network that is mapped from a file dies with it.
+        # A copy, because tensors mapped from a file become invalid with the file.
         tensors[key.removeprefix(f"{name}.")] = source.read(key).to(device, torch.float32, copy=True)
     network.load_state_dict(tensors, assign=True)
     _log.info(f"{source.where}: {name}: {match.sentence()}")
@@ -113,9 +113,13 @@ def network_of(
 
 @dataclass(frozen=True)
 class TrainedProbe:
-    """probe: of the setting that evaluation.json calls best, in eval mode; classes: of its logits, in order.
+    """The best probe of a finished probe stage.
 
-    checkpoint: where it and its encoder lie;  model: of that encoder;  result: evaluation.json's content
+    probe:      the probe that evaluation.json calls best, in eval mode
+    classes:    of its logits, in order
+    checkpoint: folder of the probe and its encoder
+    model:      of that encoder
+    result:     content of evaluation.json
     """
 
     probe: AttentiveProbe
@@ -126,18 +130,18 @@ class TrainedProbe:
 
 
 def is_probe_stage(folder: Path) -> bool:
-    """Is this the folder of a probe stage that is finished? Stages of other kinds may have an evaluation too."""
+    """Returns whether this is the folder of a finished probe stage. Other kinds of stages may be evaluated too."""
     if not (folder / EVALUATION).is_file():
         return False
     checkpoint = last_name(folder / CHECKPOINTS)
-    if checkpoint is None:  # which load_probe refuses
+    if checkpoint is None:  # load_probe raises the error for this
         return True
     kind = trained_kind(store.read_manifest(checkpoint), where=checkpoint)
     return bool(class_of(STAGES, kind).trains_probes)
 
 
 def load_probe(folder: Path) -> TrainedProbe:
-    """The best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
+    """Loads the best probe of a probe stage's folder. Raises UserError where there is none, or it is damaged."""
     result = _evaluation(folder / EVALUATION)
     checkpoint = folder / CHECKPOINTS / name_of(result["step"])
     store.verify(checkpoint)
@@ -147,12 +151,12 @@ def load_probe(folder: Path) -> TrainedProbe:
     probe = probe_of(recipe.model, stages_of(recipe)[manifest["stage"]].config, classes=len(classes))
     best = result["best"]["probe"]
     tensors = {f"{best}.{name}": tensor for name, tensor in probe.state_dict().items()}
-    CheckpointReader(checkpoint).fill(tensors, alone=True)  # into the probe's own
+    CheckpointReader(checkpoint).fill(tensors, alone=True)  # in place
     return TrainedProbe(probe.eval(), classes, checkpoint, recipe.model, result)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """What a probe stage wrote at its end. Raises UserError where it is damaged."""
+    """Reads the evaluation that a probe stage wrote at its end. Raises UserError where it is damaged."""
     result = read_json(path)
     best = result.get("best") if isinstance(result, dict) else None
     whole = isinstance(best, dict) and isinstance(best.get("probe"), str) and isinstance(result.get("step"), int)

@@ -1,8 +1,8 @@
-"""manifest.json of a checkpoint, and a stage's checkpoints found by their names and manifests.
+"""manifest.json of a checkpoint; finds a stage's checkpoints by their names and manifests.
 
 A manifest is written last, holds the size and SHA-256 of every other file, and ends with a checksum of itself.
-A checkpoint whose bytes were found damaged may be set aside as ``step_XXXXXXXX.damaged``. It is no checkpoint then,
-until the step is saved again, which replaces it.
+A damaged checkpoint may be set aside as ``step_XXXXXXXX.damaged``. It no longer counts as a checkpoint, and is removed
+when the step is saved again.
 
 Only ``write_manifest`` imports PyTorch.
 """
@@ -26,18 +26,18 @@ from vjepa_scale.recipe.registry import STAGES, kind_of
 MANIFEST = "manifest.json"
 FORMAT = "vjepa_scale.checkpoint"
 VERSION = 1
-# Written down where this process uses them.
+# Optional libraries; the manifest records the versions of those that this process uses.
 _OPTIONAL_LIBRARIES = ("deepspeed", "flash_attn")
-# A disk that cannot give the bytes back (bad sectors, a checksum of the file system's): damage like any other.
+# Errors of a disk that cannot return the bytes (bad sectors, file system checksums): treated as damage.
 _UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 NAME = re.compile(r"step_(\d{8,})")
 _SET_ASIDE = re.compile(r"(step_(\d{8,}))\.damaged")
-# One of these in a folder: it holds weights of another format (formats/: consolidated, published, Hugging Face's).
+# A folder with one of these files holds weights of another format (formats/: consolidated, published, Hugging Face's).
 FOREIGN_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pt", "config.json")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """What the manifest keeps of a file."""
+    """Returns the manifest's entry of a file: its size and SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
@@ -50,10 +50,10 @@ def write_manifest(
     extra: dict[str, Any],
     mesh: dict[str, int] | None = None,
 ) -> None:
-    """Write manifest.json into a checkpoint folder.
+    """Writes manifest.json into a checkpoint folder.
 
     mesh:  processes along each dimension of the mesh that holds the tensors; None where they are not sharded
-    extra: JSON values under keys of their own
+    extra: further keys and their JSON values
     """
     import torch
 
@@ -70,13 +70,13 @@ def write_manifest(
             **{name: sys.modules[name].__version__ for name in _OPTIONAL_LIBRARIES if name in sys.modules},
         },
     }
-    assert not extra.keys() & {*content, "files", "checksum"}, "a key of the manifest's own"
+    assert not extra.keys() & {*content, "files", "checksum"}, "extra has a reserved key"
     content |= extra | {"files": dict(sorted(files.items()))}
     write_atomic(folder / MANIFEST, _text(content | {"checksum": _checksum(content)}))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError where it is absent, not whole, or of another format."""
+    """Reads a checkpoint's manifest. Raises UserError where it is missing, damaged, or of another format."""
     path = checkpoint / MANIFEST
     unusable = "this checkpoint is unfinished or damaged: use another"
     try:
@@ -97,7 +97,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if content.get("version") != VERSION:
         raise UserError(f"version {content.get('version')}; this program reads {VERSION}", where=path)
     checksum = content.pop("checksum", None)
-    # Byte for byte, so that a change anywhere in the file is seen, even in what does not matter.
+    # Compares bytes, so that any change in the file is detected, even of whitespace.
     if checksum != _checksum(content) or raw != _text(content | {"checksum": checksum}).encode():
         raise UserError("its checksum does not match its content", where=path, fix=unusable)
     files = content.get("files")
@@ -109,7 +109,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def trained_kind(manifest: dict[str, Any], *, where: object) -> str:
-    """The kind of the stage that a checkpoint is of. Raises UserError for one that is not known here."""
+    """Returns the kind of the stage that wrote a checkpoint. Raises UserError for an unknown kind."""
     section = manifest["recipe"].get(manifest["stage"])
     kind = kind_of(manifest["stage"], section.get("kind") if isinstance(section, dict) else None)
     if kind not in STAGES:
@@ -122,18 +122,18 @@ def trained_kind(manifest: dict[str, Any], *, where: object) -> str:
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """What tells a checkpoint from another one of the same step: a SHA-256 of all checksums of files with tensors."""
+    """Returns what distinguishes checkpoints of the same step: a SHA-256 over the checksums of its tensor files."""
     sums = [files["sha256"] for name, files in sorted(manifest["files"].items()) if name.endswith(".distcp")]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def is_checkpoint(path: Path, wanted: str) -> bool:
-    """Is the checkpoint of that ``identity`` in this folder?"""
+    """Returns whether the checkpoint with the ``identity`` ``wanted`` is in this folder."""
     return (path / MANIFEST).is_file() and identity(read_manifest(path)) == wanted
 
 
 def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read: bool = True) -> str | None:
-    """What is wrong with one file of a checkpoint, in words; None if nothing. ``read``: check the bytes too."""
+    """Describes what is wrong with one file of a checkpoint; None if nothing. read: check the bytes too"""
     path = checkpoint / name
     try:
         size = path.stat().st_size if path.is_file() else None
@@ -154,7 +154,7 @@ def file_problem(checkpoint: Path, name: str, recorded: dict[str, Any], *, read:
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes of a checkpoint's files, by its manifest."""
+    """Returns the total bytes of a checkpoint's files, from its manifest."""
     return sum(recorded["bytes"] for recorded in read_manifest(checkpoint)["files"].values())
 
 
@@ -170,12 +170,12 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def name_of(step: int) -> str:
-    """Of the checkpoint after so many completed steps."""
+    """Returns the folder name of the checkpoint after ``step`` completed steps."""
     return f"step_{step:08d}"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Finished checkpoints, good or not, by falling step."""
+    """Returns all finished checkpoints, good or damaged, newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
@@ -183,9 +183,9 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that looks whole by its manifest and file sizes, and its manifest.
+    """Returns the newest checkpoint that is complete by its manifest and file sizes, and its manifest.
 
-    Nothing is read, or said, beyond that.
+    Reads no tensors, and logs nothing.
     """
     for checkpoint in newest_first(folder):
         try:
@@ -198,23 +198,23 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def newest_name(folder: Path) -> Path | None:
-    """``newest`` without the manifest."""
+    """Returns ``newest`` without the manifest."""
     found = newest(folder)
     return found[0] if found else None
 
 
 def last_name(folder: Path) -> Path | None:
-    """``newest_name``, where that is the last checkpoint that was saved; else UserError (``refuse_older``)."""
-    saved = newest_first(folder) + aside(folder)  # before: a run at work may save another one meanwhile
+    """Returns ``newest_name``. Raises UserError where it is not the last saved checkpoint (``refuse_older``)."""
+    saved = newest_first(folder) + aside(folder)  # listed first, because a running job may save another one meanwhile
     found = newest_name(folder)
     refuse_older(found, saved, where=folder)
     return found
 
 
 def refuse_older(found: Path | None, saved: list[Path], *, where: Path) -> None:
-    """Raise UserError where ``found``, the newest good one, is not the last of all checkpoints that were saved.
+    """Raises UserError where ``found``, the newest good checkpoint, is not the last one that was saved.
 
-    An older one is used only where its own path is given.
+    An older checkpoint is used only where the user gives its own path.
     """
     last = max(saved, key=_step, default=found)
     if last is None or (found is not None and _step(last) <= _step(found)):
@@ -228,16 +228,16 @@ def refuse_older(found: Path | None, saved: list[Path], *, where: Path) -> None:
 
 
 def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, in words, by its manifest and every byte of its files; empty: nothing.
+    """Describes what is wrong with a checkpoint, by its manifest and every byte of its files; empty: nothing.
 
-    rank, world_size: look at every world_size-th file from this one on, for processes that share the work
+    rank, world_size: check every world_size-th file from number rank on, for processes that share the work
     """
     try:
         manifest = read_manifest(checkpoint)
     except UserError as error:
         return [f"{MANIFEST}: {error.what}"]
     share = sorted(manifest["files"].items())[rank::world_size]
-    # Ranks are as many as cores; a process alone may take them all (hashing releases the GIL).
+    # With several ranks each uses one thread; a single process uses all cores (hashing releases the GIL).
     with ThreadPoolExecutor(usable_cores() if world_size == 1 else 1) as pool:
         found = [problem for problem in pool.map(lambda entry: file_problem(checkpoint, *entry), share) if problem]
     named = NAME.fullmatch(checkpoint.name)
@@ -250,14 +250,14 @@ def problems(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[st
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Take a damaged checkpoint out of the sequence: renamed, so that nothing starts from it, and nothing is lost."""
+    """Renames a damaged checkpoint, so that no run starts from it and its files are kept. Returns the new path."""
     place = checkpoint.with_name(f"{checkpoint.name}.damaged")
     move_dir(checkpoint, place)
     return place
 
 
 def aside(folder: Path) -> list[Path]:
-    """The damaged checkpoints that were set aside and have not been saved again."""
+    """Returns the damaged checkpoints that were set aside and not saved again."""
     if not folder.is_dir():
         return []
     found = ((path, match) for path in folder.iterdir() if (match := _SET_ASIDE.fullmatch(path.name)))
@@ -269,6 +269,6 @@ def _step(checkpoint: Path) -> int:
 
 
 def is_foreign(value: str) -> bool:
-    """Whether ``init_from`` or ``continue_from`` names weights of another format than our checkpoints."""
+    """Returns whether ``init_from`` or ``continue_from`` names weights in a format other than our checkpoints."""
     path = Path(value)
     return path.is_file() or any((path / name).is_file() for name in FOREIGN_FILES)

@@ -34,7 +34,7 @@ DTYPES = {
 def write_safetensors(
     path: Path, entries: Iterable[Entry], read: Callable[[str], Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write ``path``: whole, or not at all. Peak memory is one tensor.
+    """Writes ``path`` completely or not at all. Peak memory is one tensor.
 
     entries:  (name, shape, dtype) of every tensor
     read:     gives the value of a name, on any device; called once per name, in the order of ``entries``

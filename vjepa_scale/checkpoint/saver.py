@@ -1,8 +1,8 @@
-"""Checkpoints written while training goes on: it waits for a copy of the tensors, and for nothing else.
+"""Writes checkpoints in the background: training waits only for a copy of the tensors.
 
-One save is in flight at most: the next one waits for it. The writing is ``store.save``'s, in a thread, with a process
-group of its own, so that its messages never mix with those of training. A checkpoint that a kill leaves unfinished is
-a temporary folder, as ever; who starts next removes it.
+At most one save is in flight: the next one waits for it. A thread runs ``store.save`` with a separate process group, so
+that its collectives never mix with those of training. A checkpoint that is unfinished after a kill is a temporary
+folder, which the next start removes.
 """
 
 import logging
@@ -28,16 +28,16 @@ _CPU = torch.device("cpu")
 
 
 class Saver:
-    """Writes a stage's checkpoints. Every rank makes one, at the same time, and calls all of it alike.
+    """Writes a stage's checkpoints. Collective: every rank constructs one and makes the same calls.
 
-    background: False writes each one before ``save`` returns
-    device:     this rank's, where the tensors are
+    background: False: ``save`` returns after the checkpoint is written
+    device:     this rank's device, with the tensors
     """
 
     def __init__(self, folder: Path, *, background: bool, device: torch.device = _CPU) -> None:
         self._folder, self._background = folder, background
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        # The current GPU is a thread's own: a new one would work on GPU 0, and wait for a stream of that.
+        # The current GPU is a property of each thread: a new thread would use GPU 0, and wait for a stream of it.
         begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "checkpoint-saver", initializer=begin)
         self._planner = store.planner()
@@ -48,9 +48,9 @@ class Saver:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], *, are_copies: bool = False
     ) -> None:
-        """Begin to write the checkpoint of ``step`` completed steps. What is in flight must have been taken.
+        """Starts to write the checkpoint of ``step`` completed steps. Requires that ``take`` returned the one before.
 
-        are_copies: the tensors are in CPU memory and nobody will change them, so they need not be copied
+        are_copies: the tensors are in CPU memory and will not change, so they need no copy
         """
         assert self._in_flight is None, "one save in flight at most: take() the one before"
         laps = Laps()
@@ -64,13 +64,13 @@ class Saver:
         )
         self._in_flight = step, future
         if not self._background:
-            future.exception()  # waits; whoever takes it is told
+            future.exception()  # waits; take() raises the error
 
     def take(self, *, wait: bool) -> tuple[int, Path] | None:
-        """Step and folder of the save that has come to its end, once; None while there is none.
+        """Returns step and folder of a finished save, once; None while there is none.
 
-        wait: until what is in flight has come to its end
-        Raises PassingError where it could not be written.
+        wait: wait for the save in flight
+        Raises PassingError where the checkpoint could not be written.
         """
         if self._in_flight is None or not (wait or self._in_flight[1].done()):
             return None
@@ -85,7 +85,7 @@ class Saver:
             ) from None
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the tensors hold now, in CPU memory."""
+        """Copies the tensors' current values to CPU memory."""
         copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
@@ -105,7 +105,7 @@ class Saver:
         )
 
     def _on_cpu(self, mesh: DeviceMesh) -> DeviceMesh:
-        """The same processes in the same places; a DTensor of a GPU's mesh would take its part back there."""
+        """Returns a CPU mesh of the same processes; with the GPU's mesh, a DTensor would move its shard back there."""
         if mesh.device_type == "cpu":
             return mesh
         if mesh not in self._meshes:

@@ -1,4 +1,4 @@
-"""The checkpoints of a stage. Written whole or not at all; a damaged one is recognised, never trained from.
+"""The checkpoints of a stage: written completely or not at all; damage is detected before training starts from one.
 
     <run>/<stage>/checkpoints/
       step_00000100/          the state after 100 completed steps
@@ -6,13 +6,13 @@
         __1_0.distcp
         __0.sha256            checksums of every chunk of a tensor in them, which readers verify
         .metadata             DCP's index: which tensor is where
-        manifest.json         step, recipe, counts …, size and SHA-256 of all files above, own checksum
+        manifest.json         step, recipe, counts …, size and SHA-256 of all files above, its own checksum
       step_00000200/
       .step_00000300.tmp/     being written; unfinished if its writer is dead
       step_00000200.damaged/  found damaged and set aside (manifest.py), until the step is saved again
 
 ``save``, ``find_latest``, ``find_last``, ``verify`` and ``load`` are collective where a process group exists: every
-rank calls them, and gets the same answer or the same error. Without one they work alone.
+rank calls them, and gets the same result or the same error. Without a process group they are local.
 """
 
 import itertools
@@ -85,15 +85,15 @@ def save(
     group: dist.ProcessGroup | None = None,
     planner: SavePlanner | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` completed steps; returns its folder, complete and on disk.
+    """Writes the checkpoint of ``step`` completed steps; returns its folder, complete and on disk.
 
     tensors:  plain ones (equal on all ranks) or DTensors, by canonical name
-    manifest: JSON values that the manifest shall hold beside its own
-    group:    all processes, for who saves while they talk of other things (see saver.py)
-    planner:  of ``planner()``, one for all saves of the same tensors
+    manifest: further JSON values for the manifest
+    group:    a separate group of all processes, for saves in the background (see saver.py)
+    planner:  from ``planner()``, one for all saves of the same tensors
 
-    One of the same step (from before a restart, or damaged) is replaced. Raises OSError on all ranks where one of them
-    cannot write its part; nothing is left of the checkpoint then.
+    Replaces a checkpoint of the same step (from before a restart, or damaged). Raises OSError on all ranks where one of
+    them cannot write its part, and removes the partial checkpoint.
     """
     rank, world_size = process_group.rank(), process_group.world_size()
     final = folder / name_of(step)
@@ -134,7 +134,7 @@ def save(
         _on_all(publish, group)
         laps.lap("publish")
     except OSError:
-        if rank == 0:  # a full disk, maybe: what cannot be finished takes no room
+        if rank == 0:  # the disk may be full: free the space of the partial checkpoint
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if _log.isEnabledFor(logging.DEBUG):
@@ -144,10 +144,10 @@ def save(
 
 
 def planner() -> SavePlanner:
-    """Who plans where each shard goes, and keeps the plan: rank 0 needs 27 s of its interpreter for 512 ranks.
+    """Returns a planner that plans where each shard goes, and caches the plan: for 512 ranks it takes rank 0 27 s.
 
-    PyTorch keeps it by the class of the planner. Each planner here has one of its own: another stage in this process,
-    or the process that this one was forked from, has other tensors and ranks.
+    PyTorch caches plans by the planner's class. Each planner here gets a new class, because another stage in this
+    process, or the process that this one was forked from, has other tensors and ranks.
     """
     own = type(f"Planner{next(_planners)}Of{os.getpid()}", (dcp.DefaultSavePlanner,), {})
     made: SavePlanner = own(enable_plan_caching=True)
@@ -155,7 +155,7 @@ def planner() -> SavePlanner:
 
 
 def _mesh_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Processes along each dimension of the mesh that the tensors are sharded over."""
+    """Returns the number of processes along each dimension of the mesh that the tensors are sharded over."""
     for tensor in tensors.values():
         if isinstance(tensor, DTensor) and (names := tensor.device_mesh.mesh_dim_names):
             return dict(zip(names, tensor.device_mesh.shape, strict=True))
@@ -170,10 +170,10 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def retain(folder: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints. Rank 0 acts; others return at once.
+    """Removes all but the ``keep`` newest checkpoints, on rank 0; other ranks return at once.
 
-    Ends of phases (``ends_phase`` in the manifest) always stay, and so does one whose manifest cannot be read:
-    it may have been one of them.
+    Keeps ends of phases (``ends_phase`` in the manifest), and checkpoints whose manifest cannot be read, because they
+    may be ends of phases.
     """
     if not is_main():
         return
@@ -187,7 +187,7 @@ def retain(folder: Path, *, keep: int) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clear what a killed writer left behind. For the one process that will write here, before it starts."""
+    """Removes what a killed writer left. Called by the one process that will write here, before it starts."""
     if not folder.exists():
         return
     for path in sorted(folder.iterdir()):
@@ -205,11 +205,11 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
+    """Returns the newest checkpoint whose files are all undamaged; None if there are no checkpoints.
 
-    Damaged ones on the way are named in warnings. Raises UserError if there are some and none is good.
+    Logs a warning for each newer, damaged one. Raises UserError if there are checkpoints and none is good.
     """
-    # Only rank 0 looks: with a shared file system, others might see a folder that has just been renamed, or not.
+    # Only rank 0 lists the folder: on a shared file system, ranks may see a rename at different times.
     checkpoints = from_rank_0(newest_first(folder))
     for checkpoint in checkpoints:
         found = _problems(checkpoint)
@@ -228,21 +228,21 @@ def find_latest(folder: Path) -> Path | None:
 
 
 def find_last(folder: Path) -> Path | None:
-    """``find_latest``, but never an older checkpoint in the place of a damaged one: that is a UserError."""
-    saved = from_rank_0(newest_first(folder) + aside(folder))  # before: a run at work may save another one meanwhile
+    """Returns ``find_latest``. Raises UserError where a newer checkpoint is damaged, instead of using an older one."""
+    saved = from_rank_0(newest_first(folder) + aside(folder))  # listed first: a running job may save another one
     found = find_latest(folder)
     refuse_older(found, saved, where=folder)
     return found
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise UserError naming what is wrong with a checkpoint, if anything is."""
+    """Raises UserError naming what is wrong with a checkpoint, if anything is."""
     if found := _problems(checkpoint):
         raise UserError("; ".join(found[:4]), where=checkpoint, fix="use another checkpoint, or restore this one")
 
 
 def _problems(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, equal on all ranks; each looks at its share of the files."""
+    """Returns what is wrong with a checkpoint, equal on all ranks; each rank checks its share of the files."""
     rank, world_size = process_group.rank(), process_group.world_size()
     own = problems(checkpoint, rank=rank, world_size=world_size)
     return sorted({problem for part in from_all(own) for problem in part})
@@ -253,7 +253,7 @@ def _problems(checkpoint: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did. Nothing is ever missing; unexpected are those that the caller allowed to be left out."""
+    """Result of a load. ``missing`` is always empty; ``unexpected`` has the names that the caller allowed to skip."""
 
     matched: int
     missing: tuple[str, ...] = ()
@@ -266,9 +266,9 @@ class LoadReport:
 def load(
     checkpoint: Path, tensors: Mapping[str, Tensor], *, allow_unexpected: tuple[str, ...] = (), check: bool = True
 ) -> LoadReport:
-    """Fill ``tensors``, plain or DTensors of any sharding, in place from a checkpoint.
+    """Fills ``tensors``, plain or DTensors of any sharding, in place from a checkpoint.
 
-    allow_unexpected: prefixes of names that the checkpoint may hold and ``tensors`` not
+    allow_unexpected: prefixes of names that may be in the checkpoint and not in ``tensors``
     check:            verify the files first; False for a caller that has just done so
 
     Raises UserError, before anything is changed, where names, shapes or dtypes differ in any way.
@@ -301,7 +301,7 @@ def load(
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """DCP gathers what went wrong on the ranks in an exception of its own, of which the cause is what we can tell."""
+    """DCP wraps the errors of all ranks in one exception; this raises its cause."""
     try:
         yield
     except CheckpointException as error:
@@ -319,7 +319,7 @@ def _form(shape: Any, dtype: Any) -> str:
 
 
 def _on_all(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """What every rank's ``act`` gives, on every rank; an OSError of one of them is raised on all."""
+    """Runs ``act`` on every rank and returns all results on every rank; raises the OSError of one rank on all."""
     failed: OSError | None = None
     own: list[T] = []
     try:

@@ -1,1 +1,1 @@
-"""The command lines: ``python tools/NAME.py`` in a checkout, console commands ``vjepa-…`` wherever it is installed."""
+"""The command lines: ``python tools/NAME.py`` in a checkout, console commands ``vjepa-…`` where it is installed."""

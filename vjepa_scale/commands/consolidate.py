@@ -1,4 +1,4 @@
-"""Turn weights of any format into files that other tools load.
+"""Convert weights of any format to files that other tools load.
 
 python tools/consolidate.py runs/demo --to safetensors --out exported/demo
 python tools/consolidate.py runs/demo --to huggingface --out exported/demo_hf
@@ -9,7 +9,7 @@ python tools/consolidate.py runs/demo/probe --to huggingface --out exported/clas
 python tools/consolidate.py --describe runs/demo
 python tools/consolidate.py --compare vitl.pt vjepa2-vitl-fpc64-256
 
-docs/formats.md has the formats, what each can hold, and their limits.
+docs/formats.md describes the formats, their contents, and their limits.
 """
 
 import argparse
@@ -53,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="for a published .pt of others: vit_large, vit_huge, vit_giant … or heads=22[,predictor_heads=12]",
     )
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the clips, if the source does not say it")
-    parser.add_argument("--frames", type=int, help="frames of the clips, if the source does not say it")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the clips, if the source lacks it")
+    parser.add_argument("--frames", type=int, help="frames of the clips, if the source lacks it")
     parser.add_argument("--encoder-only", action="store_true", help="leave the predictor out")
     parser.add_argument(
-        "--no-check", action="store_true", help="huggingface: do not run the result beside ours (two models in memory)"
+        "--no-check", action="store_true", help="huggingface: skip the comparison with ours (two models in memory)"
     )
-    parser.add_argument("--describe", type=Path, metavar="PATH", help="say what a checkpoint is, and stop")
+    parser.add_argument("--describe", type=Path, metavar="PATH", help="describe a checkpoint, and stop")
     _add_compare_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.describe is not None:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--compare`` and its options, for a command that has --model, --size and --frames."""
+    """Adds ``--compare`` and its options to a command that has --model, --size and --frames."""
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -115,7 +115,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
-    from vjepa_scale.inference.compare import compare  # it imports decoders, which other commands do without
+    from vjepa_scale.inference.compare import compare  # imports decoders, which other commands do not need
 
     source, *more = arguments.compare
     others = ("source", "out", "weights", "dtype", "encoder_only", "no_check")

@@ -1,4 +1,4 @@
-"""Run the whole chain on data that it makes itself, by the commands a user would type, and say what came of it."""
+"""Renders data, runs the whole chain on it with the user's own commands, and prints the results."""
 
 import argparse
 import shlex
@@ -15,7 +15,7 @@ from vjepa_scale.core.files import write_json
 from vjepa_scale.core.installed import as_called, command, module_command, module_environment, run_console_command
 from vjepa_scale.recipe import Recipe, load_recipe
 
-# Of the robot, and of the moving shapes; docs/learning.md says how they were found.
+# Options of the robot, and of the moving shapes; docs/learning.md explains how they were chosen.
 ROBOT = ("--size", 48, "--fps", 8)
 LOOKS = ("--size", 48, "--fps", 4, "--tint", 0.05, "--noise", 0.45)
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step("   The same probe on an encoder that was never trained", *launch,
          "--stages", "probe", "probe.init_from=untrained", f"run.dir={untrained}")  # fmt: skip
     for stage, out in (("cooldown", run / "consolidated"), ("action", run / "world_model")):
-        shutil.rmtree(out, ignore_errors=True)  # an earlier demo's, perhaps of another checkpoint
+        shutil.rmtree(out, ignore_errors=True)  # may be an earlier demo's, of another checkpoint
         step("4. Consolidate the sharded checkpoints" if stage == "cooldown" else "", "consolidate", run / stage,
              "--to", "safetensors", "--out", out)  # fmt: skip
 
@@ -77,7 +77,7 @@ Next: your own videos with {command("make_shards")}; {command("launch")} vitg_38
 
 
 def shards_of(recipe: Recipe) -> tuple[Path, Path, Path]:
-    """The demo's shards lie in DATA/shards/{train,val,robot}."""
+    """Returns the demo's shard folders, DATA/shards/{train,val,robot}. Raises UserError where they are elsewhere."""
     paths = {name: Path(recipe.data.sets[name].path) for name in ("synthetic", "held_out", "robot")}
     train, val, robot = paths.values()
     if train.parent.name != "shards" or {path.parent for path in paths.values()} != {train.parent}:
@@ -87,7 +87,7 @@ def shards_of(recipe: Recipe) -> tuple[Path, Path, Path]:
 
 
 def step(title: str, tool: str, *arguments: object) -> None:
-    """Print a command and run it, and say what it took; end with its exit code if it fails."""
+    """Prints a command, runs it and prints its duration; exits with its exit code if it fails."""
     began = time.monotonic()
     words = [str(word) for word in arguments]
     if title:

@@ -1,11 +1,11 @@
-"""Features of every video in a folder, or in shards, by a trained encoder: OUT/parts/*.safetensors, OUT/index.jsonl.
+"""Extract features of every video in a folder or in shards: OUT/parts/*.safetensors, OUT/index.jsonl.
 
 python tools/extract_features.py VIDEOS DIR features
 python tools/extract_features.py SHARDS DIR features --pool time --layers 5,11 --dtype float16
 python tools/extract_features.py SHARDS DIR features --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
-Run it again to go on after an interruption. Exit code 0 also where videos were rejected; the last line counts them.
-docs/inference.md says how to read the files.
+Run it again to continue after an interruption. Exit code 0 also where videos were rejected; the last line counts them.
+docs/inference.md explains how to read the files.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.installed import as_called, program, run_console_command
 from vjepa_scale.core.ranks import usable_cores
 
-# Videos per file: of features that are read together, some hundred megabytes at most for short clips.
+# Videos per file: a few hundred megabytes of features at most, for short clips.
 PART = {"mean": 4096, "time": 1024, "none": 32}
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"not in -{depth} … {depth - 1}", where=f"{program('extract_features')} --layers", fix="blocks that exist"
         )
     settings = Settings(args.pool, layers, chunk, args.dtype, args.batch, args.part or PART[args.pool])
-    with tqdm(desc="parts", disable=None) as bar:  # only where someone watches
+    with tqdm(desc="parts", disable=None) as bar:  # shown only on a terminal
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -1,14 +1,14 @@
-"""Run a recipe's stages on Slurm (through submitit) or on this machine, and look after the run.
+"""Run a recipe's stages on Slurm (through submitit) or on this machine; show, follow and cancel runs.
 
 python tools/launch.py recipes/vitg_384.yaml --dry-run
 python tools/launch.py recipes/vitg_384.yaml launch.profile=mine --dry-run --print-sbatch
 python tools/launch.py recipes/vitg_384.yaml launch.profile=mine
-python tools/launch.py status RUN [--json]     what became of each stage; exit code 1 if one failed
-python tools/launch.py follow RUN              what rank 0 says, until the last stage is over (Ctrl-C leaves it running)
-python tools/launch.py cancel RUN              end its jobs; the same launch goes on later
+python tools/launch.py status RUN [--json]     state of each stage; exit code 1 if one failed
+python tools/launch.py follow RUN              log of rank 0, until the last stage ends (Ctrl-C leaves the run alone)
+python tools/launch.py cancel RUN              end its jobs; the same launch continues it later
 
 The same launch command again refuses a run that is at work and continues one that has stopped. VJEPA_LOG=debug (or
-warning, error) in the environment sets how much the logs of its processes say.
+warning, error) in the environment sets the level of its processes' logs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(arguments.recipe).exists() and (close := difflib.get_close_matches(arguments.recipe, COMMANDS, n=1)):
         raise UserError("no such command", where=arguments.recipe, fix=f"{close[0]} RUN")
     arguments.recipe = str(recipe_file(arguments.recipe))
-    from vjepa_scale.launch import plan  # imports torch, which status does without
+    from vjepa_scale.launch import plan  # imports torch, which status does not need
     from vjepa_scale.training.planned_start import load_for_training
 
     overrides = [*arguments.overrides, *([f"launch.cluster={arguments.cluster}"] if arguments.cluster else [])]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = list(plan.describe(stages, where=where))
     if arguments.dry_run:
         print("\n".join(description))
-        # A plan for a cluster is looked at on a laptop: what this machine lacks is no mistake in recipe or data.
+        # Users plan a cluster run on a laptop, so packages missing on this machine are no error of recipe or data.
         if lacking := plan.machine_lacks(stages, source=arguments.recipe, cluster=cluster):
             print(f"not on this machine: {lacking}")
         problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
@@ -112,7 +112,7 @@ def _launch(
         print("\n".join(description), flush=True)
         return _in_background(remaining[0], [arguments.recipe, *overrides, "--stages", names])
     with only_launcher_of(run):
-        plan.refuse_if_at_work(recipe)  # another launch may have come between
+        plan.refuse_if_at_work(recipe)  # another launch may have started meanwhile
         print("\n".join(description), flush=True)
         launch = record_launch(remaining, cluster=cluster)
         if cluster == "local":
@@ -152,7 +152,7 @@ def _print_scripts(stages: list[Stage], cluster: str, *, dry_run: bool) -> int:
 
 
 def _in_background(first: Stage, again: list[str]) -> int:
-    """The same command with --wait, in a session of its own, so that closing the terminal does not end it."""
+    """Starts the same command with --wait in a new session, so that closing the terminal does not end it."""
     run = Path(first.recipe.run.dir)
     log = run / "launch.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _in_background(first: Stage, again: list[str]) -> int:
             stderr=output,
             start_new_session=True,
         )
-    # Imports of PyTorch, here and in each rank, take most of the time until the first line of the run.
+    # Importing PyTorch, here and in each rank, takes most of the time until the first line of the run.
     print(f"process {process.pid} starts {first.name!r} in the background and writes {log}", flush=True)
     history = first.folder / "history.jsonl"
     while not any(row.get("pid") == process.pid for row in read_jsonl(history)):

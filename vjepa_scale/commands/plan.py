@@ -1,9 +1,9 @@
-"""Plan a robot's next actions from a picture of now to a picture of the goal, and draw what the model sees.
+"""Plan a robot's next actions from the current picture to a goal picture, and draw the energy landscape.
 
 python tools/plan.py runs/demo --now now.png --goal goal.png --state 0.45 0.02 0.31 3.14 0 0 0.1
 python tools/plan.py ac.pt --model vit_giant --now now.png --goal goal.png --state … --landscape energy.png --axes 0 2
 
-docs/planning.md says what the numbers mean. The first action is the one to carry out; then look and plan again.
+docs/planning.md explains the numbers. Execute the first action, then take a new picture and plan again.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Videos and images -> WebDataset shards, with manifest.json and rejected.jsonl, in OUT.
+"""Make WebDataset shards of videos and images, with manifest.json and rejected.jsonl, in OUT.
 
-python tools/make_shards.py VIDEOS OUT       make the shards; run it again to go on after an interruption
+python tools/make_shards.py VIDEOS OUT       make the shards; run it again to continue after an interruption
 python tools/make_shards.py DROID OUT --trajectories droid     robot trajectories, with their states
 python tools/make_shards.py VIDEOS OUT --val 0.05     two data sets, OUT/train and OUT/val
 python tools/make_shards.py VIDEOS OUT --cluster slurm --jobs 64 --profile mine     the same, as Slurm jobs
 python tools/make_shards.py check DIR        verify a folder of shards; exit code 1 if something is wrong
-python tools/make_shards.py index DIR        a manifest for shards that others have made
+python tools/make_shards.py index DIR        write a manifest for shards of other tools
 
 VIDEOS is a folder (a video's class is the folder it is in, relative to VIDEOS) or a list of files: `path label`
-lines, CSV with a header, or JSON lines. docs/shards.md has all of it.
+lines, CSV with a header, or JSON lines. docs/shards.md describes everything.
 """
 
 import argparse
@@ -45,16 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=as_called(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "videos", type=Path, metavar="VIDEOS", help="a folder, of which every file is looked at; a list"
-    )
+    parser.add_argument("videos", type=Path, metavar="VIDEOS", help="a folder, whose files are all probed, or a list")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the shards")
     parser.add_argument("--workers", type=int, help="processes (default: cores)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-records", type=int, metavar="N", help="clips per shard")
     size.add_argument("--shard-mb", type=int, metavar="N", default=256, help="megabytes per shard (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the clips in the shards")
-    parser.add_argument("--images", action="store_true", help="take pictures too, as static clips")
+    parser.add_argument("--images", action="store_true", help="also take images, as static clips")
     parser.add_argument(
         "--segment",
         type=float,
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     split.add_argument(
         "--val-by",
         metavar="GROUP",
-        help="what stays on one side: source (the default: all parts of a file), folder, or a column of the list",
+        help="groups that stay on one side: source (the default: all parts of a file), folder, or a column of the list",
     )
     _add_encoding_flags(parser)
     _add_trajectory_flags(parser)
@@ -136,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flag(name: str) -> str:
-    """A flag as errors name it."""
+    """Returns a flag with its command, for error messages."""
     return f"{program('make_shards')} {name}"
 
 
@@ -159,11 +157,11 @@ def _add_encoding_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         metavar="SHORT_SIDE",
-        help="encode videos anew: h264 at a constant rate, a keyframe every 30 frames; the short side at most so many "
-        "pixels (without a number: as it is)",
+        help="transcode videos: h264 at a constant rate, a keyframe every 30 frames; the short side at most this many "
+        "pixels (without a number: unchanged)",
     )
     parser.add_argument(
-        "--fps", type=_rate, metavar="N", help="with --transcode: frames a second, 30 or 30000/1001 (default: as it is)"
+        "--fps", type=_rate, metavar="N", help="with --transcode: frames per second, 30 or 30000/1001 (default: source)"
     )
 
 
@@ -214,8 +212,8 @@ def _check_trajectory_flags(args: argparse.Namespace) -> None:
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("on a cluster")
-    cluster.add_argument("--cluster", choices=["slurm"], help="as Slurm jobs, which this command follows")
-    cluster.add_argument("--jobs", type=int, metavar="N", help="how many work at once")
+    cluster.add_argument("--cluster", choices=["slurm"], help="run as Slurm jobs, which this command follows")
+    cluster.add_argument("--jobs", type=int, metavar="N", help="number of concurrent jobs")
     cluster.add_argument(
         "--cpus-per-job", type=int, metavar="C", help=f"cores and processes of a job (default: {_CPUS_PER_JOB})"
     )
@@ -241,7 +239,7 @@ def _check_cluster_flags(args: argparse.Namespace) -> None:
 
 
 def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
-    from vjepa_scale.launch import shard_jobs  # imports submitit, which a run on this machine does without
+    from vjepa_scale.launch import shard_jobs  # imports submitit, which a run on this machine does not need
     from vjepa_scale.launch.follow_shard_jobs import JobFailedError
 
     asked = shard_jobs.Asked(
@@ -268,7 +266,7 @@ def _on_slurm(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def look_after(command: str, arguments: Sequence[str]) -> int:
-    """The commands on a folder of shards."""
+    """Runs the commands on a folder of shards."""
     parser = argparse.ArgumentParser(prog=f"{program('make_shards')} {command}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: cores)")
@@ -294,7 +292,7 @@ def _verdict(wrong: int) -> str:
 
 
 class Watch:
-    """Progress with rate and time left: a bar for a terminal; in a log, a line now and then."""
+    """Shows progress with rate and remaining time: a bar on a terminal; occasional lines in a log."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
@@ -305,7 +303,7 @@ class Watch:
         if doing not in self._bars:
             self._bars[doing] = tqdm(desc=doing, total=total, initial=done, disable=None)
             self._said[doing] = time.monotonic()
-            self._began[doing] = self._said[doing], done  # by an earlier run
+            self._began[doing] = self._said[doing], done  # excludes work of an earlier run from the rate
         bar, now = self._bars[doing], time.monotonic()
         bar.update(done - bar.n)
         if done == total:
@@ -356,7 +354,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _lasting(hours: float) -> str:
-    """A length in the unit that has digits to show: hours, or minutes below one, or seconds below a minute."""
+    """Formats a duration: in hours, or in minutes below one hour, or in seconds below one minute."""
     if hours >= 1:
         return f"{hours:.2f} h"
     return f"{60 * hours:.1f} min" if 60 * hours >= 1 else f"{3600 * hours:.1f} s"

@@ -1,10 +1,10 @@
-"""How surprising videos are to a trained model: a line of CSV for each, and the curve over time in a file.
+"""Measure the surprise of a trained model at videos: a line of CSV per video, and the curve over time in a file.
 
 python tools/surprise.py DIR clips/ball.mp4 clips/ghost.mp4
 python tools/surprise.py DIR VIDEOS --context 4,8,12 --curve curve.csv > surprise.csv
 
-VIDEOS is a file, or a folder, which is searched. The columns are explained in docs/surprise.md. A video that cannot be
-scored is named on stderr; exit code 2 if that is all of them.
+VIDEOS is a file, or a folder to search. docs/surprise.md explains the columns. A video that cannot be scored is named
+on stderr; the exit code is 2 if no video can be scored.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Pictures of any size -> pictures of the size that is trained on: one crop per clip, resized; and a flip.
+"""Augmentation: crops each clip once, resizes it to the training size, and may flip it.
 
 Normalisation is not here: batches travel as uint8 and are normalised on the device.
 """
@@ -17,7 +17,7 @@ from vjepa_scale.core.rng import KeyedRng
 from vjepa_scale.recipe.schema import AugmentConfig
 
 _TRIES = 10
-_AT_ONCE = 4  # pictures that are resized together
+_AT_ONCE = 4  # pictures resized in one call
 
 
 class Box(NamedTuple):
@@ -30,9 +30,9 @@ class Box(NamedTuple):
 
 
 def random_box(cfg: AugmentConfig, draws: KeyedRng, height: int, width: int) -> Box:
-    """A random resized crop's box: area uniform, aspect (width/height) log-uniform.
+    """Draws the box of a random resized crop: area uniform, aspect (width/height) log-uniform.
 
-    Ten tries to fit it into the picture; then the largest centred box with the nearest allowed aspect.
+    Returns the largest centred box of the nearest allowed aspect where ten draws do not fit into the picture.
     """
     low, high = (math.log(a) for a in cfg.aspect)
     for u_area, u_aspect, u_top, u_left in draws.uniforms(4 * _TRIES).reshape(_TRIES, 4).tolist():
@@ -57,9 +57,9 @@ def nearest_box(aspects: tuple[float, float], height: int, width: int) -> Box:
 
 
 def view_boxes(aspect: float, height: int, width: int, *, crops: int) -> list[Box]:
-    """The largest boxes of an aspect (width/height): 1 in the centre; 3: at both ends of the longer side too.
+    """Returns the largest boxes of an aspect (width/height): 1 in the centre; 3: at both ends of the longer side too.
 
-    A picture of that very aspect has no room to move: its 3 are equal.
+    In a picture of exactly this aspect the 3 boxes are equal.
     """
     centre = center_box(aspect, height, width)
     if crops == 1:
@@ -78,7 +78,7 @@ def random_crop(
     slot: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Random resized crop and horizontal flip of a clip: uint8 [3, T, *size]. One draw for all its pictures.
+    """Random resized crop and horizontal flip of a clip: uint8 [3, T, *size]. All its pictures share one draw.
 
     pictures: T of uint8 [H, W, 3], all of one size
     out:      where to put the result
@@ -93,17 +93,17 @@ def random_crop(
 def center_crop(
     pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, out: Tensor | None = None
 ) -> Tensor:
-    """The largest centred crop of the wanted aspect, resized: uint8 [3, T, *size].
+    """Returns the largest centred crop of the aspect of ``size``, resized: uint8 [3, T, *size].
 
     pictures: T of uint8 [H, W, 3], all of one size
     out:      where to put the result
-    Same pixels as resizing the short side and then cropping the centre, but only what is kept is resized.
+    The pixels equal those of resizing the short side and then cropping the centre, but only the crop is resized.
     """
     return _resized(pictures, center_box(size[1] / size[0], *pictures[0].shape[:2]), size, out)
 
 
 def view_crops(pictures: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], *, out: Tensor) -> None:
-    """Crops of a clip for evaluation (view_boxes), resized, one for each row of ``out``: uint8 [crops, 3, T, *size]."""
+    """Writes a clip's resized evaluation crops (view_boxes) to the rows of ``out``: uint8 [crops, 3, T, *size]."""
     boxes = view_boxes(size[1] / size[0], *pictures[0].shape[:2], crops=len(out))
     for box, row in zip(boxes, out, strict=True):
         _resized(pictures, box, size, row)
@@ -121,7 +121,7 @@ def squashed_crop(
 
 
 def empty_clips(number: int, frames: int, size: tuple[int, int]) -> Tensor:
-    """Room for clips, uint8 [number, 3, frames, *size], channels last in memory: as resizing gives them."""
+    """Returns an empty tensor for clips, uint8 [number, 3, frames, *size], channels last in memory."""
     return torch.empty(number, frames, *size, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
 
 
@@ -130,8 +130,8 @@ def _resized(pictures: Sequence[npt.NDArray[np.uint8]], box: Box, size: tuple[in
     clip = empty_clips(1, len(pictures), size)[0] if out is None else out
     shown = [k for k, picture in enumerate(pictures) if k == 0 or picture is not pictures[k - 1]]
     ends = [*shown[1:], len(pictures)]
-    # torch's uint8 kernel is fast on channels-last pictures without gaps, and twice as fast on several at once, whose
-    # result it leaves channels last; of too many at once, none would still be in the cache.
+    # torch's uint8 kernel is fast on contiguous channels-last pictures, and twice as fast on several at once. Its
+    # result stays channels last. A larger number of pictures would no longer fit into the cache.
     crops_KHWC = np.empty((min(len(shown), _AT_ONCE), height, width, 3), np.uint8)
     for first in range(0, len(shown), _AT_ONCE):
         some = slice(first, first + _AT_ONCE)

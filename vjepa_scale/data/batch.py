@@ -1,4 +1,4 @@
-"""Micro-batches: what the loader makes of the shards and hands to the trainer; and the masks of their clips."""
+"""Micro-batches, which the loader builds from shards and the trainer consumes; and the masks of their clips."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from vjepa_scale.recipe.mask_sections import MasksConfig
 
 @dataclass(frozen=True)
 class MaskPair:
-    """What one generator gives for b clips: token indices, ascending in each row.
+    """The masks of one generator for b clips: token indices, ascending in each row.
 
     context: int64 [b, Nc], the tokens that the encoder sees
     target:  int64 [b, Nt], the tokens that the predictor predicts
@@ -39,7 +39,7 @@ class MaskPair:
 
 
 def draw_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Grid) -> tuple[MaskPair, ...]:
-    """One MaskPair per generator for consecutive slots of one mask group: ``drawn_masks`` as indices."""
+    """Returns one MaskPair per generator for consecutive slots of one mask group: ``drawn_masks`` as indices."""
     drawn = drawn_masks(cfg, seed=seed, step=step, slots=slots, grid=grid)
     return tuple(MaskPair(_indices(context_BN), _indices(target_BN)) for context_BN, target_BN in drawn)
 
@@ -50,16 +50,16 @@ def _indices(mask_BN: Mask) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Consecutive slots of one geometry inside one mask group: what one forward pass takes.
+    """The input of one forward pass: consecutive slots of one geometry inside one mask group.
 
     clips:    uint8 [b, 3, T, H, W], not normalised; micro-batches of a step may differ in T
-    masks:    one pair per mask generator, rows as in clips; of pretraining only
+    masks:    one pair per mask generator, rows as in clips; only in pretraining
     step:     the global step
-    slots:    of the step's global batch
+    slots:    slots of the step's global batch
     datasets: name of each clip's data set
-    records:  the number of each clip's record in it
-    failures: clips that had to be replaced because they do not decode; known ones too
-    extras:   what a kind of training learns from beside clips and masks, tensors [b, …] by name
+    records:  index of each clip's record in that data set
+    failures: clips that were replaced because they do not decode, known ones included
+    extras:   further inputs of a kind of training, tensors [b, …] by name
     """
 
     clips: Tensor
@@ -76,11 +76,11 @@ class MicroBatch:
         return self._with(masks, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MicroBatch":
-        """In page-locked memory, from which a copy to a GPU does not block (DataLoader calls this)."""
+        """Returns a copy in page-locked memory, from which a copy to a GPU does not block (DataLoader calls this)."""
         return self._with(tuple(pair.pin_memory() for pair in self.masks), Tensor.pin_memory)
 
     def _with(self, masks: tuple[MaskPair, ...], change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """These masks, and all other tensors changed."""
+        """Returns a copy with these masks and with ``change`` applied to all other tensors."""
         return replace(
             self,
             masks=masks,
@@ -105,10 +105,10 @@ def load_micro_batch(
     records: Mapping[str, Ints] | None = None,
     prepared: Any = None,
 ) -> MicroBatch:
-    """Micro-batch number m of a step, by index (step, m): decoded, cropped, with what its stage learns from.
+    """Loads micro-batch m of a step, by index (step, m): decodes and crops its clips, and adds masks and extras.
 
-    records, prepared: as the stage says of its data sets, and of the phase
-    Where the stage's steps take nothing from videos, nothing is decoded: clips have no frames.
+    records, prepared: from the stage, for its data sets and for the phase
+    Decodes nothing where the stage's steps use no videos: clips then have no frames.
     """
     step, number = index
     slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
@@ -139,6 +139,6 @@ def load_micro_batch(
         else:
             cfg, seed = stage.recipe.data.augment, stage.recipe.run.seed
             random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=ref.slot, out=row)
-    # Of the clips that are shown, which are not always those that were drawn.
+    # Extras belong to the clips that are shown; a replaced clip is another one than was drawn.
     batch = MicroBatch(clips, (), step, slots, names, tuple(failures), tuple(ref.record for ref in shown))
     return stage.complete(batch, shown, phase, manifests, prepared)

@@ -1,4 +1,4 @@
-"""Which seconds, or frames, of which video each slot of a step shows; and which videos are shorter than a clip."""
+"""Selects which seconds (or frames) of which video each slot of a step shows; finds videos shorter than a clip."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ from vjepa_scale.recipe.schema import DataConfig
 from vjepa_scale.video.container import NOT_A_VIDEO, DecodeError
 from vjepa_scale.video.decode import PYAV, decode_clip, times_of_frames
 
-# A new column comes last, for readers that count columns.
+# New columns go to the end, because readers may index columns by position.
 DUMPED = ("step", "slot", "data set", "record", "start in seconds", "frames", "frames per second", "stage")
 
 
@@ -26,10 +26,10 @@ class ClipRef:
     """One clip of the global batch.
 
     dataset: name of the data set; record: index in its manifest
-    times_s: seconds into the video, ascending: what each of its frames shows
-    fps:     frames per second that were asked for, with the slot's jitter
-    numbers: of the video's frames, where the recipe samples by stride; times_s are then theirs if the rate is constant
-    source_frames: how many frames the video has, where numbers are given
+    times_s: time of each of its frames in the video, seconds, ascending
+    fps:     requested frames per second, with the slot's jitter
+    numbers: frame numbers in the video, where the recipe samples by stride; times_s then assumes a constant rate
+    source_frames: number of frames of the video, where ``numbers`` is given
     """
 
     step: int
@@ -55,9 +55,9 @@ def clip_refs(
     step: int,
     slots: Iterable[int],
 ) -> list[ClipRef]:
-    """The clips of some slots of a step of a phase. data: its stage's
+    """Returns the clips of some slots of a step of a phase. data: the stage's data config
 
-    A clip has the frames and the rate of its data set, the rate times the slot's jitter; its window is drawn
+    A clip has its data set's number of frames and its data set's rate times the slot's jitter. Its window is drawn
     uniformly.
     """
     seed = data.seed
@@ -74,13 +74,13 @@ def clip_refs(
 
 
 def _jitter(limits: tuple[float, float], draws: KeyedRng) -> float:
-    """What a clip's rate is multiplied by: uniform between the limits."""
+    """Draws the factor of a clip's rate, uniform between the limits."""
     low, high = limits
     return low if low == high else low + (high - low) * draws.uniform()
 
 
 def with_window(ref: ClipRef, manifest: Manifest, draw: float, *, frames: int, sampling: str) -> ClipRef:
-    """A clip with the window that a uniform draw in [0, 1) gives it. sampling: data.sampling; a picture has none."""
+    """Returns ``ref`` with the window of a uniform draw in [0, 1). sampling: data.sampling; images have no window."""
     source_fps = float(manifest.column("fps")[ref.record])
     if sampling == "time" or source_fps == 0:
         times_s = window(manifest, ref.record, draw, fps=ref.fps, frames=frames)
@@ -92,23 +92,23 @@ def with_window(ref: ClipRef, manifest: Manifest, draw: float, *, frames: int, s
 
 
 def window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: int) -> tuple[float, ...]:
-    """The times, in seconds into the video, that a clip of a record shows.
+    """Returns the times, in seconds into the video, of the frames of a clip.
 
-    draw: uniform in [0, 1): where a window of frames/fps seconds lies in a video that is longer; in a shorter one it
-          begins at 0, and decoding repeats the last picture
+    draw: uniform in [0, 1): the position of a window of frames/fps seconds in a longer video. In a shorter one the
+          window begins at 0, and decoding repeats the last picture
     """
     start_s = draw * max(0.0, float(manifest.column("duration")[record]) - frames / fps)
     return tuple(start_s + k / fps for k in range(frames))
 
 
 class Timed(Protocol):
-    """Whoever wants to know which clip is being decoded."""
+    """Receives the clip that is being decoded."""
 
     def decoding(self, ref: ClipRef) -> AbstractContextManager[Any]: ...
 
 
 def decode_ref(manifest: Manifest, ref: ClipRef, timed: Timed | None = None) -> list[npt.NDArray[np.uint8]]:
-    """The pictures of a clip, T of uint8 [H, W, 3]. A UserError names data set, shard and record if it fails."""
+    """Decodes a clip: T pictures, uint8 [H, W, 3]. Raises UserError naming data set, shard and record if that fails."""
     data = manifest.read(ref.record)
     try:
         return pictures_of(ref, data, timed=timed)
@@ -119,7 +119,7 @@ def decode_ref(manifest: Manifest, ref: ClipRef, timed: Timed | None = None) -> 
 def pictures_of(
     ref: ClipRef, data: bytes, *, decoder: str = PYAV, timed: Timed | None = None
 ) -> list[npt.NDArray[np.uint8]]:
-    """The pictures of a clip, T of uint8 [H, W, 3], from its video's bytes. Raises DecodeError."""
+    """Decodes a clip from its video's bytes: T pictures, uint8 [H, W, 3]. Raises DecodeError."""
     with timed.decoding(ref) if timed is not None else nullcontext():
         return decode_clip(data, times_s=_times_of(ref, data), decoder=decoder)
 
@@ -132,7 +132,7 @@ def _times_of(ref: ClipRef, data: bytes) -> Sequence[float]:
     except DecodeError as error:
         if error.reason != NOT_A_VIDEO:
             raise
-        return ref.times_s  # an AVIF that earlier versions took for a video
+        return ref.times_s  # earlier versions stored AVIF images as videos
 
 
 def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserError:
@@ -147,34 +147,34 @@ def undecodable(manifest: Manifest, ref: ClipRef, error: DecodeError) -> UserErr
 def dump_order(
     data: DataConfig, phase: Phase, order: DataOrder, manifests: Mapping[str, Manifest], step: int
 ) -> Iterator[str]:
-    """One line per slot of a step, the columns of DUMPED with tabs between."""
+    """Yields one line per slot of a step: the columns of DUMPED, separated by tabs."""
     for ref in clip_refs(data, phase, order, manifests, step=step, slots=range(phase.global_batch)):
         key = manifests[ref.dataset].key(ref.record)
         times = f"{ref.start_s:.6f}\t{len(ref.times_s)}\t{ref.fps:.9g}"
         yield f"{ref.step}\t{ref.slot}\t{ref.dataset}\t{key}\t{times}\t{phase.stage}"
 
 
-# -- ``data.sampling: stride``: frames at equal distances, as the published code takes them ----------
+# -- ``data.sampling: stride``: frames at equal distances, as in the published code ------------------
 
-# A rate that is measured from rounded timestamps (30.004) is not 31.
+# A rate measured from rounded timestamps (30.004) must not be rounded up to 31.
 _RATE_TOLERANCE = 0.01
 
 
 def strides(source_fps: float | npt.NDArray[np.float64], fps: float) -> npt.NDArray[np.int64]:
-    """Frames from one of a clip to the next, of videos of these rates, before they are spread over the window."""
+    """Returns the stride in source frames for videos of these rates, before frames are spread over the window."""
     return np.asarray(np.maximum(1, np.ceil(np.asarray(source_fps) - _RATE_TOLERANCE) // fps), np.int64)
 
 
 def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: float, frames: int) -> tuple[int, ...]:
-    """Numbers of the frames, from 0 in the order of display, of a clip of T frames: never past the video's last.
+    """Returns the frame numbers of a clip of T frames, from 0 in display order, never past the video's last frame.
 
-    draw: uniform in [0, 1): where in a video the window lies
-    source_frames, source_fps: of the video; fps, frames: asked for, frames = T
+    draw: uniform in [0, 1): the window's position in the video
+    source_frames, source_fps: of the video; fps, frames: requested, frames = T
     As published (src/datasets/video_dataset.py, one clip per video, without overlap): the stride is ⌈source fps⌉ // fps
-    and the window T·stride frames, over which T numbers are spread evenly, first and last included, so that they
-    are T·stride/(T−1) apart. A video that is not longer than the window is spread over as many of the T as
-    its length holds strides, and its last frame fills the rest. The published code fails where the stride is 0; here
-    it is 1 at least.
+    and the window has T·stride frames. T numbers are spread evenly over it, first and last included, so they are
+    T·stride/(T−1) apart. In a video no longer than the window, as many of the T frames as its length has strides are
+    spread over it, and its last frame fills the rest. The published code fails where the stride is 0; here the stride
+    is at least 1.
     """
     stride = int(strides(source_fps, fps))
     length = frames * stride
@@ -192,7 +192,7 @@ def strided_frames(draw: float, *, source_frames: int, source_fps: float, fps: f
 
 @dataclass(frozen=True)
 class ShortVideos:
-    """Of one data set: records whose clips repeat their last picture, of how many. frames, fps: of its clips."""
+    """How many of a data set's records repeat their last picture in a clip. frames, fps: of its clips."""
 
     records: int
     of: int
@@ -201,9 +201,9 @@ class ShortVideos:
 
 
 def repeats_last(manifest: Manifest, *, frames: int, fps: float, sampling: str) -> npt.NDArray[np.bool_]:
-    """Of which records [records] a clip goes past the end. Pictures, which have no end, never do.
+    """Returns bool [records]: True where a clip goes past the record's end. Images have no end and are False.
 
-    frames, fps: of a clip; sampling: as data.sampling
+    frames, fps: of a clip; sampling: data.sampling
     """
     source_fps = manifest.column("fps")
     if sampling == "stride":
@@ -216,10 +216,10 @@ def repeats_last(manifest: Manifest, *, frames: int, fps: float, sampling: str) 
 def short_videos(
     data: DataConfig, phase: Phase, manifests: Mapping[str, Manifest]
 ) -> tuple[dict[str, ShortVideos], float]:
-    """Those of each data set of a phase that has any, and the share of the phase's clips that comes from them.
+    """Returns the short videos of each data set of a phase that has any, and their share of the phase's clips.
 
-    data:      its stage's, without jitter of the rate
-    manifests: of the phase's data sets; one that is missing counts as having none
+    data:      the stage's data config; jitter of the rate is ignored
+    manifests: of the phase's data sets; a missing one counts as having no short videos
     """
     found, share = dict[str, ShortVideos](), 0.0
     for name, weight in phase.mixture.items():

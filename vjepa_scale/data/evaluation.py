@@ -1,4 +1,4 @@
-"""A whole data set once, in the order of its records, without chance: what probes measure on."""
+"""Evaluation data for probes: each record of a data set once, in order, without randomness."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ PREFETCH = 2
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Some records of a data set, as probes want them.
+    """A batch of labelled records for probes.
 
-    clips:    uint8 [n·views, 3, T, H, W]: the views of a record one after the other, segment by segment
-    labels:   int64 [n], indices into the classes of the task
-    classes:  the name of each clip's class
-    records:  their indices in the manifest
-    metadata: the JSON of each record, where it was asked for
+    clips:    uint8 [n·views, 3, T, H, W]: the views of a record are consecutive, segment by segment
+    labels:   int64 [n], indices into the task's classes
+    classes:  the name of each record's class
+    records:  indices of the records in the manifest
+    metadata: the JSON of each record, where requested
     """
 
     clips: Tensor
@@ -52,15 +52,15 @@ def evaluation_clips(
     crops: int = 1,
     limit_s: float = 60.0,
 ) -> Iterator[LabelledClips]:
-    """All records in order, ``batch`` at a time (the last fewer).
+    """Yields all records in order, ``batch`` at a time; the last batch may be smaller.
 
     records:  only these, in this order
     metadata: read each record's JSON too
-    segments: windows of a record, evenly spread over its video (``segment_draws``); 1: its middle
-    crops:    of each: 1, the centre; 3: both ends of the longer side too
-    limit_s:  for the decoding of one window, where there are workers
-    Labels as in ``labels_of``. Nothing is ever shown in another clip's place: raises UserError, naming the record,
-    where one does not decode, not within ``limit_s``, or crashes its worker.
+    segments: windows per record, evenly spread over its video (``segment_draws``); 1: its middle
+    crops:    per window: 1, the centre; 3: both ends of the longer side too
+    limit_s:  time limit for decoding one window, where there are workers
+    Labels as in ``labels_of``. A clip is never replaced. Raises UserError naming the record where one does not
+    decode, takes longer than ``limit_s``, or crashes its worker.
     """
     labels, names = torch.from_numpy(labels_of(manifest, classes)), manifest.classes if classes is None else classes
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
@@ -81,10 +81,10 @@ def evaluation_clips(
 
 
 def segment_draws(duration_s: float, window_s: float, segments: int) -> list[float]:
-    """Where windows lie that are evenly spread over a video: 0 at its start … 1 at its end.
+    """Returns the positions of windows spread evenly over a video: 0 at its start … 1 at its end.
 
-    The video is cut into equal parts, with a window in the middle of each; where a part is shorter than a window, the
-    windows overlap and reach from the video's start to its end. One window is in the middle.
+    The video is cut into equal parts, and each part has a window in its middle. Where a part is shorter than a window,
+    the windows overlap and cover the video from start to end. A single window is in the middle.
     """
     room = duration_s - window_s
     if segments == 1 or room <= 0:
@@ -96,7 +96,7 @@ def segment_draws(duration_s: float, window_s: float, segments: int) -> list[flo
 
 
 def _refs(manifest: Manifest, record: int, segments: int, fps: float, frames: int) -> list[ClipRef]:
-    """The windows of a record; their slots are their numbers."""
+    """Returns the windows of a record; the slot of each is its index."""
     draws = segment_draws(float(manifest.column("duration")[record]), frames / fps, segments)
     return [
         ClipRef(0, slot, manifest.folder.name, record, window(manifest, record, draw, fps=fps, frames=frames), fps)

@@ -1,7 +1,7 @@
-"""What a node must offer to the loaders of its ranks, asked before they start.
+"""Checks that a node has enough shared memory and file handles for the loaders of its ranks, before they start.
 
-Workers hand micro-batches over in shared memory, each tensor by a file handle. With too little of either, a run
-would die at its first large phase: of SIGBUS, or of a message about ancillary data.
+Workers pass micro-batches through shared memory, one file handle per tensor. With too little of either, a run would
+fail at its first large phase: with SIGBUS, or with a message about ancillary data.
 """
 
 import os
@@ -13,18 +13,18 @@ from vjepa_scale.data.evaluation import PREFETCH
 from vjepa_scale.recipe import Recipe, Stage
 
 SHM = Path("/dev/shm")
-# Handles of a rank beside its loader and its sockets to peers: logs, libraries, a GPU's, a checkpoint's files; and of
-# each worker.
+# File handles of a rank besides its loader and its sockets to peers: logs, libraries, GPU, checkpoint files; and
+# those of each worker.
 _OTHER_HANDLES, _HANDLES_PER_WORKER = 256, 16
-# Groups of all ranks over gloo, in which each has a socket to each: training's and the saver's. A hybrid mesh's
-# together have at most as many again as one.
+# Gloo groups of all ranks, each with a socket between every two ranks: training's and the saver's. The groups of a
+# hybrid mesh together have at most as many sockets as one of these.
 _GROUPS = 3
 
 
 def shared_memory_needed(stage: Stage) -> int:
-    """Bytes in shared memory that one rank's loader holds at most, in the largest phase of a stage.
+    """Returns the most bytes of shared memory that one rank's loader holds, in the largest phase of a stage.
 
-    Or after its last step, where batches of another size follow (``Stage.finish_batch``).
+    Also counts the batches of another size that follow the last step (``Stage.finish_batch``).
     """
     recipe = stage.recipe
     held = _held(recipe, recipe.data.prefetch)
@@ -39,16 +39,17 @@ def shared_memory_needed(stage: Stage) -> int:
 
 
 def handles_needed(stage: Stage, *, world_size: int) -> int:
-    """Open files that one rank has at most."""
+    """Returns the most files that one rank has open."""
     recipe, phase = stage.recipe, stage.phases[0]
     beside, _ = stage.beside_clips(phase.frames, phase.size)
-    tensors = 1 + beside  # the clips first
+    tensors = 1 + beside  # 1 for the clips
     loader = _HANDLES_PER_WORKER * recipe.data.workers + _held(recipe, recipe.data.prefetch) * tensors
     return _OTHER_HANDLES + _GROUPS * (world_size - 1) + (loader if recipe.data.workers else 0)
 
 
 def raise_open_files(stage: Stage, *, world_size: int) -> None:
-    """Let this process open as many files as it will have to; before it joins its group, which takes most of them.
+    """Raises this process's limit of open files to what it needs. Call it before the process joins its group, which
+    opens most of them.
 
     Raises UserError where its hard limit is lower.
     """
@@ -67,7 +68,7 @@ def raise_open_files(stage: Stage, *, world_size: int) -> None:
 
 
 def check_limits(stage: Stage, *, ranks_on_node: int) -> None:
-    """Raises UserError with what is needed, what is there, and the key that needs less."""
+    """Raises UserError with the memory needed, the memory free, and the key to lower."""
     recipe = stage.recipe
     if recipe.data.workers == 0:
         return
@@ -90,11 +91,11 @@ def _loader(recipe: Recipe) -> str:
 
 
 def _held(recipe: Recipe, prefetch: int) -> int:
-    """Micro-batches that exist at once: those prepared ahead, one in each worker's hands, and a step's own two."""
+    """Returns how many micro-batches exist at once: those prefetched, one in each worker, and two of the step."""
     return recipe.data.workers * (prefetch + 1) + 2
 
 
 def _clip_bytes(stage: Stage, frames: int, size: tuple[int, int]) -> int:
-    """uint8 RGB, and what the stage's kind adds."""
+    """Returns the bytes of a clip: uint8 RGB, and what the stage's kind adds."""
     _, beside = stage.beside_clips(frames, size)
     return 3 * frames * size[0] * size[1] + beside

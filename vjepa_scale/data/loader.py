@@ -1,8 +1,8 @@
-"""Micro-batches for one rank and one phase, from any step on.
+"""Loads micro-batches for one rank and one phase, from any step on.
 
 A map-style data set whose index is (step, micro-batch), a list of indices that starts where the run starts,
-and PyTorch's DataLoader between them: workers prepare ahead, results come in order. Nothing has a state, so
-workers that a clip has ended are replaced by new ones that start where the rank stands.
+and PyTorch's DataLoader between them: workers prefetch, results come in order. Nothing has a state, so after a clip
+has crashed a worker, new workers start at the rank's current step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -35,10 +35,10 @@ class PhaseLoader:
     manifests:               by data set name
     dp_rank, dp_world_size:  rank r takes micro-batches r·A … (r+1)·A−1 of each step, A = accumulation
     pin_memory:              for a copy to a GPU that does not block
-    known:                   clips that are known not to decode: these are replaced, not tried
-    records:                 of data sets of which the stage draws only some records, these
-    Use it in a ``with``: its workers end with it. A clip that does not decode, or not within
-    data.faults.decode_timeout_s, is replaced, and reported in its MicroBatch's ``failures``. Raises UserError where a
+    known:                   clips that are known not to decode; they are replaced without an attempt
+    records:                 for data sets of which the stage draws only some records, these records
+    Use it in a ``with`` statement, which ends its workers. A clip that does not decode within
+    data.faults.decode_timeout_s is replaced, and reported in its MicroBatch's ``failures``. Raises UserError where a
     shard cannot be read, and where the replacements of a clip do not decode either.
     """
 
@@ -83,7 +83,7 @@ class PhaseLoader:
     def _from(self, given: int, lost: Known) -> "Prefetched[tuple[int, int], MicroBatch]":
         data = self._data
         board = DecodeStatus(self._names, self._workers) if self._workers else None
-        if board is None:  # clips are decoded here
+        if board is None:  # clips are decoded in this process
             keep_freed_memory()
         self._items = Prefetched(
             partial(self._load, known={**self._known, **lost}, timed=board),
@@ -111,7 +111,7 @@ class PhaseLoader:
 
 
 class ClipsLost(Exception):
-    """Workers are gone because of some clips. clips: place -> (cause, detail)."""
+    """Some clips have crashed or blocked their workers. clips: place -> (cause, detail)."""
 
     def __init__(self, clips: Known) -> None:
         self.clips = dict(clips)
@@ -119,11 +119,11 @@ class ClipsLost(Exception):
 
 
 class Prefetched(Generic[Index, Item]):
-    """``load(index)`` for every index, in order, prepared ahead by worker processes (0: in this one).
+    """``load(index)`` for every index, in order, prefetched by worker processes (0: computed in this process).
 
-    board:   what the workers decode; a worker that decodes one clip for longer than ``limit_s`` seconds is killed
-    A UserError in a worker is raised here as itself, without the worker's traceback. With a board, raises ClipsLost
-    where clips have ended workers; the other workers are ended too.
+    board:   status of the workers' decoding; a worker that decodes one clip for longer than ``limit_s`` s is killed
+    A UserError in a worker is raised here unchanged, without the worker's traceback. With a board, raises ClipsLost
+    where clips have ended workers; all other workers are ended too.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class Prefetched(Generic[Index, Item]):
         board: DecodeStatus | None = None,
         limit_s: float = float("inf"),
     ) -> None:
-        assert isinstance(indices, Sized), "indices that can be iterated over again, with a length"
+        assert isinstance(indices, Sized), "indices must have a length and be iterable more than once"
         self._iterator: Iterator[Any] | None = None
         self._board, self._limit_s = board, limit_s
         self._watch: WorkerWatchdog | None = None
-        # One item of the DataLoader is one index: batching is ours.
+        # One item of the DataLoader is a whole micro-batch, so it does no batching.
         self._loader: DataLoader[Item | UserError] = DataLoader(
             _Items(load),
             batch_size=None,
@@ -152,7 +152,7 @@ class Prefetched(Generic[Index, Item]):
             worker_init_fn=partial(_start_loader_worker, log.current()) if workers else None,
             multiprocessing_context=worker_context(__name__) if workers else None,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else the loader draws a seed from the process's own, for nothing
+            generator=torch.Generator(),  # else the loader draws a seed from the process's global generator
         )
 
     def __iter__(self) -> Iterator[Item]:
@@ -164,7 +164,7 @@ class Prefetched(Generic[Index, Item]):
                 item = next(iterator)
             except StopIteration:
                 return
-            except Exception:  # of many kinds: the DataLoader's own, or of a connection to a worker that is gone
+            except Exception:  # DataLoader raises many types, also when the connection to a dead worker breaks
                 if lost := self._watch.lost() if self._watch is not None else None:
                     self.close()
                     raise ClipsLost(lost) from None
@@ -178,21 +178,21 @@ class Prefetched(Generic[Index, Item]):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        # DataLoader has no close of its own; dropping its iterator only works once nothing else refers to it.
+        # DataLoader has no close(). Deleting its iterator ends workers only if nothing else refers to it.
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             workers = list(self._iterator._workers)  # type: ignore[union-attr]
             shutdown()
-            for worker in workers:  # one that hangs in a decoder may be deaf to SIGTERM
+            for worker in workers:  # a worker that hangs in a decoder may not react to SIGTERM
                 if worker.is_alive():
                     worker.kill()
         self._iterator = None
 
 
 def past_lost_clips(start: Callable[[int, Known], Prefetched[Any, Item]], count: int) -> Iterator[Item]:
-    """``count`` items in order, with new workers each time that clips have ended the old ones.
+    """Yields ``count`` items in order, and starts new workers each time that clips have ended the old ones.
 
-    start: (items given so far, the clips that were lost on the way) -> what loads the others
+    start: (number of items so far, clips lost so far) -> the loader of the remaining items
     """
     lost: dict[Place, tuple[str, str]] = {}
     given = 0
@@ -209,7 +209,7 @@ def past_lost_clips(start: Callable[[int, Known], Prefetched[Any, Item]], count:
 
 
 class _Items(Dataset[Item | UserError], Generic[Index, Item]):
-    """A user's error travels as a value: DataLoader would wrap an exception in a page of traceback."""
+    """Returns a UserError as a value, because DataLoader would wrap an exception in a page of traceback."""
 
     def __init__(self, load: Callable[[Index], Item]) -> None:
         self._load = load
@@ -222,7 +222,7 @@ class _Items(Dataset[Item | UserError], Generic[Index, Item]):
 
 
 class _Indices:
-    """(step, micro-batch) for the steps of a phase and the micro-batches of a rank, in order."""
+    """The indices (step, micro-batch) of a phase's steps and a rank's micro-batches, in order."""
 
     def __init__(self, steps: range, micro_batches: range) -> None:
         self._steps, self._micro_batches = steps, micro_batches

@@ -1,13 +1,13 @@
-"""What a folder of shards holds, and where each byte of it lies.
+"""The manifest of a folder of shards: its records, and the offset and size of each member.
 
-    OUT/shard-000000.tar …   WebDataset: <key>.<ext> (the video), <key>.json (what is known of it)
-    OUT/manifest.json        shards, classes, columns, checksums: written last, so it is there only if all is
+    OUT/shard-000000.tar …   WebDataset: <key>.<ext> (the video), <key>.json (its metadata)
+    OUT/manifest.json        shards, classes, columns, checksums: written last, so it exists only if all else does
     OUT/columns/*.npy        one number per record, in shard order, memory-mapped
-    OUT/rejected.jsonl       source files that were left out, and why
+    OUT/rejected.jsonl       source files that were rejected, and why
 
 Columns: ``key`` (bytes), ``video.offset``, ``video.size``, ``json.offset``, ``json.size`` (in its tar),
 ``duration`` (s), ``fps``, ``frames``, ``width``, ``height``, ``label`` (index into classes, -1 for none). Where records
-have other members (trajectories.py), ``states.offset``, ``states.size`` and so on; size 0: this record has none.
+have other members (trajectories.py), also ``states.offset``, ``states.size`` and so on; size 0: the record has none.
 Record r is the r-th of all shards' records, in the order of the shards.
 """
 
@@ -48,7 +48,7 @@ class Shard:
 
 
 class Manifest:
-    """An opened folder of shards. Small to pickle: another process opens the same folder."""
+    """An opened folder of shards. Pickles as its path: another process opens the folder again."""
 
     described: dict[str, dict[str, str]]  # dtype, file and checksum of each column
 
@@ -68,9 +68,9 @@ class Manifest:
 
     @classmethod
     def open(cls, folder: str | Path, *, look: bool = True) -> "Manifest":
-        """Open and check that every shard is there in its full length (contents are not read).
+        """Opens a folder and checks that every shard exists in its full length (contents are not read).
 
-        look: False leaves that out
+        look: False skips this check
         Raises UserError naming the folder or file, and what would work.
         """
         folder = Path(folder)
@@ -101,7 +101,7 @@ class Manifest:
         return manifest
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One value per record, memory-mapped, read-only."""
+        """Returns one value per record, memory-mapped, read-only."""
         if name not in self._mapped:
             path = self._column_path(name)
             try:
@@ -112,11 +112,11 @@ class Manifest:
 
     @cached_property
     def records_per_shard(self) -> npt.NDArray[np.int64]:
-        """Records of each shard: what DataOrder wants."""
+        """Number of records of each shard, the input of DataOrder."""
         return np.array([shard.records for shard in self.shards], np.int64)
 
     def records_of_shards(self, kept: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-        """Records of each shard, or how many of ``kept`` each has."""
+        """Returns the number of records of each shard; with ``kept``, of these records only."""
         if kept is None:
             return self.records_per_shard
         return np.bincount(np.searchsorted(self._ends, kept, side="right"), minlength=len(self.shards))
@@ -137,15 +137,15 @@ class Manifest:
         return f"{member}.size" in self.described and bool(self.column(f"{member}.size")[record])
 
     def place(self, record: int, member: str) -> tuple[int, int]:
-        """Offset and size, in its shard, of a member; zeros for one that other records of the data set have."""
+        """Returns a member's offset and size in its shard; zeros where only other records have this member."""
         return int(self.column(f"{member}.offset")[record]), int(self.column(f"{member}.size")[record])
 
     def read(self, record: int, member: str = "video") -> bytes:
-        """The bytes of one member (``video``, ``json``, …) of a record, and nothing else of the shard."""
+        """Reads the bytes of one member (``video``, ``json``, …) of a record, and no other part of the shard."""
         path = self.folder / self.shard_of(record).name
         offset, size = self.place(record, member)
         try:
-            with open(path, "rb") as file:  # buffered: one call to the system gives up to 2 GiB
+            with open(path, "rb") as file:  # buffered, because one system call reads at most 2 GiB
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -183,10 +183,10 @@ def write_manifest(
     source: dict[str, Any],
     trajectories: dict[str, Any] | None = None,
 ) -> None:
-    """Columns, then manifest.json: the moment the data set exists.
+    """Writes the columns, then manifest.json, which makes the data set complete.
 
-    source:       what it was made from; a second run compares it
-    trajectories: of robots: how their states and actions are spread (statistics.log_statistics)
+    source:       description of the source; a second run compares it
+    trajectories: statistics of a robot's states and actions (data/trajectories.py)
     """
     described = [_write_column(folder, name, values) for name, values in columns.items()]
     tree = {
@@ -203,7 +203,10 @@ def write_manifest(
 
 
 def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str, str]:
-    """One column as numpy.save would write it, block by block: it may be larger than memory. Returns what it is."""
+    """Writes a column in the format of numpy.save, block by block, since it may not fit into memory.
+
+    Returns its dtype, file and checksum.
+    """
     path = folder / "columns" / f"{name}.npy"
     digest, header = hashlib.sha256(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
@@ -215,13 +218,13 @@ def _write_column(folder: Path, name: str, values: npt.NDArray[Any]) -> dict[str
     return {"name": name, "dtype": values.dtype.str, "file": f"columns/{name}.npy", "sha256": digest.hexdigest()}
 
 
-# -- what is known of a record beside its pictures: its class, its JSON; and a few labels of each class
+# -- labels and metadata of records ----------------------------------------------------------------
 
 
 def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> npt.NDArray[np.int64]:
-    """The class of every record: int64 [records], an index into ``classes``.
+    """Returns the class of every record: int64 [records], indices into ``classes``.
 
-    classes: of the task, usually the training set's ``manifest.classes``; default: this data set's own.
+    classes: of the task, usually the training set's ``manifest.classes``; default: those of this data set.
     Raises UserError where a record has no label, or one that is not in ``classes``.
     """
     own = manifest.column("label").astype(np.int64)
@@ -243,15 +246,15 @@ def labels_of(manifest: Manifest, classes: Sequence[str] | None = None) -> npt.N
 
 
 def label_of(manifest: Manifest, record: int, classes: Sequence[str]) -> int:
-    """The class of one record, as ``labels_of`` says of all."""
+    """Returns the class of one record, as ``labels_of`` does for all."""
     return classes.index(manifest.classes[int(manifest.column("label")[record])])
 
 
 def few_labels(labels: npt.NDArray[np.int64], *, per_class: int, seed: int, skip: int = 0) -> npt.NDArray[np.int64]:
-    """Indices of ``per_class`` examples of every class, sorted: a keyed draw, so equal for all encoders.
+    """Draws ``per_class`` examples of every class; returns sorted indices. The draw is keyed: equal for all encoders.
 
-    skip: examples of each class that come before them in the draw: for others than those of ``per_class=skip``
-    Raises ValueError naming the class that has too few.
+    skip: skips this many examples of each class; the result is disjoint from a draw with ``per_class=skip``
+    Raises ValueError naming a class that has too few.
     """
     chosen = []
     for label in np.unique(labels):
@@ -263,7 +266,7 @@ def few_labels(labels: npt.NDArray[np.int64], *, per_class: int, seed: int, skip
 
 
 def metadata_of(manifest: Manifest, record: int) -> dict[str, Any]:
-    """The JSON of a record (docs/shards.md); empty for an indexed sample that has none. Raises UserError."""
+    """Returns the JSON of a record (docs/shards.md); empty for an indexed sample without one. Raises UserError."""
     try:
         known = parse_json(manifest.read(record, "json") or b"{}")
     except ValueError:

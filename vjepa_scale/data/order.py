@@ -1,9 +1,9 @@
-"""The order of the data is arithmetic: which record is slot i of the global batch at step s.
+"""The order of the data: computes which record is slot i of the global batch at step s.
 
-Nothing is shuffled, buffered or remembered. From the step alone follow, in this order:
+There is no shuffle buffer and no state. The step alone determines, in this order:
 
-    step  -> how many mask groups each geometry has had before it    (nested divisions of the group counter)
-    group -> how many clips each data set has given before it        (the same, of the geometry's clips)
+    step  -> number of mask groups of each geometry before it        (nested divisions of the group counter)
+    group -> number of clips of each data set before it              (the same, of the geometry's clips)
     draw  -> epoch and place k' in it                                (draw k is record k mod R of epoch k div R)
     place -> position in the epoch's sequence                        (laid out in lanes, so that reads stay local)
     position -> shard and record                                     (keyed permutations of shards and inside them)
@@ -11,8 +11,8 @@ Nothing is shuffled, buffered or remembered. From the step alone follow, in this
 A geometry is a number of frames: clips of a mask group have the same one. Where a phase has only one, as most do,
 groups do not matter: the clips are dealt to the data sets one by one.
 
-An epoch gives each record exactly once, across phases that change batch or mixture too: ``base``
-carries the counts on. All of it is integers, so that every machine computes the same order.
+An epoch contains each record exactly once, also across phases that change batch or mixture: ``base`` carries the
+counts over. All arithmetic is in integers, so every machine computes the same order.
 """
 
 from bisect import bisect_right
@@ -29,7 +29,7 @@ from vjepa_scale.recipe.phases import Phase
 
 Ints = npt.NDArray[np.int64]
 
-_SHARE_BITS = 40  # weights become integers of this precision: exact to a clip over 10^11 draws
+_SHARE_BITS = 40  # precision of the integer weights: exact to one clip in 10^11 draws
 _EPOCHS_KEPT = 4
 
 
@@ -50,9 +50,9 @@ class DataOrder:
     seed:   data.seed
     sets:   (name, records of each shard) of every data set, in the order that indices refer to
     phases: consecutive phases, each with its global batch and mixture
-    base:   draws that each set had given before the first phase (what ``drawn`` said there); default none
-    lanes:  how many shards an epoch of one set walks through side by side
-    kept:   of sets of which only some records are drawn, these, rising; ``sets`` then counts only them
+    base:   draws of each set before the first phase (the result of ``drawn`` there); default none
+    lanes:  number of shards that an epoch of one set reads in parallel
+    kept:   for sets of which only some records are drawn, these records, ascending; ``sets`` counts only them
     Raises UserError for a data set in a phase's mixture that the phase is too short to draw from.
     """
 
@@ -90,14 +90,14 @@ class DataOrder:
         self._last_step, self._last = -1, BatchOrder(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def drawn(self, step: int) -> dict[str, int]:
-        """How many clips each data set has given before a step, ``base`` included."""
+        """Returns how many clips of each data set were drawn before a step, ``base`` included."""
         if step == self._phases[-1].end:
             return dict(zip(self.names, self._base[-1], strict=True))
         return dict(zip(self.names, self._given(step, at_end=False), strict=True))
 
     def batch(self, step: int) -> BatchOrder:
-        """Data set and record of every slot of one step."""
-        if step != self._last_step:  # a step's micro-batches ask one after the other
+        """Returns data set and record of every slot of one step."""
+        if step != self._last_step:  # cached, because each micro-batch of a step calls this
             self._last_step, self._last = step, self._batch(step)
         return self._last
 
@@ -108,7 +108,7 @@ class DataOrder:
         for number, members in enumerate(deal.geometries):
             clips = self._spread(members, first, end)
             groups = clips.shape[1] // deal.group
-            # Groups of a geometry are spread evenly over the batch too, so that ranks have like work.
+            # Groups of a geometry are spread evenly over the batch too, so that all ranks have similar work.
             columns.append(clips.reshape(2, groups, deal.group))
             group_rank.append((np.arange(groups) + 0.5) / max(1, groups))
             geometry_of.append(np.full(groups, number, np.int64))
@@ -117,7 +117,7 @@ class DataOrder:
         return BatchOrder(datasets, records)
 
     def _spread(self, members: Sequence[int], first: Sequence[int], end: Sequence[int]) -> Ints:
-        """Draws first[i] … end[i]−1 of some data sets i, spread evenly: int64 [2, draws], data set and record."""
+        """Returns draws first[i] … end[i]−1 of data sets i, spread evenly: int64 [2, draws], data set and record."""
         dataset, record, lane_rank = [], [], []
         for i in members:
             n = end[i] - first[i]
@@ -131,23 +131,23 @@ class DataOrder:
         return both[:, np.lexsort((both[0], np.concatenate(lane_rank)))]
 
     def _number(self, step: int) -> int:
-        """Which phase a step is in."""
+        """Returns the index of the phase that a step is in."""
         if not self._phases[0].first <= step < self._phases[-1].end:
             raise ValueError(f"step {step} is outside {self._phases[0].first} to {self._phases[-1].end - 1}")
         return bisect_right([phase.first for phase in self._phases], step) - 1
 
     def _given(self, step: int, *, at_end: bool) -> list[int]:
-        """Draws of each set before a step, or before the next one."""
+        """Returns the draws of each set before a step, or with ``at_end`` before the next one."""
         number = self._number(step)
         given = self._deals[number].given(step + at_end - self._phases[number].first)
         return [b + n for b, n in zip(self._base[number], given, strict=True)]
 
 
 class _Deal:
-    """How a phase deals its clips: mask groups to geometries, then each geometry's clips to its data sets.
+    """Assigns a phase's clips: mask groups to geometries, then each geometry's clips to its data sets.
 
     geometries: indices of the data sets of each number of frames
-    group:      clips of a mask group
+    group:      clips per mask group
     """
 
     def __init__(self, phase: Phase, names: Sequence[str]) -> None:
@@ -165,7 +165,7 @@ class _Deal:
         self._of_geometry = [sum(self._shares[i] for i in members) for members in self.geometries]
 
     def given(self, steps: int) -> list[int]:
-        """Draws of each data set in the first steps of the phase."""
+        """Returns the draws of each data set in the first ``steps`` steps of the phase."""
         given = [0] * len(self._shares)
         of_geometry = split_draws(self._groups_per_step * steps, self._of_geometry)
         for members, groups in zip(self.geometries, of_geometry, strict=True):
@@ -176,11 +176,12 @@ class _Deal:
 
 
 def split_draws(draws: int, shares: Sequence[int]) -> list[int]:
-    """How many of the first q draws each data set gives (or of the first q mask groups each geometry gets).
+    """Returns each data set's count among the first q draws (or each geometry's among the first q mask groups).
 
-    By falling share, with rest = q and Q = Σ shares: N = rest·share // Q; rest -= N; Q -= share.
-    The counts sum to q and never fall as q grows. Of k sets each is less than 1 under its exact share and less than
-    1 + 1/2 + … + 1/(k−1) over it (tests/data/shares.py): within two for up to four sets, within three for up to eleven.
+    In descending order of shares, with rest = q and Q = Σ shares: N = rest·share // Q; rest -= N; Q -= share.
+    The counts sum to q and never decrease as q grows. With k sets each count is less than 1 below its exact share and
+    less than 1 + 1/2 + … + 1/(k−1) above it (tests/data/shares.py): less than 2 above it for up to four sets, less
+    than 3 for up to eleven.
     """
     given = [0] * len(shares)
     rest, total = draws, sum(shares)
@@ -193,7 +194,7 @@ def split_draws(draws: int, shares: Sequence[int]) -> list[int]:
 
 
 class _SetOrder:
-    """Draw k of one data set -> record. An epoch is every record once; shards in a fixed number of lanes.
+    """Maps draw k of one data set to a record. An epoch is every record once, with shards in a fixed number of lanes.
 
     key:   of this data set's permutations
     sizes: records of each shard
@@ -207,7 +208,7 @@ class _SetOrder:
         self._tables: dict[int, tuple[Ints, Ints]] = {}
 
     def records(self, draws: Ints) -> Ints:
-        """Records of some draws, ordered by (lane, draw)."""
+        """Returns the records of some draws, ordered by (lane, draw)."""
         epoch, place = np.divmod(draws, self._total)
         deep, wide = divmod(self._total, self._lanes)  # every lane has `deep` records, the first `wide` one more
         lane = np.where(place < self._lanes * deep, place % self._lanes, place - self._lanes * deep)
@@ -217,7 +218,7 @@ class _SetOrder:
         return self._at(epoch[by_lane], position[by_lane])
 
     def _at(self, epoch: Ints, position: Ints) -> Ints:
-        """Records at positions of epochs' permuted sequences."""
+        """Returns the records at positions of the epochs' permuted sequences."""
         shard, inside = np.empty_like(position), np.empty_like(position)
         for e in np.unique(epoch):
             shards, ends = self._table(int(e))
@@ -229,7 +230,7 @@ class _SetOrder:
         return self._starts[shard] + permuted(inside, self._sizes[shard], keys)
 
     def _table(self, epoch: int) -> tuple[Ints, Ints]:
-        """An epoch's sequence of shards, and where each ends in it."""
+        """Returns an epoch's sequence of shards, and the position where each one ends."""
         if epoch not in self._tables:
             if len(self._tables) >= _EPOCHS_KEPT:
                 self._tables.pop(next(iter(self._tables)))

@@ -1,11 +1,11 @@
 """Poses of a robot's hand, and the actions that lead from one to the next. method.md 8.
 
 A state is [position (m), orientation (rad), gripper, 0 open to 1 closed]: 7 numbers. Orientations are extrinsic xyz
-Euler angles, R = Rz·Ry·Rx, as scipy's "xyz". An action is the same of a difference: of position and gripper plainly,
-of orientation the angles of R(k+1)·R(k)ᵀ.
+Euler angles, R = Rz·Ry·Rx, as scipy's "xyz". An action has the same 7 numbers: the differences of position and
+gripper, and the angles of R(k+1)·R(k)ᵀ.
 
-All is worked out in float64 and given back in the dtype that came: an action's rotation is the small difference of
-two large ones.
+Functions compute in float64 and return the input's dtype, because an action's rotation is the small difference of two
+large ones.
 """
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 
 POSITION, ANGLES, GRIPPER = slice(0, 3), slice(3, 6), slice(6, 7)
 
-# Cosine of the pitch below which only roll ∓ yaw can be told: yaw is then 0, as scipy has it.
+# Cosine of the pitch below which only roll ∓ yaw is determined: yaw is then set to 0, as in scipy.
 _LOCKED = 1e-7
 
 
 def matrices_of(angles: Tensor) -> Tensor:
-    """Rotation matrices [..., 3, 3] of Euler angles [..., 3] in radians."""
+    """Returns the rotation matrices [..., 3, 3] of Euler angles [..., 3] in radians."""
     roll, pitch, yaw = angles.double().unbind(-1)
     (sin_x, sin_y, sin_z), (cos_x, cos_y, cos_z) = (
         [f(angle) for angle in (roll, pitch, yaw)] for f in (torch.sin, torch.cos)
@@ -32,14 +32,14 @@ def matrices_of(angles: Tensor) -> Tensor:
 
 
 def angles_of(matrices: Tensor) -> Tensor:
-    """Euler angles [..., 3] in radians of rotation matrices [..., 3, 3]: pitch in [-π/2, π/2], the others in [-π, π].
+    """Returns the Euler angles [..., 3] of rotation matrices [..., 3, 3]: pitch in [-π/2, π/2], others in [-π, π].
 
-    Sound at gimbal lock (a pitch of ±π/2): the angles always give the matrix back.
+    Also valid at gimbal lock (a pitch of ±π/2): ``matrices_of`` of the angles is always the given matrix.
     """
     m = matrices.double()
     cos_pitch = torch.hypot(m[..., 0, 0], m[..., 1, 0])
     yaw = torch.where(cos_pitch < _LOCKED, 0.0, torch.atan2(m[..., 1, 0], m[..., 0, 0]))
-    # What is left when the yaw is turned back is Ry·Rx, so roll and pitch fit this yaw, however little it is known.
+    # Rz(−yaw)·R = Ry·Rx, so roll and pitch are consistent with this yaw even where yaw is poorly determined.
     sin_z, cos_z = yaw.sin()[..., None], yaw.cos()[..., None]
     x_row = cos_z * m[..., 0, :] + sin_z * m[..., 1, :]
     y_row = cos_z * m[..., 1, :] - sin_z * m[..., 0, :]
@@ -49,7 +49,7 @@ def angles_of(matrices: Tensor) -> Tensor:
 
 
 def actions_between(states: Tensor) -> Tensor:
-    """What leads from each state to the next: [..., K, 7] → [..., K-1, 7]."""
+    """Returns the action from each state to the next: [..., K, 7] → [..., K-1, 7]."""
     before, after = states[..., :-1, :].double(), states[..., 1:, :].double()
     turned = matrices_of(after[..., ANGLES]) @ matrices_of(before[..., ANGLES]).mT
     moved = after - before
@@ -57,14 +57,14 @@ def actions_between(states: Tensor) -> Tensor:
 
 
 def advance(states: Tensor, actions: Tensor) -> Tensor:
-    """The states [..., 7] that actions [..., 7] lead to. The gripper stays in [0, 1]."""
+    """Applies actions [..., 7] to states [..., 7]; returns the next states. The gripper is clamped to [0, 1]."""
     turned = matrices_of(actions[..., ANGLES].double()) @ matrices_of(states[..., ANGLES].double())
     moved = states.double() + actions.double()
     return torch.cat([moved[..., POSITION], angles_of(turned), moved[..., GRIPPER].clamp(0, 1)], -1).to(states.dtype)
 
 
 def states_along(states: Tensor, actions: Tensor) -> Tensor:
-    """The states [..., H+1, 7] that actions [..., H, 7] lead through from states [..., 7], these included."""
+    """Applies actions [..., H, 7] in turn to states [..., 7]; returns [..., H+1, 7], the first state included."""
     along = [states]
     for action in actions.unbind(-2):
         along.append(advance(along[-1], action))

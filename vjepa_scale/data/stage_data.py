@@ -10,9 +10,9 @@ from vjepa_scale.recipe import Phase, Stage, stages_of
 
 
 def open_data(stage: Stage) -> dict[str, Manifest]:
-    """The manifests of a stage's data sets, in the recipe's order.
+    """Opens the manifests of a stage's data sets, in the recipe's order.
 
-    Raises UserError naming the key; where a folder is missing that only this stage needs, it says how to do without it.
+    Raises UserError naming the key. Where only this stage needs the missing folder, its fix is to skip the stage.
     """
     manifests = {}
     for name in stage.data_sets:
@@ -26,7 +26,7 @@ def open_data(stage: Stage) -> dict[str, Manifest]:
 
 
 def _without(stage: Stage, data_set: str) -> str:
-    """How to leave out a stage that alone needs a data set, in words; empty where another stage needs it too."""
+    """Returns a hint to skip the stage where no other stage needs this data set; else an empty string."""
     others = [other for name, other in stages_of(stage.recipe).items() if name != stage.name]
     if not others or any(data_set in other.data_sets for other in others):
         return ""
@@ -40,10 +40,10 @@ def data_order(
     base: Mapping[str, int],
     records: Mapping[str, Ints] | None = None,
 ) -> DataOrder:
-    """The order of a stage's records over its phases.
+    """Returns the order of a stage's records over its phases.
 
-    base:    clips that each data set had given before the stage
-    records: as ``Stage.records`` says, which is asked where they are not given
+    base:    clips of each data set that were drawn before the stage
+    records: the result of ``Stage.records``, which is called where this is not given
     """
     records = stage.records(manifests) if records is None else records
     return DataOrder(

@@ -1,9 +1,9 @@
-"""Clips that do not decode in training, and what is shown in their place.
+"""Replaces clips that do not decode in training.
 
-A slot whose clip fails shows another one of the same data set: attempt a of slot i at step s is a hash of
-(data.seed, s, i, a). So the data of a run are a function of recipe, seed, step and of which clips failed; and
-which failed is what the run's ledger tells (training/skipped_clips.py). Only a decoder's verdict counts: a shard that
-is gone, cut short or unreadable is no clip's fault and stays an error.
+A slot whose clip fails shows another clip of the same data set: attempt a of slot i at step s is a hash of
+(data.seed, s, i, a). So the data of a run are a function of recipe, seed, step and the set of failed clips, which
+the run's ledger records (training/skipped_clips.py). Only decode failures are replaced: a shard that is missing,
+truncated or unreadable stays an error.
 """
 
 import logging
@@ -24,7 +24,7 @@ from vjepa_scale.video.container import DecodeError
 
 _log = logging.getLogger(__name__)
 
-# A slot gives up after this many clips. Where half of a data set is damaged, 1 slot in 256 comes to that.
+# A slot fails after this many clips. Where half of a data set is damaged, 1 slot in 256 reaches this limit.
 ATTEMPTS = 8
 
 TIME_LIMIT = "time limit"
@@ -32,7 +32,7 @@ CRASH = "crashes the decoder"
 
 
 class Place(NamedTuple):
-    """One clip in one slot of one step: what a failure is known by."""
+    """One clip in one slot of one step: the key of a failure."""
 
     step: int
     slot: int
@@ -44,9 +44,9 @@ class Place(NamedTuple):
 class DecodeFailure:
     """A clip that was not shown. The fields are those of a ledger row.
 
-    key, shard:  of the record, for whoever looks for it
-    cause:       one of few, to count by; detail: the particular
-    replacement: the record tried next (a failure of its own where it fails too)
+    key, shard:  of the record
+    cause:       a category, for counts; detail: the specific error
+    replacement: the record tried next (another failure where it fails too)
     """
 
     step: int
@@ -68,7 +68,7 @@ class DecodeFailure:
         return f"data set {self.dataset!r}, record {self.key} of {self.shard} (step {self.step}): {why}"
 
 
-# Failures that are known before anything is decoded: place -> (cause, detail).
+# Failures known before decoding: place -> (cause, detail).
 Known = Mapping[Place, tuple[str, str]]
 
 
@@ -81,10 +81,10 @@ def clip_or_substitute(
     timed: Timed | None = None,
     records: Ints | None = None,
 ) -> tuple[ClipRef, list[npt.NDArray[np.uint8]], list[DecodeFailure]]:
-    """The clip that a slot shows, its pictures, T of uint8 [H, W, 3], and the failures on the way to them.
+    """Returns the clip that a slot shows, its T pictures, uint8 [H, W, 3], and the failures before it.
 
-    known: clips not to be tried
-    records: those that the stage draws from; None: all
+    known: clips to replace without an attempt
+    records: records that the stage draws from; None: all
     Raises UserError where no clip of ATTEMPTS decodes.
     """
     failures: list[DecodeFailure] = []
@@ -133,7 +133,7 @@ def clip_or_substitute(
 def substitute(
     manifest: Manifest, ref: ClipRef, *, attempt: int, data: DataConfig, records: Ints | None = None
 ) -> ClipRef:
-    """The clip of a slot's attempt 1, 2, …: any record of the same data set, with a window of its own."""
+    """Draws the clip of a slot's attempt 1, 2, …: a record of the same data set, and a window in it."""
     draws = KeyedRng(data.seed, "substitute", ref.step, ref.slot, attempt)
     record = draws.integer(manifest.records) if records is None else int(records[draws.integer(len(records))])
     draw = KeyedRng(data.seed, "substitute.window", ref.step, ref.slot, attempt).uniform()

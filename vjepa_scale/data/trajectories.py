@@ -1,17 +1,17 @@
-"""What a robot did while it was filmed: the members beside a record's video; its states in a clip; their statistics.
+"""A robot's control log, stored with a record's video: its members, its states in a clip, and statistics.
 
     KEY.states.npy      float64 [K, 7]   end effector's position (m) and orientation (extrinsic xyz Euler angles, rad),
                                          both in the frame of the robot's base; gripper, 0 open to 1 closed
-    KEY.times.npy       float64 [K]      when each state was, in seconds from the first
+    KEY.times.npy       float64 [K]      time of each state, in seconds from the first
     KEY.extrinsics.npy  float64 [K, 6]   the camera's position (m) and orientation (as above), in the frame of the base;
-                                         not every record has it
+                                         some records have none
 
-method.md 8. The states are on the control log's clock, the pictures on the video's: second 0 is the same for both.
+method.md 8. States have the control log's clock, pictures the video's; second 0 is the same for both.
 
-A picture is on screen from its own time until the next one's, and so it is with the log: a step's state holds from
-its time until the next step's. So the state beside the picture shown at time t is that of the last step at or before
-t, never one of the future and never a mean of two: states and pictures are of the same moment wherever video and log
-have one frame per step, and actions between them are of the poses that the camera saw.
+A picture is on screen from its own time until the next picture's. Likewise, a step's state holds from its time until
+the next step's. So the state of the picture at time t is that of the last step at or before t, never a future state
+and never a mean of two. Where video and log have one frame per step, state and picture are of the same moment, and
+actions are between the poses that the camera saw.
 """
 
 import io
@@ -45,7 +45,7 @@ class StateLog:
 
 
 def check_log(log: StateLog) -> StateLog:
-    """The log, if its arrays are of one length and finite and its times rise from 0. Raises DecodeError."""
+    """Returns the log. Raises DecodeError where lengths differ, a value is not finite, or times do not rise from 0."""
     steps = len(log.times_s) if log.times_s.ndim else 0
     arrays = {"states": (log.states, (steps, STATE)), "times": (log.times_s, (steps,))}
     if log.extrinsics is not None:
@@ -68,14 +68,14 @@ def check_log(log: StateLog) -> StateLog:
 
 
 def step_s(times_s: Floats) -> float:
-    """The usual time from one step to the next, in seconds (pauses do not count)."""
+    """Returns the median time from one step to the next, in seconds, so pauses do not count."""
     return float(np.median(np.diff(times_s)))
 
 
 def check_clocks(duration_s: float, times_s: Floats) -> None:
-    """Refuse a video that does not end with its log, to one step: no one knows how long the last step was.
+    """Raises DecodeError where video and log differ in length by more than one step.
 
-    duration_s: of the video. Raises DecodeError.
+    One step is allowed because the duration of the last step is unknown. duration_s: of the video
     """
     lasts = float(times_s[-1]) + step_s(times_s)
     if abs(duration_s - lasts) > step_s(times_s) + 1e-6:
@@ -85,7 +85,7 @@ def check_clocks(duration_s: float, times_s: Floats) -> None:
 
 
 def read_trajectory(manifest: Manifest, record: int) -> StateLog:
-    """The states beside a record's video. Raises UserError where they are not sound, or not on the video's clock."""
+    """Reads the states of a record. Raises UserError where they are invalid, or do not match the video's duration."""
     where = f"{manifest.folder / manifest.shard_of(record).name}: record {manifest.key(record)}"
     if "states.offset" not in manifest.described:
         fix = as_called("make shards with tools/make_shards.py DROID OUT --trajectories droid")
@@ -102,7 +102,7 @@ def read_trajectory(manifest: Manifest, record: int) -> StateLog:
 
 
 def _array(name: str, data: bytes) -> npt.NDArray[np.float64]:
-    """A .npy member; never a pickle. Raises DecodeError."""
+    """Reads a .npy member; refuses pickles. Raises DecodeError."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:
@@ -116,15 +116,15 @@ def _array(name: str, data: bytes) -> npt.NDArray[np.float64]:
 
 F32 = npt.NDArray[np.float32]
 
-# Times are sums of floats: one this close before a step counts as that step. Shards are made with the same.
+# Times are sums of floats: a time this close before a step counts as that step. Making shards uses the same value.
 _TOLERANCE_S = 1e-6
 
 
 @dataclass(frozen=True)
 class TrajectoryClip:
-    """What a robot was at the K pictures of a clip.
+    """A robot's states at the K pictures of a clip.
 
-    states: [K, 7], extrinsics: [K, 6] or None, as data/trajectories.py has them; steps: [K], their numbers in the log
+    states: [K, 7], extrinsics: [K, 6] or None, as in StateLog; steps: [K], their indices in the log
     """
 
     states: F32
@@ -133,10 +133,10 @@ class TrajectoryClip:
 
 
 def states_at(log: StateLog, times_s: npt.ArrayLike) -> TrajectoryClip:
-    """The states at times of a clip, in seconds into the video, which are the log's.
+    """Returns the states at the times of a clip, in seconds; video and log share second 0.
 
-    The clip has to lie inside its video (``long_enough``): no time may be past the end of the log's last step, or of
-    the one more step by which ``check_clocks`` lets a video outlast it.
+    The clip must be inside its video (``long_enough``): no time may be past the end of the log's last step, plus the
+    one step by which ``check_clocks`` allows a video to be longer.
     """
     times = np.asarray(times_s, np.float64)
     end_s = float(log.times_s[-1]) + 2 * step_s(log.times_s)
@@ -148,14 +148,14 @@ def states_at(log: StateLog, times_s: npt.ArrayLike) -> TrajectoryClip:
 
 
 def trajectory_clip(manifest: Manifest, ref: ClipRef) -> TrajectoryClip:
-    """The states beside the pictures of a clip of a record. Raises UserError as ``read_trajectory`` does."""
+    """Returns the states at the pictures of a clip. Raises UserError as ``read_trajectory`` does."""
     return states_at(read_trajectory(manifest, ref.record), ref.times_s)
 
 
 def long_enough(manifest: Manifest, *, frames: int, fps: float) -> npt.NDArray[np.int64]:
-    """Numbers of the records whose video lasts for a window of frames/fps seconds, ascending.
+    """Returns the indices of the records whose video has at least frames/fps seconds, ascending.
 
-    Others would repeat their last picture while the log stands still. Raises UserError where no record is left.
+    A shorter video would repeat its last picture without states for it. Raises UserError where no record is left.
     """
     durations = manifest.column("duration")
     found = np.flatnonzero(durations >= frames / fps - _TOLERANCE_S)
@@ -170,13 +170,13 @@ def long_enough(manifest: Manifest, *, frames: int, fps: float) -> npt.NDArray[n
     return found.astype(np.int64)
 
 
-# -- statistics: how states and actions of a data set are spread -----------------------------------
+# -- statistics of the states and actions of a data set --------------------------------------------
 #
-# Of the numbers as the network sees them, float32 at the clips' rate, and plain: of Euler angles too, though an arm
-# that points down has a roll of about π and -π in turn, which no plain mean tells. Nothing is normalised by them
-# (method.md 8 does not); they tell one data set from another, and what a checkpoint has seen.
+# Computed from the network's inputs: float32, at the clips' rate. Euler angles are treated as plain numbers, though the
+# roll of an arm that points down alternates between π and -π, so that its mean says little. Nothing is normalised by
+# these statistics (method.md 8); they identify a data set, and the data that a checkpoint was trained on.
 
-# The 7 numbers: metres, radians, and 0 open to 1 closed.
+# The 7 numbers of a state: metres, radians, and the gripper, 0 open to 1 closed.
 NUMBERS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _KINDS = ("states", "actions")
 _FIELDS = ("mean", "std", "min", "max")
@@ -184,7 +184,7 @@ _FIELDS = ("mean", "std", "min", "max")
 
 @dataclass(frozen=True)
 class Moments:
-    """Of some rows of 7 numbers. squares: sums of squared distances from the mean; all [7], float64."""
+    """Moments of rows of 7 numbers. squares: sums of squared distances from the mean; all [7], float64."""
 
     count: int
     mean: Floats
@@ -194,7 +194,7 @@ class Moments:
 
     @classmethod
     def of(cls, rows: npt.ArrayLike) -> "Moments":
-        """Of rows [n, 7], n ≥ 0."""
+        """Returns the moments of rows [n, 7], n ≥ 0."""
         array = np.asarray(rows, np.float64)
         if not len(array):
             return cls(0, np.zeros(STATE), np.zeros(STATE), np.full(STATE, np.inf), np.full(STATE, -np.inf))
@@ -202,7 +202,7 @@ class Moments:
         return cls(len(array), mean, ((array - mean) ** 2).sum(0), array.min(0), array.max(0))
 
     def joined(self, other: "Moments") -> "Moments":
-        """Of the rows of both: Chan, Golub and LeVeque's formula, which never takes a difference of large sums."""
+        """Returns the moments of both sets of rows, by Chan, Golub and LeVeque's formula, which avoids cancellation."""
         count = self.count + other.count
         share = other.count / max(1, count)
         apart = other.mean - self.mean
@@ -214,60 +214,61 @@ class Moments:
             np.maximum(self.largest, other.largest),
         )
 
-    def told(self) -> dict[str, Any]:
-        """As JSON: count, and 7 numbers for each of mean, std (of all rows: over n), min and max; none of no rows."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns JSON: count, and lists of 7 for mean, std (over n), min and max; the lists are empty for no rows."""
         if not self.count:
             return {"count": 0} | {name: [] for name in _FIELDS}
         values = (self.mean, np.sqrt(self.squares / self.count), self.least, self.largest)
         return {"count": self.count} | {name: value.tolist() for name, value in zip(_FIELDS, values, strict=True)}
 
     @classmethod
-    def read(cls, told: dict[str, Any]) -> "Moments":
-        """What ``told`` gave."""
-        if not told["count"]:
+    def read(cls, content: dict[str, Any]) -> "Moments":
+        """Returns the moments that ``as_json`` wrote."""
+        if not content["count"]:
             return cls.of([])
-        mean, std, least, largest = (np.array(told[name], np.float64) for name in _FIELDS)
-        return cls(told["count"], mean, told["count"] * std**2, least, largest)
+        mean, std, least, largest = (np.array(content[name], np.float64) for name in _FIELDS)
+        return cls(content["count"], mean, content["count"] * std**2, least, largest)
 
 
 def trajectory_statistics(manifest: Manifest, records: Sequence[int] | npt.NDArray[np.int64], fps: float) -> dict:
-    """Statistics of some records, whole, at times k/fps from their start; actions are from each time to the next.
+    """Returns statistics of whole records, at times k/fps from their start; actions are from each time to the next.
 
-    Returns, ready for JSON, ``fps``, ``records`` and for ``states`` and ``actions`` what ``Moments.told`` gives.
-    Holds one record at a time. Raises UserError as ``read_trajectory`` does.
+    The result is JSON: ``fps``, ``records``, and ``Moments.as_json`` for ``states`` and ``actions``.
+    Holds one record in memory at a time. Raises UserError as ``read_trajectory`` does.
     """
     found = {kind: Moments.of([]) for kind in _KINDS}
     for record in records:
         rows = _rows(manifest, int(record), fps)
         found = {kind: found[kind].joined(Moments.of(rows[kind])) for kind in _KINDS}
-    return {"fps": fps, "records": len(records)} | {kind: found[kind].told() for kind in _KINDS}
+    return {"fps": fps, "records": len(records)} | {kind: found[kind].as_json() for kind in _KINDS}
 
 
 def log_statistics(states_K7: Floats) -> dict:
-    """``trajectory_statistics`` of one control log, step by step as it was written down: ``fps`` is None."""
+    """Returns ``trajectory_statistics`` of one control log at the log's own steps; ``fps`` is None."""
     actions = _actions_between(states_K7)
-    return {"fps": None, "records": 1, "states": Moments.of(states_K7).told(), "actions": Moments.of(actions).told()}
+    moments = {"states": Moments.of(states_K7), "actions": Moments.of(actions)}
+    return {"fps": None, "records": 1} | {kind: found.as_json() for kind, found in moments.items()}
 
 
 def merged(parts: Iterable[dict]) -> dict:
-    """The statistics of all records of which the parts have a share each; parts of no records are fine."""
+    """Merges statistics of disjoint parts of the records; a part may have no records."""
     parts = list(parts)
     rates = {part["fps"] for part in parts}
     assert len(rates) == 1, f"parts at {len(rates)} rates: {sorted(rates)}"
     every = {kind: reduce(Moments.joined, (Moments.read(part[kind]) for part in parts)) for kind in _KINDS}
     records = sum(part["records"] for part in parts)
-    return {"fps": rates.pop(), "records": records} | {kind: every[kind].told() for kind in _KINDS}
+    return {"fps": rates.pop(), "records": records} | {kind: every[kind].as_json() for kind in _KINDS}
 
 
 def _rows(manifest: Manifest, record: int, fps: float) -> dict[str, npt.NDArray[np.float32]]:
-    """States [K, 7] and actions [K-1, 7] of a record: as many as its video has time for."""
+    """Returns states [K, 7] and actions [K-1, 7] of a record, for the whole length of its video."""
     count = max(1, int(float(manifest.column("duration")[record]) * fps + 1e-6))
     states = states_at(read_trajectory(manifest, record), np.arange(count) / fps).states
     return {"states": states, "actions": _actions_between(states)}
 
 
 def _actions_between(states_K7: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The training's own arithmetic, [K-1, 7]: PyTorch's, which the making of other shards does without."""
+    """Returns actions [K-1, 7] by training's code. Imports PyTorch here: making other shards does not need it."""
     import torch
 
     from vjepa_scale.data.poses import actions_between

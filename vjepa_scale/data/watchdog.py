@@ -1,8 +1,8 @@
-"""A worker that has fallen silent inside a decoder, or died there: noticed by the rank, and told clip by clip.
+"""Detects workers that hang or crash inside a decoder, and reports which clip caused it.
 
 A call that hangs inside C cannot be interrupted in its own process, and may hold the interpreter's lock. So each
-worker writes what it is about to decode on a board in shared memory, and a thread of the rank reads the board and
-kills the worker whose line has not changed for too long.
+worker writes the clip that it is about to decode to a board in shared memory. A thread of the rank reads the board and
+kills a worker whose line has not changed for too long.
 """
 
 import signal
@@ -21,12 +21,12 @@ from vjepa_scale.data.substitution import CRASH, TIME_LIMIT, Place
 
 _LINE = 5  # serial number, step, slot, data set, record
 _POLL_S = 0.25
-# How a decoder's own mistakes end a process. Not SIGKILL (out of memory) and not SIGBUS (/dev/shm is full).
+# Signals that a decoder's bugs end a process with. Not SIGKILL (out of memory) and not SIGBUS (/dev/shm is full).
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 
 class DecodeStatus:
-    """One line per worker: the clip that it decodes now. Pickles to a worker as it starts.
+    """One line per worker: the clip that it decodes now. It is pickled to each worker at its start.
 
     names: of the data sets
     """
@@ -37,7 +37,7 @@ class DecodeStatus:
 
     @contextmanager
     def decoding(self, ref: ClipRef) -> Iterator[None]:
-        """In a worker, around one decoding. Does nothing in the rank itself."""
+        """Context manager of a worker around the decoding of one clip. Does nothing in the rank itself."""
         info = get_worker_info()
         if info is None:
             yield
@@ -51,7 +51,7 @@ class DecodeStatus:
             lines[at] += 1
 
     def serial(self, worker: int) -> int | None:
-        """Which decoding a worker is at, None between two."""
+        """Returns the serial number of a worker's current decoding; None where it decodes nothing."""
         serial = self._lines[_LINE * worker]
         return serial if serial % 2 else None
 
@@ -61,7 +61,7 @@ class DecodeStatus:
 
 
 class WorkerWatchdog:
-    """Kills workers that decode one clip for longer than ``limit_s``, from its making to ``stop``."""
+    """Kills workers that decode one clip for longer than ``limit_s``, from its construction until ``stop``."""
 
     def __init__(self, board: DecodeStatus, workers: Sequence[BaseProcess], *, limit_s: float) -> None:
         self._board, self._workers, self._limit_s = board, workers, limit_s
@@ -75,12 +75,12 @@ class WorkerWatchdog:
         self._thread.join()
 
     def lost(self) -> dict[Place, tuple[str, str]]:
-        """The clips that workers were killed over or have crashed on: place -> (cause, detail)."""
+        """Returns the clips that workers were killed for or crashed on: place -> (cause, detail)."""
         found = dict.fromkeys(self._killed.values(), (TIME_LIMIT, f"more than {self._limit_s:g} s"))
         for number, worker in enumerate(self._workers):
             if number in self._killed or self._board.serial(number) is None:
                 continue
-            worker.join(_POLL_S)  # its connection may have told of its end before its exit status does
+            worker.join(_POLL_S)  # its connection may close before its exit status is available
             code = worker.exitcode
             if code is not None and -code in _CRASHES:
                 found[self._board.place(number)] = (CRASH, signal.Signals(-code).name)
@@ -91,7 +91,7 @@ class WorkerWatchdog:
         serials = [self._board.serial(number) for number in range(len(self._workers))]
         then = time.monotonic()
         while not self._stopped.wait(_POLL_S):
-            # In turns of the thread, not by the clock: a job that was suspended has not been silent.
+            # Counts turns of this thread, not wall-clock time: a suspended job must not count as hanging.
             turn_s, then = min(time.monotonic() - then, 2 * _POLL_S), time.monotonic()
             for number, worker in enumerate(self._workers):
                 serial = self._board.serial(number)
@@ -99,7 +99,7 @@ class WorkerWatchdog:
                     silent_s[number] = -turn_s
                 silent_s[number] += turn_s
                 serials[number] = serial
-                ended = wait_for([worker.sentinel], timeout=0)  # not is_alive: only one thread may ask for the status
+                ended = wait_for([worker.sentinel], timeout=0)  # not is_alive(): only one thread may read the status
                 if silent_s[number] > self._limit_s and number not in self._killed and not ended:
                     self._killed[number] = self._board.place(number)
                     worker.kill()

@@ -1,1 +1,1 @@
-"""The demo: the worlds that it renders, and what it measures of a finished chain."""
+"""The demo: renders synthetic worlds, and measures a finished chain of stages."""

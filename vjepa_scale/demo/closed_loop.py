@@ -1,8 +1,8 @@
-"""Can a robot reach what a picture shows? Episodes in the synthetic robot's world, in closed loop.
+"""Closed-loop episodes of the synthetic robot: measures how often it reaches the state in a goal picture.
 
-In each, the hand starts somewhere and is shown a picture of where it should be. At every step the plan of a world model
-is made anew from what the camera sees then, and its first action is carried out. The same episodes are played with
-random actions of the same size, and without any.
+In each episode the hand has a start and a goal picture. At every step a world model plans from the current camera
+picture, and the first action is executed. Baselines are the same episodes with random actions of the same size, and
+without actions.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Policy = Callable[[Robot, int], Floats]
 
 
 def play(robot: Robot, policy: Policy) -> Floats:
-    """Carry out the actions of a policy, (robot, step) -> [B, 7]; the states on the way, [steps + 1, B, 7]."""
+    """Executes the actions of a policy, (robot, step) -> [B, 7]; returns all states, [steps + 1, B, 7]."""
     states = [robot.states]
     for step in range(robot.reach.steps):
         states.append(robot.step(policy(robot, step)))
@@ -28,11 +28,11 @@ def play(robot: Robot, policy: Policy) -> Floats:
 
 
 def planner(model: WorldModel, config: PlanConfig, robot: Robot, seed: int) -> Policy:
-    """The policy of a world model that has seen pictures of the goals."""
+    """Returns the policy of a world model with pictures of the goals."""
     goals = model.encode(robot.pictures(robot.goals))
 
     def first_actions(robot: Robot, step: int) -> Floats:
-        # A seed for each episode and step: what one does must not depend on which others are played beside it.
+        # One seed per episode and step, so that an episode does not depend on the other episodes of the batch.
         seeds = [KeyedRng(seed, "closed loop", step, episode).integer(2**31) for episode in robot.episodes]
         plan = model.plan(robot.pictures(), robot.states, goals, config, seed=seeds)
         actions: Floats = plan.actions[:, 0].double().cpu().numpy()
@@ -42,7 +42,7 @@ def planner(model: WorldModel, config: PlanConfig, robot: Robot, seed: int) -> P
 
 
 def at_random(config: PlanConfig, seed: int) -> Policy:
-    """Uniform within the planner's limits."""
+    """Returns the policy of uniform random actions within the planner's limits."""
 
     def actions(robot: Robot, step: int) -> Floats:
         draws = [KeyedRng(seed, "random policy", step, episode).uniforms(7) for episode in robot.episodes]
@@ -58,9 +58,9 @@ def do_nothing(robot: Robot, step: int) -> Floats:
 def evaluate_planning(
     model: WorldModel, world: RobotWorld, reach: Reach, config: PlanConfig, *, seed: int, episodes: int
 ) -> dict[str, Any]:
-    """Shares of episodes in which the hand is at its goal after the last step, and the distances that are left.
+    """Returns the share of episodes that end at the goal, and the remaining distances.
 
-    seed: of the episodes, in scenes that no training trajectory has
+    seed: of the episodes, whose scenes are in no training trajectory
     """
 
     def fresh() -> Robot:

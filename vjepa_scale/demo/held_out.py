@@ -1,8 +1,8 @@
-"""What a frozen encoder is worth on held-out clips, with few labels per class.
+"""Evaluates a frozen encoder on held-out clips, with few labels per class.
 
-It is set beside an untrained one of the same architecture and beside raw pixels (eval/knn_linear.py), in the geometry
-that it was trained on last. Two controls say whether the figures mean what they seem to: labels dealt out at random
-must give chance, and clips whose frames are shuffled in time must hide the motion.
+Compares it with an untrained encoder of the same architecture and with raw pixels (eval/knn_linear.py), in the geometry
+of the last training. Two controls validate the figures: with randomly assigned labels accuracy must be at chance, and
+with frames shuffled in time the accuracy for motion must fall.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from vjepa_scale.model.init import initialise
 from vjepa_scale.recipe import Recipe
 
 LABELS_PER_CLASS = 10
-# Draws of labels, from a pool of so many clips of each class: more clips would only cost time.
+# Draws of labels, from a pool of this many clips per class; a larger pool would only cost time.
 LABEL_DRAWS, LABEL_POOL = 10, 20
 NAMES = ("trained", "untrained", "pixels")
 SHUFFLED = "frames shuffled"
@@ -37,9 +37,9 @@ MEASURES: dict[str, Accuracy] = {"linear_probe": knn_linear.linear_probe_accurac
 
 
 def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) -> dict[str, Any]:
-    """Accuracies by measure and features for the whole label and its parts, and the controls.
+    """Returns accuracies by measure and features, for the whole label and its parts, and the controls.
 
-    Decodes ``val`` and the labelled part of ``train``. Nothing is chosen on ``val``.
+    Decodes ``val`` and the labelled part of ``train``. Selects nothing on ``val``.
     """
     labels, val_labels = labels_of(train), labels_of(val, train.classes)
     pool = few_labels(labels, per_class=min(LABEL_POOL, int(np.bincount(labels).min())), seed=0)
@@ -50,7 +50,7 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
     def accuracies(
         measure: Accuracy, of_class: Ints, *, shown: str, tested: str = "", deal: bool = False
     ) -> list[float]:
-        """One for each draw of labels. deal: deal them out at random first."""
+        """Returns one accuracy per draw of labels. deal: assign the labels at random first"""
         rows, results = features[shown]["train"], []
         for number, few in enumerate(draws):
             given = of_class[labels[few]]
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, consolidated: Path, train: Manifest, val: Manifest) 
 def _features(
     recipe: Recipe, consolidated: Path, train: Manifest, labelled: Ints, val: Manifest
 ) -> dict[str, dict[str, Floats]]:
-    """Rows of features, by what made them and by split."""
+    """Returns rows of features, by encoder and by split."""
     config = read_config(consolidated)
     encoders = {"trained": load_encoder(consolidated), "untrained": untrained_encoder(recipe)}
 
@@ -125,21 +125,21 @@ def _features(
 
 
 def untrained_encoder(recipe: Recipe) -> Encoder:
-    """What the recipe's pretraining began with, in eval mode."""
+    """Returns the encoder with the initial weights of the recipe's pretraining, in eval mode."""
     encoder = Encoder(recipe.model)
     initialise(encoder, seed=recipe.run.seed, prefix="encoder")
     return encoder.eval()
 
 
 def in_another_order(clips: Tensor, records: Sequence[int]) -> Tensor:
-    """Clips [n, 3, T, H, W] with the frames of each shuffled: a keyed draw for each record."""
+    """Shuffles the frames of each of the clips [n, 3, T, H, W], with a keyed draw per record."""
     T = clips.shape[2]
     orders = (KeyedRng(0, "control.frames", record).shuffled(T) for record in records)
     return torch.stack([clip[:, torch.from_numpy(order)] for clip, order in zip(clips, orders, strict=True)])
 
 
 def _tasks(classes: Sequence[str]) -> Iterator[tuple[str, Ints]]:
-    """What can be asked of a clip: its label, and each part of labels ``shape-motion``. Class -> number."""
+    """Yields the tasks, each with class -> number: the label, and each part of labels ``shape-motion``."""
     yield "label", np.arange(len(classes))
     if all(name.count("-") == 1 for name in classes):
         for part, task in enumerate(("shape", "motion")):

@@ -1,4 +1,4 @@
-"""What the model is shown and what it makes of it: masks over frames, features as colours, an episode as a strip."""
+"""Draws masks over frames, features as colours, and an episode as a strip of pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 
-_HIDDEN = 0.2  # how much is left of the brightness of what the encoder does not see
-_TARGET = np.array([1.0, 0.55, 0.1])  # the colour over what is to be predicted
+_HIDDEN = 0.2  # brightness of places that the encoder does not see
+_TARGET = np.array([1.0, 0.55, 0.1])  # colour over the targets
 
 
 def draw_masks(path: Path, frames_THW3: U8, masks: Mapping[str, tuple[Mask, Mask]], grid: Grid) -> None:
-    """A row of frames for each mask generator: what the encoder sees, and in orange what the predictor predicts.
+    """Draws a row of frames for each mask generator: the context, and the targets in orange.
 
     frames_THW3: of one clip; masks: context and target tokens [1, t·h·w] of each generator, by its name
     """
@@ -44,7 +44,7 @@ def draw_masks(path: Path, frames_THW3: U8, masks: Mapping[str, tuple[Mask, Mask
 
 
 def draw_features(path: Path, clips: U8, tokens: Mapping[str, Tensor], grid: Grid) -> None:
-    """The first three principal components of patch features as red, green and blue, beneath their frames.
+    """Draws the first three principal components of patch features as red, green and blue, below their frames.
 
     clips:  [n, T, H, W, 3];  tokens: [n, t·h·w, D] of each encoder, by its name
     """
@@ -64,9 +64,9 @@ def draw_features(path: Path, clips: U8, tokens: Mapping[str, Tensor], grid: Gri
 
 
 def principal_colours(tokens_BND: Tensor) -> F32:
-    """Projections on the first three principal components over all tokens, each spread over [0, 1]: [B, N, 3].
+    """Returns projections on the first three principal components over all tokens, each scaled to [0, 1]: [B, N, 3].
 
-    The middle 98 % of a component's values take the whole range: single tokens far out would leave the rest grey.
+    The middle 98 % of a component's values cover the whole range, because outliers would leave the rest grey.
     """
     flat = tokens_BND.detach().flatten(0, 1).double()
     centred = flat - flat.mean(0)
@@ -78,7 +78,7 @@ def principal_colours(tokens_BND: Tensor) -> F32:
 
 
 def _over_pixels(tokens_thw: Mask, size: tuple[int, ...]) -> Mask:
-    """A mask of tokens, [t, h, w], over the pixels of a frame of each token step: [t, H, W]."""
+    """Upsamples a mask of tokens, [t, h, w], to the pixels of one frame per token step: [t, H, W]."""
     patch = size[0] // tokens_thw.shape[1]
     return tokens_thw.repeat(patch, 1).repeat(patch, 2)
 
@@ -104,7 +104,7 @@ def _save(figure: "Figure", path: Path, title: str) -> None:
 
 
 def draw_episode(path: Path, pictures: U8, goal: U8, distances_m: Floats, *, title: str) -> None:
-    """Write a PNG or SVG, by the path's ending: what the camera saw at each step, and the goal at the end.
+    """Writes a PNG or SVG, by the path's ending: the camera's picture at each step, and the goal at the end.
 
     pictures: [steps + 1, H, W, 3]; goal: [H, W, 3]; distances_m: from the hand to its goal at each step
     """

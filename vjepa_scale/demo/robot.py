@@ -1,8 +1,8 @@
-"""The synthetic robot in motion: exploration to learn from, as data in DROID's layout; an environment for actions.
+"""The synthetic robot: training data of exploration, in DROID's layout; and an environment that executes actions.
 
-Without inertia: the next state depends on the last one and the action alone. In exploration each of the seven numbers
-changes at a rate of its own, redrawn a few times a second, so that what a hand did before tells little of what it
-will do: a model has to read the actions.
+There is no inertia: the next state depends only on the last one and the action. In exploration each of the seven
+numbers changes at its own rate, redrawn a few times a second. So past motion says little about future motion, and a
+model has to use the actions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from vjepa_scale.data.trajectories import STATE, Floats
 from vjepa_scale.demo.robot_world import Range, RobotWorld, draw_scene, render
 from vjepa_scale.demo.synthetic import SPLITS, U8, encode_mp4, write_whole
 
-_SETTLING_S = 0.05  # a new rate is taken up within about this time
-_LOOKAHEAD_S = 0.1  # what would leave its range so soon turns round
+_SETTLING_S = 0.05  # time constant of a change of rate
+_LOOKAHEAD_S = 0.1  # a number that would leave its range within this time reverses
 _TRIES = 1000
 
 
 def explore(world: RobotWorld, seed: int, split: str, index: int) -> Floats:
-    """States of trajectory ``index`` of a split, at the world's rate: [steps, 7]."""
+    """Returns the states of trajectory ``index`` of a split, at the world's rate: [steps, 7]."""
     draws = KeyedRng(seed, "robot path", SPLITS.index(split), index)
     low, high = world.bounds
     state, rate, aim = low + (high - low) * draws.uniforms(STATE), np.zeros(STATE), np.zeros(STATE)
@@ -47,10 +47,10 @@ def explore(world: RobotWorld, seed: int, split: str, index: int) -> Floats:
 
 @dataclass(frozen=True)
 class Reach:
-    """What the environment asks for: a hand to be brought somewhere by a number of actions.
+    """The task of the environment: move the hand to a goal with a number of actions.
 
-    distance_m: from the start to the goal (only the place differs); radius_m: so near the goal is reached;
-    steps: how many actions an episode has
+    distance_m: from start to goal (only the position differs); radius_m: the goal is reached within this distance;
+    steps: actions per episode
     """
 
     distance_m: Range = (0.15, 0.25)
@@ -59,9 +59,9 @@ class Reach:
 
 
 class Robot:
-    """Episodes side by side, each in a scene of its own: B arms which take actions, and B goals.
+    """A batch of B episodes, each with its own scene, arm and goal.
 
-    states, goals: [B, 7] float64. Episodes are drawn by seed and number: none depends on the others.
+    states, goals: [B, 7] float64. Episodes are drawn by seed and number, independently of each other.
     """
 
     def __init__(self, world: RobotWorld, reach: Reach, *, seed: int, episodes: Sequence[int]) -> None:
@@ -71,8 +71,10 @@ class Robot:
         self.states, self.goals = np.stack([start for start, _ in drawn]), np.stack([goal for _, goal in drawn])
 
     def step(self, actions: Floats) -> Floats:
-        """The states [B, 7] after actions [B, 7]: as told, but a hand moves at most ``step_m`` per axis and keeps
-        within the world's range."""
+        """Returns the states [B, 7] after actions [B, 7].
+
+        A hand moves at most ``step_m`` per axis, and stays within the world's range.
+        """
         limit = np.array([self.world.step_m] * 3 + [np.inf] * (STATE - 3))
         low, high = self.world.bounds
         moved = advance(torch.from_numpy(self.states), torch.from_numpy(np.clip(actions, -limit, limit))).numpy()
@@ -80,26 +82,26 @@ class Robot:
         return self.states
 
     def pictures(self, states: Floats | None = None) -> U8:
-        """What the cameras see, [B, size, size, 3]: now, or in other states [B, 7] (such as the goals)."""
+        """Renders the cameras' pictures, [B, size, size, 3], of the current or other states [B, 7] (such as goals)."""
         states = self.states if states is None else states
         return np.stack([render(scene, state) for scene, state in zip(self._scenes, states, strict=True)])
 
     @property
     def extrinsics(self) -> Floats:
-        """Of the cameras, [B, 6]."""
+        """Returns the poses of the cameras, [B, 6]."""
         return np.stack([scene.extrinsics for scene in self._scenes])
 
     def distances_m(self) -> Floats:
-        """From each hand to its goal, [B]."""
+        """Returns the distance from each hand to its goal, [B]."""
         return np.linalg.norm(self.states[:, :3] - self.goals[:, :3], axis=1)
 
     def reached(self) -> np.ndarray:
-        """Whether each hand is at its goal now, [B]."""
+        """Returns whether each hand is at its goal now, [B]."""
         return self.distances_m() <= self.reach.radius_m
 
 
 def _start_and_goal(world: RobotWorld, reach: Reach, draws: KeyedRng) -> tuple[Floats, Floats]:
-    """Both in the world's range, so far apart, in a direction without preference where the range allows it."""
+    """Draws start and goal in the world's range at the task's distance, in a uniform direction as the range allows."""
     low, high = world.bounds
     for _ in range(_TRIES):
         start, goal = low + (high - low) * draws.uniforms(STATE), low + (high - low) * draws.uniforms(STATE)
@@ -118,8 +120,8 @@ _START_MS = 1_700_000_000_000  # logs count from 1970
 
 
 def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, index: int) -> Path:
-    """Explore, film and log trajectory ``index`` of a split in folder/<split>/NNNNN."""
-    import h5py  # not every data set is of robots
+    """Writes video and log of trajectory ``index`` of a split to folder/<split>/NNNNN."""
+    import h5py  # needed for robot data only
 
     states, scene = explore(world, seed, split, index), draw_scene(world, seed, split, index)
     path = folder / split / f"{index:05d}"
@@ -129,7 +131,7 @@ def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, ind
     name = f"synthetic+{seed}+{split}+{index:05d}"
     video = f"{split}/{index:05d}/recordings/MP4/{SERIAL}.mp4"
     known = {"uuid": name, "lab": "synthetic", "success": True, "current_task": "explore"}
-    # Both names: `left` is what DROID's later exports call the first exterior camera.
+    # Both names, because DROID's later exports call the first exterior camera `left`.
     write_json(path / f"metadata_{name}.json", known | {"ext1_mp4_path": video, "left_mp4_path": video})
     arrays = {
         "robot_state/cartesian_position": states[:, :6],
@@ -139,11 +141,11 @@ def write_trajectory(folder: Path, world: RobotWorld, seed: int, split: str, ind
     }
     with h5py.File(path / "trajectory.h5", "w") as file:
         for key, array in arrays.items():
-            file.create_dataset(f"observation/{key}", data=array, track_times=False)  # no times: equal bytes
+            file.create_dataset(f"observation/{key}", data=array, track_times=False)  # times would change the bytes
     return path
 
 
 def write_trajectories(out: Path, world: RobotWorld, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
-    """Write a data set of trajectories into out/{train,val}/NNNNN (see ``synthetic.write_whole``)."""
+    """Writes a data set of trajectories to out/{train,val}/NNNNN (see ``synthetic.write_whole``)."""
     about = {"robot": asdict(world), "seed": seed, "train": train, "val": val}
     return write_whole(out, write_trajectory, world, about, workers=workers)

@@ -1,11 +1,11 @@
-"""A robot arm over a table, as a camera sees it: pictures that are a function of the 7-number state.
+"""Renders a robot arm over a table: pictures are a function of the 7-number state.
 
-An arm of two links on a turning base, its elbow up, carries a hand with two fingers (inverse kinematics in closed
-form). Everything is a round-ended bar, seen in perspective, with a shadow straight below it: of a hand alone, a
-picture would hardly change as it nears a goal; of a whole arm and its shadow, more of it changes the further it goes.
+An arm of two links on a turning base, elbow up, carries a hand with two fingers (inverse kinematics in closed form).
+All parts are round-ended bars in perspective, with a shadow straight below. With a hand only, the picture would hardly
+change near a goal; with a whole arm and its shadow, the change grows with the distance.
 
-States are as in data/trajectories.py, metres and radians in the frame of the robot's base: x ahead, y to the left, z up
-from the table. Angles 0: the hand points down, its fingers beside each other along y.
+States are as in data/trajectories.py, metres and radians in the frame of the robot's base: x forward, y to the left, z
+up from the table. At angles 0 the hand points down, and its fingers are apart along y.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ Range = tuple[float, float]
 
 _SHOULDER = np.array([0.0, 0.0, 0.30])
 _LINK = 0.38  # of each of the two
-_HAND, _FINGER = 0.15, 0.07  # from the wrist to the fingers' tips, and of that the fingers
-_CLOSED, _OPENING = 0.015, 0.075  # how far a finger is from the hand's middle: closed, and by how much more open
+_HAND, _FINGER = 0.15, 0.07  # from the wrist to the fingertips, and the fingers' part of it
+_CLOSED, _OPENING = 0.015, 0.075  # distance of a finger from the hand's middle when closed, and what opening adds
 _UP, _FLOOR = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
 _TABLE = ((-0.30, 0.90), (-0.65, 0.65))  # x, y
 _ARM, _RED = (0.85, 0.85, 0.85), (0.80, 0.35, 0.20)  # colours, before they are tinted
@@ -32,14 +32,14 @@ _SHADE = np.float32(0.45)
 
 @dataclass(frozen=True)
 class RobotWorld:
-    """What the robot's data set looks like. Metres, radians, seconds; lengths in pictures in frame sides.
+    """Parameters of the robot's data set. Metres, radians, seconds; lengths in pictures in frame sides.
 
-    size: pixels; fps: of the log and of the video, one picture for each step; seconds: of a trajectory
-    x, y, z, tilt, yaw: where the hand may go: its fingers' tips, its roll and pitch, its yaw; the gripper: 0 to 1
-    speed, turn, grip: how fast it explores, per axis and second, at most; hold: for how long it goes one way
-    step_m: how far the environment moves the hand in one step, per axis, at most
-    thickness: the upper arm's radius
-    centre, distance, azimuth, elevation, focal: what the camera looks at and from where; focal length in frame sides
+    size: pixels; fps: of log and video, one picture per step; seconds: of a trajectory
+    x, y, z, tilt, yaw: ranges of the fingertips, of roll and pitch, and of yaw; the gripper has 0 to 1
+    speed, turn, grip: largest rates in exploration, per axis and second; hold: time between changes of rate
+    step_m: largest motion of the hand in one step of the environment, per axis
+    thickness: radius of the upper arm
+    centre, distance, azimuth, elevation, focal: the camera's target and position; focal length in frame sides
     tint, texture: of the colours, and of table and wall, as in the shapes' world
     """
 
@@ -76,14 +76,16 @@ class RobotWorld:
 
     @property
     def rates(self) -> Floats:
-        """How fast each of the seven numbers changes in exploration, per second, at most: [7]."""
+        """Largest rates of the seven numbers in exploration, per second: [7]."""
         return np.array([self.speed] * 3 + [self.turn] * 3 + [self.grip])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What does not change within a trajectory. ground: table and wall without the arm, [size, size, 3] in [0, 1];
-    colours: of the arm, then of the hand, [2, 3]."""
+    """The constant parts of a trajectory's pictures.
+
+    ground: table and wall without the arm, [size, size, 3] in [0, 1]; colours: of the arm, then of the hand, [2, 3]
+    """
 
     world: RobotWorld
     ground: F32
@@ -91,7 +93,7 @@ class Scene:
 
     @property
     def extrinsics(self) -> Floats:
-        """The camera's position and Euler angles in the frame of the base, [6]: its x right, its y down, z ahead."""
+        """The camera's position and Euler angles in the base frame, [6]; camera axes: x right, y down, z forward."""
         import torch
 
         from vjepa_scale.data.poses import angles_of
@@ -101,7 +103,7 @@ class Scene:
 
 
 def draw_scene(world: RobotWorld, seed: int, split: str, index: int) -> Scene:
-    """The looks of trajectory ``index`` of a split."""
+    """Draws the scene of trajectory ``index`` of a split."""
     draws = KeyedRng(seed, "robot scene", SPLITS.index(split), index)
     paints = World(tint=world.tint, texture=world.texture)
     wall = Paint.draw(draws, paints, (0.0, 0.25), (0.4, 1.0))
@@ -113,7 +115,7 @@ def draw_scene(world: RobotWorld, seed: int, split: str, index: int) -> Scene:
     rays = np.stack([screen_x - 0.5, screen_y - 0.5, np.full_like(screen_x, world.focal)], -1) @ axes
     far = -place[2] / np.minimum(
         rays[..., 2], -1e-6
-    )  # where a ray meets the table's plane; none looks up in this world
+    )  # intersection of each ray with the table's plane; no camera looks up
     x, y = (place[i] + far * rays[..., i] for i in (0, 1))
     inside = (x > _TABLE[0][0]) & (x < _TABLE[0][1]) & (y > _TABLE[1][0]) & (y < _TABLE[1][1])
     ground = np.where(inside[..., None], table.at(_f32(x), _f32(y)), wall.at(screen_x, screen_y))
@@ -121,7 +123,7 @@ def draw_scene(world: RobotWorld, seed: int, split: str, index: int) -> Scene:
 
 
 def render(scene: Scene, states: Floats) -> U8:
-    """Pictures [..., size, size, 3] of states [..., 7]."""
+    """Renders pictures [..., size, size, 3] of states [..., 7]."""
     flat = states.reshape(-1, STATE)
     ends, radii, painted = _bars(scene.world, flat)
     fallen = ends * _FLOOR
@@ -135,20 +137,20 @@ def render(scene: Scene, states: Floats) -> U8:
 
 
 def arm_joints(states: Floats) -> tuple[Floats, Floats, Floats]:
-    """Where shoulder, elbow and wrist are in states [K, 7]: each [K, 3]."""
+    """Returns the positions of shoulder, elbow and wrist in states [K, 7]: each [K, 3]."""
     wrist = states[:, :3] + _HAND * _turns(states)[..., 2]
     shoulder = np.broadcast_to(_SHOULDER, wrist.shape)
     reach = wrist - shoulder
     length = np.linalg.norm(reach, axis=1, keepdims=True)
     ahead = reach / length
-    over = _UP - ahead * ahead[:, 2:]  # at right angles to the reach, upwards
+    over = _UP - ahead * ahead[:, 2:]  # perpendicular to the reach, upwards
     over /= np.linalg.norm(over, axis=1, keepdims=True)
     elbow = shoulder + reach / 2 + over * np.sqrt(np.maximum(_LINK**2 - (length / 2) ** 2, 0))
     return shoulder, elbow, wrist
 
 
 def _turns(states: Floats) -> Floats:
-    import torch  # this world's sizes are asked for without it
+    import torch  # slow to import, and not needed for the world's parameters
 
     from vjepa_scale.data.poses import matrices_of
 
@@ -156,11 +158,11 @@ def _turns(states: Floats) -> Floats:
 
 
 def _bars(world: RobotWorld, states: Floats) -> tuple[Floats, Floats, list[int]]:
-    """Both ends of the robot's bars, back to front: [K, bars, 2, 3]; their radii; which of the colours each has."""
+    """Returns both ends of the robot's bars, back to front: [K, bars, 2, 3]; their radii; their colour indices."""
     shoulder, elbow, wrist = arm_joints(states)
     turns, tip, thick = _turns(states), states[:, :3], world.thickness
     knuckle = tip + _FINGER * turns[..., 2]
-    spread = turns[..., 1] * (_CLOSED + _OPENING * (1 - states[:, 6:]))  # the fingers, from the middle
+    spread = turns[..., 1] * (_CLOSED + _OPENING * (1 - states[:, 6:]))  # offset of the fingers from the middle
     bars = [
         (shoulder * _FLOOR, shoulder, 1.3 * thick, 1),
         (shoulder, elbow, thick, 0),
@@ -175,7 +177,7 @@ def _bars(world: RobotWorld, states: Floats) -> tuple[Floats, Floats, list[int]]
 
 
 def _cover(world: RobotWorld, ends: Floats, radius: float) -> F32:
-    """How much of each pixel a bar covers: [K, size, size], from its ends [K, 2, 3]."""
+    """Returns the share of each pixel that a bar covers: [K, size, size], from its ends [K, 2, 3]."""
     place, axes = _camera(world)
     seen = (ends - place) @ axes.T
     scale = world.focal / seen[..., 2:]
@@ -195,7 +197,7 @@ def _cover(world: RobotWorld, ends: Floats, radius: float) -> F32:
 
 
 def _camera(world: RobotWorld) -> tuple[Floats, Floats]:
-    """Where it is, [3]; and its axes right, down and ahead as rows, [3, 3]."""
+    """Returns the camera's position, [3], and its axes right, down and forward as rows, [3, 3]."""
     level = np.array([np.cos(world.azimuth), np.sin(world.azimuth), 0.0])
     back = np.cos(world.elevation) * level + np.sin(world.elevation) * _UP
     right = np.array([-level[1], level[0], 0.0])

@@ -1,6 +1,6 @@
-"""A finished run in figures: how it trained, what its frozen encoder is worth, and whether a robot can plan with it.
+"""Summary of a finished run: training, accuracy of the frozen encoder, and success of planning with a robot.
 
-The demo measures held-out clips, surprise and episodes with the robot, and draws what is seen and planned.
+Measures held-out clips, surprise and episodes with the robot, and draws masks, features and a planned episode.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from vjepa_scale.planning import PlanConfig, WorldModel, draw_landscape, load_wo
 from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.stage import EVALUATION
 
-# How they were found: docs/learning.md.
+# docs/learning.md explains how these were chosen.
 PLAN = PlanConfig(samples=48, elites=4, iterations=2, horizon=1, max_translation_m=0.06, max_gripper=0.0)
 REACH = Reach()
 SURPRISE_PAIRS = 40
@@ -38,16 +38,16 @@ SURPRISE_PAIRS = 40
 def measure_demo(
     recipe: Recipe, train: Path, val: Path, *, untrained: Path, episodes: int, seed: int
 ) -> dict[str, Any]:
-    """The demo's summary.json; writes ``pictures/`` into the run folder.
+    """Returns the content of the demo's summary.json; writes ``pictures/`` into the run folder.
 
-    seed: of the worlds, whose episodes show scenes that no training trajectory has
+    seed: of the worlds; scenes of the episodes are in no training trajectory
     """
     run = Path(recipe.run.dir)
     model = load_world_model(run / "world_model")
     world = RobotWorld(size=model.size[0])
     held_out = measure(recipe, run / "consolidated", Manifest.open(train), Manifest.open(val))
     planning = evaluate_planning(model, world, REACH, PLAN, seed=seed, episodes=episodes)
-    # Of pretraining, whose predictor has learned at its clips for longest.
+    # Uses pretraining, because its predictor was trained longest at its clip geometry.
     shapes = world_of(train.parent.parent / "videos")
     surprise = surprise_of_pairs(load_model(run / "pretrain"), shapes, seed=seed, pairs=SURPRISE_PAIRS)
     draw_planning(run / "pictures", model, world, seed=seed)
@@ -63,7 +63,7 @@ def measure_demo(
 
 
 def draw_planning(folder: Path, model: WorldModel, world: RobotWorld, *, seed: int, episode: int = 0) -> None:
-    """``landscape.png``: energies over the first action's x and y; ``episode.png``: the whole episode."""
+    """Draws ``landscape.png``, energies over the first action's x and y, and ``episode.png``, the whole episode."""
     folder.mkdir(exist_ok=True)
     robot = Robot(world, REACH, seed=seed, episodes=[episode])
     start, goal = robot.pictures(), robot.pictures(robot.goals)
@@ -84,7 +84,7 @@ def draw_planning(folder: Path, model: WorldModel, world: RobotWorld, *, seed: i
 
 
 def draw_what_is_seen(recipe: Recipe, consolidated: Path, clips: Manifest, folder: Path) -> None:
-    """``masks.png``: what pretraining shows and asks for; ``features.png``: the features of three clips."""
+    """Draws ``masks.png``, context and targets of pretraining, and ``features.png``, the features of three clips."""
     pretrain = stages_of(recipe)["pretrain"].phases[0]
     grid = pretrain.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=pretrain.frames)
     drawn = drawn_masks(recipe.masks, seed=recipe.run.seed, step=0, slots=range(1), grid=grid)
@@ -94,7 +94,7 @@ def draw_what_is_seen(recipe: Recipe, consolidated: Path, clips: Manifest, folde
 
     model = load_model(consolidated)
     T, size = model.config.frames, model.config.size
-    records = [0, clips.records // 3 + 1, 2 * clips.records // 3 + 2]  # of three classes: labels take turns
+    records = [0, clips.records // 3 + 1, 2 * clips.records // 3 + 2]  # of three classes, because labels alternate
     several = _middles(clips, recipe, frames=T, size=size, records=records)
     encoders = {"trained": model.encoder, "untrained": untrained_encoder(recipe)}
     with torch.no_grad():
@@ -104,7 +104,7 @@ def draw_what_is_seen(recipe: Recipe, consolidated: Path, clips: Manifest, folde
 
 
 def _middles(clips: Manifest, recipe: Recipe, *, frames: int, size: tuple[int, int], records: list[int]) -> Tensor:
-    """The middle of some records: uint8 [n, 3, T, H, W]."""
+    """Decodes the middle of some records: uint8 [n, 3, T, H, W]."""
     (shown,) = evaluation_clips(
         clips, frames=frames, size=size, fps=recipe.data.fps, batch=len(records), records=records, workers=0
     )
@@ -123,10 +123,10 @@ def _pictures(clips: Tensor) -> U8:
 def summarise(
     recipe: Recipe, held_out: dict[str, Any], *, untrained: Path | None = None, **parts: Any
 ) -> dict[str, Any]:
-    """Everything the demo's table says, as one JSON value.
+    """Returns all figures of the demo's table as one JSON value.
 
-    held_out:  of held_out.measure
-    untrained: the run folder of a probe stage on an untrained encoder, to set beside this run's
+    held_out:  result of held_out.measure
+    untrained: run folder of a probe stage on an untrained encoder, for comparison
     parts:     other measures, by name
     """
     stages = stages_of(recipe)
@@ -146,7 +146,7 @@ def summarise(
 
 def _stage(metrics: Path) -> dict[str, Any]:
     rows = list(read_jsonl(metrics))
-    # One step's loss depends on its masks: the ends of a stage are means over a tenth of it.
+    # One step's loss depends on its masks, so first and last losses are means over a tenth of the stage.
     few = max(1, len(rows) // 10)
     ranks = [row["effective_rank"] for row in rows if row["effective_rank"] is not None]
     return {
@@ -160,9 +160,7 @@ def _stage(metrics: Path) -> dict[str, Any]:
 
 
 def _short_videos(recipe: Recipe) -> dict[str, Any]:
-    """By stage and phase with any: how many records of each data set clips repeat the last picture of, and the share
-    of the phase's clips.
-    """
+    """Returns, by stage and phase with short videos, their number in each data set and their share of the clips."""
     stages = stages_of(recipe).values()
     names = {name for stage in stages for phase in stage.phases for name in phase.mixture}
     folders = {name: Path(recipe.data.sets[name].path) for name in names}
@@ -178,7 +176,7 @@ def _short_videos(recipe: Recipe) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> Iterator[str]:
-    """The summary as lines for a terminal: each figure, and what it means."""
+    """Formats the summary for a terminal: each figure, and its meaning."""
     yield f"{'stage':<12}{'steps':>7}{'loss: start':>14}{'end':>9}{'rank: start':>14}{'end':>9}{'clips/s':>10}"
     for name, stage in summary["stages"].items():
         start, end = (stage[f"effective_rank_{where}"] for where in ("start", "end"))
@@ -216,7 +214,7 @@ def _cell(share: float, std: float | None) -> str:
 
 
 def _meanings(summary: dict[str, Any]) -> Iterator[str]:
-    """What each figure is, in a line."""
+    """Returns a line for each figure that explains it."""
     about, controls = summary["evaluation"], summary["controls"]
     few, classes, attentive = about["labels_per_class"], about["classes"], summary["attentive_labels_per_class"]
     rows = {

@@ -1,19 +1,19 @@
-"""Does a model find impossible motion surprising? Videos that differ in nothing but an event.
+"""Measures whether a model is surprised by impossible motion, with videos that differ only in an event.
 
-In the synthetic world a sheet of equal shapes slides on for ever as it began (synthetic.py). What breaks this is an
-event that a model which has learned the world should not expect. Two possible videos are cut at the same moment and
-their ends exchanged, which gives two impossible ones:
+In the synthetic world a sheet of equal shapes keeps its motion (synthetic.py). An event breaks this, and a model of the
+world should not expect it. Two possible videos are cut at the same time and their ends exchanged, which gives two
+impossible ones:
 
-    reverse   the two move in opposite directions, and meet: exchanged, the motion turns back
-    turn      they move at right angles: the motion turns a corner
-    jump      the sheet of one is aside by half its lattice's period: it leaps there
-    shape     they show different shapes: one turns into the other
-    vanish    one has a bare background: the sheet is gone, or there all at once
+    reverse   the two move in opposite directions, and meet: after the exchange, the motion reverses
+    turn      they move at right angles: the motion turns by 90°
+    jump      the sheet of one is shifted by half its lattice's period: the sheet jumps
+    shape     they show different shapes: one shape becomes the other
+    vanish    one has only the background: the sheet vanishes, or appears
 
-Possible and impossible videos together show the same beginnings and the same ends, so neither are harder to predict
-for what they show: only the event can make a difference. (Otherwise a bare background, for one, is easy to foresee,
-and a sheet that vanishes makes for a *smaller* error.) As IntPhys has it, arXiv 1803.07616, where of two
-possible and two impossible videos of the same things the sums are compared.
+The possible and the impossible videos have the same beginnings and the same ends. So both are equally hard to predict,
+except for the event. (Otherwise a bare background, for example, is easy to predict, and a vanishing sheet gives a
+*smaller* error.) This follows IntPhys, arXiv 1803.07616, which compares the sums over two possible and two impossible
+videos of the same objects.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ EVENTS = ("reverse", "turn", "jump", "shape", "vanish")
 
 @dataclass(frozen=True)
 class CrossedVideos:
-    """possible, impossible: uint8 [2, T, size, size, 3]. Video i of either begins alike; they differ from ``first`` on.
+    """possible, impossible: uint8 [2, T, size, size, 3]. Videos i of both are equal before frame ``first``.
 
-    event: one of EVENTS; label: ``shape-motion``, of the first possible one
+    event: one of EVENTS; label: ``shape-motion``, of the first possible video
     """
 
     possible: U8
@@ -49,9 +49,9 @@ class CrossedVideos:
 
 
 def render_impossible(world: World, seed: int, index: int, events: Sequence[str] = EVENTS) -> CrossedVideos:
-    """Number ``index``, a function of the arguments. ``events`` take turns, and for each of them labels do.
+    """Renders pair ``index``, a function of the arguments. Events alternate, and labels within each event.
 
-    The event falls into the middle third of the video, uniformly. No scene is one of ``render_clip``'s.
+    The event is uniform in the middle third of the video. No scene occurs in ``render_clip``.
     Raises UserError for unknown events, and for a world whose videos have less than six frames.
     """
     if not events or any(event not in EVENTS for event in events):
@@ -70,8 +70,8 @@ def render_impossible(world: World, seed: int, index: int, events: Sequence[str]
 
     way = np.array(MOTIONS[motion], np.float64)
     across = side * np.array([-way[1], way[0]])
-    # Of the second video: its shape, its direction, and how far aside its sheet is. Both are at the same place in the
-    # last frame before the event.
+    # Shape, direction and shift of the second video's sheet. Both videos have the same position in the last frame
+    # before the event.
     other_shape = {"shape": another, "vanish": None}.get(event, shape)
     other_way = {"reverse": -way, "turn": across}.get(event, way)
     leap = scene.period / 2 * across if event == "jump" else np.zeros(2)
@@ -91,7 +91,7 @@ def _f32(place: np.ndarray) -> tuple[np.float32, np.float32]:
     return np.float32(place[0]), np.float32(place[1])
 
 
-# -- what a model makes of them --------------------------------------------------------------------
+# -- a model's surprise ----------------------------------------------------------------------------
 
 
 PAIRS = 200
@@ -106,15 +106,16 @@ def surprise_of_pairs(
     events: Sequence[str] = EVENTS,
     context_frames: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """``pairs_right``: how often the impossible videos surprise more than the possible ones.
+    """Measures ``pairs_right``: the share of pairs whose impossible videos surprise more than the possible ones.
 
-    world:  that the model was trained on; default: make_synthetic.py's
-    events: that the pairs have in turn
-    A pair is two possible videos and the two impossible ones of the same pictures; what is compared is the sum of their
-    mean surprises. Also the ``standard_error`` of the share, ``pairs``, ``by_kind``: the share of each event's pairs,
-    ``by_maximum``: the share where the sums of the maxima are compared instead, and ``untrained``: ``pairs_right`` of
-    the same networks before training: it is above 0.5, since features at a seam are odd whatever was predicted, so what
-    training taught is the difference. Videos are rendered, and not compressed. Raises UserError where they are shorter
+    world:  the world that the model was trained on; default: make_synthetic.py's
+    events: events of the pairs, in turn
+
+    A pair is two possible videos and the two impossible ones of the same pictures; the sums of their mean surprises are
+    compared. Also returns ``standard_error`` of the share, ``pairs``, ``by_kind``: the share for each event,
+    ``by_maximum``: the share by the sums of the maxima, and ``untrained``: ``pairs_right`` of the same networks before
+    training. ``untrained`` is above 0.5, because features at a cut are unusual for any prediction; so the difference
+    to it is the effect of training. Videos are rendered without compression. Raises UserError where they are shorter
     than the model's clips.
     """
     world = world or World()
@@ -141,7 +142,7 @@ def surprise_of_pairs(
 
 
 def untrained_like(model: Model, seed: int = 0) -> Model:
-    """The same model with the weights that training begins with."""
+    """Returns the same model with initial weights."""
     untrained = copy(model)
     untrained.encoder = Encoder(model.config.model)
     untrained.predictor = Predictor(model.config.model)
@@ -157,7 +158,7 @@ def _impossible_is_more(surprises_4: torch.Tensor) -> bool:
 
 
 def clips_of(model: Model, world: World, crossed: CrossedVideos) -> torch.Tensor:
-    """The two possible and then the two impossible videos at the model's rate and size: [4, 3, T, H, W]."""
+    """Returns the two possible, then the two impossible videos at the model's rate and size: [4, 3, T, H, W]."""
     numbers = np.arange(int(world.seconds * model.config.fps + 1e-6)) * world.fps / model.config.fps
     shown = np.floor(numbers + 1e-6).astype(int)  # the picture on screen at k/fps s, as in decoding
     return torch.cat([model.preprocess(video[shown]) for video in (*crossed.possible, *crossed.impossible)])

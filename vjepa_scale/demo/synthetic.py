@@ -1,18 +1,17 @@
-"""A small world of moving pictures, rendered to real MP4 files, for demos and tests.
+"""Renders a small synthetic world to MP4 files, for demos and tests.
 
-A clip is a sheet of equal shapes, set out on a square lattice, sliding over a background that moves in the
-same manner at half the speed; both are painted with smooth textures of their own. The label is
-``shape-motion``. Everything that is hidden can be worked out from what is seen: a lattice goes on behind a
-mask as it does beside it. In worlds without such order tiny models learn little but colours
-(docs/learning.md).
+A clip shows a sheet of equal shapes on a square lattice, which slides over a background. The background moves in the
+same direction at half the speed. Each has its own smooth texture. The label is ``shape-motion``. Hidden parts can be
+inferred from visible ones, because the lattice continues behind a mask. In worlds without such order tiny models learn
+little but colours (docs/learning.md).
 
-A single frame cannot tell the motion: where a layer stands at the start is drawn uniformly over its period,
-and a uniform phase plus a constant is uniform, so every frame of every motion has the same distribution.
-Shapes have equal areas; colour, texture, size, speed and place are drawn without looking at the label.
-A mirrored clip has another label (left is right), so train on this world with ``data.augment.flip: 0``.
+A single frame does not show the motion: the initial position of a layer is uniform over its period, and a uniform phase
+plus a constant is uniform, so every frame of every motion has the same distribution. Shapes have equal areas; colour,
+texture, size, speed and position are drawn independently of the label. A mirrored clip has another label (left becomes
+right), so train on this world with ``data.augment.flip: 0``.
 
-Pictures can be noisy: each pixel of each frame, on its own. Nothing tells such noise beforehand, so a model that
-predicts features learns to leave it out, while one that keeps every pixel keeps it (docs/learning.md).
+Pictures can have independent noise in each pixel of each frame. It is unpredictable, so a model that predicts features
+learns to ignore it, while a model that reconstructs pixels keeps it (docs/learning.md).
 """
 
 import io
@@ -43,13 +42,13 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class World:
-    """What a data set looks like. Lengths are in units of the frame's side; pairs are ranges over clips.
+    """Parameters of a data set. Lengths are in units of the frame's side; pairs are ranges over clips.
 
     size: pixels; fps, seconds: of a clip; radius: of a disc; period: of the lattice, in radii;
     speed: frame sides per second;
-    tint, texture: how far colours stray from grey, and how strong textures are, as shares of a layer's
-    range of brightness; noise: standard deviation of a grey value that is added to each pixel of each frame, drawn
-    anew for each, as a share of the whole range of brightness.
+    tint, texture: deviation of colours from grey, and strength of textures, as shares of a layer's range of brightness;
+    noise: standard deviation of a grey value, drawn for each pixel of each frame and added to it, as a share of the
+    whole range of brightness.
     """
 
     size: int = 72
@@ -71,7 +70,7 @@ class World:
 
 
 def signed_distance(shape: str, x: F32, y: F32) -> F32:
-    """Distance to a shape's edge, negative inside, exact near the edge's smooth parts.
+    """Returns the distance to a shape's edge, negative inside, exact near the edge's smooth parts.
 
     x, y: any equal shapes, in units in which the disc has radius 1; every shape has the disc's area, π,
     and reaches at most 1.62 from its centre.
@@ -94,7 +93,7 @@ def signed_distance(shape: str, x: F32, y: F32) -> F32:
 
 @dataclass(frozen=True)
 class Paint:
-    """Two colours mixed by a sum of plane waves: smooth, and endless in every direction."""
+    """Two colours mixed by a sum of plane waves: smooth, and unbounded in every direction."""
 
     low: F32  # [3]
     high: F32  # [3]
@@ -105,7 +104,7 @@ class Paint:
     def draw(
         draws: KeyedRng, world: World, brightness: tuple[float, float], wavelength: tuple[float, float]
     ) -> "Paint":
-        """brightness: the layer's range, about which the two colours lie; wavelength: of the waves."""
+        """brightness: the layer's range, around which the two colours are drawn; wavelength: of the waves"""
         middle, span = sum(brightness) / 2, brightness[1] - brightness[0]
         tones = world.texture / 2 * (draws.uniforms(2)[:, None] - 0.5) + world.tint * (draws.uniforms(3) - 0.5)
         angles = 2 * np.pi * draws.uniforms(2)
@@ -116,7 +115,7 @@ class Paint:
         return Paint(low, high, waves.astype(np.float32), phases.astype(np.float32))
 
     def at(self, x: F32, y: F32) -> F32:
-        """Colours in [0, 1] at scene points: [..., 3]."""
+        """Returns the colours in [0, 1] at scene points: [..., 3]."""
         mix = np.full(x.shape, 0.5, np.float32)
         for (kx, ky), phase in zip(self.waves, self.phases, strict=True):
             mix += np.float32(0.25) * np.sin(kx * x + ky * y + phase)
@@ -125,9 +124,9 @@ class Paint:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows, whatever moves in it: two painted layers and the lattice that the shapes stand on.
+    """The content of one clip, independent of its motion: two painted layers and the lattice of the shapes.
 
-    speed: frame sides per second; lattice, shape: cosine and sine of their turns; phases: of the lattice, in cells
+    speed: frame sides per second; lattice, shape: cosine and sine of their rotations; phases: of the lattice, in cells
     """
 
     radius: float
@@ -157,10 +156,10 @@ class Scene:
         moved: tuple[np.float32, np.float32],
         ground_moved: tuple[np.float32, np.float32] | None = None,
     ) -> U8:
-        """One frame [size, size, 3].
+        """Renders one frame [size, size, 3].
 
-        shape: of the sheet, None for the bare background
-        moved: how far the sheet has come (x, y), in frame sides; the background half as far, or ``ground_moved``
+        shape: of the sheet; None for the background only
+        moved: displacement of the sheet (x, y), in frame sides; the background's is half of it, or ``ground_moved``
         """
         side = (np.arange(world.size, dtype=np.float32) + np.float32(0.5)) / np.float32(world.size)
         screen_y, screen_x = np.meshgrid(side, side, indexing="ij")
@@ -169,7 +168,7 @@ class Scene:
         picture = self.ground_paint.at(screen_x - ground_x, screen_y - ground_y)
         if shape is not None:
             radius, period = self.radius, self.period
-            # the place within a cell of the lattice, from the centre of its shape, which turns with the lattice
+            # the position in a cell of the lattice, relative to the centre of its shape, which rotates with the lattice
             x, y = _turned(screen_x - moved_x, screen_y - moved_y, *self.lattice)
             x, y = (_within_cell(v, period, phase) for v, phase in zip((x, y), self.phases, strict=True))
             u, v = _turned(x, y, *self.shape)
@@ -180,7 +179,7 @@ class Scene:
 
 
 def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, str]:
-    """Clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels take turns."""
+    """Renders clip ``index`` of a split: frames [T, size, size, 3] and the label. Labels alternate."""
     label = LABELS[index % len(LABELS)]
     shape, motion = label.split("-")
     scene = Scene.draw(KeyedRng(seed, "world", SPLITS.index(split), index), world)
@@ -192,9 +191,9 @@ def render_clip(world: World, seed: int, split: str, index: int) -> tuple[U8, st
 
 
 def noisy(frames: U8, noise: float, draws: KeyedRng) -> U8:
-    """Frames [..., 3] with a grey value added to each pixel: ``World.noise``.
+    """Adds a random grey value to each pixel of frames [..., 3]: ``World.noise``.
 
-    The sum of four uniform 16-bit numbers, close to normal: whole numbers are the same on every machine.
+    The value is the sum of four uniform 16-bit numbers, close to normal; integers are equal on every machine.
     """
     if noise == 0:
         return frames
@@ -214,7 +213,7 @@ def _turned(x: F32, y: F32, cos: np.float32, sin: np.float32) -> tuple[F32, F32]
 
 
 def _within_cell(place: F32, period: float, phase: np.float32) -> F32:
-    """A coordinate's distance from the middle of its cell, in [-period/2, period/2]."""
+    """Returns a coordinate's distance from the middle of its cell, in [-period/2, period/2]."""
     cells = place / np.float32(period) + phase
     return np.float32(period) * (cells - np.round(cells))
 
@@ -223,10 +222,10 @@ def _within_cell(place: F32, period: float, phase: np.float32) -> F32:
 
 
 def encode_mp4(frames: U8, fps: int, *, preset: str = "fast") -> bytes:
-    """h264, yuv420p, a keyframe at least every 30 frames, from frames [T, H, W, 3]; H and W even.
+    """Encodes frames [T, H, W, 3], H and W even, as h264, yuv420p, with a keyframe at least every 30 frames.
 
-    preset: of x264: ``ultrafast`` writes plainer files, of which noise decodes in a third of the time
-    A constant quantiser: x264's rate control was seen to give other bytes for equal frames now and then.
+    preset: of x264; files of ``ultrafast`` are simpler, and noise in them decodes in a third of the time
+    Uses a constant quantiser, because x264's rate control occasionally gave different bytes for equal frames.
     """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -241,7 +240,7 @@ def encode_mp4(frames: U8, fps: int, *, preset: str = "fast") -> bytes:
 
 
 def write_clip(folder: Path, world: World, seed: int, split: str, index: int) -> Path:
-    """Render clip ``index`` of a split to folder/<split>/<label>/NNNNN.mp4."""
+    """Renders clip ``index`` of a split to folder/<split>/<label>/NNNNN.mp4."""
     frames, label = render_clip(world, seed, split, index)
     path = folder / split / label / f"{index:05d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,16 +259,16 @@ Rendered = TypeVar("Rendered", bound=Sized)
 
 
 def write_videos(out: Path, world: World, *, seed: int, train: int, val: int, workers: int) -> Iterator[int]:
-    """Render a data set into out/{train,val}/<label>/NNNNN.mp4 (see ``write_whole``)."""
+    """Renders a data set to out/{train,val}/<label>/NNNNN.mp4 (see ``write_whole``)."""
     looks = asdict(world)
     if world.noise == 0:
-        del looks["noise"]  # data sets from before there was noise are still the same
+        del looks["noise"]  # data sets of versions without noise keep their description
     about = {"world": looks, "seed": seed, "train": train, "val": val}
     return write_whole(out, write_clip, world, about, workers=workers)
 
 
 def world_of(folder: Path) -> World:
-    """The world that a data set of ``write_videos`` shows."""
+    """Returns the world of a data set of ``write_videos``."""
     looks: dict[str, Any] = read_json(folder / "world.json")["world"]
     for name in ("radius", "period", "speed"):
         looks[name] = tuple(looks[name])
@@ -284,12 +283,12 @@ def write_whole(
     *,
     workers: int,
 ) -> Iterator[int]:
-    """Write all members of a rendered data set; yields how many are done.
+    """Writes all members of a rendered data set; yields the number of finished ones.
 
-    write_one: (folder, world, seed, split, index), of a module's top level
-    about:     what world.json says: ``seed``, ``train`` and ``val`` (numbers of members), and the world
-    The folder is whole or absent: it gets its name after the last member. A folder that already holds exactly this
-    data set is left as it is; another one is a UserError.
+    write_one: (folder, world, seed, split, index), a top-level function of a module
+    about:     content of world.json: ``seed``, ``train`` and ``val`` (numbers of members), and the world
+    The folder is complete or absent: it gets its name after the last member. Leaves a folder with exactly this data set
+    unchanged. Raises UserError where it holds another one.
     """
     if world.size % 2:
         raise UserError(f"{world.size} pixels: h264 wants an even size", where="--size")
@@ -305,7 +304,7 @@ def write_whole(
         remove_dir(temporary)
     temporary.mkdir(parents=True)
     jobs = [(temporary, world, about["seed"], split, i) for split, n in counts.items() for i in range(n)]
-    if workers == 1:  # a process of its own would only take time to start
+    if workers == 1:  # starting one worker process would only cost time
         for done, job in enumerate(jobs, start=1):
             write_one(*job)
             yield done

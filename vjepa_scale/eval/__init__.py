@@ -1,1 +1,1 @@
-"""What a trained representation is worth: attentive probes, k-NN and linear probes, effective rank."""
+"""Evaluation of a trained representation: attentive probes, k-NN and linear probes, effective rank."""

@@ -1,4 +1,4 @@
-"""What a probe stage ends with: how often its probes are right on clips that they were not trained on."""
+"""The evaluation at the end of a probe stage: accuracy of its probes on held-out clips."""
 
 import math
 import time
@@ -27,11 +27,11 @@ from vjepa_scale.recipe import Phase
 if TYPE_CHECKING:
     from vjepa_scale.objective.probe_stage import ProbeStage
 
-# Of more labelled records than these, drawn by nobody, no features are kept for k-NN and the linear probe.
+# With more labelled records than this and no drawn subset, k-NN and the linear probe are skipped.
 FEATURE_RECORDS = 20_000
 _POLL_S = 0.1
 
-# What tokens may take of the memory that is free: workers, checkpoints and the page cache live beside them.
+# Share of the free memory for tokens; the rest is for workers, checkpoints and the page cache.
 _SHARE = 0.5
 
 T = TypeVar("T")
@@ -39,12 +39,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Seen:
-    """What the probes made of some records.
+    """Predictions of the probes for some records.
 
     labels:    [n], of the task
-    predicted: [n, P], by each probe: the class of the highest probability, averaged over a record's views; -1 where
-               its outputs are not finite
-    features:  float32 [n, F], averaged over its views; None where they were not asked for
+    predicted: [n, P], for each probe: the class of the highest probability, averaged over a record's views; -1 where
+               outputs are not finite
+    features:  float32 [n, F], averaged over a record's views; None where not requested
     """
 
     labels: Ints
@@ -56,7 +56,7 @@ class Seen:
 
 
 class TrainedProbes(Protocol):
-    """What is evaluated: the probes of a stage (objective/probe.py)."""
+    """The evaluated probes of a stage (objective/probe.py)."""
 
     @property
     def settings(self) -> Mapping[str, GroupSetting]:
@@ -67,15 +67,15 @@ class TrainedProbes(Protocol):
         """By probe: its draw of labels."""
 
     def evaluate(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, P, classes] and pooled features [B, F] of uint8 clips [B, 3, T, H, W], on all ranks together."""
+        """Returns logits [B, P, classes] and pooled features [B, F] of uint8 clips [B, 3, T, H, W]. Collective."""
 
 
 class ProbeEvaluation:
-    """Of a stage's probes, on all ranks together.
+    """Evaluates a stage's probes, on all ranks together.
 
-    manifests, records: of the stage; records that each data set is trained on
-    phase:              the last, whose clips, batches and sizes are taken
-    each_round:         called on every rank after each batch: a place to stop
+    manifests, records: of the stage; records: those that each data set is trained on
+    phase:              the last one; the evaluation uses its clips, batches and sizes
+    each_round:         called on every rank after each batch, where it may stop
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class ProbeEvaluation:
         self._views = self._config.views.segments * self._config.views.crops
 
     def result(self, *, step: int, peak_lr: float) -> dict[str, Any] | None:
-        """evaluation.json's content (docs/probe.md), on rank 0; None on the others.
+        """Returns the content of evaluation.json (docs/probe.md) on rank 0; None on the others.
 
-        step: of the checkpoint that is evaluated;  peak_lr: of the stage, which the probes' scales multiply
-        Raises UserError naming a clip that does not decode, or not within data.faults.decode_timeout_s.
+        step: of the evaluated checkpoint;  peak_lr: of the stage, multiplied by the probes' scales
+        Raises UserError naming a clip that does not decode within data.faults.decode_timeout_s.
         """
         labelled = sum(len(records) for records in self._records.values())
         featured = self._config.labels_per_class is not None or labelled <= FEATURE_RECORDS
@@ -142,7 +142,7 @@ class ProbeEvaluation:
         ]
 
     def _rows_of_draw(self, draw: int) -> Ints:
-        """Where the records of a draw of labels stand among all that the probes are trained on."""
+        """Returns the rows of a draw's records among all records that the probes are trained on."""
         rows, before = [], 0
         for name, records in self._records.items():
             own = self._stage.records_of_draw(self._manifests[name], draw)
@@ -151,7 +151,7 @@ class ProbeEvaluation:
         return np.concatenate(rows)
 
     def _see_all(self, wanted: Mapping[str, Ints], *, features: bool = False) -> Seen | None:
-        """Records of some data sets, by all ranks; on rank 0 what they saw, in the order of ``wanted``."""
+        """Evaluates records of data sets on all ranks; returns the result on rank 0, in the order of ``wanted``."""
         parts = []
         for name, records in wanted.items():
             rows = list(self._look(name, records, features=features))
@@ -168,7 +168,7 @@ class ProbeEvaluation:
         )
 
     def _look(self, name: str, records: Ints, *, features: bool) -> Iterator["_Row"]:
-        """This rank's records of a data set."""
+        """Evaluates this rank's records of a data set."""
         rounds = padded_rounds(
             self._stage,
             self._engine,
@@ -197,7 +197,7 @@ class _Row:
 
 
 def _rows(shown: LabelledClips, logits: Tensor, features: Tensor, *, views: int, featured: bool) -> Iterator[_Row]:
-    """logits [B·views, P, C] and features [B·views, F] of records, the last of which may be padding."""
+    """Yields rows from logits [B·views, P, C] and features [B·views, F]; the last records may be padding."""
     probabilities = logits.double().softmax(-1).unflatten(0, (-1, views)).mean(1)
     predicted = probabilities.argmax(-1).where(probabilities.isfinite().all(-1), -1).cpu().numpy()
     mean = features.unflatten(0, (-1, views)).mean(1).cpu().numpy() if featured else None
@@ -206,16 +206,17 @@ def _rows(shown: LabelledClips, logits: Tensor, features: Tensor, *, views: int,
 
 
 def _in_order(records: Ints, rows: list[_Row]) -> list[_Row]:
-    """The rows of all ranks by record: each record once, none else."""
+    """Returns the rows of all ranks in the order of ``records``, each exactly once."""
     found = {row.record: row for row in rows}
     assert len(found) == len(rows) == len(records), f"{len(rows)} rows of {len(found)} records for {len(records)}"
     return [found[record] for record in records.tolist()]
 
 
 def _choice(settings: list[dict[str, Any]], seen: Seen, chosen: Seen | None) -> dict[str, Any]:
-    """Each setting's accuracy; the best of each draw of labels, the first of equals, by the clips to choose it on.
+    """Returns each setting's accuracy, and the best setting of each draw of labels, selected on the selection clips.
 
-    ``best`` is the first draw's; ``accuracy`` is that of the best of each draw: mean, standard deviation, all.
+    Of equal settings the first is best. ``best`` is the first draw's; ``accuracy`` has mean, standard deviation and all
+    values of the best of each draw.
     """
     for setting, accuracy, predicted in zip(settings, seen.accuracies(), seen.predicted.T, strict=True):
         setting["accuracy"] = accuracy
@@ -234,20 +235,20 @@ def _choice(settings: list[dict[str, Any]], seen: Seen, chosen: Seen | None) -> 
 
 
 def _best_of_draws(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best setting of each draw of labels, by the clips to choose it on where there are such."""
+    """Returns the best setting of each draw of labels, by the selection clips where there are any."""
     key = "choice_accuracy" if "choice_accuracy" in settings[0] else "accuracy"
     draws = range(settings[-1]["draw"] + 1)
     return [max((s for s in settings if s["draw"] == draw), key=lambda setting: setting[key]) for draw in draws]
 
 
 def _training_free(known: Seen | None, draws: list[Ints], seen: Seen, *, neighbours: int) -> dict[str, Any]:
-    """k-NN and a linear probe on pooled features of the records that the probes were trained on.
+    """Evaluates k-NN and a linear probe on pooled features of the records that the probes were trained on.
 
-    draws: rows of ``known``; the figures are means over them, and all of them under ``knn_draws``, ``linear_draws``
+    draws: rows of ``known``; results are means over draws, with all values under ``knn_draws``, ``linear_draws``
     """
     if known is None or known.features is None or seen.features is None:
         return dict.fromkeys(("knn", "linear", "knn_draws", "linear_draws", "neighbours"))
-    from vjepa_scale.eval import knn_linear  # scikit-learn, for whoever needs it
+    from vjepa_scale.eval import knn_linear  # needs scikit-learn
 
     k = min(neighbours, min(len(rows) for rows in draws))
     knn, linear = [], []
@@ -265,15 +266,15 @@ def _training_free(known: Seen | None, draws: list[Ints], seen: Seen, *, neighbo
 
 
 def _over_draws(values: list[float]) -> dict[str, Any]:
-    """std: over the draws of labels; None of a single one."""
+    """Returns mean, std and all values over the draws of labels; std is None for a single draw."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "draws": values}
 
 
 def _while_all_wait(work: Callable[[], T], *, here: bool) -> T | None:
-    """What one rank (0) works out, which may take longer than a collective may: the others keep asking for its end.
+    """Runs ``work`` on rank 0. It may take longer than a collective's timeout, so the other ranks poll for its end.
 
-    Raises on every rank where it fails: none goes on to a collective in which the others would be missing.
+    Raises on every rank where it fails, so that no rank enters a collective that others miss.
     """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if here else None
@@ -283,12 +284,12 @@ def _while_all_wait(work: Callable[[], T], *, here: bool) -> T | None:
         if future is not None:
             return future.result()
     if failed:
-        raise RuntimeError("rank 0 could not sum up the evaluation")
+        raise RuntimeError("rank 0 failed to compute the evaluation")
     return None
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
-    """evaluation.json for a terminal."""
+    """Formats evaluation.json for a terminal."""
     views = result["views"]["segments"] * result["views"]["crops"]
     yield (
         f"probes at step {result['step']}: {result['clips']} clips of {result['evaluated_on']!r}, {result['classes']} "
@@ -311,10 +312,10 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-# -- labelled clips without chance, shared by all ranks ----------------------------------------------
+# -- labelled clips without randomness, split over all ranks -----------------------------------------
 #
-# Each record is looked at by one rank: rank r of W takes records r, r + W, …. All ranks have equally many batches of
-# one size, the last ones padded, so that neither ranks nor batches change what a clip is taken for.
+# Each record is evaluated by one rank: rank r of W takes records r, r + W, …. All ranks have equally many batches of
+# one size, the last ones padded, so that the prediction of a clip depends neither on ranks nor on batches.
 
 
 def padded_rounds(
@@ -329,10 +330,10 @@ def padded_rounds(
     segments: int = 1,
     crops: int = 1,
 ) -> Iterator[tuple[LabelledClips | None, Tensor]]:
-    """This rank's records of a data set, a micro-batch of the phase at a time, in as many rounds as every rank has.
+    """Yields this rank's records of a data set, one micro-batch per round; all ranks have equally many rounds.
 
-    frames, segments, crops: of ``evaluation_clips``
-    Gives what is shown (None in a round without any) and clips, uint8 [b, 3, T, H, W]: those, and zeros behind them.
+    frames, segments, crops: as in ``evaluation_clips``
+    Yields the records (None in a round without any) and uint8 clips [b, 3, T, H, W], padded with zeros.
     """
     views, data = segments * crops, stage.recipe.data
     together = max(1, phase.micro_batch // views)
@@ -367,11 +368,11 @@ def keep_tokens(
     phase: Phase,
     each_round: Callable[[], None],
 ) -> dict[tuple[str, int], Tensor]:
-    """Encode each training clip of a phase once, as the evaluation sees it, and keep all its tokens on every rank.
+    """Encodes each training clip of a phase once, as in the evaluation, and keeps all its tokens on every rank.
 
-    encode:     tokens [B, N, D] of uint8 clips [B, 3, T, H, W], on all ranks together
+    encode:     returns tokens [B, N, D] of uint8 clips [B, 3, T, H, W]; collective
     trained_on: the records of each data set
-    each_round: called on every rank after each batch: a place to stop
+    each_round: called on every rank after each batch, where it may stop
     Returns tokens [N, D] by data set and record.
     Raises UserError where memory does not suffice, and naming a clip that does not decode.
     """
@@ -384,7 +385,7 @@ def keep_tokens(
             own = () if shown is None else shown.records
             mine = [
                 ((name, record), tokens[row].clone()) for row, record in enumerate(own)
-            ]  # not the whole batch's bytes
+            ]  # copied, so that the batch's memory is freed
             for theirs in process_group.from_all(mine):
                 found.update(theirs)
             each_round()

@@ -1,4 +1,4 @@
-"""How many directions do features use? The collapse that a falling loss does not show.
+"""Effective rank: the number of directions that features use. Detects a collapse that the loss does not show.
 
 Effective rank (Roy & Vetterli 2007; RankMe, Garrido et al. 2023): exp of the entropy of the normalised
 singular values of the centred feature matrix. It is D for isotropic features and 1 for a line.
@@ -30,7 +30,7 @@ class FeatureCovariance:
     """
 
     def __init__(self) -> None:
-        self._sums: tuple[Tensor, Tensor] | None = None  # of outer products [D, D] and of rows [D], float64
+        self._sums: tuple[Tensor, Tensor] | None = None  # sums of outer products [D, D] and of rows [D], float64
         self._rows = 0
 
     def add(self, features: Tensor) -> None:
@@ -42,9 +42,9 @@ class FeatureCovariance:
         self._rows += rows.shape[0]
 
     def effective_rank(self) -> "Future[float] | None":
-        """Of all rows of all ranks; every rank must call it. On rank 0 it comes later, and on the others not at all.
+        """Computes the effective rank of all rows of all ranks. Collective; returns a future on rank 0, else None.
 
-        Eigenvalues of D = 1408 take 0.2 s of a core, for which no step waits.
+        Eigenvalues of D = 1408 take 0.2 s on one core; no step waits for them.
         """
         assert self._sums is not None, "no features were added"
         outer_DD, sum_D = self._sums
@@ -60,7 +60,7 @@ class FeatureCovariance:
 
 @cache
 def _thread(threads: int) -> ThreadPoolExecutor:
-    """One, which computes with so many threads: PyTorch's number is a thread's own, and bits depend on it."""
+    """Returns an executor of one thread with this number of PyTorch threads, a per-thread setting that affects bits."""
     return ThreadPoolExecutor(1, "effective-rank", initializer=torch.set_num_threads, initargs=(threads,))
 
 

@@ -1,4 +1,4 @@
-"""What users of a trained model do with it: clips from files, features of videos, predictions, and all of a data set.
+"""Use of a trained model: clips from files, features of videos, predictions, extraction over a data set, comparison.
 
 >>> model = vjepa_scale.load_model("DIR")
 """

@@ -1,4 +1,4 @@
-"""Files, arrays and images → uint8 pictures of the size that the encoder sees; a long video → chunks of them."""
+"""Converts files, arrays and images to uint8 pictures of the encoder's size; cuts long videos into chunks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ Size = tuple[int, int]
 
 
 def cropped_pictures(path: str | Path, *, fps: float, size: Size, start_s: float) -> tuple[Iterator[Tensor], bool]:
-    """(pictures uint8 [3, 1, *size] of a file from start_s to its end, whether it is an image, which has one).
+    """Returns an iterator over a file's pictures, uint8 [3, 1, *size], from start_s on; and whether it is an image.
 
-    The short side is resized and the centre cropped, as frozen evaluation does. Raises UserError, also while the
-    pictures are taken.
+    Resizes the short side and crops the centre, as in frozen evaluation. An image has one picture. Raises UserError,
+    also during iteration.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,14 +54,14 @@ def _unusable(path: Path, error: DecodeError) -> UserError:
 
 
 def cropped(picture_HWC: npt.NDArray[np.uint8], size: Size) -> Tensor:
-    """One picture, uint8 [3, 1, *size]."""
+    """Resizes and crops one picture: uint8 [3, 1, *size]."""
     return center_crop([picture_HWC], size)
 
 
 def clip_of_file(path: str | Path, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
-    """uint8 [3, T, *size]: ``frames`` pictures from start_s on, the last repeated past the end (None: all there are).
+    """Returns uint8 [3, T, *size]: ``frames`` pictures from start_s on (None: all), the last repeated past the end.
 
-    still: how often an image is repeated where ``frames`` is None
+    still: number of frames for an image where ``frames`` is None
     """
     pictures, is_image = cropped_pictures(path, fps=fps, size=size, start_s=start_s)
     found = list(islice(pictures, frames))
@@ -70,7 +70,7 @@ def clip_of_file(path: str | Path, *, frames: int | None, fps: float, size: Size
 
 
 def rgb_array(given: Any, *, where: str, fix: str) -> npt.NDArray[np.uint8]:
-    """Pictures in memory, uint8 RGB [N, H, W, 3] or one [H, W, 3], as they are. Raises UserError for anything else."""
+    """Returns pictures in memory, uint8 RGB [N, H, W, 3] or one [H, W, 3], as an array. Raises UserError for others."""
     array = given.numpy(force=True) if isinstance(given, Tensor) else np.asarray(given)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
         raise UserError(f"pictures of shape {list(array.shape)} and type {array.dtype}", where=where, fix=fix)
@@ -78,7 +78,7 @@ def rgb_array(given: Any, *, where: str, fix: str) -> npt.NDArray[np.uint8]:
 
 
 def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, start_s: float, still: int) -> Tensor:
-    """The same of pictures in memory, uint8 RGB [T, H, W, 3], 1/fps seconds apart, or of one, [H, W, 3]."""
+    """``clip_of_file`` for pictures in memory, uint8 RGB [T, H, W, 3], 1/fps seconds apart, or one, [H, W, 3]."""
     pictures = rgb_array(array, where="preprocess", fix="uint8 RGB [T, H, W, 3], or [H, W, 3] for an image")
     is_image = pictures.ndim == 3
     pictures = pictures[None] if is_image else pictures[round(start_s * fps) :][:frames]
@@ -89,7 +89,7 @@ def clip_of_array(array: Any, *, frames: int | None, fps: float, size: Size, sta
     return torch.cat([clip, *[clip[:, -1:]] * (wanted - clip.shape[1])], dim=1)
 
 
-# -- a long video in chunks: which pictures each forward pass sees, which of its tokens count ------
+# -- a long video in chunks: the pictures of each forward pass, and which of its tokens are new ----
 
 
 Picture = TypeVar("Picture")
@@ -97,11 +97,11 @@ Picture = TypeVar("Picture")
 
 @dataclass(frozen=True)
 class Chunk(Generic[Picture]):
-    """One clip for the encoder. The last ``new`` of its frames are this chunk's; those before, an earlier one's.
+    """One clip for the encoder. Its last ``new`` frames are new; those before were in an earlier chunk.
 
     frames:  the clip
     first:   number of the first new picture in the video
-    new:     frames that no chunk before had, repetitions included; a multiple of the tubelet
+    new:     number of frames in no earlier chunk, repetitions included; a multiple of the tubelet
     real:    how many of these are pictures of the video; the others repeat the last one
     """
 
@@ -112,12 +112,11 @@ class Chunk(Generic[Picture]):
 
 
 def cut_chunks(pictures: Iterable[Picture], *, chunk: int, tubelet: int) -> Iterator[Chunk[Picture]]:
-    """Chunks of ``chunk`` pictures, one after the other; at most two are in memory.
+    """Yields consecutive chunks of ``chunk`` pictures; at most two are in memory.
 
-    What is left at the end goes into one more, which begins so much earlier that it is whole, too: its tokens have
-    as much to look back on as all others; those of the repeated pictures are not its new ones. Where the number of
-    pictures is no multiple of the tubelet, the last picture is repeated to complete its token. A video shorter than
-    a chunk is one clip of its own length.
+    The last chunk begins earlier, so that it is complete too, and its tokens have the same context as all others; only
+    frames of no earlier chunk are new in it. Where the number of pictures is no multiple of the tubelet, the last
+    picture is repeated to complete its token. A video shorter than a chunk is one clip of its own length.
     """
     assert chunk % tubelet == 0, f"chunks of {chunk} frames do not divide into tubelets of {tubelet}"
     before, now, first = list[Picture](), list[Picture](), 0
@@ -134,7 +133,7 @@ def cut_chunks(pictures: Iterable[Picture], *, chunk: int, tubelet: int) -> Iter
 
 
 def pictures_of(given: Any) -> npt.NDArray[np.uint8]:
-    """uint8 RGB [B, H, W, 3] of the same, of one [H, W, 3], or of an image file. Raises UserError for anything else."""
+    """Returns uint8 RGB [B, H, W, 3] of such an array, of one [H, W, 3], or of an image file. Else raises UserError."""
     if isinstance(given, str | Path):
         return _of_image_file(Path(given))
     array = rgb_array(given, where="encode", fix="uint8 RGB [B, H, W, 3], or [H, W, 3] for one")

@@ -1,11 +1,11 @@
-"""The same clips through this package and through transformers: ``tools/consolidate.py --compare``.
+"""Compares this package with transformers on the same clips: ``tools/consolidate.py --compare``.
 
     SOURCE ───────────────────► our networks ─┐
     REFERENCE ────────────────► transformers ─┼─► differences of tokens, predictions and logits
     SOURCE ─► our exporter ───► transformers ─┘    and: are the exported tensors those of REFERENCE, to the bit?
 
-REFERENCE is a Hugging Face folder: SOURCE itself where it is one, or a second path. With neither, transformers can
-only run what our exporter wrote. One model is in memory at a time; the numbers that it computed are kept.
+REFERENCE is a Hugging Face folder: SOURCE itself where it is one, or a second path. With neither, transformers can only
+run the output of our exporter. One model is in memory at a time; its outputs are kept.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.encoder import PixelNormaliser
 from vjepa_scale.recipe.networks import Network, refuse_other_model
 
-# Positions along time enter like those along height and width: a few time steps are enough to see an error.
+# Positions in time are treated as those in height and width, so a few time steps suffice to detect an error.
 FRAMES = 16
 
 Outputs = dict[str, list[Tensor]]
@@ -51,20 +51,20 @@ def compare(
     device: str = "cpu",
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Compare weights as this package and as transformers run them, in float32. Returns whether the two agree.
+    """Compares the outputs of this package and of transformers, in float32. Returns whether the two agree.
 
-    source:    what open_weights takes
-    reference: a Hugging Face folder of the same model; None: ``source`` itself if it is such a folder, else what
-               this package exports from it
-    model:     as for open_weights; not needed beside a reference
-    size:      side of the clips in pixels, where the weights do not say it
+    source:    as for open_weights
+    reference: a Hugging Face folder of the same model; None: ``source`` itself if it is such a folder, else this
+               package's export of it
+    model:     as for open_weights; not needed with a reference
+    size:      side of the clips in pixels, where the weights do not contain it
     frames:    of a clip; default: 16, or the model's where that is fewer
-    clips:     how many clips of seeded noise; used where there are no ``videos``
+    clips:     number of clips of seeded noise; used where there are no ``videos``
     videos:    files; the first ``frames`` pictures of each
-    say:       gets the lines of the report
+    say:       receives the lines of the report
 
-    They agree where each output differs by at most LIMIT of the largest one, and each tensor exported is the
-    reference's to the bit. Raises UserError where transformers is missing, or the two cannot be run beside each other.
+    They agree where each output differs by at most LIMIT of the largest one, and each exported tensor equals the
+    reference's to the bit. Raises UserError where transformers is missing, or where the two cannot be compared.
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
@@ -110,8 +110,7 @@ def _open_reference(folder: Path) -> WeightSource:
 def _open_source(
     path: Path, theirs: WeightSource | None, model: str | None, say: Callable[[str], None]
 ) -> tuple[WeightSource, list[str]]:
-    """The weights to run, and in what they are not the reference's: the encoder that is nearest to it, if there are
-    two."""
+    """Returns the weights to run, and how they differ from the reference; of two encoders, takes the nearer one."""
     if theirs is not None and theirs.where == path:
         say(f"{path}: {theirs.match().sentence()}")
         return theirs, []
@@ -147,7 +146,7 @@ def _open_source(
 
 
 def _heads(config: ConsolidatedConfig) -> str:
-    """``--model`` of a published file, by its reference."""
+    """Returns ``--model`` of a published file, from its reference."""
     predictor = config.model.predictor
     said = f"heads={config.model.encoder.heads}"
     known = PREDICTOR_HEADS["predictor"].get(predictor.width)
@@ -155,7 +154,7 @@ def _heads(config: ConsolidatedConfig) -> str:
 
 
 def _other_tensors(source: WeightSource, theirs: WeightSource, prefix: str) -> list[str]:
-    """Those of a network that are not the reference's, by the reference's name. Shapes are known to match."""
+    """Returns names, as in the reference, of a network's tensors that differ from it. Shapes must match."""
     named = {
         name: name.replace("target_encoder.", "encoder.") for name, _, _ in source.entries if name.startswith(prefix)
     }
@@ -169,7 +168,7 @@ def _first(names: list[str]) -> str:
 
 
 def _with_clip(source: WeightSource, theirs: WeightSource | None, size: int | None) -> WeightSource:
-    """The same weights for the clip that is compared: the reference's, whose positions are for that size only."""
+    """Returns the weights with the clip geometry of the reference, whose positions are for that size only."""
     config = source.config if theirs is None else theirs.config
     given = config.size if size is None else (size, size)
     if given != config.size and "size" not in config.assumed:
@@ -220,7 +219,7 @@ def _say_what_is_compared(
     head: ClassifierHead | None,
     say: Callable[[str], None],
 ) -> None:
-    import transformers  # it may be missing, and this package runs without it
+    import transformers  # optional
 
     version = f"transformers {transformers.__version__}"
     if theirs is None:
@@ -289,9 +288,9 @@ def _run_theirs(
     stored: dict[str, Path] | None = None,
     say: Callable[[str], None] = print,
 ) -> Outputs:
-    """What transformers computes. Adds to ``problems`` what it does not find in the folder.
+    """Returns the outputs of transformers. Adds to ``problems`` the tensors that it does not find in the folder.
 
-    stored: the tensors that those of this folder must be
+    stored: the tensors that this folder's tensors must equal
     """
     from transformers import VJEPA2ForVideoClassification, VJEPA2Model
     from transformers.utils import logging
@@ -340,7 +339,7 @@ def _equal(state: dict[str, Tensor], stored: dict[str, Path], name: str) -> bool
 def _export(
     source: WeightSource, folder: Path, head: ClassifierHead | None, needed: bool, say: Callable[[str], None]
 ) -> Path | None:
-    """What this package exports to Hugging Face; None where their model cannot express it and it is not needed."""
+    """Exports to Hugging Face's format; returns None where their model cannot express it and it is not needed."""
     try:
         huggingface.refuse_inexpressible(source.config, source.where)
     except UserError as error:
@@ -364,7 +363,7 @@ def _differences(ours: Outputs, theirs: Outputs, label: str) -> list[tuple[str, 
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Over all clips; relative: to the largest output; 1 − cosine: of the token or the logits that are furthest."""
+    """Returns differences over all clips. relative: to the largest output; 1 − cosine: of the worst token or logits"""
     apart = (ours - theirs).abs()
     cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1)
     return {
@@ -382,7 +381,7 @@ def _report(
     say(" " * width + "".join(f"{column:>12}" for column in rows[0][1]))
     for name, numbers in rows:
         say(f"{name:<{width}}" + "".join(f"{number:>12.1e}" for number in numbers.values()))
-    # "not <=": NaN must count as wrong.
+    # "not <=", so that NaN counts as wrong.
     wrong = [name for name, numbers in rows if not numbers["relative"] <= LIMIT]
     problems = problems + ([f"{', '.join(wrong)}: more than {LIMIT:g} of the largest output apart"] if wrong else [])
     if problems:

@@ -1,14 +1,13 @@
-"""Features of a folder of videos, or of shards, on disk.
+"""Extracts features of a folder of videos, or of shards, to disk.
 
-    OUT/extract.json                 what is extracted from what, with which model: written first
-    OUT/parts/000123.safetensors     ``features`` of a stretch of the sources (none where none of them can be used)
-    OUT/parts/000123.rejected.jsonl  sources of this stretch that were left out, and why
-    OUT/parts/000123.jsonl           a line per chunk of a video: written last, so it is there only if the part is whole
-    OUT/index.jsonl, rejected.jsonl  the parts' lines in their order: there only if all parts are
+    OUT/extract.json                 settings, sources and model: written first
+    OUT/parts/000123.safetensors     ``features`` of a range of the sources (missing where none of them is usable)
+    OUT/parts/000123.rejected.jsonl  sources of this range that were rejected, and why
+    OUT/parts/000123.jsonl           a line per chunk of a video: written last, so it exists only if the part is whole
+    OUT/index.jsonl, rejected.jsonl  the parts' lines in order: they exist only if all parts do
 
-A part is a function of its sources and the settings. So a run that was killed goes on with the parts that are
-missing, jobs of a Slurm array share the work by part number without writing the same file, and parts that are there
-are never written again.
+A part is a function of its sources and the settings. So a killed run continues with the missing parts, jobs of a Slurm
+array share the work by part number without writing the same file, and existing parts are never written again.
 """
 
 import hashlib
@@ -50,13 +49,13 @@ T = TypeVar("T")
 Pool = Literal["mean", "time", "none"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Told (parts done, of how many).
+# Called with (parts done, number of parts).
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of all parts, beside the sources and the model.
+    """Settings that, with the sources and the model, determine the bytes of all parts.
 
     pool:   mean: a row per chunk, over its new tokens; time: a row per token step, over space; none: every token
     layers: block numbers, each through the final norm; None: the encoder's output
@@ -76,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Summary:
-    """chunks, rejected: of the parts this call was for; missing: parts of all that are not there yet."""
+    """chunks, rejected: of this call's parts; missing: number of all parts that do not exist yet."""
 
     parts: int
     chunks: int
@@ -86,7 +85,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Video:
-    """One usable source. known: what every index line says of it; record: its number in the shards."""
+    """One usable source. known: fields of each of its index lines; record: its index in the shards."""
 
     source: str
     duration_s: float
@@ -95,7 +94,7 @@ class _Video:
 
 
 class _Folder:
-    """Video files below a folder. The label of one is the folder it is in."""
+    """Video files below a folder. The label of a file is its folder."""
 
     def __init__(self, folder: Path, out: Path, *, everything: bool = False) -> None:
         self._folder = folder
@@ -110,7 +109,7 @@ class _Folder:
         return {"videos": self.count, "listing": listing.hexdigest()}
 
     def usable(self, numbers: range, workers: int) -> tuple[list[_Video], list[Rejected]]:
-        """Those make_shards would take, and why it would not take the others."""
+        """Returns the files that make_shards would accept, and the reasons to reject the others."""
         sources = [folder_source(self._paths[n]) for n in numbers]
         records, rejected = probe_sources(
             self._folder, sources, ShardSettings(), workers=workers, progress=lambda *_: None
@@ -122,7 +121,7 @@ class _Folder:
 
 
 def _folder(folder: Path, out: Path) -> _Folder:
-    """A folder's videos; where OUT was begun by an earlier version, also what file managers left there, as it did."""
+    """Lists a folder's videos; includes files of file managers where an earlier version began OUT and included them."""
     videos = _Folder(folder, out)
     begun = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else None
     if isinstance(begun, dict) and begun.get("source") != videos.identity():
@@ -133,7 +132,7 @@ def _folder(folder: Path, out: Path) -> _Folder:
 
 
 class _Shards:
-    """Records of shards, which make_shards has looked at."""
+    """Records of shards, which make_shards has checked."""
 
     def __init__(self, folder: Path) -> None:
         self._manifest = Manifest.open(folder)
@@ -151,9 +150,9 @@ class _Shards:
     def _video(self, record: int) -> _Video:
         manifest = self._manifest
         label = int(manifest.column("label")[record])
-        # Shards that others have made may say nothing about a record, or not where it is from.
-        told = metadata_of(manifest, record)
-        path = told.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
+        # Shards made by other tools may have no JSON for a record, or none with its source.
+        metadata = metadata_of(manifest, record)
+        path = metadata.get("path") or f"{manifest.shard_of(record).name}:{manifest.key(record)}"
         known = {
             "source": path,
             "shard": manifest.shard_of(record).name,
@@ -176,10 +175,10 @@ def extract(
     workers: int,
     progress: Progress,
 ) -> Summary:
-    """Write every n-th part from number i on, ``share`` being (i, n), and the merged index once no part is missing.
+    """Writes every n-th part from number i on, ``share`` being (i, n), and the merged index once no part is missing.
 
-    Raises UserError before anything is written where there is nothing to read, or ``out`` holds something else; and
-    at the end where not one video of all could be used.
+    Raises UserError, before anything is written, where there is nothing to read or ``out`` holds something else; and at
+    the end where no video could be used.
     """
     videos = _Shards(source) if (source / MANIFEST).is_file() else _folder(source, out)
     _claim(out, {"source": videos.identity(), "model": _identity(model), **asdict(settings)})
@@ -202,7 +201,7 @@ def extract(
 
 
 def _identity(model: Model) -> dict[str, Any]:
-    """What a model is: its input, and a digest of all its biases and norms, which any training changes."""
+    """Returns what identifies a model: its input, and a digest of all its biases and norms, which training changes."""
     digest = hashlib.sha256()
     for name, parameter in model.encoder.named_parameters():
         if parameter.ndim == 1:
@@ -210,7 +209,7 @@ def _identity(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "weights": digest.hexdigest(),
-        "model": config.model.model_dump(mode="json"),  # heads and positions have no weights
+        "model": config.model.model_dump(mode="json"),  # the weights do not show heads and positions
         "mean": list(config.mean),
         "std": list(config.std),
         "fps": config.fps,
@@ -220,14 +219,14 @@ def _identity(model: Model) -> dict[str, Any]:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Write ``settings`` into ``out``, or find them there; UserError where it holds anything else."""
+    """Writes ``settings`` into ``out`` unless they are there. Raises UserError where it holds anything else."""
     settings = json.loads(json.dumps(settings))
     path = out / SETTINGS
     if out.exists() and not out.is_dir():
         raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
     if not path.exists():
         foreign = out.is_dir() and any(not child.name.startswith(f".{SETTINGS}.") for child in out.iterdir())
-        # Asked again: jobs of an array start at the same time.
+        # Checked again, because jobs of an array start at the same time.
         if foreign and not path.exists():
             raise UserError("OUT is not empty, and not of this program", where=out, fix="give a new or empty folder")
         if not path.exists():
@@ -247,7 +246,7 @@ def _part(out: Path, number: int, suffix: str) -> Path:
 
 
 def _merge(out: Path, parts: int) -> None:
-    """All parts' lines in their order. Whoever finds them whole does it; two at once write the same."""
+    """Merges all parts' lines in order. Any job that finds all parts may do it; two jobs write the same bytes."""
     for suffix, name in ((f".{REJECTED}", REJECTED), (".jsonl", INDEX)):
         write_atomic(out / name, b"".join(_part(out, part, suffix).read_bytes() for part in range(parts)))
     if not (out / INDEX).stat().st_size:
@@ -261,7 +260,7 @@ def _merge(out: Path, parts: int) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """Successive chunks of one video, of one length, that are decoded together. first: number of its first picture."""
+    """Successive chunks of one video, of one length, decoded together. first: number of the first picture."""
 
     video: _Video
     chunks: list[Chunk[int]]
@@ -274,17 +273,17 @@ class _Job:
 def _write_part(
     out: Path, number: int, videos: _Folder | _Shards, numbers: range, model: Model, settings: Settings, workers: int
 ) -> None:
-    """Three files, the index last."""
-    for left in (out / PARTS).glob(f".{number:06d}.*.tmp"):  # by a kill
+    """Writes the three files of a part, the index last."""
+    for left in (out / PARTS).glob(f".{number:06d}.*.tmp"):  # left by a killed process
         left.unlink(missing_ok=True)
     usable, rejected = videos.usable(numbers, workers)
     jobs = [job for video in usable for job in _jobs(video, model, settings)]
-    limit_s = ShardSettings().decode_timeout_s  # as for videos of a folder, when they are looked at
+    limit_s = ShardSettings().decode_timeout_s  # the limit of the check of a folder's videos
     rows, failed = _encode(jobs, _decoded(videos, jobs, model, workers, limit_s), model, settings)
     rejected = [*rejected, *failed.values()]
     lines, features, at = list[dict[str, Any]](), list[Tensor](), 0
     for video, chunk, value in rows:
-        if video.source in failed:  # all of it, or nothing
+        if video.source in failed:  # reject the whole video
             continue
         start_s, end_s = chunk.first / model.config.fps, (chunk.first + chunk.real) / model.config.fps
         where = {"file": f"{PARTS}/{number:06d}.safetensors", "row": at, "rows": len(value)}
@@ -313,9 +312,9 @@ def _jobs(video: _Video, model: Model, settings: Settings) -> Iterator[_Job]:
 def _decoded(
     videos: _Folder | _Shards, jobs: Sequence[_Job], model: Model, workers: int, limit_s: float
 ) -> Iterator[list[Tensor] | Rejected]:
-    """``_decode`` of each job in order, by workers. A video that takes its worker with it is rejected like any other.
+    """Yields ``_decode`` of each job in order, by workers. A video that crashes its worker is rejected too.
 
-    limit_s: for one picture
+    limit_s: time limit for one picture
     """
 
     def start(given: int, lost: Known) -> Prefetched[tuple[int, _Job], list[Tensor] | Rejected]:
@@ -337,9 +336,9 @@ def _decode(
     lost: Mapping[str, Rejected],
     numbered: tuple[int, _Job],
 ) -> list[Tensor] | Rejected:
-    """The clip of each chunk, uint8 [3, T, H, W]; in a worker.
+    """Decodes the clip of each chunk, uint8 [3, T, H, W]; runs in a worker.
 
-    board: told of every picture;  lost: videos not to be tried again
+    board: records every picture;  lost: videos to reject without an attempt
     """
     number, job = numbered
     if job.video.source in lost:
@@ -349,9 +348,9 @@ def _decode(
     rejected = partial(Rejected, job.video.source)
     try:
         pictures = stream_pictures(videos.media(job.video), fps=fps, start_s=job.first / fps)
-        # Cropped one by one: whole pictures of several chunks would be gigabytes.
-        told = _told_of(board, ClipRef(0, number, "", 0, (), fps), pictures)
-        clips = [cropped(picture, size) for picture in islice(told, count)]
+        # Crops one by one, because full pictures of several chunks would take gigabytes.
+        recorded = _recorded(board, ClipRef(0, number, "", 0, (), fps), pictures)
+        clips = [cropped(picture, size) for picture in islice(recorded, count)]
     except DecodeError as error:
         return rejected(error.reason, error.detail)
     except OSError as error:
@@ -361,8 +360,8 @@ def _decode(
     return [torch.cat([clips[n - job.first] for n in chunk.frames], dim=1) for chunk in job.chunks]
 
 
-def _told_of(board: DecodeStatus | None, ref: ClipRef, pictures: Iterator[T]) -> Iterator[T]:
-    """The pictures, and for each a line on the board while it is decoded."""
+def _recorded(board: DecodeStatus | None, ref: ClipRef, pictures: Iterator[T]) -> Iterator[T]:
+    """Yields the pictures, and records each on the board while it is decoded."""
     while True:
         with board.decoding(ref) if board is not None else nullcontext():
             picture = next(pictures, None)
@@ -374,7 +373,7 @@ def _told_of(board: DecodeStatus | None, ref: ClipRef, pictures: Iterator[T]) ->
 def _encode(
     jobs: Sequence[_Job], loaded: Iterator[list[Tensor] | Rejected], model: Model, settings: Settings
 ) -> tuple[list[tuple[_Video, Chunk[int], Tensor]], dict[str, Rejected]]:
-    """(video, chunk, its rows) of all chunks in order, and the videos that did not decode after all."""
+    """Returns (video, chunk, its rows) of all chunks in order, and the videos that failed to decode."""
     rows: list[tuple[_Video, Chunk[int], Tensor]] = []
     failed: dict[str, Rejected] = {}
     waiting: list[tuple[_Video, Chunk[int], Tensor]] = []
@@ -391,7 +390,7 @@ def _encode(
             failed.setdefault(clips.path, clips)
             continue
         for chunk, clip in zip(job.chunks, clips, strict=True):
-            # Clips of one length make a batch, whichever videos they are of; which ones depends on nothing else.
+            # A batch has clips of one length, of any videos. Its composition depends on nothing else.
             if len(waiting) == settings.batch or (waiting and waiting[0][2].shape != clip.shape):
                 run()
             waiting.append((job.video, chunk, clip))
@@ -400,9 +399,9 @@ def _encode(
 
 
 def _pooled(tokens: Tensor, chunk: Chunk[int], model: Model, settings: Settings) -> Tensor:
-    """Tokens [N, D] or [L, N, D] of a chunk → its new rows on the CPU: [1, …] for mean, else [steps, …].
+    """Pools tokens [N, D] or [L, N, D] of a chunk; returns its new rows on the CPU: [1, …] for mean, else [steps, …].
 
-    What follows is [D] or [L, D]; without pooling [h, w, D] or [h, w, L, D].
+    The other dimensions are [D] or [L, D]; without pooling [h, w, D] or [h, w, L, D].
     """
     shape = model.config.model
     height, width = (side // shape.patch for side in model.config.size)

@@ -1,4 +1,4 @@
-"""A trained model, ready to use: clips in, features and predictions out."""
+"""A trained model: maps clips to features and predictions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from vjepa_scale.recipe.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Features:
-    """Tokens of a video, and when each of its token steps is.
+    """Tokens of a video, and the times of its token steps.
 
-    tokens:         float32 [B, N, D], N = t·h·w, step by step, row by row; of several layers [B, L, N, D]
+    tokens:         float32 [B, N, D], N = t·h·w, step by step, row by row; for several layers [B, L, N, D]
     grid:           (t, h, w)
-    start_s, end_s: float64 [t], seconds: the stretch of the video that a token step shows. Of the last one it is
-                    shorter where the last picture was repeated to complete the step's tubelet
+    start_s, end_s: float64 [t], seconds: start and end of each token step in the video. The last one is shorter where
+                    the last picture was repeated to complete its tubelet
     """
 
     tokens: Tensor
@@ -44,21 +44,21 @@ def load_model(
     model: str | ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> "Model":
-    """A trained model, in eval mode.
+    """Loads a trained model, in eval mode.
 
     device:      None: a GPU where there is one
-    path, model: as for load_encoder: weights of any format, and which model they are where the path cannot say
-    dtype:       that weights and activations have inside; features are float32 whatever it is
+    path, model: as for load_encoder: weights of any format, and the model where the path does not contain it
+    dtype:       of weights and activations; features are always float32
 
-    Raises UserError where the path is something else, and where there is no such device.
+    Raises UserError where the path is something else, or where there is no such device.
     """
     return Model(Path(path), usable_device(device), model, dtype)
 
 
 class Model:
-    """Encoder and predictor of a checkpoint with everything that their input needs.
+    """Encoder and predictor of a checkpoint, with the preprocessing of their input.
 
-    config: geometry, frame rate and normalisation of the checkpoint; what methods do not get, they take from it
+    config: geometry, frame rate and normalisation of the checkpoint; the defaults of the methods' arguments
     Methods run without gradients. Raises UserError for input that does not fit.
     """
 
@@ -71,7 +71,7 @@ class Model:
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Read when it is first asked for: features need none."""
+        """The predictor, read on first use, because features do not need it."""
         predictor = network_of(self._source, "predictor", Predictor, self.device)
         return predictor.to(self.dtype).requires_grad_(False)
 
@@ -85,17 +85,17 @@ class Model:
         size: int | Size | None = None,
         start: float = 0.0,
     ) -> Tensor:
-        """A normalised clip, float32 [1, 3, T, H, W].
+        """Returns a normalised clip, float32 [1, 3, T, H, W].
 
         video:  a video file; an image file, which becomes a static clip; or pictures: uint8 RGB [T, H, W, 3], taken
                 to be 1/fps seconds apart, or [H, W, 3], an image
         frames: T. Default: the checkpoint's (of pictures in memory: all). "all": to the end of the video
         fps:    pictures per second: picture k is the one on screen at start + k/fps s. Default: the checkpoint's
-        size:   pixels, or (height, width): the short side is resized to fit, the centre cropped. Default: the
+        size:   pixels, or (height, width): resizes the short side to fit, and crops the centre. Default: the
                 checkpoint's
         start:  seconds
 
-        A clip that reaches past the end repeats the last picture, as clips of short videos do in training.
+        A clip past the end of the video repeats the last picture, as training does for short videos.
         """
         in_file = isinstance(video, str | Path)
         if frames is None and in_file:
@@ -114,7 +114,7 @@ class Model:
         return self.normalise(clip[None])
 
     def normalise(self, clips: Tensor) -> Tensor:
-        """uint8 clips [B, 3, T, H, W] → float32 on the model's device, (pixel in 0 … 1 − mean) / std."""
+        """Converts uint8 clips [B, 3, T, H, W] to float32 on the model's device, (pixel in 0 … 1 − mean) / std."""
         return self._pixels(clips)
 
     # -- features ----------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Model:
         size: int | Size | None = None,
         start: float = 0.0,
     ) -> Features:
-        """Features of a video of any length, from ``start`` to its end. Arguments: see ``encode_chunks``."""
+        """Returns features of a video of any length, from ``start`` to its end. Arguments: see ``encode_chunks``."""
         parts = list(self.encode_chunks(video, chunk, layers=layers, fps=fps, size=size, start=start))
         return Features(
             tokens=torch.cat([part.tokens for part in parts], dim=-2),
@@ -148,17 +148,17 @@ class Model:
         size: int | Size | None = None,
         start: float = 0.0,
     ) -> Iterator[Features]:
-        """The same, chunk by chunk: of a file, no more than two chunks of it are in memory at a time.
+        """Yields features chunk by chunk; of a file, at most two chunks are in memory at a time.
 
         video:  a file, or a normalised clip [B, 3, T, H, W] of any T (its first frame is at ``start`` seconds)
-        chunk:  frames that the encoder sees together; a multiple of the tubelet. Default: the checkpoint's clip length
-        layers: numbers of blocks, each through the final norm; default: the encoder's output
+        chunk:  frames per forward pass; a multiple of the tubelet. Default: the checkpoint's clip length
+        layers: block numbers, each through the final norm; default: the encoder's output
         fps, size: as in ``preprocess``
 
-        Every token step comes from exactly one forward pass. What is left after the last whole chunk is encoded
-        together with pictures before it, in a clip of the same length, of which only the new steps are returned.
-        A video shorter than a chunk is encoded in its own length. An odd last picture is repeated to complete its
-        tubelet, and ``end_s`` says so. An image is a static clip of the checkpoint's length.
+        Every token step comes from exactly one forward pass. The rest after the last whole chunk is encoded together
+        with earlier pictures, in a clip of the same length, and only the new steps are returned. A video shorter than a
+        chunk is encoded in its own length. An odd last picture is repeated to complete its tubelet, and ``end_s`` is
+        then shorter. An image is a static clip of the checkpoint's length.
         """
         chunk, fps, start = chunk or self.config.frames, self.frames_per_second(fps), _not_negative(start)
         tubelet = self.config.model.tubelet
@@ -176,9 +176,9 @@ class Model:
         size: int | Size | None = None,
         start: float = 0.0,
     ) -> Iterable[Tensor]:
-        """One by one, for ``joined``: of a file uint8 [1, 3, 1, H, W] from ``start`` to its end, of a clip its frames.
+        """Yields single pictures for ``joined``: of a file uint8 [1, 3, 1, H, W] from ``start``, of a clip its frames.
 
-        video, fps, size, start: as in ``encode_chunks``. An image is there as often as the checkpoint's clips are long.
+        video, fps, size, start: as in ``encode_chunks``. An image is repeated to the checkpoint's clip length.
         """
         fps, start = self.frames_per_second(fps), _not_negative(start)
         if isinstance(video, Tensor):
@@ -188,14 +188,14 @@ class Model:
         return list(frames) * self.config.frames if is_image else frames
 
     def joined(self, pictures: Sequence[Tensor]) -> Tensor:
-        """A normalised clip [B, 3, T, H, W] of some of ``pictures``, on the model's device."""
+        """Joins pictures of ``pictures`` to a normalised clip [B, 3, T, H, W] on the model's device."""
         clip = torch.cat(list(pictures), dim=2)
         return clip.to(self.device) if clip.is_floating_point() else self.normalise(clip)
 
     def _features(
         self, clip: Tensor, part: Chunk[Tensor], *, layers: Sequence[int] | None, fps: float, start_s: float
     ) -> Features:
-        """Of one chunk, the new steps."""
+        """Returns the features of a chunk's new steps."""
         tubelet = self.config.model.tubelet
         _, height, width = self.encoder.patch_embed.grid(clip)
         steps = part.new // tubelet
@@ -206,7 +206,7 @@ class Model:
 
     @torch.no_grad()
     def encode_clips(self, clips: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """One forward pass: normalised clips [B, 3, T, H, W] → float32 [B, N, D], or [B, L, N, D] of L layers."""
+        """Runs one forward pass: normalised clips [B, 3, T, H, W] → float32 [B, N, D], or [B, L, N, D] of L layers."""
         clips = clips.to(self.device, self.dtype)
         if layers is None:
             return self.encoder(clips).float()
@@ -216,16 +216,16 @@ class Model:
 
     @torch.no_grad()
     def predict(self, clip: Tensor, context: Tensor, target: Tensor, mask_token: int | None = None) -> Tensor:
-        """Predicted features at the target places, float32 [B, M, D], from the context's pixels alone.
+        """Returns predicted features at the target places, float32 [B, M, D], from the context's pixels only.
 
         clip:            normalised [B, 3, T, H, W]
         context, target: int64 token numbers n = τ·h·w + y·w + x, [B, K] and [B, M], or [K] and [M] for all clips
-        mask_token:      which learned token stands for what is to be predicted (modulo how many there are). A recipe's
-                         mask generator j trains token j: 0 short-range, 1 long-range masks, unless jepa.mask_token
-                         says that all train the first. Default: that of long-range masks, if it was trained
+        mask_token:      index of the learned mask token for the targets (modulo their number). A recipe's mask
+                         generator j trains token j: 0 short-range, 1 long-range masks, unless jepa.mask_token makes
+                         all generators train the first. Default: that of long-range masks, if it was trained
 
-        What is predicted is the *normalised* feature: the predictor learns layer_norm(tokens) over D, without
-        parameters. Compare with that, not with the tokens of ``encode`` themselves.
+        The predictions are *normalised* features: the predictor learns layer_norm(tokens) over D, without parameters.
+        Compare them with that, not with the tokens of ``encode``.
         """
         grid = self.encoder.patch_embed.grid(_normalised(clip))
         context_BK, target_BM = (
@@ -239,16 +239,15 @@ class Model:
     def rollout(
         self, clip: Tensor, frames: int, mask_token: int | None = None, *, fps: float | None = None
     ) -> Features:
-        """Predicted features of the ``frames`` frames that follow a clip; times are from the clip's first frame.
+        """Predicts features of the ``frames`` frames that follow a clip; times are from the clip's first frame.
 
-        clip: normalised [B, 3, T, H, W], T a multiple of the tubelet, as ``frames``
+        clip: normalised [B, 3, T, H, W]; T and ``frames`` are multiples of the tubelet
 
-        One pass of the predictor: context is every token of the clip, targets are all places of the later steps.
-        It is ``predict`` with nothing known of the future; so the features are normalised, and neither pixels nor
-        samples: where several futures are possible, the prediction lies between them. Nothing predicted is fed back.
-        It is as good as training made it: clip and future together should not be longer than training's clips, and
-        masks that hide all of a late stretch (``kind: future``, or ``max_context_frames`` below 1) train just this, and
-        where a recipe has them, their mask token is the default.
+        Runs the predictor once: every token of the clip is context, and all places of the later steps are targets. The
+        features are normalised, as those of ``predict``. They are neither pixels nor samples: where several futures
+        are possible, the prediction is an average of them. Predictions are not fed back. Clip and future together
+        should not be longer than training's clips. Masks that hide the whole end of a clip (``kind: future``, or
+        ``max_context_frames`` below 1) train this task; where a recipe has them, their mask token is the default.
         """
         tubelet = self.config.model.tubelet
         if frames < 1 or frames % tubelet:
@@ -265,7 +264,7 @@ class Model:
                 fix="a shorter clip, or fewer frames",
             )
         known, every = steps * height * width, (steps + later) * height * width
-        # The encoder cuts the context's tubelets out before it computes anything: what stands here is not looked at.
+        # The encoder selects the context's tubelets first, so the values of the future frames are not used.
         unknown = clip.new_zeros(*clip.shape[:2], frames, *clip.shape[3:])
         places = torch.arange(every)
         token = future_mask_token(self.config) if mask_token is None else mask_token
@@ -285,7 +284,7 @@ class Model:
         size: int | Size | None = None,
         start: float = 0.0,
     ) -> Surprise:
-        """How far a video is from what its past made the model expect, over time. Arguments: ``surprise.surprise``."""
+        """Measures how far a video deviates from the model's predictions. Arguments: see ``surprise.surprise``."""
         return surprise(
             self,
             video,
@@ -311,7 +310,7 @@ class Model:
         return places.to(self.device).expand(batch, places.shape[-1])
 
     def frames_per_second(self, fps: float | None = None) -> float:
-        """A rate that a caller gives, or the checkpoint's."""
+        """Returns the caller's rate, or the checkpoint's."""
         if fps is not None and not fps > 0:
             raise UserError(f"{fps} pictures per second", where="fps", fix="a number above 0")
         return fps or self.config.fps
@@ -331,7 +330,7 @@ def _not_negative(start: float) -> float:
 
 
 def _normalised(clip: Tensor) -> Tensor:
-    """The clip itself, if it can be one."""
+    """Returns the clip. Raises UserError where it is not a normalised clip."""
     if not clip.is_floating_point() or clip.ndim != 5 or not clip.numel():
         raise UserError(
             f"{clip.dtype} of shape {list(clip.shape)}",
@@ -342,7 +341,7 @@ def _normalised(clip: Tensor) -> Tensor:
 
 
 def usable_device(asked: str | torch.device | None) -> torch.device:
-    """The device asked for; None: a GPU where there is one. Raises UserError where it is not there."""
+    """Returns the requested device; None: a GPU where there is one. Raises UserError where the device is missing."""
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

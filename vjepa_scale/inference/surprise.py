@@ -1,10 +1,9 @@
-"""How far a video is from what its past made the model expect (violation of expectation).
+"""Surprise: how far a video deviates from the model's predictions (violation of expectation).
 
-A window slides over the video. In each, the encoder sees the first frames, the predictor says what the features of
-the rest will be, and the surprise is how far off that is: the mean absolute difference to the normalised features of
-the whole window. Source: "Intuitive physics understanding emerges from self-supervised pretraining on natural videos",
-arXiv 2502.11831, where the mean over the windows decides between two videos that differ in one event, and the maximum
-judges a video by itself.
+A window slides over the video. The encoder sees the window's first frames, and the predictor predicts the features of
+the others. Surprise is the mean absolute difference to the normalised features of the whole window. Source: "Intuitive
+physics understanding emerges from self-supervised pretraining on natural videos", arXiv 2502.11831. There, the mean
+over the windows decides between two videos that differ in one event, and the maximum rates a single video.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ Picture = TypeVar("Picture")
 
 @dataclass(frozen=True)
 class Surprise:
-    """Errors of prediction over a video's windows and token steps, and what follows from them.
+    """Prediction errors over a video's windows and token steps, and their summaries.
 
     Numbers are mean absolute differences of features that are normalised over D, so their unit is the standard
-    deviation of a token's features: 0 where all was foreseen. Compare videos under one model and one setting only.
+    deviation of a token's features; 0 is a perfect prediction. Compare videos under one model and one setting only.
 
-    errors:         float32 [B, C, W, s]: by length of the context, window, and token step of the window; the mean over
-                    space and D. NaN in the context
-    context_frames: the C lengths
+    errors:         float32 [B, C, W, s]: by context length, window, and token step of the window; the mean over space
+                    and D. NaN in the context
+    context_frames: the C context lengths
     first_steps:    int64 [W], the number of each window's first token step in the video
-    start_s, end_s: float64 [t], seconds: the stretch of the video that a token step shows. What is left after the last
-                    whole tubelet is in no window
+    start_s, end_s: float64 [t], seconds: start and end of each token step in the video. Frames after the last whole
+                    tubelet are in no window
     """
 
     errors: Tensor
@@ -53,7 +52,7 @@ class Surprise:
 
     @property
     def windows(self) -> Tensor:
-        """[B, W]: the mean over all that a window predicts, then over the lengths of the context."""
+        """[B, W]: the mean over all predictions of a window, then over the context lengths."""
         return self.errors.nanmean(-1).mean(1)
 
     @property
@@ -78,10 +77,10 @@ class Surprise:
 
     @property
     def curve(self) -> Tensor:
-        """[B, t]: over time, the mean of all predictions of a token step. NaN in the first ones, which none predicts.
+        """[B, t]: the mean of all predictions of each token step. NaN in the first steps, which no window predicts.
 
-        A step in the middle of a video is predicted from near and far, the first and the last ones from one window
-        only: where that matters, take one column of ``errors``, which is of one distance.
+        A step in the middle of a video is predicted from several distances, the first and last ones from one window
+        only. Where that matters, use one column of ``errors``, which has a single distance.
         """
         steps = (self.first_steps[:, None] + torch.arange(self.errors.shape[-1])).flatten()
         sums = torch.zeros(len(self.errors), len(self.start_s))
@@ -105,21 +104,21 @@ def surprise(
     start: float = 0.0,
     batch: int = 8,
 ) -> Surprise:
-    """The surprise of a video of any length, from ``start`` to its end. Of a file, a few windows are in memory.
+    """Measures the surprise of a video of any length, from ``start`` on. Holds a few windows of a file in memory.
 
     video:          a file, or a normalised clip [B, 3, T, H, W] (its first frame is at ``start`` seconds)
-    context_frames: of a window's frames, how many are seen; the others are predicted. Several lengths: each in turn.
+    context_frames: number of context frames in a window; the others are predicted. Several lengths: each in turn.
                     Default: half of the window
     stride:         frames from one window to the next. Default: a tubelet, as published
     window:         frames. Default: the checkpoint's clip length
-    mask_token:     which learned token stands for the future. Default: that of the recipe's first mask generator whose
-                    context is the past; a model trained without one is weak at this (docs/surprise.md)
+    mask_token:     index of the mask token for the future. Default: that of the recipe's first mask generator whose
+                    context is the past; a model trained without one is weak at this task (docs/surprise.md)
     fps, size:      as in ``Model.preprocess``
     batch:          windows per forward pass
 
     All lengths are multiples of the tubelet. Where the stride does not reach the last token step, one more window ends
-    there. The targets are the checkpoint's encoder's, of the whole window: by default the EMA target encoder, which
-    then encodes the context too. Raises UserError where the video is shorter than a window.
+    there. The checkpoint's encoder, by default the EMA target encoder, encodes both targets (from the whole window) and
+    context. Raises UserError where the video is shorter than a window.
     """
     tubelet = model.config.model.tubelet
     window = _frames(window, model.config.frames, tubelet, least=2 * tubelet, most=None, name="window")
@@ -131,7 +130,7 @@ def surprise(
     )
     if not contexts:
         raise UserError("no length of the context", where="surprise context_frames", fix="one or more")
-    # Further apart, there would be steps that no window predicts.
+    # A larger stride would leave steps that no window predicts.
     stride = _frames(stride, tubelet, tubelet, least=tubelet, most=window - min(contexts), name="stride")
     if batch < 1:
         raise UserError(f"{batch} windows", where="surprise batch", fix="1 or more")
@@ -151,9 +150,9 @@ def surprise(
 def sliding(
     pictures: Iterable[Picture], *, tubelet: int, window: int, stride: int
 ) -> Iterator[tuple[int, list[Picture]]]:
-    """(number of the first token step, the pictures) of windows that begin ``stride`` pictures apart.
+    """Yields (number of the first token step, pictures) of windows that begin ``stride`` pictures apart.
 
-    The last one ends with the last whole tubelet, whatever the stride. Raises UserError where there is no window.
+    The last window ends with the last whole tubelet, for any stride. Raises UserError where there is no window.
     """
     steps = deque[list[Picture]](maxlen=window // tubelet)
     count, last, source = 0, None, iter(pictures)
@@ -175,7 +174,7 @@ def sliding(
 
 
 def _errors(model: Model, clips: list[Tensor], contexts: Sequence[int], token: int) -> Tensor:
-    """Of W windows [B, 3, F, H, W], one batch for the networks: [B, C, W, s], on the CPU."""
+    """Returns the errors of W windows [B, 3, F, H, W] in one batch: [B, C, W, s], on the CPU."""
     together = torch.cat(clips)
     tokens_BND = model.encode_clips(together)
     targets_BND = F.layer_norm(tokens_BND, tokens_BND.shape[-1:])

@@ -1,6 +1,6 @@
-"""Which tokens are context and which are targets (method: multi-block masking, V-JEPA 2 paper section 2.1).
+"""Draws which tokens are context and which are targets (method: multi-block masking, V-JEPA 2 paper section 2.1).
 
-Nothing here imports PyTorch: ``data/batch.py`` makes index tensors of what is drawn.
+Nothing here imports PyTorch: ``data/batch.py`` converts masks to index tensors.
 """
 
 from vjepa_scale.masking.generator import check_masks, drawn_masks

@@ -1,7 +1,7 @@
 """Multi-block masks over a token grid: targets are the union of blocks, context is the rest (docs/method.md 4).
 
-All clips of a step share the size of a block. Where the blocks lie is drawn for each clip, so clips have different
-numbers of tokens: every list is cut to the minimum of its mask group.
+All clips of a step share the size of a block. The positions of blocks are drawn for each clip, so clips have different
+numbers of tokens: every list is truncated to the minimum of its mask group.
 """
 
 import math
@@ -43,7 +43,7 @@ class BlockMasksConfig(MaskSection):
     @model_validator(mode="after")
     def _one_complement(self) -> "BlockMasksConfig":
         if self.pred_full_complement and (self.full_complement or self.max_keep is not None):
-            raise ValueError("pred_full_complement decides the context: no full_complement or max_keep beside it")
+            raise ValueError("pred_full_complement sets the context: leave out full_complement and max_keep")
         return self
 
 
@@ -61,7 +61,7 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
         return self._truncated(target_BN, rows, ranks_BN)
 
     def check(self, grid: Grid) -> None:
-        """Tries the largest blocks at seventeen aspect ratios over the configured range."""
+        """Checks the largest blocks at seventeen aspect ratios over the configured range."""
         for i in range(17):
             size = self.block_size(grid, temporal=1.0, spatial=1.0, aspect=i / 16)
             self.union_of_blocks(grid, size, seed=0, step=i, slots=range(self.masks.group))
@@ -69,7 +69,7 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
     @classmethod
     def check_recipe(cls, config: BlockMasksConfig, masks: MasksConfig, number: int) -> None:
         if masks.multiple_of > 1 and (config.full_complement or config.pred_full_complement):
-            raise ValueError(f"multiple_of: a complement (generators.{number}) has whatever length is left")
+            raise ValueError(f"multiple_of: the length of a complement (generators.{number}) cannot be a set multiple")
 
     @classmethod
     def hides_future(cls, entry: Mapping[str, Any]) -> bool:
@@ -80,15 +80,15 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
         return f"{entry['blocks']} blocks of scale {entry['spatial_scale'][0]:g}"
 
     def drawn_block_size(self, grid: Grid, *, seed: int, step: int) -> tuple[int, int, int]:
-        """The block size that every clip of a step shares, on all ranks."""
+        """Draws the block size that all clips of a step share, on all ranks."""
         temporal, spatial, aspect = KeyedRng(seed, "mask.size", step, self.number).uniforms(3).tolist()
         return self.block_size(grid, temporal=temporal, spatial=spatial, aspect=aspect)
 
     def block_size(self, grid: Grid, *, temporal: float, spatial: float, aspect: float) -> tuple[int, int, int]:
-        """Tokens (tb, hb, wb) of one block, each between 1 and the grid's.
+        """Returns tokens (tb, hb, wb) of one block, each between 1 and the grid's.
 
         n = int(spatial·h·w), hb = round(√(n·ar)), wb = round(√(n/ar)), tb = int(temporal·t);
-        temporal, spatial, aspect: in [0, 1], where in the configured ranges the draw falls.
+        temporal, spatial, aspect: in [0, 1], the draw's position in the configured ranges.
         """
 
         def between(limits: tuple[float, float], u: float) -> float:
@@ -106,11 +106,10 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
         return tb, hb, wb
 
     def union_of_blocks(self, grid: Grid, size: tuple[int, int, int], *, seed: int, step: int, slots: range) -> Mask:
-        """The target tokens of each slot, before truncation: bool [slots, t, h, w], never all True.
+        """Draws the target tokens of each slot, before truncation: bool [slots, t, h, w], never all True.
 
-        Places are drawn per slot, and again where a clip's context would be empty; a slot's places depend
-        on nothing but (seed, step, slot, number). Raises UserError where blocks of this size always (as far
-        as 256 draws can tell) cover the whole grid.
+        Positions are drawn per slot, and redrawn where a clip's context would be empty. A slot's positions depend only
+        on (seed, step, slot, number). Raises UserError where blocks of this size cover the whole grid in 256 draws.
         """
         target_BTHW = np.ones((len(slots), *grid), np.bool_)
         missing = np.arange(len(slots))
@@ -129,9 +128,9 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
         )
 
     def _truncated(self, target_BN: Mask, rows: slice, ranks_BN: Ranks | None) -> tuple[Mask, Mask]:
-        """Context and target of the wanted rows, with the lengths of the whole group, rounded down to a multiple.
+        """Returns context and target of some rows, at the lengths of the whole group, rounded down to a multiple.
 
-        max_keep bounds the context before a complement is taken; ``invert`` swaps last (both as published).
+        max_keep bounds the context before the complement; ``invert`` swaps last (both as published).
         """
         config, multiple = self.config, self.masks.multiple_of
         tokens = target_BN.shape[1]
@@ -157,7 +156,7 @@ class BlockMasks(MaskGenerator[BlockMasksConfig]):
 def _placed(
     config: BlockMasksConfig, grid: Grid, size: tuple[int, int, int], key: int, slots: npt.NDArray[np.int64]
 ) -> Mask:
-    """One draw of places for some slots: bool [slots, t, h, w], True inside a block or after the last context frame."""
+    """Draws positions for some slots: bool [slots, t, h, w], True inside a block or after the last context frame."""
     per_slot = 3 * config.blocks
     first = int(slots[0])
     stream = words(key, (int(slots[-1]) - first + 1) * per_slot, first * per_slot)

@@ -1,12 +1,12 @@
-"""Masks of whole time steps. How many steps they take is drawn per step, so no list has to be cut:
+"""Masks of whole time steps. Their number is drawn per training step, so no list is truncated:
 
     future         |c c c c T T T T|  the first part predicts the rest
     frame_dropout  |c T T c c T c T|  steps drawn per clip are predicted from the others
-    multi_rate     |c c c T T . T .|  steps_ahead 1, 2, 4 of the last context step; the dots are neither
+    multi_rate     |c c c T T . T .|  steps_ahead 1, 2, 4 from the last context step; the dots are neither
 
-A time step is ``model.tubelet`` frames. In multi_rate all distances of a clip are predicted in one pass and weigh
-the same, so far steps weigh more than in ``future``, which has more near ones; what is neither seen nor predicted
-costs the encoder and the predictor nothing.
+A time step is ``model.tubelet`` frames. multi_rate predicts all distances of a clip in one pass, with equal weights. So
+distant steps weigh more than in ``future``, which has more near ones. Steps that are neither context nor target cost
+the encoder and the predictor nothing.
 """
 
 from abc import abstractmethod
@@ -73,7 +73,7 @@ class _FrameMasks(MaskGenerator[SectionT]):
         return np.repeat(context_BT, h * w, axis=1), np.repeat(target_BT, h * w, axis=1)
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError naming ``masks.generators.N`` where a clip has too few time steps for context and target."""
+        """Raises UserError naming ``masks.generators.N`` where a clip has too few time steps for context and target."""
         reach = self._reach()
         if grid[0] <= reach:
             raise UserError(
@@ -84,14 +84,14 @@ class _FrameMasks(MaskGenerator[SectionT]):
             )
 
     def _reach(self) -> int:
-        """Time steps that the context has to leave free."""
+        """Returns how many time steps must remain after the context."""
         return 1
 
     @abstractmethod
     def _time_steps(self, t: int, u: float, *, seed: int, step: int, slots: range) -> tuple[Mask, Mask]:
-        """Context and target time steps of each slot: bool [slots, t] each.
+        """Returns context and target time steps of each slot: bool [slots, t] each.
 
-        u: the step's draw in [0, 1): where in the configured range the share falls
+        u: the step's draw in [0, 1): the position of the share in the configured range
         """
 
 
@@ -142,6 +142,6 @@ class MultiRateMasks(_FrameMasks[MultiRateMasksConfig]):
 
 
 def _steps(share: tuple[float, float], u: float, t: int, *, most: int) -> int:
-    """Time steps that the share takes where the draw u in [0, 1) falls: the nearest number between 1 and ``most``."""
+    """Returns the number of time steps at the draw u in [0, 1) of the share, rounded, between 1 and ``most``."""
     drawn = share[0] + (share[1] - share[0]) * u
     return min(max(1, int(drawn * t + 0.5)), most)

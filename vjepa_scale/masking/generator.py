@@ -1,4 +1,4 @@
-"""What a mask generator is, the random subsets it draws with, and the masks of a recipe's generators.
+"""The base class of mask generators, random subsets, and the masks of a recipe's generators.
 
 To add one: write a file in this folder with its recipe section and its class, and add its line to ``MASK_GENERATORS``
 in vjepa_scale/recipe/registry.py. Nothing here imports PyTorch, so that a launcher can check masks on a login node.
@@ -38,20 +38,20 @@ class MaskGenerator(ABC, Generic[SectionT]):
 
     @abstractmethod
     def draw(self, grid: Grid, *, seed: int, step: int, slots: range, group: range) -> tuple[Mask, Mask]:
-        """Context and target tokens of each slot: bool [slots, t·h·w] each, disjoint.
+        """Draws context and target tokens of each slot: bool [slots, t·h·w] each, disjoint.
 
         grid:  tokens (t, h, w) of a clip
         step:  the global step
         slots: consecutive slots of the step's global batch, all inside ``group``
         group: the mask group, whose clips share one number of context tokens and one of target tokens
 
-        The draw of a slot depends on nothing but these, the recipe and ``number``: not on the other slots of a
+        The draw of a slot depends only on these arguments, the recipe and ``number``: not on the other slots of a
         micro-batch, nor on the number of ranks.
         Raises UserError naming ``masks.generators.N`` where no context or target is left on this grid.
         """
 
     def check(self, grid: Grid) -> None:
-        """Raise UserError naming ``masks.generators.N`` where ``draw`` could find no context or no target on a grid.
+        """Raises UserError naming ``masks.generators.N`` where ``draw`` could find no context or no target on a grid.
 
         Called for every grid of a stage before its first step.
         """
@@ -59,25 +59,25 @@ class MaskGenerator(ABC, Generic[SectionT]):
 
     @classmethod
     def check_recipe(cls, config: SectionT, masks: MasksConfig, number: int) -> None:
-        """Raise ValueError where an entry does not go with the other keys of ``masks``."""
+        """Raises ValueError where an entry is incompatible with the other keys of ``masks``."""
         return
 
     @classmethod
     def hides_future(cls, entry: Mapping[str, Any]) -> bool:
-        """Whether the context is always the past alone: the entry's mask token is trained to predict the future.
+        """Returns whether the context is always the past only, so that the mask token is trained to predict the future.
 
-        entry: the keys as a checkpoint's recipe has them, possibly without defaults
+        entry: the keys in a checkpoint's recipe, possibly without defaults
         """
         return False
 
     @classmethod
     def describe(cls, entry: Mapping[str, Any]) -> str:
-        """An entry in a few words, for the card of an exported model. entry: as of ``hides_future``"""
+        """Describes an entry briefly, for the model card of an export. entry: as in ``hides_future``"""
         return f"kind {entry['kind']}"
 
 
 def generator_class(kind: str) -> type[MaskGenerator[Any]]:
-    """The class registered for a kind. Raises KeyError for a kind without a line in ``MASK_GENERATORS``."""
+    """Returns the class registered for a kind. Raises KeyError for a kind without a line in ``MASK_GENERATORS``."""
     found: type[MaskGenerator[Any]] = class_of(MASK_GENERATORS, kind)
     return found
 
@@ -86,7 +86,7 @@ def generator_class(kind: str) -> type[MaskGenerator[Any]]:
 
 
 def random_ranks(seed: int, step: int, number: int, slots: range, items: int) -> Ranks:
-    """A random 64-bit rank for every item (token, or time step) of every slot: uint64 [slots, items].
+    """Returns a random 64-bit rank for every item (token or time step) of every slot: uint64 [slots, items].
 
     Keyed by (seed, step, slot, number) alone.
     """
@@ -95,7 +95,7 @@ def random_ranks(seed: int, step: int, number: int, slots: range, items: int) ->
 
 
 def subset(mask_BN: Mask, keep: int, ranks_BN: Ranks | None) -> Mask:
-    """Each row with ``keep`` of its True items: those of lowest rank, or the earliest where there are no ranks."""
+    """Keeps ``keep`` True items of each row: those of lowest rank, or the earliest where there are no ranks."""
     if ranks_BN is None:
         return mask_BN & (np.cumsum(mask_BN, axis=1, dtype=np.int32) <= keep)
     ranked_BN = np.where(mask_BN, ranks_BN, np.uint64(0xFFFFFFFFFFFFFFFF))
@@ -106,14 +106,14 @@ def subset(mask_BN: Mask, keep: int, ranks_BN: Ranks | None) -> Mask:
 
 
 def drawn_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: Grid) -> list[tuple[Mask, Mask]]:
-    """Context and target tokens of each generator for consecutive slots of one mask group: bool [slots, t·h·w] each.
+    """Draws each generator's context and target tokens for slots of one mask group: bool [slots, t·h·w] each.
 
-    The method wants lists of equal length in a batch, and the shortest list gets shorter as clips are added. So the
-    global batch is cut into mask groups of consecutive slots, and every list has a length that its own group decides:
-    lengths depend neither on the micro-batch nor on the number of ranks (method.md 4).
+    The method needs lists of equal length in a batch, and the shortest list gets shorter as clips are added. So the
+    global batch is cut into mask groups of consecutive slots, and the length of a list depends only on its own group,
+    neither on the micro-batch nor on the number of ranks (method.md 4).
 
     step:  the global step
-    slots: of the step's global batch, all inside one group of ``cfg.group``
+    slots: consecutive slots of the step's global batch, all inside one group of ``cfg.group``
     grid:  tokens (t, h, w) of a clip
     Raises UserError naming ``masks.generators.N`` where no context or target is left on this grid.
     """
@@ -126,9 +126,9 @@ def drawn_masks(cfg: MasksConfig, *, seed: int, step: int, slots: range, grid: G
 
 
 def check_masks(cfg: MasksConfig, *, grid: Grid) -> None:
-    """Refuse, before the first step, generators that can leave no context or no target on a grid.
+    """Raises UserError naming ``masks.generators.N`` where a generator can leave no context or no target on a grid.
 
-    Raises UserError naming ``masks.generators.N``.
+    Called before the first step.
     """
     for generator in _generators(cfg):
         generator.check(grid)

@@ -1,7 +1,7 @@
-"""The networks: plain modules that know nothing of processes, sharding or precision.
+"""The networks: plain modules, independent of processes, sharding and precision.
 
-Parameter names are those of the published weights (``blocks.3.attn.qkv.weight``), so that a checkpoint
-needs no table of names. Letters in tensor names: B clips, T frames, H×W pixels, N tokens of a clip,
+Parameter names are those of the published weights (``blocks.3.attn.qkv.weight``), so a checkpoint needs no table of
+names. Letters in tensor names: B clips, T frames, H×W pixels, N tokens of a clip,
 K tokens kept, M tokens predicted, D width, h heads, d channels of a head.
 """
 

@@ -2,7 +2,7 @@
 
 A kernel computes softmax(q·kᵀ/√d)·v. It takes queries, keys and values [B, h, K, d] of one type and, where tokens may
 not see all others, ``allowed``: bool [K, K], True where the row's token may attend to the column's. It returns
-[B, h, K, d]. The networks do not know which one they have: ``distributed/attention_backend.py`` chooses.
+[B, h, K, d]. ``distributed/attention_backend.py`` selects the kernel of a network.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,10 @@ class Mlp(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 where tokens and weights have different types, as autocast computes it on a GPU.
+    """LayerNorm that computes in float32 where tokens and weights have different types, as autocast does on a GPU.
 
-    In bfloat16 a network's weights are rounded, but not always its tokens: what it gives, and a predictor's residual
-    stream, are float32 (docs/engines.md).
+    In bfloat16 a network's weights are rounded, but not all its tokens: its output and a predictor's residual stream
+    are float32 (docs/engines.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Tokens keep their type, branches have the weights'."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Tokens keep their type, branches use the weights'."""
 
     def __init__(self, width: int, heads: int, mlp_hidden: int, *, eps: float = LAYER_NORM_EPS) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; queries and keys are rotated where there are tables.
+    """Multi-head self-attention; queries and keys are rotated where ``tables`` are given.
 
-    kernel: who computes it; may be replaced from outside.
+    kernel: computes attention; callers may replace it.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(self, x_BKD: Tensor, tables: RopeTables | None, allowed: Tensor | None = None) -> Tensor:
         """[B, K, D] → [B, K, D]. allowed: bool [K, K], True where a row's token may attend to a column's; None: all."""
         width = x_BKD.shape[-1]
-        # Queries and keys stay one tensor of 2h heads until they are rotated: one pass instead of two.
+        # Queries and keys stay one tensor of 2h heads until after rotation: one pass instead of two.
         qk, v = self.qkv(x_BKD).split((2 * width, width), dim=-1)
         qk_BhKd = rearrange(qk, "b k (h d) -> b h k d", h=2 * self.heads)
         if tables is not None:
@@ -97,12 +97,12 @@ class Attention(nn.Module):
 
 
 def sdpa(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """PyTorch's own choice: runs everywhere, and takes a mask."""
+    """PyTorch's default kernel: runs everywhere, and accepts a mask."""
     return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd, attn_mask=allowed)
 
 
 def exact(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """The arithmetic written out, in the type it is given: what kernels are compared with."""
+    """The formula in the type of its inputs: the reference that kernels are compared with."""
     scores_BhKK = q_BhKd @ k_BhKd.transpose(-1, -2) / q_BhKd.shape[-1] ** 0.5
     if allowed is not None:
         scores_BhKK = scores_BhKK.masked_fill(~allowed, -torch.inf)
@@ -110,28 +110,28 @@ def exact(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None
 
 
 def torch_flash(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """PyTorch's flash kernel and no other: an error where it cannot run."""
+    """PyTorch's flash kernel only: raises an error where it cannot run."""
     _refuse_mask(allowed)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q_BhKd, k_BhKd, v_BhKd)
 
 
 def fa3(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """FlashAttention-3 in the place of PyTorch's flash kernel, from ``activate`` on."""
+    """FlashAttention-3, which replaces PyTorch's flash kernel after ``activate``."""
     return torch_flash(q_BhKd, k_BhKd, v_BhKd, allowed)
 
 
 def fa4(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """FlashAttention-4 in the place of PyTorch's flash kernel, from ``activate`` on."""
+    """FlashAttention-4, which replaces PyTorch's flash kernel after ``activate``."""
     return torch_flash(q_BhKd, k_BhKd, v_BhKd, allowed)
 
 
 def activate(kernel: Kernel) -> bool:
-    """Have PyTorch take another package's flash kernel for its own, in this whole process. For all others: nothing.
+    """Replaces PyTorch's flash kernel by another package's, in the whole process. Does nothing for other kernels.
 
     Returns whether anything has changed.
 
-    Raises ImportError where the package or PyTorch's registry is not there, RuntimeError where the GPU is another.
+    Raises ImportError where the package or PyTorch's registry is missing, RuntimeError where the GPU is not supported.
     """
     if kernel in (fa3, fa4):
         from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
@@ -151,7 +151,7 @@ def deactivate() -> None:
 
 
 def torch_varlen(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """PyTorch's variable-length flash kernel, on clips laid end to end."""
+    """PyTorch's variable-length flash kernel, on concatenated clips."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA only, and slow to import
 
     _refuse_mask(allowed)
@@ -163,16 +163,16 @@ def torch_varlen(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor
 
 
 def flash_attn(q_BhKd: Tensor, k_BhKd: Tensor, v_BhKd: Tensor, allowed: Tensor | None) -> Tensor:
-    """The flash-attn package, which wants [B, K, h, d]."""
+    """The flash-attn package, whose tensors are [B, K, h, d]."""
     from flash_attn import flash_attn_func
 
     _refuse_mask(allowed)
-    # Its backward pass adds up with atomics unless it is told not to; PyTorch's own kernels ask the same switch.
+    # By default its backward pass accumulates with atomics. PyTorch's own kernels follow the same switch.
     deterministic = torch.are_deterministic_algorithms_enabled()
     out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BhKd, k_BhKd, v_BhKd)), deterministic=deterministic)
     return out.transpose(1, 2)
 
 
 def _refuse_mask(allowed: Tensor | None) -> None:
-    # Whoever chooses kernels asks first; a mask that is dropped would be a silent leak of the future.
+    # Kernel selection checks this first. A dropped mask would silently leak the future.
     assert allowed is None, "flash kernels take no mask"

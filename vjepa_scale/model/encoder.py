@@ -1,4 +1,4 @@
-"""The encoder: a video ViT that computes only the tokens it is asked for (V-JEPA 2 paper, section 2.1).
+"""The encoder: a video ViT that computes only the requested tokens (V-JEPA 2 paper, section 2.1).
 
 The context encoder, its EMA copy (the target encoder) and the encoder that users load are all this class.
 """
@@ -20,8 +20,8 @@ from vjepa_scale.recipe.schema import CHANNELS, ModelConfig
 class PatchEmbed(nn.Module):
     """Cuts a clip into tubelets and maps each to a token.
 
-    The weight has the published convolution's name and shape [D, 3, tubelet, patch, patch]. It is applied
-    as a matrix to the tubelets that are kept, so those that are dropped cost nothing.
+    The weight has the published convolution's name and shape [D, 3, tubelet, patch, patch]. It is applied as a matrix
+    to the kept tubelets only, so dropped ones cost nothing.
     """
 
     def __init__(self, width: int, *, tubelet: int, patch: int) -> None:
@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(CHANNELS, width, kernel_size=size, stride=size)
 
     def grid(self, clips_BCTHW: Tensor) -> Grid:
-        """Tokens (t, h, w) of such clips; UserError for another shape, or one that does not divide into tubelets."""
+        """Returns the grid (t, h, w) of clips. Raises UserError where they do not divide into tubelets."""
         if clips_BCTHW.ndim != 5 or clips_BCTHW.shape[1] != CHANNELS:
             raise UserError(
                 f"clips of shape {list(clips_BCTHW.shape)}", where="clip", fix=f"give [B, {CHANNELS}, T, H, W]"
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
     """Clips to tokens.
 
     >>> tokens_BND = encoder(clips)             # every token
-    >>> tokens_BKD = encoder(clips, keep_BK)    # only these, as if the others did not exist
+    >>> tokens_BKD = encoder(clips, keep_BK)    # only these; attention does not see the others
     >>> middle, last = encoder(clips, layers=[11, -1])
     """
 
@@ -81,11 +81,11 @@ class Encoder(nn.Module):
     def forward(
         self, clips_BCTHW: Tensor, keep_BK: Tensor | None = None, *, layers: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
-        """Tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``: float32, whatever the weights' type.
+        """Returns tokens [B, N, D], or [B, K, D] in the order of ``keep_BK``: float32, whatever the weights' type.
 
         clips_BCTHW:  float, normalised, of any length and size that divides into tubelets
         keep_BK:      int64 token numbers n = τ·h·w + y·w + x; None: all
-        layers:       instead, a list of the tokens after these blocks: see ``layers``
+        layers:       return a list of the tokens after these blocks instead: see ``layers``
         """
         if layers is not None:
             return self.layers(clips_BCTHW, layers, keep_BK)
@@ -94,9 +94,9 @@ class Encoder(nn.Module):
         return self.norm(x_BKD.float())
 
     def layers(self, clips_BCTHW: Tensor, layers: Sequence[int], keep_BK: Tensor | None = None) -> list[Tensor]:
-        """Tokens after several blocks, each [B, N, D] through the final norm, as the published probes take them.
+        """Returns tokens after several blocks, each [B, N, D] through the final norm, as the published probes use them.
 
-        layers: numbers of blocks from 0; negative ones count from the end. Raises UserError for one that is not there.
+        layers: block numbers from 0; negative ones count from the end. Raises UserError for a missing block.
         """
         depth = len(self.blocks)
         for layer in layers:
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
 
 
 def pooled(tokens_BND: Tensor, times: int) -> Tensor:
-    """Tokens of so many time steps, averaged over space: [B, times · D]."""
+    """Averages tokens of ``times`` time steps over space: [B, times · D]."""
     B, _, D = tokens_BND.shape
     return tokens_BND.view(B, times, -1, D).mean(2).flatten(1)
 
@@ -126,9 +126,9 @@ def pooled(tokens_BND: Tensor, times: int) -> Tensor:
 class PixelNormaliser:
     """Normalises pictures and clips: (pixel / 255 − mean) / std, channel by channel.
 
-    To the same bits in training, inference, evaluation and planning.
+    Training, inference, evaluation and planning get identical bits.
 
-    mean, std: of the three channels, of pixels in 0 … 1
+    mean, std: of the three channels, for pixels in 0 … 1
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
@@ -136,8 +136,8 @@ class PixelNormaliser:
         self._mean, self._std = (torch.tensor(list(value), dtype=torch.float32, device=device) for value in (mean, std))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, …] in any memory layout → float32 [B, 3, …] on the normaliser's device, a tensor of its own."""
+        """Converts uint8 [B, 3, …] in any memory layout to a new float32 [B, 3, …] on the normaliser's device."""
         per_channel = (3, *(1 for _ in pixels.shape[2:]))
-        # Moved as bytes, then in place: a micro-batch in float32 is gigabytes.
+        # Copies bytes to the device, then works in place, because a micro-batch in float32 takes gigabytes.
         values = pixels.to(self._device).to(torch.float32, copy=True).div_(255.0)
         return values.sub_(self._mean.view(per_channel)).div_(self._std.view(per_channel))

@@ -1,8 +1,7 @@
 """Parameters and floating-point operations of the networks, by formula.
 
 One multiply-add is two operations; only matrix products are counted (LayerNorm, GELU and softmax are under 1 %).
-These are a model's FLOPs, as model-FLOPs utilisation wants them: what activation checkpointing computes again is not
-among them.
+These are model FLOPs, as for model-FLOPs utilisation: recomputation by activation checkpointing is not counted.
 """
 
 from collections.abc import Callable
@@ -36,23 +35,23 @@ PARAMETERS: dict[str, Callable[[ModelConfig], int]] = {
 
 
 def encoder_forward(model: ModelConfig, tokens: int) -> int:
-    """Of one clip of which ``tokens`` tokens are computed."""
+    """Returns FLOPs for one clip with ``tokens`` computed tokens."""
     return patch_embedding(model, tokens) + _blocks(model.encoder, tokens)
 
 
 def predictor_forward(model: ModelConfig, context: int, target: int) -> int:
-    """Of one clip: ``context`` tokens given, ``target`` tokens predicted."""
+    """Returns FLOPs for one clip: ``context`` tokens given, ``target`` tokens predicted."""
     ends = 2 * model.encoder.width * model.predictor.width * (context + target)
     return ends + _blocks(model.predictor, context + target)
 
 
 def blocks_forward(model: ModelConfig, network: str, tokens: int) -> int:
-    """Of the blocks of a network by its name, over ``tokens`` tokens."""
+    """Returns FLOPs of all blocks of a network, by its name, over ``tokens`` tokens."""
     return _blocks(getattr(model, network), tokens)
 
 
 def block_parameters(model: ModelConfig, network: str) -> int:
-    """Of one block of a network by its name."""
+    """Returns the parameters of one block of a network, by its name."""
     sizes = getattr(model, network)
     return _block_parameters(sizes) // sizes.depth
 
@@ -62,12 +61,12 @@ def patch_embedding(model: ModelConfig, tokens: int) -> int:
 
 
 def jepa_step(model: ModelConfig, tokens: int, pairs: list[tuple[int, int]]) -> int:
-    """Of one clip of a training step, forward and backward.
+    """Returns FLOPs for one clip of a training step, forward and backward.
 
     tokens: of the whole clip, which the target encoder computes
     pairs:  (context, target) tokens of each mask generator
 
-    A backward pass costs twice the forward: gradients of the inputs and of the weights. Pixels need none.
+    A backward pass costs twice the forward: gradients of inputs and of weights. Pixels need no gradient.
     """
     trained = sum(
         3 * (encoder_forward(model, context) + predictor_forward(model, context, target))
@@ -78,7 +77,7 @@ def jepa_step(model: ModelConfig, tokens: int, pairs: list[tuple[int, int]]) -> 
 
 
 def action_predictor_forward(model: ModelConfig, steps: int, tokens: int) -> int:
-    """Of one clip: ``steps`` time steps of ``tokens`` patch tokens each, with their actions and states."""
+    """Returns FLOPs for one clip: ``steps`` time steps of ``tokens`` patch tokens each, with actions and states."""
     network, D = model.action_predictor, model.encoder.width
     conditions = 3 if network.extrinsics else 2
     embedded = 2 * steps * network.width * (2 * D * tokens + 7 * conditions)  # in and out; a condition has 6 or 7
@@ -86,10 +85,10 @@ def action_predictor_forward(model: ModelConfig, steps: int, tokens: int) -> int
 
 
 def action_step(model: ModelConfig, frames: int, tokens: int, rollout_steps: int) -> int:
-    """Of one clip of a step of action-conditioned training, forward and backward.
+    """Returns FLOPs for one clip of a step of action-conditioned training, forward and backward.
 
-    tokens: of one frame, each of which the frozen encoder computes alone
-    The mask of attention is not made use of, so all pairs of tokens count.
+    tokens: of one frame; the frozen encoder computes each frame separately
+    Kernels do not skip masked pairs, so all pairs of tokens count.
     """
     passes = [frames - 1, *range(2, rollout_steps + 1)]
     trained = sum(3 * action_predictor_forward(model, steps, tokens) for steps in passes)
@@ -97,7 +96,7 @@ def action_step(model: ModelConfig, frames: int, tokens: int, rollout_steps: int
 
 
 def probe_step(model: ModelConfig, tokens: int, *, probes: int, depth: int, classes: int, encoded: bool = True) -> int:
-    """Of one clip of a step that trains probes on a frozen encoder. encoded: in the step, not before."""
+    """Returns FLOPs for one clip of a step that trains probes on a frozen encoder. encoded: the step encodes clips."""
     D = model.encoder.width
     blocks = _blocks(EncoderConfig(width=D, depth=depth, heads=1), tokens) * (depth - 1) // depth
     pooled = 2 * tokens * 2 * D * D + 2 * 2 * tokens * D + 2 * D * (D + 8 * D + classes)  # keys, values; the query's

@@ -1,7 +1,7 @@
-"""What every weight is before the first step: a function of (seed, name) only.
+"""Initial values of all weights: a function of (seed, name) only.
 
-So the start does not depend on the order in which modules are built, on the world size or on how
-parameters are sharded: whoever needs a parameter computes it.
+So they do not depend on the order in which modules are built, on the world size, or on sharding: each rank computes the
+parameters that it needs.
 """
 
 import math
@@ -20,10 +20,10 @@ _MASK_TOKEN = re.compile(r"(^|\.)mask_tokens\.\d+$")
 
 
 def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int) -> Tensor:
-    """The start of one parameter, float32 on the CPU (method: paper's published code).
+    """Returns the initial value of one parameter, float32 on the CPU (method: paper's published code).
 
-    name:  with its network: ``encoder.blocks.3.attn.proj.weight``. ``target_encoder.*`` starts as the
-           exact copy of ``encoder.*``.
+    name:  with its network: ``encoder.blocks.3.attn.proj.weight``. ``target_encoder.*`` starts as an exact copy of
+           ``encoder.*``.
 
     Weights are normal with std 0.02 (the published truncation is at ±2, a hundred standard deviations,
     and cuts nothing); biases and mask tokens 0; LayerNorm 1 and 0. In block i, counted from 1, the two
@@ -43,11 +43,11 @@ def initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int) 
 
 
 def probe_initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed: int, depth: int, width: int) -> Tensor:
-    """The start of one parameter of an attentive probe of so many blocks, as published.
+    """Returns the initial value of one parameter of an attentive probe with ``depth`` blocks, as published.
 
-    As ``initial_value``, and: the cross-attention block's MLP is divided like that of the last self-attention block,
-    by sqrt(2·max(1, depth − 1)), not by one more; ``linear`` starts as PyTorch's Linear does, weight and bias uniform
-    within ±1/sqrt(width).
+    As ``initial_value``, with two differences. The cross-attention block's MLP has the divisor of the last
+    self-attention block, sqrt(2·max(1, depth − 1)), not the next one. ``linear`` starts as PyTorch's Linear: weight and
+    bias uniform within ±1/sqrt(width).
     """
     if re.search(r"(^|\.)linear\.(weight|bias)$", name):
         bound = 1 / math.sqrt(width)
@@ -61,6 +61,6 @@ def probe_initial_value(name: str, shape: tuple[int, ...] | torch.Size, *, seed:
 
 @torch.no_grad()
 def initialise(module: nn.Module, *, seed: int, prefix: str) -> None:
-    """Give every parameter of a plain (not sharded) module its start. ``prefix``: the network's name."""
+    """Sets all parameters of a plain (not sharded) module to their initial values. prefix: the network's name"""
     for name, parameter in module.named_parameters():
         parameter.copy_(initial_value(f"{prefix}.{name}", parameter.shape, seed=seed))

@@ -1,8 +1,7 @@
-"""Bytes that networks keep on a GPU from forward to backward, by formula. Beside flops.py: without PyTorch.
+"""Bytes that networks keep on a GPU from forward to backward, by formula. Without PyTorch, as flops.py.
 
-Counted on the operations of ``Block`` as they are written: every tensor that autograd or activation checkpointing
-keeps, once. LayerNorm statistics are under 1 %. The compiler keeps less, so this is an upper bound under
-``engine.compile``.
+Counts, for the operations of ``Block``, each tensor that autograd or activation checkpointing keeps, once. Leaves out
+LayerNorm statistics, which are under 1 %. The compiler keeps less, so this is an upper bound under ``engine.compile``.
 """
 
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ FLOAT32 = 4
 class Pass:
     """One pass of a network over one clip.
 
-    tokens:    that its blocks compute
-    given:     of these, those embedded from pixels or from the encoder's features
-    predicted: of a predictor, those that it gives to the loss, in float32
-    trained:   with a backward pass; another pass keeps nothing
+    tokens:    tokens that its blocks compute
+    given:     of these, tokens embedded from pixels or from the encoder's features
+    predicted: of a predictor, tokens that it passes to the loss, in float32
+    trained:   whether there is a backward pass; other passes keep nothing
     """
 
     network: Network
@@ -33,11 +32,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class ClipWork:
-    """What one micro-batch computes and keeps for each of its clips.
+    """Computation and memory of one clip of a micro-batch.
 
-    passes: of the networks; all trained ones are kept until the backward pass of the micro-batch
-    pixels: values of the clip: channels × frames × height × width
-    kept:   bytes of float32 features that the loss holds beside what networks keep
+    passes: of the networks; tensors of trained ones are kept until the backward pass of the micro-batch
+    pixels: number of values in the clip: channels × frames × height × width
+    kept:   bytes of float32 features that the loss keeps in addition to the networks' tensors
     """
 
     passes: tuple[Pass, ...]
@@ -46,15 +45,15 @@ class ClipWork:
 
 
 def compute_bytes(engine: EngineConfig) -> int:
-    """Of a value in the compute type."""
+    """Returns the bytes of a value in the compute type."""
     return 2 if engine.precision == "bfloat16" else FLOAT32
 
 
 def block_bytes(model: ModelConfig, network: Network, engine: EngineConfig, *, checkpointing: str | None = None) -> int:
-    """What one block keeps of one token. checkpointing: in place of the engine's
+    """Returns the bytes that one block keeps per token. checkpointing: overrides the engine's
 
-    none:      inputs of both LayerNorms, their outputs, queries and keys after rotation, what the qkv layer gave, the
-               attention's output with a sum per head, both sides of GELU
+    none:      inputs and outputs of both LayerNorms, queries and keys after rotation, the output of the qkv layer,
+               attention's output with a sum per head, input and output of GELU
     selective: the block's input, and the outputs of its four matrix products and of attention
     full:      the block's input
     """
@@ -74,26 +73,26 @@ def block_bytes(model: ModelConfig, network: Network, engine: EngineConfig, *, c
 
 
 def pass_bytes(model: ModelConfig, work: Pass, engine: EngineConfig) -> int:
-    """What one trained pass keeps of one clip: its blocks, its ends, and its outputs in float32."""
+    """Returns the bytes that one trained pass keeps per clip: blocks, first and last layers, outputs in float32."""
     if not work.trained:
         return 0
     sizes, c = getattr(model, work.network), compute_bytes(engine)
     D = model.encoder.width
     embedded = CHANNELS * model.tubelet * model.patch**2 if work.network == "encoder" else D
     tables = 2 * FLOAT32 * (sizes.width // sizes.heads) if model.positions == "rope" else 0  # shared by all blocks
-    # Beside blocks and tables, the input of the final LayerNorm in float32.
+    # In addition to blocks and tables: the input of the final LayerNorm in float32.
     of_tokens = sizes.depth * block_bytes(model, work.network, engine) + FLOAT32 * sizes.width + tables
-    of_predicted = c * sizes.width + FLOAT32 * D  # what the last layer is given, and what it gives
+    of_predicted = c * sizes.width + FLOAT32 * D  # input and output of the last layer
     return work.tokens * of_tokens + work.given * c * embedded + work.predicted * of_predicted
 
 
 def activation_bytes(model: ModelConfig, work: ClipWork, engine: EngineConfig) -> int:
-    """What one clip of a micro-batch keeps when its backward pass begins, without the clip itself."""
+    """Returns the bytes that one clip keeps at the start of the backward pass, without the clip itself."""
     return sum(pass_bytes(model, each, engine) for each in work.passes) + work.kept
 
 
 def workspace_bytes(model: ModelConfig, work: ClipWork, engine: EngineConfig) -> int:
-    """What is alive for a moment, of one clip: all that one block computes, in the pass where that is most."""
+    """Returns the peak of temporary bytes per clip: all tensors of one block, in the pass where they are largest."""
     return max(
         (each.tokens * block_bytes(model, each.network, engine, checkpointing="none") for each in work.passes),
         default=0,
@@ -101,12 +100,12 @@ def workspace_bytes(model: ModelConfig, work: ClipWork, engine: EngineConfig) ->
 
 
 def clip_bytes(work: ClipWork, engine: EngineConfig) -> int:
-    """One clip on the GPU: uint8 as it comes, normalised float32, and in the compute type."""
+    """Returns the bytes of one clip on the GPU: uint8, normalised float32, and in the compute type."""
     return work.pixels * (1 + FLOAT32 + (compute_bytes(engine) if engine.precision != "float32" else 0))
 
 
 def recomputed_flops(model: ModelConfig, work: ClipWork, engine: EngineConfig) -> int:
-    """What ``activation_checkpointing: full`` computes again of one clip; selective recomputes no matrix product."""
+    """Returns FLOPs that ``activation_checkpointing: full`` recomputes per clip; selective recomputes no product."""
     if engine.activation_checkpointing != "full":
         return 0
     return sum(flops.blocks_forward(model, each.network, each.tokens) for each in work.passes if each.trained)

@@ -1,8 +1,8 @@
-"""Where a token is: what encoder and predictor do about it, by the recipe's ``model.positions``.
+"""Position encodings of encoder and predictor, by the recipe's ``model.positions``.
 
 rope:   queries and keys are rotated, in three axes: time, height, width (V-JEPA 2 paper, section 2.1)
-sincos: a fixed sine-cosine table is added to the tokens (V-JEPA 1, I-JEPA). The table belongs to one geometry, that of
-        the pretraining; a clip of another size takes it interpolated.
+sincos: a fixed sine-cosine table is added to the tokens (V-JEPA 1, I-JEPA). The table belongs to the pretraining
+        geometry; it is interpolated for a clip of another size.
 
 RoPE: a head's d channels are cut into three axis groups of a = 2·((d//3)//2) channels and a rest that is
 not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') becomes
@@ -11,8 +11,8 @@ not rotated. Inside a group channels go in pairs (2j, 2j+1); a pair (x, x') beco
     tiled        θ0 … θ(a/2−1), θ0 … θ(a/2−1)    every released V-JEPA 2 weight; the two angles of a pair differ
     interleaved  θ0, θ0, θ1, θ1, …               a true rotation; V-JEPA 2.1
 
-with θk = p · 10000^(−k/(a/2)) for a token at position p of the axis: its place in the grid, an integer, unless
-positions are rescaled to the grid of the pretraining.
+with θk = p · 10000^(−k/(a/2)) for a token at position p of the axis: its integer grid index, unless positions are
+rescaled to the pretraining grid.
 """
 
 from typing import Literal
@@ -32,15 +32,15 @@ Layout = Literal["tiled", "interleaved"]
 
 
 class RopeTables:
-    """What rotates the queries and keys of all blocks in one forward: float32, [K, d] or [B, K, d].
+    """Tables that rotate the queries and keys of all blocks in one forward: float32, [K, d] or [B, K, d].
 
     cos:         1 in channels that are not rotated
-    signed_sin:  what the other channel of the pair is multiplied by: −sin in even channels, +sin in odd
-                 ones, 0 in channels that are not rotated
+    signed_sin:  factor of the pair's other channel: −sin in even channels, +sin in odd ones, 0 in channels that are
+                 not rotated
 
-    A plain class, on purpose: FSDP2 casts every floating-point tensor that it finds in a module's arguments,
-    also inside tuples, dictionaries and dataclasses, and cos and sin rounded to bfloat16 tell neighbouring
-    positions apart only in the highest frequencies.
+    A plain class, because FSDP2 casts all floating-point tensors in a module's arguments, also inside tuples,
+    dictionaries and dataclasses; cos and sin rounded to bfloat16 distinguish neighbouring positions only in the highest
+    frequencies.
     """
 
     def __init__(self, cos: Tensor, signed_sin: Tensor) -> None:
@@ -56,12 +56,12 @@ def rope_tables(
     device: torch.device | None = None,
     scale: Scale = UNSCALED,
 ) -> RopeTables:
-    """The tables for the tokens that are present, computed once per forward.
+    """Returns the tables for the tokens that are present. Called once per forward.
 
     index:   token numbers n = τ·h·w + y·w + x, int64 [K] or [B, K]; None: all t·h·w in order
     grid:    (t, h, w) in tokens
     device:  where to build them if ``index`` is None
-    scale:   a token's position on each axis is its place times this
+    scale:   a token's position on each axis is its grid index times this
     """
     index, places = token_places(index, grid, device)
     channels = axis_channels(head_dim)
@@ -75,9 +75,9 @@ def rope_tables(
 
 
 def time_tables(steps: int, *, tokens: int, head_dim: int, layout: Layout, device: torch.device) -> RopeTables:
-    """For tokens that have a time and no place, such as a robot's action: only the time group is rotated.
+    """Returns tables for tokens with a time but no place, such as a robot's action: only the time group is rotated.
 
-    tokens: so many in a row have the same time; the tables are [steps · tokens, d]
+    tokens: number of consecutive tokens with the same time; the tables are [steps · tokens, d]
     """
     channels = axis_channels(head_dim)
     both = _axis_tables(steps, 1.0, channels, layout, device)
@@ -87,9 +87,9 @@ def time_tables(steps: int, *, tokens: int, head_dim: int, layout: Layout, devic
 
 
 def rescale_to(pretraining: tuple[int, int] | None, grid: Grid) -> Scale:
-    """The ``scale`` that spreads any grid's rows and columns over those of the pretraining grid (V-JEPA 2.1).
+    """Returns the ``scale`` that spreads a grid's rows and columns over those of the pretraining grid (V-JEPA 2.1).
 
-    Row y of h becomes y·(h₀−1)/(h−1), so first and last rows stay first and last. None: nothing is rescaled.
+    Row y of h becomes y·(h₀−1)/(h−1), so first and last rows stay first and last. None: no rescaling.
     """
     if pretraining is None:
         return UNSCALED
@@ -100,7 +100,7 @@ def rescale_to(pretraining: tuple[int, int] | None, grid: Grid) -> Scale:
 def token_places(
     index: Tensor | None, grid: Grid, device: torch.device | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Token numbers (all of them for None) and their (τ, y, x), each in the shape of ``index``."""
+    """Returns token numbers (all for None) and their (τ, y, x), each in the shape of ``index``."""
     _, height, width = grid
     if index is None:
         index = torch.arange(grid[0] * height * width, device=device)
@@ -109,7 +109,7 @@ def token_places(
 
 
 def axis_channels(head_dim: int) -> int:
-    """a: how many channels of a head one axis rotates."""
+    """Returns a, the number of channels of a head that one axis rotates."""
     return 2 * ((head_dim // 3) // 2)
 
 
@@ -119,16 +119,16 @@ _kept: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 def _axis_tables(
     length: int, scale: float, channels: int, layout: Layout, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of every place of one axis, [length, a]. Kept: small, and the same in every step.
+    """Returns cos and signed sin of every position of one axis, [length, a], cached.
 
-    (To compute them takes blocking copies to a GPU, 15 in the loss of a micro-batch.)
+    Computing them takes blocking copies to a GPU, 15 in the loss of a micro-batch. They are small and never change.
     """
     key = (length, scale, channels, layout, device)
     if key in _kept:
         return _kept[key]
-    with torch.inference_mode(False):  # else nobody could train with them
+    with torch.inference_mode(False):  # inference tensors could not be used in training
         made = _compute_axis_tables(length, scale, channels, layout, device)
-    if type(made[0]) is Tensor:  # no stand-in, of whoever counts FLOPs or traces
+    if type(made[0]) is Tensor:  # not a subclass, which FLOP counters and tracers use
         _kept[key] = made
     return made
 
@@ -136,9 +136,7 @@ def _axis_tables(
 def _compute_axis_tables(
     length: int, scale: float, channels: int, layout: Layout, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Angles in float64, since there are few of them: rounding them to float32 would cost more digits than
-    the rounding of the result does.
-    """
+    """Computes angles in float64: they are few, and float32 angles would lose more digits than rounding the result."""
     frequencies = BASE ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
     positions = torch.arange(length, dtype=torch.float64, device=device) * scale
     angles = positions[:, None] * frequencies
@@ -148,7 +146,7 @@ def _compute_axis_tables(
 
 
 def rotate(x_BhKd: Tensor, tables: RopeTables) -> Tensor:
-    """Queries or keys, rotated: computed in float32 whatever their type, and returned in it."""
+    """Rotates queries or keys. Computes in float32, and returns the type of the input."""
     cos, signed_sin = tables.cos, tables.signed_sin
     if cos.ndim == 3:
         cos, signed_sin = cos[:, None], signed_sin[:, None]
@@ -161,7 +159,7 @@ def rotate(x_BhKd: Tensor, tables: RopeTables) -> Tensor:
 
 
 class Positions:
-    """Of one network: tables that rotate queries and keys, or a table that is added to the tokens, never both.
+    """Positions of one network: tables that rotate queries and keys, or a table added to the tokens, never both.
 
     A plain class without parameters: both are computed once per forward, in float32.
     """
@@ -170,14 +168,14 @@ class Positions:
         self._config, self._width, self._head_dim = config, width, width // heads
 
     def add(self, x_BKD: Tensor, index: Tensor | None, grid: Grid) -> Tensor:
-        """Tokens at the places ``index`` [B, K] (None: all) of the grid, with what is added to them there."""
+        """Adds the sincos table, if any, to tokens at the places ``index`` [B, K] (None: all) of the grid."""
         if self._config.positions == "rope":
             return x_BKD
         table = sincos_positions(index, grid=grid, width=self._width, config=self._config, device=x_BKD.device)
         return (x_BKD.float() + table).to(x_BKD.dtype)
 
     def rotation(self, index: Tensor | None, grid: Grid, device: torch.device) -> RopeTables | None:
-        """What rotates the queries and keys of tokens at these places."""
+        """Returns the tables that rotate the queries and keys of tokens at these places; None for sincos."""
         if self._config.positions == "sincos":
             return None
         rope = self._config.rope
@@ -194,11 +192,11 @@ class Positions:
 def sincos_positions(
     index: Tensor | None, *, grid: Grid, width: int, config: ModelConfig, device: torch.device | None = None
 ) -> Tensor:
-    """What is added to the tokens that are present: float32 [K, D] or [B, K, D].
+    """Returns the table entries of the tokens that are present: float32 [K, D] or [B, K, D].
 
     index: int64 token numbers [K] or [B, K] in ``grid`` (t, h, w); None: all in order
 
-    A clip that is only shorter than the table's takes its first time steps; any other geometry takes the table
+    A clip that is only shorter than the table uses its first time steps; for any other geometry the table is
     interpolated (trilinear).
     """
     sincos = config.sincos
@@ -225,7 +223,7 @@ def sincos_positions(
 
 
 def _table(grid: Grid, shares: tuple[int, int, int], device: torch.device | None) -> Tensor:
-    """[t, h, w, sum of shares] float32: of each axis that has a share, sin then cos of p·10000^(−k/(n/2))."""
+    """Returns float32 [t, h, w, sum of shares]: for each axis with a share n, sin then cos of p·10000^(−k/(n/2))."""
     parts = []
     for axis, (length, channels) in enumerate(zip(grid, shares, strict=True)):
         half = channels // 2

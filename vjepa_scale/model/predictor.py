@@ -1,6 +1,6 @@
-"""The predictors: of pretraining, context tokens → tokens elsewhere; V-JEPA 2-AC's, frames and actions → next frame.
+"""The predictors: pretraining's (context tokens → target tokens) and V-JEPA 2-AC's (frames and actions → next frame).
 
-V-JEPA 2 paper, sections 2.1 and 3.1. Letters beside the package's: K time steps, c condition tokens of a step.
+V-JEPA 2 paper, sections 2.1 and 3.1. Further letters in tensor names: K time steps, c condition tokens of a step.
 """
 
 import torch
@@ -32,17 +32,17 @@ class Predictor(nn.Module):
     def forward(
         self, context_BKD: Tensor, context_BK: Tensor, target_BM: Tensor, grid: Grid, mask_token: int = 0
     ) -> Tensor:
-        """Predicted encoder tokens at the target places, [B, M, D].
+        """Returns predicted encoder tokens at the target places, [B, M, D].
 
         context_BKD:            the encoder's tokens, at the places context_BK
         context_BK, target_BM:  int64 token numbers in the grid (t, h, w)
-        mask_token:             which mask token stands for a target, modulo how many there are
+        mask_token:             index of the mask token, modulo the number of mask tokens
         """
-        # The residual stream is float32, as the published code's is under autocast, by its mask tokens.
+        # The residual stream is float32: under autocast the published code's float32 mask tokens make it so.
         context = self.predictor_embed(context_BKD.to(self.predictor_embed.weight.dtype)).float()
         mask = self.mask_tokens[mask_token % len(self.mask_tokens)].float()
-        # The published code also sorts all tokens by place and unsorts them. Attention sees places only
-        # through their positions, so the order changes nothing but the rounding, and the two gathers are saved.
+        # The published code also sorts all tokens by place and unsorts them. Attention depends on places only through
+        # position encodings, so the order changes only the rounding, and this saves two gathers.
         x = torch.cat([context, mask.expand(*target_BM.shape, -1)], dim=1)
         places = torch.cat([context_BK, target_BM], dim=1)
         x = self.positions.add(x, places, grid)
@@ -77,9 +77,9 @@ class ActionPredictor(nn.Module):
         self.predictor_embed = nn.Linear(encoder_width, config.width)
         self.action_encoder = nn.Linear(POSE, config.width)
         self.state_encoder = nn.Linear(POSE, config.width)
-        # There even where it is not used, as in the published weights: they load and are written name by name.
+        # Exists even where unused, as in the published weights, which are loaded and written name by name.
         self.extrinsics_encoder = nn.Linear(CAMERA, config.width)
-        # Without a gradient it must not be decayed away either.
+        # It has no gradient, so weight decay must not shrink it either.
         self.extrinsics_encoder.requires_grad_(config.extrinsics)
         self.predictor_blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
@@ -96,16 +96,16 @@ class ActionPredictor(nn.Module):
         *,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Predicted encoder tokens of the frame after each step, [B, K·h·w, D].
+        """Returns predicted encoder tokens of the frame after each step, [B, K·h·w, D].
 
         tokens_BND:      encoder tokens of K frames, N = K·h·w
-        actions_BK7:     what leads from each frame to the next: of position (metres), Euler angles (radians), gripper
-        states_BK7:      where the arm is at each frame: the same, absolute
-        extrinsics_BK6:  the camera's pose; exactly where the config says ``extrinsics``
+        actions_BK7:     from each frame to the next: change of position (metres), Euler angles (radians), gripper
+        states_BK7:      the arm's pose at each frame: the same numbers, absolute
+        extrinsics_BK6:  the camera's pose; required exactly where the config has ``extrinsics``
         grid:            (h, w) of a frame in tokens; None: the pretraining grid
 
-        The published code normalises this result once more, without parameters: that is the objective's.
-        Raises UserError where these do not fit together.
+        The published code then normalises this result without parameters; here the objective does so.
+        Raises UserError where the arguments' shapes do not match.
         """
         height, width = grid or self.grid
         steps = actions_BK7.shape[1]
@@ -137,7 +137,7 @@ class ActionPredictor(nn.Module):
         return self.predictor_proj(self.predictor_norm(patches))
 
     def _tables(self, steps: int, height: int, width: int, *, conditions: int, device: torch.device) -> RopeTables:
-        """Rotations of the whole sequence: of each step, its condition tokens, then its patches."""
+        """Returns the tables of the whole sequence: for each step, its condition tokens, then its patches."""
         of_patches = rope_tables(
             None,
             grid=(steps, height, width),
@@ -156,10 +156,10 @@ class ActionPredictor(nn.Module):
 
 
 def build_action_predictor(config: ModelConfig) -> ActionPredictor:
-    """The action-conditioned predictor of a model, for its encoder's tokens."""
+    """Builds the action-conditioned predictor of a model, for its encoder's tokens."""
     return ActionPredictor(config.action_predictor, encoder_width=config.encoder.width)
 
 
 def _per_step(steps: int, first: Tensor, then: Tensor) -> Tensor:
-    """Two sequences of the same steps as one: of each step, its part of the first, then of the other."""
+    """Interleaves two sequences step by step: for each step, its tokens of the first, then of the second."""
     return torch.cat([first.unflatten(0, (steps, -1)), then.unflatten(0, (steps, -1))], dim=1).flatten(0, 1)

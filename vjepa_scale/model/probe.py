@@ -11,7 +11,7 @@ from vjepa_scale.recipe.stage_sections import PROBE_EPS, ProbeStageConfig
 
 
 class CrossAttention(nn.Module):
-    """A few queries look at all tokens; nothing is projected afterwards."""
+    """Attention of a few queries over all tokens, without an output projection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class AttentiveProbe(nn.Module):
     """Tokens of a frozen encoder to logits; parameter names are the published probe's.
 
     width:       the encoder's D
-    heads:       16 in the published probes. The encoder's, with ``eps=1e-6``, is what Hugging Face's
-                 VJEPA2ForVideoClassification can hold.
-    depth:       blocks: one of cross-attention after ``depth − 1`` of self-attention
-    mlp_hidden:  None: 4·width, whatever the encoder's
+    heads:       16 in the published probes. Hugging Face's VJEPA2ForVideoClassification requires the encoder's number
+                 and ``eps=1e-6``.
+    depth:       number of blocks: ``depth − 1`` of self-attention, then one of cross-attention
+    mlp_hidden:  None: 4·width, independent of the encoder's
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class AttentiveProbe(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Logits [B, classes] of encoder tokens in any number and order: no positions are added here."""
+        """Returns logits [B, classes] of encoder tokens in any number and order; adds no positions."""
         return self.linear(self.pooler(tokens_BND))
 
 
 def probe_of(model: ModelConfig, config: ProbeStageConfig, *, classes: int) -> AttentiveProbe:
-    """The network that a probe stage trains on this model's encoder."""
+    """Builds the network that a probe stage trains on this model's encoder."""
     eps = config.layer_norm_eps(model.encoder.heads)
     return AttentiveProbe(width=model.encoder.width, heads=config.heads, classes=classes, depth=config.depth, eps=eps)

@@ -1,9 +1,9 @@
-"""From where a robot is to where it should be: actions that bring the imagined picture closest to a goal's.
+"""Plans a robot's actions towards a goal picture with a world model.
 
 >>> world = vjepa_scale.load_world_model("DIR")
 >>> plan = world.plan("now.png", state, "goal.png")
 
-``world`` is the model, ``cem`` the planner, which knows no network, ``landscape`` a picture of what it looks at.
+``world`` is the model, ``cem`` the planner, independent of the network, ``landscape`` plots the energies.
 """
 
 from vjepa_scale.planning.cem import Plan, PlanConfig, cross_entropy_plan

@@ -1,6 +1,6 @@
 """The cross-entropy method: draw action sequences, keep those that end nearest to the goal, draw around them again.
 
-method.md 9; V-JEPA 2 paper, section 3.2. It knows no network: what a sequence leads to is for ``imagine`` to say.
+method.md 9; V-JEPA 2 paper, section 3.2. Independent of the network: ``imagine`` predicts what a sequence leads to.
 Letters: B episodes, S samples, H steps ahead, C sequences of one call.
 """
 
@@ -21,10 +21,10 @@ from vjepa_scale.data.poses import GRIPPER
 class PlanConfig:
     """How to plan; the defaults are the published setting.
 
-    samples, elites, iterations: sequences drawn, kept, and how often; horizon: H
-    max_translation_m, max_rotation_rad, max_gripper: of each number of an action, either way
-    momentum_mean, momentum_std: share of the old mean and deviation that the new ones keep
-    still_gripper: a planned gripper motion below this is none
+    samples, elites, iterations: sequences drawn and kept per iteration, and number of iterations; horizon: H
+    max_translation_m, max_rotation_rad, max_gripper: largest absolute value of the numbers of an action
+    momentum_mean, momentum_std: weight of the old mean and deviation in the new ones
+    still_gripper: a planned gripper motion below this is set to 0
     """
 
     samples: int = 400
@@ -56,19 +56,19 @@ class PlanConfig:
 
     @property
     def limits(self) -> list[float]:
-        """Of the 7 numbers of an action, either way."""
+        """Largest absolute values of the 7 numbers of an action."""
         return 3 * [self.max_translation_m] + 3 * [self.max_rotation_rad] + [self.max_gripper]
 
     @property
     def first_std(self) -> list[float]:
-        """Of the first draws: as published, each limit but the gripper's, which is drawn wider and clipped."""
+        """Standard deviations of the first draws: as published, the limits, but for the gripper wider and clipped."""
         return 3 * [self.max_translation_m] + 3 * [self.max_rotation_rad] + [1.0]
 
 
 class Imagined(NamedTuple):
-    """What sequences of actions lead to.
+    """Predicted outcome of action sequences.
 
-    energy: [C], of the last frame alone: its distance from the goal; tokens: [C, H, N, D]; states: [C, H+1, 7]
+    energy: [C], the distance of the last frame from the goal; tokens: [C, H, N, D]; states: [C, H+1, 7]
     """
 
     energy: Tensor
@@ -80,17 +80,21 @@ class Imagine(Protocol):
     """A world: a model, or a formula."""
 
     def __call__(self, states_C7: Tensor, actions_CH7: Tensor, episodes_C: Tensor, /) -> Imagined:
-        """What actions lead to from states, in the episodes (int64, below B) to whose pictures and goals they belong.
+        """Predicts the outcome of actions from states. episodes_C: int64, below B, selects pictures and goals
 
-        Poses go from step to step by ``data.poses.advance``.
+        Poses follow ``data.poses.advance`` from step to step.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """actions: [B, H, 7], the final mean, gripper rule applied; energy: [B], tokens: [B, H, N, D], states: [B, H+1, 7],
-    imagined under it; energies: [B, iterations, samples], of all that was drawn on the way."""
+    """A plan for B episodes.
+
+    actions:  [B, H, 7], the final mean, with the gripper rule applied
+    energy:   [B], tokens: [B, H, N, D], states: [B, H+1, 7], predicted for these actions
+    energies: [B, iterations, samples], of all drawn sequences
+    """
 
     actions: Tensor
     energy: Tensor
@@ -103,11 +107,11 @@ class Plan:
 def cross_entropy_plan(
     imagine: Imagine, states_B7: Tensor, config: PlanConfig, *, seed: int | Sequence[int], rows: int = 1024
 ) -> Plan:
-    """Plan for B episodes at once; none knows of the others.
+    """Plans B independent episodes at once.
 
-    states_B7: where each starts
-    seed:      the same plan for the same seed; a sequence has one for each episode, else all have the same draws
-    rows:      sequences to a call of ``imagine``: bounds its memory
+    states_B7: first state of each
+    seed:      equal seeds give equal plans; a sequence has one seed per episode, a single seed gives all the same draws
+    rows:      sequences per call of ``imagine``, which bounds its memory
     Raises UserError where an energy is not a number.
     """
     episodes, samples, horizon = len(states_B7), config.samples, config.horizon
@@ -135,7 +139,7 @@ def cross_entropy_plan(
 
 
 def _energies(imagine: Imagine, states_B7: Tensor, drawn_BSH7: Tensor, rows: int) -> Tensor:
-    """[B, S]. Raises UserError where one is not a number."""
+    """Returns energies [B, S]. Raises UserError where one is not a number."""
     episodes, samples = drawn_BSH7.shape[:2]
     episode = torch.arange(episodes, device=states_B7.device).repeat_interleave(samples)
     parts = [
@@ -158,13 +162,13 @@ def _check_finite(energies_BS: Tensor) -> None:
 
 
 def _noise(seeds: Sequence[int], iteration: int, samples: int, horizon: int) -> Tensor:
-    """Normal draws, float64 [B, S, H, 7]: the first samples are the same however many there are."""
+    """Returns normal draws, float64 [B, S, H, 7]; the first samples do not depend on the number of samples."""
     own = {seed: _normals(KeyedRng(seed, "plan", iteration), samples * horizon * 7) for seed in set(seeds)}
     return torch.from_numpy(np.stack([own[seed] for seed in seeds])).reshape(-1, samples, horizon, 7)
 
 
 def _normals(draws: KeyedRng, count: int) -> np.ndarray:
-    """Independent normal numbers, by Box and Muller."""
+    """Returns independent normal numbers, by the Box-Muller method."""
     radius_angle = draws.uniforms(count + count % 2).reshape(-1, 2)
     radius = np.sqrt(-2 * np.log1p(-radius_angle[:, 0]))
     angle = 2 * np.pi * radius_angle[:, 1]

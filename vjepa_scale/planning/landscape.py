@@ -1,6 +1,6 @@
-"""The energies of one step's actions over two of their numbers: does the model know which way to the goal?
+"""Energy landscape: energies of one step's actions over two of their numbers, to check that the model finds the goal.
 
-As the V-JEPA 2 paper and its code draw it. Near the true action there should be a hollow, and no other.
+Drawn as in the V-JEPA 2 paper and its code. There should be one minimum, near the true action.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ AXES = (
 
 @dataclass(frozen=True)
 class Landscape:
-    """axes: which two numbers of the first action; values: [n] of either, rising; energies: [n, n], the first axis
-    first."""
+    """axes: two numbers of the first action; values: [n] of each, ascending; energies: [n, n], indexed by first axis,
+    then second."""
 
     axes: tuple[int, int]
     values: tuple[Tensor, Tensor]
@@ -37,13 +37,13 @@ class Landscape:
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """Where on the two axes the energy is least."""
+        """Returns the point on the two axes with the least energy."""
         row, column = divmod(int(self.energies.argmin()), self.energies.shape[1])
         return float(self.values[0][row]), float(self.values[1][column])
 
 
 def check_landscape(path: str | Path, axes: Sequence[int]) -> None:
-    """Raise UserError for a picture that could not be written, or of one axis: before anything is planned."""
+    """Raises UserError where the picture could not be written, or both axes are the same, before planning starts."""
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"no picture can be called {path.name!r}", where=path, fix="end the name in .png or .svg")
@@ -65,11 +65,11 @@ def energy_landscape(
     episode: int = 0,
     rows: int = 1024,
 ) -> Landscape:
-    """Energies on a grid of points × points actions, from −limit to +limit on either axis.
+    """Returns energies on a grid of points × points actions, from −limit to +limit on each axis.
 
-    state_7:   where the robot is
+    state_7:   the robot's state
     around_H7: actions whose other numbers are kept; default: one step, and all others 0
-    episode:   the number that ``imagine`` has for this start and goal; rows: actions to a call of it
+    episode:   index of this start and goal for ``imagine``; rows: actions per call of it
     """
     assert axes[0] != axes[1], f"axes {axes} are one"
     around = state_7.new_zeros(1, 7) if around_H7 is None else around_H7
@@ -91,17 +91,17 @@ def draw_landscape(
     planned_7: Tensor | None = None,
     title: str = "Energy of the first action",
 ) -> None:
-    """A picture of it, PNG or SVG by the name's end, with the true and the planned action where they are known.
+    """Draws a landscape as PNG or SVG, by the file name, with the true and the planned action where they are given.
 
-    Raises UserError for another name, and where its folder is missing.
+    Raises UserError for another file name, and where its folder is missing.
     """
     path = Path(path)
     check_landscape(path, landscape.axes)
-    # Here, since it takes half a second to import, and only pictures need it.
+    # Imported here, because the import takes half a second and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Without the date and with ids of its own an SVG is the same file every time; its words stay words.
+    # Without a date and with fixed ids, an SVG has the same bytes every time. Text stays text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "landscape"}):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         plot = figure.add_subplot()

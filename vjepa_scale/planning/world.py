@@ -1,7 +1,7 @@
-"""A world model, ready to use: pictures and poses of a robot in; imagined futures, their energies and plans out.
+"""A world model: predicts futures from a robot's pictures and poses, their energies, and plans.
 
-Letters beside the package's: K pictures with their poses, H future steps, N = h·w tokens of a picture. States are
-[position (m), extrinsic-xyz Euler angles (rad), gripper 0 … 1], actions what leads from one to the next: data/poses.py.
+Further letters in tensor names: K pictures with their poses, H future steps, N = h·w tokens of a picture. States are
+[position (m), extrinsic-xyz Euler angles (rad), gripper 0 … 1], actions lead from one to the next: data/poses.py.
 """
 
 from collections.abc import Sequence
@@ -29,38 +29,38 @@ from vjepa_scale.planning.cem import Imagine, Imagined, Plan, PlanConfig, cross_
 from vjepa_scale.planning.landscape import AXES, Landscape, energy_landscape
 from vjepa_scale.recipe.schema import ModelConfig
 
-# Width over height of what the published training sees of a picture (docs/action.md).
+# Width over height of the crop in the published training (docs/action.md).
 PUBLISHED_CROP_ASPECT = (0.75, 1.35)
-# Pictures that go through the encoder together.
+# Pictures per forward pass of the encoder.
 _AT_ONCE = 16
-# Tokens that go through the predictor together: its hidden channels are a gigabyte at the published sizes.
+# Tokens per forward pass of the predictor: its hidden activations take a gigabyte at the published sizes.
 _TOKENS_AT_ONCE = 2**16
 
 
 def load_world_model(
     path: str | Path, device: str | torch.device | None = "cpu", *, model: str | ModelConfig | None = None
 ) -> "WorldModel":
-    """The encoder and the action-conditioned predictor of a checkpoint, float32, in eval mode.
+    """Loads the encoder and the action-conditioned predictor of a checkpoint, float32, in eval mode.
 
-    path:  a run with an action stage, that stage or one of its checkpoints; what tools/consolidate.py wrote of it; a
+    path:  a run with an action stage, that stage or one of its checkpoints; a result of tools/consolidate.py; a
            published action-conditioned ``.pt``
     model: for a published file of others: ``vit_giant``, or ``heads=22,predictor_heads=16``, or a ModelConfig
 
     device: None: a GPU where there is one
 
-    Raises UserError where the path is something else, or holds no action-conditioned predictor, and where there is no
+    Raises UserError where the path is something else or has no action-conditioned predictor, and where there is no
     such device.
     """
     return WorldModel(Path(path), usable_device(device), model)
 
 
 class WorldModel:
-    """What a picture becomes when the robot moves, in the encoder's features.
+    """Predicts how a picture changes when the robot moves, in the encoder's features.
 
     config:      of the checkpoint
     size:        (height, width) in pixels that pictures are resized to
     grid:        (h, w) of a picture in tokens
-    crop_aspect: range of width over height: of a picture outside it, the largest centred part inside is seen
+    crop_aspect: range of width over height; a picture outside it is cropped to the largest centred part inside it
 
     Methods run without gradients, on the model's device. Raises UserError for input that does not fit.
     """
@@ -83,7 +83,7 @@ class WorldModel:
     # -- pictures ----------------------------------------------------------------------------------
 
     def preprocess(self, pictures: Any) -> Tensor:
-        """Pictures as the encoder sees them in training: normalised, float32 [B, 3, height, width].
+        """Preprocesses pictures as in training: normalised, float32 [B, 3, height, width].
 
         pictures: uint8 RGB [B, H, W, 3], or one [H, W, 3], of any size; or an image file
         """
@@ -93,7 +93,7 @@ class WorldModel:
 
     @torch.no_grad()
     def encode(self, pictures: Any) -> Tensor:
-        """Tokens of single pictures, [B, N, D]: each repeated to one tubelet, encoded, layer-normalised over D.
+        """Returns tokens of single pictures, [B, N, D]: repeats each to one tubelet, encodes it, layer-norms over D.
 
         pictures: as for ``preprocess``
         """
@@ -106,12 +106,12 @@ class WorldModel:
 
     @torch.no_grad()
     def predict(self, tokens: Any, actions: Any, states: Any, extrinsics: Any = None) -> Tensor:
-        """Tokens of the picture after the last of K, [B, N, D], layer-normalised as ``encode`` gives them.
+        """Predicts the tokens of the picture after the last of K, [B, N, D], layer-normalised as those of ``encode``.
 
-        tokens:     of K pictures in their order, [B, K, N, D] or [B, K·N, D]
-        actions:    [B, K, 7]: what leads from each picture to the next; the last one to the picture asked for
+        tokens:     of K pictures in order, [B, K, N, D] or [B, K·N, D]
+        actions:    [B, K, 7]: from each picture to the next; the last one leads to the predicted picture
         states:     [B, K, 7]: the poses at the K pictures
-        extrinsics: [B, K, 6]: the camera's poses; exactly where this model was trained with them
+        extrinsics: [B, K, 6]: the camera's poses; required exactly where this model was trained with them
         """
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=self.device)
         steps = np.shape(actions)[1] if np.ndim(actions) == 3 else 0
@@ -134,15 +134,15 @@ class WorldModel:
 
     @torch.no_grad()
     def rollout(self, tokens: Any, state: Any, actions: Any, extrinsics: Any = None) -> tuple[Tensor, Tensor]:
-        """What the robot will see while it carries actions out: (tokens [B, H, N, D], states [B, H+1, 7]).
+        """Predicts what the robot will see while it executes actions: (tokens [B, H, N, D], states [B, H+1, 7]).
 
-        tokens:     of the picture now, [B, N, D]
-        state:      the pose now, [B, 7]; the first of those that are returned
+        tokens:     of the current picture, [B, N, D]
+        state:      the current pose, [B, 7]; the first of the returned states
         actions:    [B, H, 7]
-        extrinsics: the pose of the camera, which stays where it is, [B, 6]; exactly where this model has them
+        extrinsics: the pose of the fixed camera, [B, 6]; required exactly where this model was trained with them
 
-        Every step is predicted from the picture now and the predictions before it, at poses that follow from the
-        actions: nothing of the future is looked at.
+        Every step is predicted from the current picture and the predictions before it, at poses computed from the
+        actions. No future picture is used.
         """
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=self.device)
         self._check_frame("rollout tokens", tokens)
@@ -171,7 +171,7 @@ class WorldModel:
 
     @torch.no_grad()
     def energy(self, tokens: Any, goal_tokens: Any) -> Tensor:
-        """How far pictures are from their goals, [B]: the mean of |tokens − goal| over [N, D].
+        """Returns the distance of pictures from their goals, [B]: the mean of |tokens − goal| over [N, D].
 
         tokens:      [B, N, D]
         goal_tokens: [B, N, D], or [1, N, D] for all of them
@@ -193,17 +193,17 @@ class WorldModel:
         seed: int | Sequence[int] = 0,
         extrinsics: Any = None,
     ) -> Plan:
-        """Actions that bring what is imagined after the last one closest to the goals, by the cross-entropy method.
+        """Plans actions whose predicted last picture is nearest to the goals, by the cross-entropy method.
 
-        pictures:   of B episodes now, as for ``encode``; or their tokens [B, N, D]
-        states:     the poses now, [B, 7]; of one episode also [7]
-        goals:      as pictures, B of them or one for all
+        pictures:   current ones of B episodes, as for ``encode``; or their tokens [B, N, D]
+        states:     current poses, [B, 7]; for one episode also [7]
+        goals:      as ``pictures``; B of them, or one for all
         config:     default: the published setting
-        seed:       the same plan for the same seed; or one for each episode
+        seed:       equal seeds give equal plans; one seed, or one per episode
         extrinsics: as for ``rollout``
 
-        All episodes are planned at once, and none depends on the others. Carry out the first action, look again,
-        and plan again.
+        Plans all episodes at once; they are independent. Execute the first action, then take a new picture and plan
+        again.
         """
         config = config or PlanConfig()
         state, imagine = self._episodes("plan", pictures, states, goals, extrinsics)
@@ -223,11 +223,11 @@ class WorldModel:
         around: Any = None,
         extrinsics: Any = None,
     ) -> Landscape:
-        """Energies of points × points first actions of one episode, over two of an action's seven numbers.
+        """Returns energies of points × points first actions of one episode, over two of an action's seven numbers.
 
         picture, state, goal, extrinsics: as for ``plan``, of one episode
-        axes:   which numbers: 0 to 2 of position (m), 3 to 5 angles (rad), 6 the gripper
-        limits: how far to go on each axis, either way
+        axes:   two of 0 to 2 position (m), 3 to 5 angles (rad), 6 the gripper
+        limits: largest absolute value on each axis
         around: actions [H, 7] of which the other numbers are kept; default: one step, and all others 0
         """
         start, imagine = self._episodes("landscape", picture, state, goal, extrinsics)
@@ -244,7 +244,7 @@ class WorldModel:
         )
 
     def _episodes(self, where: str, pictures: Any, states: Any, goals: Any, extrinsics: Any) -> tuple[Tensor, Imagine]:
-        """The states [B, 7] now, and what actions lead to in each episode."""
+        """Returns the current states [B, 7], and the ``Imagine`` of all episodes."""
         tokens_BND, goals_BND = (
             self._tokens(f"{where} {name}", value) for name, value in (("pictures", pictures), ("goals", goals))
         )
@@ -265,7 +265,7 @@ class WorldModel:
         return states_B7, imagine
 
     def _tokens(self, where: str, value: Any) -> Tensor:
-        """Of pictures, or tokens as they are."""
+        """Encodes pictures; returns tokens unchanged."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return self.encode(value)
         value = value.to(self.device, torch.float32)
@@ -273,7 +273,7 @@ class WorldModel:
         return value
 
     def _rows(self, steps: int) -> int:
-        """How many action sequences of so many steps are imagined together."""
+        """Returns how many action sequences of ``steps`` steps are predicted together."""
         return max(1, _TOKENS_AT_ONCE // (steps * (self._per_frame + 2)))
 
     # -- input -------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class WorldModel:
         return self.grid[0] * self.grid[1]
 
     def _check_frame(self, where: str, tokens: Tensor, batch: int | None = None) -> None:
-        """Tokens of one picture each; of one or ``batch`` of them where that is given."""
+        """Raises UserError unless tokens are [B, N, D]; with ``batch``, B must be 1 or ``batch``."""
         fits = tuple(tokens.shape[1:]) == (self._per_frame, self.encoder.width)
         if not fits or not len(tokens) or (batch is not None and len(tokens) not in (1, batch)):
             raise UserError(
@@ -301,7 +301,10 @@ class WorldModel:
             )
 
     def _numbers(self, where: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-        """float32 on the model's device, of that shape and finite; of one episode its first axis may be left out."""
+        """Converts to float32 on the model's device. Raises UserError unless it has ``shape`` and is finite.
+
+        For one episode the first axis may be missing.
+        """
         try:
             found = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         except (TypeError, ValueError):
@@ -315,5 +318,5 @@ class WorldModel:
 
 
 def _distance(tokens_BND: Tensor, goals_BND: Tensor) -> Tensor:
-    """[B]: the mean of the absolute differences."""
+    """Returns the mean of the absolute differences, [B]."""
     return (tokens_BND - goals_BND).abs().mean(dim=(1, 2))

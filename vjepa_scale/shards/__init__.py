@@ -1,1 +1,1 @@
-"""From files of every kind of brokenness to shards that can be trusted, written once: tools/make_shards.py."""
+"""Makes checked shards from arbitrary, possibly damaged files: tools/make_shards.py."""

@@ -1,4 +1,4 @@
-"""Is a folder of shards still what its manifest says? Everything that is not is named."""
+"""Checks a folder of shards against its manifest, and lists every difference."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -45,14 +45,14 @@ class _ShardTask:
 
 
 def check_shards(folder: Path, *, decode: bool, workers: int, progress: Progress) -> list[str]:
-    """What is wrong, a line each, by shard; nothing where all is well.
+    """Returns a line for each problem, by shard; an empty list where there is none.
 
-    decode: decode every clip in whole, too
-    Raises UserError where there is no manifest that can be read.
+    decode: also decode every clip as a whole
+    Raises UserError where there is no readable manifest.
     """
     manifest = Manifest.open(folder, look=False)
     wrong = _check_manifest(manifest)
-    if wrong:  # places cannot be compared without columns
+    if wrong:  # without columns, positions cannot be compared
         return wrong
     firsts = np.cumsum(manifest.records_per_shard) - manifest.records_per_shard
     tasks = [_ShardTask(folder, s, int(f), decode) for s, f in zip(manifest.shards, firsts, strict=True)]
@@ -64,9 +64,9 @@ def check_shards(folder: Path, *, decode: bool, workers: int, progress: Progress
         found[number] = result if isinstance(result, list) else lost
         progress("checking", done, len(tasks))
     listed = {shard.name for shard in manifest.shards}
-    indexed = "indexed" in manifest.source  # of which a tar without any usable sample is not in the manifest
-    strangers = [] if indexed else [path.name for path in sorted(folder.glob("*.tar")) if path.name not in listed]
-    return [line for lines in found for line in lines] + [f"{name}: not in the manifest" for name in strangers]
+    indexed = "indexed" in manifest.source  # an indexed tar without a usable sample is not in the manifest
+    extra = [] if indexed else [path.name for path in sorted(folder.glob("*.tar")) if path.name not in listed]
+    return [line for lines in found for line in lines] + [f"{name}: not in the manifest" for name in extra]
 
 
 def _check_manifest(manifest: Manifest) -> list[str]:
@@ -75,7 +75,7 @@ def _check_manifest(manifest: Manifest) -> list[str]:
         wrong.append(f"{MANIFEST}: its number of records is not the sum of its shards'")
     identity = hashlib.sha256("\n".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     if manifest.identity != identity:
-        wrong.append(f"{MANIFEST}: its identity is not that of its shards")
+        wrong.append(f"{MANIFEST}: its identity does not match its shards")
     if not (manifest.folder / REJECTED).is_file():
         wrong.append(f"{REJECTED} is missing: what was left out, and why")
     wrong += [f"{MANIFEST}: no column {name}" for name in sorted(_COLUMNS - set(manifest.described))]
@@ -142,7 +142,7 @@ def _check_record(
 
 
 def _check_beside(manifest: Manifest, record: int, candidates: list[dict[tuple[int, int], str]]) -> list[str]:
-    """What a robot did: where it lies, and whether it is sound and on the video's clock."""
+    """Checks the members of a robot's record: their positions, their values, and their times against the video's."""
     if "states.offset" not in manifest.described:
         return []
     wrong = []
@@ -178,7 +178,7 @@ def _check_video(data: Media, facts: dict[str, Any]) -> list[str]:
     except DecodeError as error:
         return [str(error)]
     seen = asdict(decoded.facts)
-    if (facts["width"], facts["height"]) == decoded.unscaled:  # written before the shape of pixels counted
+    if (facts["width"], facts["height"]) == decoded.unscaled:  # earlier versions ignored the pixel aspect
         seen |= {name: facts[name] for name in ("width", "height")}
     return [
         f"{name} is {facts[name]} in the columns, {seen[name]} decoded" for name in facts if seen[name] != facts[name]

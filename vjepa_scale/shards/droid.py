@@ -1,13 +1,13 @@
-"""DROID's layout on disk, one folder per trajectory, as its authors describe it:
+"""Reads DROID's layout on disk, one folder per trajectory, as its authors describe it:
 
     metadata_<uuid>.json          `<view>_mp4_path` of each view (wrist, ext1, ext2, left, right), and much else
     trajectory.h5                 observation/robot_state/{cartesian_position [K, 6], gripper_position [K]}
                                   observation/camera_extrinsics/<serial>_left [K, 6]
                                   observation/timestamp/… [K]
-    recordings/MP4/<serial>.mp4   about one frame per step, at whatever rate the camera was set to
+    recordings/MP4/<serial>.mp4   about one frame per step, at the camera's nominal rate
 
-Both files are strangers' (see data.md): of a path in the metadata only the last name counts, and of the HDF5 only
-plain arrays inside the file are read: a link in it could lead to any file of this machine.
+Both files are untrusted (see data.md). Only the last name of a path in the metadata is used, and only plain arrays
+inside the HDF5 file are read: a link in it could lead to any file of this machine.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 METADATA, LOG, VIDEOS = "metadata_*.json", "trajectory.h5", "recordings/MP4"
 NOMINAL_HZ = 15.0
-_MAX_STEPS = 10**6  # 18 hours: beyond it is a lie that would cost the memory
+_MAX_STEPS = 10**6  # 18 hours; a larger count is damage, and would fill the memory
 _MP4_PATH = "_mp4_path"
 _KEPT = ("uuid", "lab", "success", "current_task")
-# Where a log may say when its states were, best first: datasets, whose sum counts, and the seconds of their units. The
-# first two are of the computer that also timed the cameras, the last is of the robot's.
+# Sources of a log's times, best first: datasets to sum, and the seconds per unit. The first two have the clock of the
+# computer that also timed the cameras, the last has the robot's.
 _CLOCKS = (
     (("observation/timestamp/robot_state/read_start", 1e-3),),
     (("observation/timestamp/control/step_start", 1e-3),),
@@ -43,7 +43,7 @@ _CLOCKS = (
 
 @dataclass(frozen=True)
 class View:
-    """A camera's recording. video: the file's name in recordings/MP4; known: of the metadata, what records keep."""
+    """A camera's recording. video: the file's name in recordings/MP4; known: metadata that records keep."""
 
     video: str
     serial: str
@@ -51,7 +51,7 @@ class View:
 
 
 def read_view(folder: Path, view: str) -> View:
-    """What the metadata of a trajectory say of a view. Raises DecodeError, and OSError."""
+    """Reads the metadata of a trajectory for one view. Raises DecodeError, and OSError."""
     found = sorted(folder.glob(METADATA))
     if len(found) != 1 or not found[0].is_file():
         names = ", ".join(path.name for path in found)
@@ -73,13 +73,13 @@ def read_view(folder: Path, view: str) -> View:
 
 
 def read_log(folder: Path, serial: str) -> tuple[StateLog, str]:
-    """States, times and extrinsics of a camera; and which clock the times are of. Raises DecodeError, and OSError."""
-    import h5py  # not every data set is of robots
+    """Reads states, times and extrinsics of a camera, and the name of the clock. Raises DecodeError, and OSError."""
+    import h5py  # needed for robot data only
 
     path = folder / LOG
-    if not path.is_file():  # a pipe would never end
+    if not path.is_file():  # reading a pipe would block
         raise DecodeError("no trajectory.h5", "not a file" if path.exists() else "")
-    path.open("rb").close()  # what the system refuses is no fault of the contents
+    path.open("rb").close()  # raises OSError here, so that it is not mistaken for damage
     try:
         with h5py.File(path, "r", locking=False) as file:
             return _read_log(file, serial)
@@ -115,7 +115,7 @@ def _required(file: "h5py.File", name: str, width: int) -> npt.NDArray[np.float6
 
 
 def _array(file: "h5py.File", name: str, width: int) -> npt.NDArray[Any] | None:
-    """A dataset of numbers as [K, width], if it is there; a width of 1 may be left out. Raises DecodeError."""
+    """Reads a dataset of numbers as [K, width], or None; [K] is read as a width of 1. Raises DecodeError."""
     import h5py
 
     node: Any = file
@@ -137,5 +137,5 @@ def _array(file: "h5py.File", name: str, width: int) -> npt.NDArray[Any] | None:
     if node.shape[0] > _MAX_STEPS:
         raise DecodeError("shapes disagree", f"{name}: {node.shape[0]} steps")
     array = np.asarray(node[()])
-    # Times are differences of large integers: those stay integers here.
+    # Keeps integers, because times are differences of large integers.
     return array.reshape(len(array), width).astype(np.int64 if array.dtype.kind in "iu" and width == 1 else np.float64)

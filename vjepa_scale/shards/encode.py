@@ -1,7 +1,7 @@
-"""The new video of a planned part: encoded, then decoded and compared with what it was made from.
+"""Encodes the new video of a planned part, then decodes it and compares it with its source.
 
-It must show the very pictures that the plan saw (a seek can mislead), have the facts that were planned, and decode to
-what the source shows. Whatever fails is a DecodeError and never a record.
+It must show the same source pictures as the plan (a seek can return others), have the planned facts, and decode to the
+source's pictures. Any failure raises DecodeError, so that no record is written.
 """
 
 import io
@@ -24,7 +24,7 @@ from vjepa_scale.video.inspect import decode_whole, frames_stamped_anew, picture
 
 REASON = "cannot be transcoded"
 KEYFRAME_EVERY = 30
-# Quality by eye as the source's; the same bytes on any processor and with any number of cores.
+# Visually as good as the source; the same bytes on any processor and with any number of cores.
 _X264 = {
     "preset": "veryfast",
     "crf": "20",
@@ -32,7 +32,7 @@ _X264 = {
     ":threads=1:lookahead-threads=1:sliced-threads=0:cpu-independent=1",
 }
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-# Codecs of which FFmpeg says that 4:2:0 chroma lies at the left of two pixels, as it takes it of what is written here.
+# Codecs whose 4:2:0 chroma FFmpeg places at the left of two pixels, as in the files written here.
 _LEFT_SITED = ("h264", "hevc", "mpeg2video", "mpeg4")
 _MATRIX_RGB, _MATRIX_601 = 0, 6  # AVCOL_SPC_RGB: the pictures have no matrix; AVCOL_SPC_SMPTE170M
 # Pictures are compared as averages over 16 by 16 cells (fewer where those would be small), in which what an encoder
@@ -45,8 +45,8 @@ _TOLERANCE = 6.0
 
 
 def transcode(source: Media, part: Transcode) -> bytes:
-    """The new video, an MP4: always the same bytes. source: what was decoded for the plan. Raises DecodeError."""
-    # Where seeking misleads, decode from the beginning; and where frames get their times by being counted.
+    """Returns the new video, an MP4, with deterministic bytes. source: the planned file. Raises DecodeError."""
+    # Decodes from the beginning where seeking returns wrong pictures, or where frames are timed by counting them.
     for from_s in sorted({part.start_s, 0.0} if part.stamped is None else {0.0}, reverse=True):
         data, shown, thumbs = _encoded(source, part, from_s)
         if shown == part.shown:
@@ -63,7 +63,7 @@ def _name(part: Transcode) -> str:
 
 
 def _encoded(source: Media, part: Transcode, from_s: float) -> tuple[bytes, str, dict[int, npt.NDArray[np.uint8]]]:
-    """The new video, and of the pictures it was made from: their digest, and the thumbnails of some, by number."""
+    """Returns the new video, the digest of its source pictures, and thumbnails of some of them, by number."""
     rate, buffer = Fraction(part.rate), io.BytesIO()
     tick_s, gap = clock(rate)
     options = {"fflags": "+bitexact", "video_track_timescale": str(tick_s.denominator)}
@@ -115,11 +115,11 @@ def _mux(out: OutputContainer, encoder: VideoStream, picture: av.VideoFrame | No
 
 
 class _Converter:
-    """Pictures of any format -> upright yuv420p of the new size, in limited range.
+    """Converts pictures of any format to upright yuv420p of the new size, in limited range.
 
-    The matrix stays what it is and is written into the file: every decoder makes of the new video what it makes of the
-    source. Only pictures in RGB get one, BT.601, which decoders that do not look expect. All pictures of a video get
-    the colours of its first, since a file can say only one.
+    Keeps the colour matrix and writes it into the file, so decoders treat the new video as the source. RGB pictures get
+    BT.601, the default of decoders that ignore the tag. All pictures of a video get the colour tags of its first,
+    because a file has only one.
     """
 
     def __init__(self, part: Transcode, *, left_sited: bool) -> None:
@@ -138,11 +138,11 @@ class _Converter:
             if self._left_sited and upright and "420" in picture.format.name:
                 planes = self._scaled(picture, "yuv420p", matrix, orientation).to_ndarray()
             else:
-                if picture.interlaced_frame:  # its fields would be scaled one by one
+                if picture.interlaced_frame:  # otherwise its fields would be scaled separately
                     picture = _whole_planes(self._weaver, picture)
                 scaled = self._scaled(picture, "yuv444p", matrix, orientation).to_ndarray()
                 planes = _subsampled(np.stack([orientation.of(plane) for plane in scaled]))
-        # A frame of its own: the source's would hand its type (a forced keyframe) and captions to the encoder.
+        # A new frame: the source's would pass its type (a forced keyframe) and captions to the encoder.
         frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         frame.color_range, frame.colorspace = ColorRange.MPEG, matrix
         frame.color_primaries, frame.color_trc = primaries, transfer
@@ -163,7 +163,7 @@ class _Converter:
 
 
 def _subsampled(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """yuv444p [3, H, W], both even -> yuv420p [H * 3/2, W], with chroma where H.264 has it: left, between two rows."""
+    """Subsamples yuv444p [3, H, W], both even, to yuv420p [H * 3/2, W], with H.264's chroma position: left."""
     width = planes.shape[2]
     padded = np.pad(planes[1:], ((0, 0), (0, 0), (1, 0)), mode="edge").astype(np.uint16)
     columns = padded[:, :, :width:2] + 2 * padded[:, :, 1::2] + padded[:, :, 2::2]
@@ -172,7 +172,7 @@ def _subsampled(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _index_first(data: bytes) -> bytes:
-    """The same MP4 with the index before the pictures, so that a reader needs no second look at the end."""
+    """Returns the same MP4 with the index before the pictures, so that readers need not seek to the end."""
     index = data[data.rindex(b"moov") - 4 :]
     buffer = io.BytesIO()
     with ffmpeg_errors(REASON), av.open(io.BytesIO(data)) as source:
@@ -180,7 +180,7 @@ def _index_first(data: bytes) -> bytes:
         options = {
             "fflags": "+bitexact",
             "video_track_timescale": str(time_base(stream).denominator),
-            "moov_size": str(len(index) + 8),  # and an empty box, which the muxer wants to write behind it
+            "moov_size": str(len(index) + 8),  # 8 bytes for an empty box that the muxer writes after it
         }
         with av.open(buffer, "w", format="mp4", options=options) as out:
             copy = out.add_stream_from_template(stream)
@@ -192,12 +192,12 @@ def _index_first(data: bytes) -> bytes:
 
 
 def _compared(part: Transcode, number: int) -> bool:
-    """The first and the last picture of each group: damage inside lasts until the group ends."""
+    """Returns whether to compare a picture: first and last of each group, since damage lasts until the group's end."""
     return number % KEYFRAME_EVERY in (0, KEYFRAME_EVERY - 1) or number == part.frames - 1
 
 
 def _check(data: bytes, part: Transcode, thumbs: dict[int, npt.NDArray[np.uint8]]) -> None:
-    """Decode what was written: number, size, times, and the pictures as thumbnails."""
+    """Decodes the new video and checks number, size, times, and thumbnails of its pictures. Raises DecodeError."""
     found = decode_whole(data)
     if found.facts != facts_of(part):
         raise DecodeError(REASON, f"{_name(part)}: it decodes to {found.facts} in place of {facts_of(part)}")
@@ -215,7 +215,7 @@ def _apart(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
 
 
 class _Thumbnailer:
-    """Averages over a picture, upright, as RGB. (Averaged first, so that what one of both clips does not count.)"""
+    """Averages over the cells of a picture, upright, as RGB. Averages before conversion, so clipping has no effect."""
 
     def __init__(self, part: Transcode) -> None:
         self._cells = max(2, min(_CELLS, min(part.width, part.height) // _CELL))
@@ -232,7 +232,7 @@ class _Thumbnailer:
 
 
 def _whole_planes(reformatter: VideoReformatter, picture: av.VideoFrame) -> av.VideoFrame:
-    """A picture with a colour of its own for every pixel: yuv444p in limited range, with the matrix that it has."""
+    """Converts a picture to yuv444p (chroma for every pixel) in limited range, with the same colour matrix."""
     matrix = _MATRIX_601 if picture.colorspace == _MATRIX_RGB else picture.colorspace
     planes = reformatter.reformat(
         picture,
@@ -248,7 +248,7 @@ def _whole_planes(reformatter: VideoReformatter, picture: av.VideoFrame) -> av.V
 
 
 def _averages(plane: npt.NDArray[np.uint8], cells: int) -> npt.NDArray[np.uint8]:
-    """[H, W] -> [cells, cells]: the mean of each, to which a pixel on an edge counts in part."""
+    """Returns the means of cells, [H, W] -> [cells, cells]; a pixel on an edge counts in part."""
     total = plane.astype(np.float64)
     for axis in (0, 1):
         length = total.shape[axis]

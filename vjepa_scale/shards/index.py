@@ -1,7 +1,7 @@
 """Writes a manifest for shards made by other tools; the tars do not change.
 
-A sample is a video (or an image), and maybe ``json`` and ``cls``, wherever they lie in its tar. Its label is what
-``cls`` holds, or else ``label`` in its JSON. What cannot be used is named in rejected.jsonl and not in the manifest.
+A sample is a video (or an image) with optional ``json`` and ``cls``, at any position in its tar. Its label is the
+content of ``cls``, or else ``label`` in its JSON. Unusable samples are listed in rejected.jsonl, not in the manifest.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from vjepa_scale.shards.work import Progress
 from vjepa_scale.video.container import DecodeError, FileSlice, open_media
 from vjepa_scale.video.inspect import VideoFacts, decode_whole
 
-SILENCE_S = 600.0  # a decoder that gives no new frame for so long hangs; storage may be slow
-_LONGEST_TEXT = 2**26  # bytes of a member that is not a video: held whole
+SILENCE_S = 600.0  # a decoder without a new frame for this time hangs; long, because storage may be slow
+_LONGEST_TEXT = 2**26  # bytes of a member that is not a video, which is read into memory
 _TORN = "several videos, and other members apart from them: sort what is packed (tar --sort=name)"
 _PLACES = ("video.offset", "video.size", "json.offset", "json.size")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A usable sample: key, where its members lie (as _PLACES), and what it is."""
+    """A usable sample: key, positions of its members (as _PLACES), and its facts."""
 
     key: str
     places: tuple[int, int, int, int]
@@ -49,15 +49,15 @@ class _Indexed:
 
 
 def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
-    """Decode every sample of every tar in a folder and write the manifest beside them.
+    """Decodes every sample of every tar in a folder and writes the manifest into it.
 
-    Where make_shards has written the manifest, nothing is done. Raises UserError where there is nothing to index, or a
+    Does nothing where make_shards has written the manifest. Raises UserError where there is nothing to index, or a
     manifest of other tars.
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, fix="give a folder of .tar files")
     named = sorted(folder.glob("*.tar"))
-    tars = [tar for tar in named if tar.is_file()]  # opening a pipe would wait for ever
+    tars = [tar for tar in named if tar.is_file()]  # opening a pipe would block
     if not tars:
         what = f"{named[0].name} is not a file" if named else "no .tar files in this folder"
         raise UserError(what, where=folder, fix="give a folder of uncompressed tars")
@@ -89,7 +89,7 @@ def index_shards(folder: Path, *, workers: int, progress: Progress) -> Summary:
 
 
 def _same(folder: Path, tars: Sequence[Path], source: dict[str, Any]) -> None:
-    """Raises UserError where the manifest is not of these tars. One that make_shards has written is as good."""
+    """Raises UserError where the manifest is not of these tars. Accepts a manifest that make_shards has written."""
     path, fix = folder / MANIFEST, "remove the manifest and run index again"
     tree = read_json(path)
     made = tree.get("source") if isinstance(tree, dict) else None
@@ -106,7 +106,7 @@ def _same(folder: Path, tars: Sequence[Path], source: dict[str, Any]) -> None:
 
 
 def _columns(found: Sequence[_Found]) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
-    """The classes, and the manifest's columns."""
+    """Returns the classes, and the manifest's columns."""
     classes = sorted({sample.label for sample in found if sample.label is not None})
     number = {None: -1} | {name: i for i, name in enumerate(classes)}
     places = np.array([sample.places for sample in found], np.int64)
@@ -155,8 +155,10 @@ def _look(path: Path, sample: Sample) -> _Found:
             return file.read()
 
     if len(sample.media) != 1:
-        told = f"members: {', '.join(sample.members)}"
-        raise DecodeError("not one video", told if sample.media else f"{told}; a video of this key must be in this tar")
+        detail = f"members: {', '.join(sample.members)}"
+        raise DecodeError(
+            "not one video", detail if sample.media else f"{detail}; a video of this key must be in this tar"
+        )
     video = sample.members[sample.media[0]]
     facts = decode_whole(FileSlice(path, video.offset, video.size), images=True).facts
     known = sample.members.get("json", Member(0, 0))

@@ -1,4 +1,4 @@
-"""Videos and images -> WebDataset shards with a manifest. Steps, so that each can be scaled alone and continued:
+"""Makes WebDataset shards with a manifest from videos and images, in steps that scale and resume separately:
 
     begin   (one process)  the sources are listed                                                         work.py
     probe   (any number)   every file is decoded whole: facts, or a reason to reject it; long ones are cut  probe.py
@@ -6,8 +6,8 @@
     write   (any number)   each shard under a temporary name, then renamed                                 write.py
     finish  (one process)  columns, rejected.jsonl, the manifest last                                      write.py
 
-What is done is never done again, so a killed run continues, and the finished bytes do not depend on processes,
-jobs, kills or repetitions. One bad file never stops the run and is never dropped silently: it goes to rejected.jsonl.
+Finished work is never repeated, so a killed run continues. The bytes do not depend on processes, jobs, kills or
+repetitions. A bad file never stops the run and is never dropped silently: it is listed in rejected.jsonl.
 """
 
 from collections import Counter
@@ -30,20 +30,20 @@ from vjepa_scale.shards.write import finish, write
 
 __all__ = ["Part", "Progress", "Settings", "Work", "begin", "finish", "make_shards", "plan", "probe", "write"]
 
-CLIP_FRAMES, FPS = (16, 64), 4.0  # the paper's clips: of pretraining, of cooldown
+CLIP_FRAMES, FPS = (16, 64), 4.0  # the paper's clips in pretraining and in cooldown
 _BLOCK = 2**20  # records
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made. existed: the finished data set was there already, and nothing was done.
+    """Summary of a data set. existed: it was finished before, and nothing was done.
 
-    resolutions: clips by (width, height); rates: clips by frames a second, images by 0; rejected: sources by
-    reason. The most frequent come first.
-    trajectories: of robots: statistics of states and actions (data/trajectories.py)
-    classes, unlabelled: how many classes, and clips of none; class_clips: clips by class, the most frequent first
-    seconds: shortest, median and longest video (images are none); short: how many are shorter than a clip of so many
-             frames at FPS, which would repeat their last picture
+    resolutions: clips by (width, height); rates: clips by frames per second, images under 0; rejected: sources by
+    reason; all with the most frequent first
+    trajectories: statistics of a robot's states and actions (data/trajectories.py)
+    classes, unlabelled: number of classes, and of clips without one; class_clips: clips by class, most frequent first
+    seconds: shortest, median and longest video (without images); short: number of videos shorter than a clip of so
+             many frames at FPS, which would repeat their last picture
     """
 
     clips: int
@@ -63,7 +63,7 @@ class Summary:
 
 
 def summarize(out: Path, existed: bool = False) -> Summary:
-    """Raises UserError where ``out`` is no finished folder of shards."""
+    """Summarises a finished folder of shards. Raises UserError where ``out`` is none."""
     manifest = Manifest.open(out)
     width, height, rate = (manifest.column(name) for name in ("width", "height", "fps"))
     duration = manifest.column("duration")
@@ -71,7 +71,7 @@ def summarize(out: Path, existed: bool = False) -> Summary:
     blocks = [slice(i, i + _BLOCK) for i in range(0, manifest.records, _BLOCK)]
     labels = _frequent(manifest.column("label")[block] for block in blocks)
     unlabelled = labels.pop(-1, 0)
-    # width and height as one number: a column of pairs would be sorted far more slowly
+    # width and height as one number, because sorting a column of pairs is far slower
     sizes = (width[block].astype(np.int64) << 32 | height[block] for block in blocks)
     return Summary(
         clips=manifest.records,
@@ -92,7 +92,7 @@ def summarize(out: Path, existed: bool = False) -> Summary:
 
 
 def _frequent(values: Iterable[np.ndarray]) -> dict:
-    """How often each value occurs in some blocks, the most frequent first."""
+    """Counts the values in some blocks, the most frequent first."""
     counts = Counter[float]()
     for block in values:
         found, times = np.unique(block, return_counts=True)
@@ -101,7 +101,7 @@ def _frequent(values: Iterable[np.ndarray]) -> dict:
 
 
 def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, progress: Progress) -> Summary:
-    """Make the data set, or finish it, or find it finished.
+    """Makes the data set, resumes an unfinished one, or returns at once where it is finished.
 
     videos: a folder, or a list (see sources.py)
     Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
@@ -126,13 +126,13 @@ def make_shards(videos: Path, out: Path, settings: Settings, *, workers: int, pr
 def make_split(
     videos: Path, out: Path, settings: Settings, make: Callable[[Path, Settings], Summary]
 ) -> dict[str, Summary]:
-    """Two data sets, OUT/train and OUT/val, of which no group of sources and no clip is in both.
+    """Makes two data sets, OUT/train and OUT/val, that share no group of sources and no clip.
 
-    settings: ``val`` and ``val_by`` say how (sources.of_side); make: makes one of them, given its folder and settings
-    Raises UserError, before anything is written, where one would have no source.
+    settings: ``val`` and ``val_by`` define the split (sources.of_side); make: makes one side, given folder and settings
+    Raises UserError, before anything is written, where one side would have no source.
     """
     sides = {side: replace(settings, side=side) for side in SIDES}
     check_sides(videos, out, list(sides.values()))
-    summaries = {side: make(out / side, asked) for side, asked in sides.items()}  # train first: val lacks what it has
+    summaries = {side: make(out / side, asked) for side, asked in sides.items()}  # train first: val excludes its clips
     (out / DIGESTS).unlink(missing_ok=True)
     return summaries

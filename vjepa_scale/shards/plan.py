@@ -1,13 +1,12 @@
-"""Which record goes where, decided by one process: duplicates are rejected, the others shuffled and dealt to shards.
+"""Plans the shards in one process: rejects duplicates, shuffles the other records and assigns them to shards.
 
-    OUT/.work/plan/chunk.npy …     per record, in the order of the shards: where its line is, and its facts
+    OUT/.work/plan/chunk.npy …     per record, in the order of the shards: position of its line, and its facts
     OUT/.work/plan/ends.npy        per shard, the number of its last record + 1
     OUT/.work/plan/classes.json    names of the classes, in the order of their numbers
-    OUT/.work/plan/rejected.jsonl  as it will be in OUT
+    OUT/.work/plan/rejected.jsonl  the rejected.jsonl of OUT
 
-The lines are read once, one after the other, and become columns on disk of 76 bytes a record. Planning then holds
-at most five numbers of 8 bytes per record at a time (measured: 33 bytes, 0.7 GB for 20 million), beside the names of
-classes.
+Reads the lines once, in order, and writes columns of 76 bytes per record to disk. Planning then holds at most five
+numbers of 8 bytes per record in memory (measured: 33 bytes, 0.7 GB for 20 million), and the names of classes.
 """
 
 import json
@@ -40,8 +39,8 @@ from vjepa_scale.shards.sources import first_line
 from vjepa_scale.shards.work import DIGESTS, Settings, Work
 from vjepa_scale.video.container import NOT_A_VIDEO
 
-# Where a record's line is (chunk, offset in its file, number in the line), what fills a shard, what tells duplicates
-# (the first 16 bytes of the SHA-256), and the columns of the manifest.
+# Position of a record's line (chunk, offset in its file, number in the line), its size, the key of duplicates (the
+# first 16 bytes of the SHA-256), and the columns of the manifest.
 _ROW = np.dtype(
     [
         ("chunk", np.uint32),
@@ -59,13 +58,13 @@ _ROW = np.dtype(
     ]
 )
 _PLACE = ("chunk", "offset", "number")
-_SHOWN = 80  # characters of a line
+_SHOWN = 80  # characters of a line in messages
 FACTS = ("duration", "fps", "frames", "width", "height")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A finished plan. Columns are memory-mapped: of a shard only its own stretch is read."""
+    """A finished plan. Columns are memory-mapped: writing a shard reads only its own range."""
 
     work: Work
     classes: list[str]
@@ -73,7 +72,7 @@ class Plan:
 
     @classmethod
     def open(cls, work: Work) -> "Plan":
-        """Raises UserError where the work is not planned yet."""
+        """Opens the plan. Raises UserError where the work is not planned yet."""
         folder = planned(work)
         if not folder.is_dir():
             raise UserError("the shards are not planned yet", where=work.out, fix="finish probing, then plan")
@@ -84,11 +83,11 @@ class Plan:
         return len(self.ends)
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One number per record, in the order of the shards."""
+        """Returns one number per record, in the order of the shards."""
         return np.load(planned(self.work) / f"{name}.npy", mmap_mode="r")
 
     def records(self, shard: int) -> Iterator[tuple[int, Record]]:
-        """(number among all, record) of each record of one shard."""
+        """Yields (number among all, record) of each record of one shard."""
         first, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
         places = zip(*(self.column(name)[first:end].tolist() for name in _PLACE), strict=True)
         for index, place in enumerate(places, start=first):
@@ -100,9 +99,9 @@ def planned(work: Work) -> Path:
 
 
 def plan(work: Work) -> None:
-    """Decide everything that decides the bytes of the shards, unless that is done.
+    """Writes the plan, which determines the bytes of the shards, unless it exists.
 
-    Raises UserError while a chunk is not probed, and, forgetting all, where no source can be used.
+    Raises UserError while a chunk is not probed, and where no source is usable; then it also removes the work.
     """
     if planned(work).is_dir():
         return
@@ -125,7 +124,7 @@ def plan(work: Work) -> None:
 
 
 def _gather(work: Work, folder: Path) -> dict[str, int]:
-    """Lines -> ``name.raw`` per column of _ROW, and the rejected. Returns classes by their numbers so far."""
+    """Writes the lines to ``name.raw`` per column of _ROW, and the rejected. Returns preliminary class numbers."""
     labels: dict[str, int] = {}
     reasons = Counter[str]()
     found = 0
@@ -154,7 +153,7 @@ def _gather(work: Work, folder: Path) -> dict[str, int]:
 
 
 def none_usable(work: Work, reasons: Counter[str], first: dict[str, Any] | None) -> UserError:
-    """That all sources were rejected. first: the first of them, as in rejected.jsonl."""
+    """Returns the error that all sources were rejected. first: the first of them, as in rejected.jsonl"""
     what = f"none of {work.files} files can be used: " + ", ".join(f"{n} {why}" for why, n in reasons.most_common())
     if first is not None:
         what += f"; the first is {work.root / first['path']}: {first['detail'] or first['reason']}"
@@ -168,7 +167,7 @@ def none_usable(work: Work, reasons: Counter[str], first: dict[str, Any] | None)
 
 
 def _lines(work: Work, chunk: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset, verdict) of every line of a chunk."""
+    """Yields (offset, verdict) of every line of a chunk."""
     offset = 0
     with open(probed(work, chunk), "rb") as file:
         for line in file:
@@ -192,7 +191,7 @@ def _record_at(work: Work, chunk: int, offset: int, number: int) -> Record:
 
 
 def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
-    """Columns as they were found -> the plan."""
+    """Writes the plan from the raw columns."""
 
     raw = {name: np.memmap(folder / f"{name}.raw", _ROW[name], "r") for name in _ROW.names or ()}
     copies, firsts = duplicates(raw["digest"], raw["digest_2"])
@@ -204,7 +203,7 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
             record = _record_at(work, *(int(raw[name][index]) for name in _PLACE))
             row = Rejected(_path_of(record), "duplicate", f"of a clip in train{_part_of(record)}")
             rejected.write(json.dumps(asdict(row)) + "\n")
-        outside = kept[copies]  # the others are named already
+        outside = kept[copies]  # the others are rejected already
         for row in _copies(work, raw, copies[outside], firsts[outside]):
             rejected.write(json.dumps(asdict(row)) + "\n")
     kept[copies] = False
@@ -232,9 +231,9 @@ def _decide(work: Work, folder: Path, labels: dict[str, int]) -> None:
 def duplicates(
     digest: npt.NDArray[np.uint64], digest_2: npt.NDArray[np.uint64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Records that are the same as an earlier one, in their order, and for each the first of them.
+    """Returns the records that equal an earlier one, in order, and for each the first equal record.
 
-    digest, digest_2: two words [records] that are the same only for the same bytes
+    digest, digest_2: two words [records], equal only for equal bytes
     """
     order = np.argsort(digest)
     ordered = digest[order]
@@ -242,7 +241,7 @@ def duplicates(
     suspect = np.zeros(len(order), bool)
     suspect[1:] |= same
     suspect[:-1] |= same
-    suspects = np.sort(order[suspect])  # few: the others are unlike any by their first word
+    suspects = np.sort(order[suspect])  # few: the first word of all others is unique
     del order, ordered, same, suspect
     by_digest = np.lexsort((suspects, digest_2[suspects], digest[suspects]))
     suspects = suspects[by_digest]
@@ -260,7 +259,7 @@ def _copies(
     for copy, first in zip(copies, firsts, strict=True):
         record, original = (_record_at(work, *(int(raw[name][i]) for name in _PLACE)) for i in (copy, first))
         path, detail = _path_of(record), f"of {original.path}{_part_of(record)}"
-        if record.label != original.label:  # which one is right is not known
+        if record.label != original.label:  # it is unknown which label is right
             detail += f", whose label is {original.label!r}; this one's is {record.label!r}"
             yield Rejected(path, "duplicate with another label", detail)
         else:
@@ -268,7 +267,7 @@ def _copies(
 
 
 def _of_train(work: Work, raw: dict[str, np.memmap]) -> npt.NDArray[np.int64]:
-    """Records of val with the bytes of one in train, in their order. Raises UserError where train is not planned."""
+    """Returns records of val whose bytes are also in train, in order. Raises UserError where train is not planned."""
     path = work.out.parent / DIGESTS
     if not path.exists():
         raise UserError("not there: what val must not share with train", where=path, fix="make both sides again")
@@ -288,7 +287,7 @@ def _part_of(record: Record) -> str:
 
 
 def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[np.int64]:
-    """Fill one shard after the other. sizes: bytes [records], in order. Returns the end of each shard, in records."""
+    """Fills shards one after the other; returns the end of each, in records. sizes: bytes [records], in order"""
     n = len(sizes)
     if settings.shard_records is not None:
         return np.append(np.arange(settings.shard_records, n, settings.shard_records), n)
@@ -302,12 +301,12 @@ def shard_ends(sizes: npt.NDArray[np.int64], settings: Settings) -> npt.NDArray[
 
 
 def used_classes(found: npt.NDArray[Any], labels: dict[str, int]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Names of the classes that are left, sorted, and every record's among them (-1 for none).
+    """Returns the sorted names of the used classes, and the class of every record (-1 for none).
 
-    found: the number, in labels, of every record's class
+    found: the class of every record, as a number of ``labels``
     """
     used = np.zeros(len(labels) + 1, bool)
-    used[found] = True  # none, -1, is the last
+    used[found] = True  # -1, no class, sets the last element
     classes = sorted(name for name, number in labels.items() if used[number])
     numbers = np.full(len(labels) + 1, -1, np.int64)
     for number, name in enumerate(classes):

@@ -1,11 +1,11 @@
-"""Decode every source whole, in worker processes: facts, or a reason to reject it; long videos are cut.
+"""Decodes every source as a whole, in worker processes; records facts, or a reason to reject it; cuts long videos.
 
-    OUT/.work/probed/000000.1a2b.part   a process's verdicts on sources of chunk 0, a line each, as they are known
-    OUT/.work/probed/000000.jsonl       all verdicts of the chunk, in its order: there only if all are known
+    OUT/.work/probed/000000.1a2b.part   one process's verdicts on sources of chunk 0, a line each, appended as they come
+    OUT/.work/probed/000000.jsonl       all verdicts of the chunk, in its order: exists only if there are all
 
-A killed run continues with the sources that have no line. Two processes on one chunk write two files, of which
-the merged one takes each source's first line; a line cut short by a kill counts as none. Held meanwhile: a few
-sources per worker, and which sources are known of the chunks that are begun.
+A killed run continues with the sources that have no line. Two processes on one chunk write two files; the merged file
+takes each source's first line. A line truncated by a kill is ignored. Memory holds a few sources per worker, and, of
+the chunks in work, which sources have a verdict.
 """
 
 import errno
@@ -34,7 +34,7 @@ from vjepa_scale.video.inspect import Decoded, VideoFacts, decode_whole
 
 
 def probe(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
-    """Probe every source of this part's chunks; continue where an earlier run has ended."""
+    """Probes every source of this part's chunks; continues where an earlier run ended."""
     chunks = range(part.index, work.chunks, part.of)
     total = sum(work.files_in(chunk) for chunk in chunks)
     unknown = _Unknown(work, chunks)
@@ -45,14 +45,14 @@ def probe(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
 
 
 def probed(work: Work, chunk: int) -> Path:
-    """Where the verdicts of a finished chunk are, or will be."""
+    """Returns the path of the verdicts of a finished chunk."""
     return work.folder / "probed" / f"{chunk:06d}.jsonl"
 
 
 def probe_sources(
     root: Path, sources: Sequence[Source], settings: Settings, *, workers: int, progress: Progress
 ) -> tuple[list[Record], list[Rejected]]:
-    """Decode some files, and keep nothing on disk. Returns the usable and the rejected, in the order of ``sources``."""
+    """Probes some files without writing to disk. Returns usable and rejected ones, in the order of ``sources``."""
     verdicts: dict[int, Verdict] = {}
     tasks = ((str(root), source, settings) for source in sources)
     for index, result in map_in_workers(probe_source, tasks, workers=workers, silence_s=settings.decode_timeout_s):
@@ -62,12 +62,12 @@ def probe_sources(
     return [r for v in ordered for r in v.records], [r for v in ordered for r in v.rejected]
 
 
-# -- what is known ---------------------------------------------------------------------------------
+# -- verdicts --------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Begun:
-    """A chunk in work. left: how many of its sources have no verdict; part: this process's file of it."""
+    """A chunk in work. left: number of its sources without a verdict; part: this process's file of it."""
 
     number: int
     left: int
@@ -75,7 +75,7 @@ class _Begun:
 
 
 class _Unknown:
-    """Sources without a verdict, chunk after chunk, and the verdicts that come back."""
+    """Iterates over sources without a verdict, chunk after chunk, and stores the verdicts."""
 
     def __init__(self, work: Work, chunks: range) -> None:
         self._work, self._chunks = work, chunks
@@ -117,7 +117,7 @@ def _part_file(work: Work, chunk: int, token: str) -> Path:
 
 
 def _lines_of_parts(work: Work, chunk: int) -> dict[int, bytes]:
-    """The first whole line of every source in the files of a chunk that processes have begun."""
+    """Returns the first complete line of every source in the part files of a chunk."""
     found: dict[int, bytes] = {}
     for path in sorted(_part_file(work, chunk, "x").parent.glob(f"{chunk:06d}.*.part")):
         try:
@@ -135,10 +135,10 @@ def _lines_of_parts(work: Work, chunk: int) -> dict[int, bytes]:
 
 
 def _merge(work: Work, chunk: int) -> None:
-    """Put the verdicts of a chunk, whose sources all have one, into one file."""
+    """Merges the verdicts of a chunk into one file, after all its sources have one."""
     lines = _lines_of_parts(work, chunk)
     final = probed(work, chunk)
-    if not final.exists():  # else another process has done it, and removed the parts
+    if not final.exists():  # else another process has merged and removed the parts
         if len(lines) != work.files_in(chunk):
             raise FileNotFoundError(errno.ENOENT, "verdicts were removed meanwhile", str(final))
         temporary = temporary_beside(final)
@@ -161,8 +161,8 @@ def _verdict(source: Source, settings: Settings, result: Verdict | Crashed | Sil
 
 
 def probe_source(task: tuple[str, Source, Settings]) -> Verdict:
-    """What becomes of one source: a record, or several where it is cut; or why not. Task: root, source, settings."""
-    stamp = stamp_of(Path(task[0]), task[1])  # before it is read
+    """Probes one source: returns a record, several where it is cut, or a rejection. task: root, source, settings"""
+    stamp = stamp_of(Path(task[0]), task[1])  # before the file is read, so that a change meanwhile is detected
     return replace(_probe_source(*task), stamp=stamp)
 
 
@@ -200,7 +200,7 @@ def _probe_source(root: str, source: Source, settings: Settings) -> Verdict:
         return Verdict([], [Rejected(source.path, "unreadable", reason_of(error))])
     except DecodeError as error:
         return Verdict([], [Rejected(source.path, error.reason, error.detail)])
-    except Exception as error:  # a mistake of ours or of PyAV's: it stops the run, and must name the file
+    except Exception as error:  # a bug here or in PyAV: it stops the run, and must name the file
         error.add_note(f"while probing {path}")
         raise
 
@@ -210,13 +210,13 @@ def _verdict_of(found: Sequence[Record | Rejected]) -> Verdict:
 
 
 def _no_file(path: Path) -> str | None:
-    """Why a source is nothing that can be read (a pipe would never end). Raises OSError."""
+    """Returns why a source is not a regular file (reading a pipe would block), or None. Raises OSError."""
     if path.is_file():
         return None
     if path.is_symlink():
         return "a broken link"
     if path.is_dir():
-        with os.scandir(path):  # a folder that could not be listed: this raises the reason
+        with os.scandir(path):  # raises the reason where a folder could not be listed
             pass
     return "not a file" if path.exists() else "no such file"
 

@@ -1,8 +1,8 @@
-"""What becomes of a source: records, or why not; as objects, as what is written down of them, and as found again.
+"""Verdicts on sources, records or rejections: as objects, as JSON, and carried over to a new listing.
 
-What an unfinished data set knows of its sources holds for a new listing of them too, where some may be gone, new, or
-changed. A verdict is carried over to the source that is listed by the same words (path, label, part, metadata) and
-whose files have the sizes and times of change that they had before they were decoded.
+The verdicts of an unfinished data set remain valid for a new listing of its sources, in which some may be missing, new
+or changed. A verdict is carried over to a source with the same path, label, part and metadata, whose files have the
+same sizes and modification times as before they were decoded.
 """
 
 import json
@@ -26,12 +26,12 @@ from vjepa_scale.shards.trajectories import Trajectory
 from vjepa_scale.shards.transcode import Transcode
 from vjepa_scale.video.inspect import VideoFacts
 
-UNREADABLE = "unreadable"  # a reason. Such a source is looked at again: a mended permission does not change a file
+UNREADABLE = "unreadable"  # a reason. Such a source is probed again: a fixed permission does not change the file
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A source file that was left out. reason: one of few, to count by; detail: the particular."""
+    """A rejected source file. reason: a category, for counts; detail: the specific error."""
 
     path: str
     reason: str
@@ -42,10 +42,10 @@ class Rejected:
 class Record:
     """One clip of the plan.
 
-    path: relative to the sources' folder, or absolute; size, sha256: of the record's bytes; cut: where it is a part
-    trajectory: of a robot's: what is beside the video
-    mtime_ns: when a file that is copied was last changed, before it was probed
-    transcode: what it will be; size then is an estimate, and sha256 that of the source's sha256 and the part
+    path: relative to the sources' folder, or absolute; size, sha256: of the record's bytes; cut: set for a part
+    trajectory: of a robot: the members stored with the video
+    mtime_ns: modification time of a copied file, before it was probed
+    transcode: the new video; size is then an estimate, and sha256 that of the source's sha256 and the part
     """
 
     path: str
@@ -61,14 +61,14 @@ class Record:
 
     @property
     def part(self) -> tuple[float, float] | None:
-        """What it shows, in seconds of the source; None where it is the source."""
+        """The shown part, in seconds of the source; None for the whole source."""
         made = self.cut or self.transcode
         return None if made is None else (made.start_s, made.end_s)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one source. Several records where it is cut. stamp: of its files (``stamp_of``)."""
+    """The verdict on one source. Several records where it is cut. stamp: of its files (``stamp_of``)"""
 
     records: list[Record]
     rejected: list[Rejected]
@@ -76,12 +76,12 @@ class Verdict:
 
 
 def verdict_tree(number: int, verdict: Verdict) -> dict[str, Any]:
-    """A verdict as it is written down. number: of the source, among those of its chunk."""
+    """Returns a verdict as JSON. number: of the source in its chunk"""
     return {"n": number, **asdict(verdict)}
 
 
 def record_of(tree: dict[str, Any]) -> Record:
-    """A record, of what was written down."""
+    """Returns a record from its JSON."""
     cut = None if tree["cut"] is None else Cut(**tree["cut"])
     trajectory = None if tree["trajectory"] is None else Trajectory(**tree["trajectory"])
     transcode = None if tree["transcode"] is None else Transcode(**tree["transcode"])
@@ -93,7 +93,7 @@ def record_of(tree: dict[str, Any]) -> Record:
 
 
 def stamp_of(root: Path, source: Source) -> str:
-    """Sizes and times of change of what a verdict on a source depends on."""
+    """Returns sizes and modification times of the files that a verdict on a source depends on."""
     if source.trajectory is None:
         return _stamp(root / source.path)
     folder = root / source.trajectory
@@ -110,7 +110,7 @@ def _stamp(path: Path) -> str:
 
 
 class KnownVerdicts:
-    """The verdicts of begun work, by the lines of its listing. Held: 8 bytes a source, 20 a verdict.
+    """The verdicts of unfinished work, by the lines of its listing. Memory: 8 bytes a source, 20 a verdict.
 
     folder: OUT/.work, as work.py describes it
     """
@@ -137,11 +137,11 @@ class KnownVerdicts:
 
     @property
     def sources(self) -> int:
-        """How many were listed."""
+        """Number of listed sources."""
         return len(self._listed)
 
     def carry(self, root: Path, sources: Sequence[Source], lines: Sequence[str]) -> Iterator[str]:
-        """Verdicts on some sources of the new listing, as lines for probed/. lines: as the sources are written down."""
+        """Yields known verdicts on sources of the new listing, as lines for probed/. lines: of these sources"""
         digests = np.array([_digest(line.encode()) for line in lines], np.uint64)
         self.kept += int(_contains(self._listed, digests).sum())
         for number in np.flatnonzero(_contains(self._known, digests)).tolist():
@@ -156,13 +156,13 @@ class KnownVerdicts:
 
 
 def _verdicts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset, verdict) of every whole line that can be carried over."""
+    """Yields (offset, verdict) of every complete line that can be carried over."""
     offset = 0
     with open(path, "rb") as file:
         for line in file:
             try:
                 tree = json.loads(line) if line.endswith(b"\n") else {}
-            except ValueError:  # cut short by a kill
+            except ValueError:  # truncated by a kill
                 tree = {}
             if tree.get("stamp") and all(row["reason"] != UNREADABLE for row in tree["rejected"]):
                 yield offset, tree
@@ -174,21 +174,21 @@ def _digest(line: bytes) -> int:
 
 
 def _contains(ordered: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Which of wanted are in an ordered array."""
+    """Returns which elements of ``wanted`` are in a sorted array."""
     if not len(ordered):
         return np.zeros(len(wanted), bool)
     return ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
 
 
-# -- what differs between a data set and what is asked for -------------------------------------------
+# -- differences between a data set and the request --------------------------------------------------
 
-_COMPARED = 100_000  # sources: of more, it is not searched which one differs
+_COMPARED = 100_000  # sources: with more, the differing one is not searched
 
 
 def what_differs(made: Any, asked: dict[str, Any], out: Path, root: Path, sources: Iterable[Source]) -> str:
-    """Words for why a data set, begun or finished in ``out``, is not the one that is asked for.
+    """Describes how a data set, unfinished or finished in ``out``, differs from the requested one.
 
-    made, asked: what identifies each (``source`` in its manifest); root, sources: what is found now
+    made, asked: identity of each (``source`` in its manifest); root, sources: the current listing
     """
     if not isinstance(made, dict) or "listing" not in made or "indexed" in made:
         return "it was not made from videos by make_shards"
@@ -203,10 +203,10 @@ def what_differs(made: Any, asked: dict[str, Any], out: Path, root: Path, source
 
 
 def _differing_source(out: Path, root: Path, sources: Iterable[Source]) -> str:
-    """The first source that is new, gone or not as it was."""
+    """Describes the first source that is new, missing or changed."""
     try:
         before, gone = _sources_of(out), dict.fromkeys(_sources_of(out))
-    except (OSError, UserError, ValueError, KeyError):  # a data set that is damaged, too
+    except (OSError, UserError, ValueError, KeyError):  # the data set may be damaged
         return "the sources differ"
     changed = ""
     for source in sources:
@@ -226,7 +226,7 @@ _Known = dict[str, tuple[list[str | None], int | None]]
 
 
 def _sources_of(out: Path) -> _Known:
-    """Path -> labels and bytes of what a data set, begun or finished, is made of; of each what is known."""
+    """Returns labels and bytes, as far as known, of the sources of an unfinished or finished data set, by path."""
     found: _Known = {}
     if not (out / MANIFEST).exists():
         for path in sorted(out.glob(".work/sources/*.jsonl")):

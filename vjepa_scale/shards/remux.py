@@ -1,12 +1,12 @@
-"""Videos by stream copy: the packets as they are, in a new file: a part of them, or at other times.
+"""Stream copies of videos: unchanged packets in a new file, for a part of a video or with other timestamps.
 
 A copy can begin and end only where a keyframe divides the file: no packet after it in the file is shown before it,
 and none before it is shown after it (so not inside open groups of pictures). Whole groups are copied: a part begins
 at the last such keyframe at or before its start, and ends at the first one at or after its end, or with the video.
-Sound and subtitles are left out. The new file is MP4, or Matroska for a codec that MP4 cannot hold.
+Sound and subtitles are dropped. The new file is MP4, or Matroska for a codec that MP4 cannot hold.
 
-``retimed`` is for a video whose pictures are right and whose clock is not. DROID's MP4s have one frame per step of the
-control log, under whatever rate the camera was set to: in the new file frame k comes on screen at the time of step k.
+``retimed`` is for a video with correct pictures and wrong timestamps. DROID's MP4s have one frame per step of the
+control log, at the camera's nominal rate: in the new file frame k comes on screen at the time of step k.
 """
 
 import io
@@ -43,15 +43,15 @@ from vjepa_scale.video.inspect import Decoded, VideoFacts, decode_whole
 
 REASON = "cannot be cut by copying"
 _MP4_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
-# Of a frame's time in the part, to its time in the source: Matroska counts in milliseconds.
+# Tolerance between a frame's times in the part and in the source: Matroska counts in milliseconds.
 _TIME_TOLERANCE_S = 1.5e-3
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a video stream, by its packets in the order of the file: first to last, without last.
+    """A part of a video stream, by its packets in file order: first to last, without last.
 
-    start_s, end_s: what it shows, in seconds of the source; zero: the source's tick that is 0 in the part
+    start_s, end_s: the shown part, in seconds of the source; zero: the source's tick that becomes 0 in the part
     extension: of the new file, mp4 or mkv
     """
 
@@ -66,10 +66,9 @@ class Cut:
 def plan_cuts(
     path: Path, decoded: Decoded, *, start_s: float | None, end_s: float | None, segment_s: float | None
 ) -> list[Cut] | None:
-    """The parts that cover start_s to end_s, each up to segment_s long unless one group of pictures is longer.
+    """Returns the parts that cover start_s to end_s, each up to segment_s long unless one group of pictures is longer.
 
-    decoded: of this file. None: there is nothing to cut, the whole file is one part.
-    Raises DecodeError.
+    decoded: of this file. Returns None where the whole file is one part. Raises DecodeError.
     """
     duration = decoded.facts.duration
     if (start_s or 0.0) >= duration:
@@ -94,7 +93,7 @@ def plan_cuts(
 
 
 def copy_cut(path: Path, cut: Cut) -> bytes:
-    """The part as a file of its own: always the same bytes. Raises DecodeError."""
+    """Returns the part as a new file, with deterministic bytes. Raises DecodeError."""
     packets = _from_keyframe(path, cut) if cut.first else None
     if packets is not None:
         return packets
@@ -103,7 +102,7 @@ def copy_cut(path: Path, cut: Cut) -> bytes:
 
 
 def _from_keyframe(path: Path, cut: Cut) -> bytes | None:
-    """The part, read from its keyframe on; None where seeking does not lead there."""
+    """Reads the part from its keyframe on; returns None where a seek does not reach it."""
     with open_video(path) as (container, stream):
         if not sought(container, stream, (cut.zero - stream_start(stream)) * float(time_base(stream))):
             return None
@@ -119,7 +118,7 @@ def _part(stream: VideoStream, packets: list[Packet], cut: Cut) -> bytes:
 
 
 def check_display(copy: Decoded, source: Decoded, extension: str, *, reason: str = REASON) -> None:
-    """Raise DecodeError unless a copy says of its pictures what the source says: how they are turned and stretched."""
+    """Raises DecodeError unless a copy has the same orientation and pixel aspect as the source."""
     if copy.orientation != source.orientation:
         raise DecodeError(reason, f"a .{extension} of this codec does not say how pictures are turned")
     if copy.aspect != source.aspect:
@@ -127,10 +126,10 @@ def check_display(copy: Decoded, source: Decoded, extension: str, *, reason: str
 
 
 def without_hidden_end(packets: list[Packet], zero: int, *, reason: str = REASON) -> list[Packet]:
-    """Packets, in the order of the file, less those behind the last that an edit list shows. Raises DecodeError.
+    """Returns packets, in file order, without those after the last one that an edit list shows. Raises DecodeError.
 
-    zero: tick of the first picture shown. What is hidden before it is kept: others need it, and negative times hide it
-    in the new file, too. Nothing hides frames between or behind others there.
+    zero: tick of the first shown picture. Hidden packets before it are kept, because others depend on them; negative
+    times hide them in the new file too. Frames between or after others cannot be hidden there.
     """
     end = max((i for i, packet in enumerate(packets) if not packet.is_discard), default=-1) + 1
     if any(packet.is_discard and shown_at(packet) >= zero for packet in packets[:end]):
@@ -139,7 +138,7 @@ def without_hidden_end(packets: list[Packet], zero: int, *, reason: str = REASON
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """All packets of a video, in the order of the file, each with the time when its picture comes on screen."""
+    """Yields all packets of a video, in file order, each with the presentation time of its picture."""
     packets = all_packets(container, stream)
     first = next(packets, None)
     if first is None:
@@ -155,7 +154,7 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packe
 
 
 def _shown(decoder: TimedDecoder, packets: Iterator[Packet]) -> Iterator[Packet]:
-    """Packets that have decoding times only (AVI), with those of display: pictures come out with their numbers."""
+    """Adds presentation times to packets that have only decoding times (AVI), from the decoder's output order."""
     waiting, ticks = deque[tuple[int, Packet]](), dict[int, int]()
     for number, packet in enumerate(packets):
         if packet.size:
@@ -164,7 +163,7 @@ def _shown(decoder: TimedDecoder, packets: Iterator[Packet]) -> Iterator[Packet]
         elif packet.dts is not None:
             continue
         ticks |= {pts_of(frame): tick for frame, tick in decoder.decoded(packet)}
-        # At the end, or after so long, there is no picture (VP8's references): such a packet keeps its own time.
+        # At the end, or after this delay, there is no picture (VP8's references): such a packet keeps its own time.
         while waiting and (waiting[0][0] in ticks or not packet.size or len(waiting) > MOST_HELD_BACK):
             first, known = waiting.popleft()
             known.pts = ticks.pop(first, known.dts)
@@ -174,18 +173,18 @@ def _shown(decoder: TimedDecoder, packets: Iterator[Packet]) -> Iterator[Packet]
 def muxed(
     stream: VideoStream, packets: list[Packet], ticks: list[int], extension: str, tick_s: Fraction | None = None
 ) -> bytes:
-    """A new file of packets in their order: always the same bytes. Raises DecodeError.
+    """Writes a new file of packets in their order, with deterministic bytes. Raises DecodeError.
 
-    ticks: when the picture of each comes on screen; tick_s: seconds per tick of the new file, else the stream's
+    ticks: presentation time of each; tick_s: seconds per tick of the new file, default the stream's
     """
     kind = {"mp4": "mp4", "mkv": "matroska"}[extension]
     buffer = io.BytesIO()
     with ffmpeg_errors(REASON), av.open(buffer, "w", format=kind, options={"fflags": "+bitexact"}) as out:
         try:
             copy = out.add_stream_from_template(stream, opaque=True)
-        except ValueError as error:  # a codec that the new file cannot hold either: Sorenson's, of old FLVs
+        except ValueError as error:  # a codec that neither format can hold: Sorenson's, in old FLVs
             raise DecodeError(REASON, str(error)) from None
-        if pixel_aspect(stream) != aspect_of(stream.codec_context.sample_aspect_ratio):  # the container's own word
+        if pixel_aspect(stream) != aspect_of(stream.codec_context.sample_aspect_ratio):  # the container overrides it
             copy.sample_aspect_ratio = pixel_aspect(stream)
         if tick_s is not None:
             copy.time_base = tick_s
@@ -196,12 +195,12 @@ def muxed(
 
 
 def extension_for(stream: VideoStream) -> str:
-    """Of the file that its packets are copied to."""
+    """Returns the extension of the file that a stream's packets are copied to."""
     return "mp4" if stream.codec_context.codec.canonical_name in _MP4_CODECS else "mkv"
 
 
 def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFacts]:
-    """The part, decoded and found to show what the source shows from start_s to end_s. Raises DecodeError."""
+    """Returns the part, after checking that it decodes to the source's pictures and times. Raises DecodeError."""
     data = copy_cut(path, cut)
     part = decode_whole(data)
     inside = (decoded.times_s >= cut.start_s - 1e-6) & (decoded.times_s < cut.end_s - 1e-6)
@@ -216,16 +215,16 @@ def checked_cut(path: Path, decoded: Decoded, cut: Cut) -> tuple[bytes, VideoFac
 
 
 def shown_at(packet: Packet) -> int:
-    """The tick at which its picture comes on screen. Raises DecodeError."""
+    """Returns the tick at which the packet's picture comes on screen. Raises DecodeError."""
     if packet.pts is None:
         raise DecodeError(REASON, "packets without timestamps")
     return packet.pts
 
 
 def _dividing_keyframes(path: Path) -> tuple[list[tuple[int, int, float]], int, str]:
-    """(number of the packet, tick, seconds) of the start and of each keyframe where the file divides.
+    """Returns (packet number, tick, seconds) of the start and of each keyframe that divides the file.
 
-    With them: how many packets there are, and the extension of parts.
+    Also returns the number of packets, and the extension of parts.
     """
     with open_video(path) as (container, stream):
         rows = [
@@ -246,23 +245,23 @@ def _dividing_keyframes(path: Path) -> tuple[list[tuple[int, int, float]], int, 
 
 
 def _decoding_times(pts: list[int]) -> list[int]:
-    """Ticks at which packets, in the order of the file, are to be decoded: rising, and none after it is shown."""
+    """Returns decoding ticks of packets in file order: ascending, and none later than the packet is shown."""
     shown: npt.NDArray[np.int64] = np.sort(np.array(pts, np.int64))
     early = int((shown - np.array(pts, np.int64)).max(initial=0))
     return (shown - early).tolist()
 
 
-# -- the times at which the pictures really were ---------------------------------------------------
+# -- a copy with the log's times -------------------------------------------------------------------
 
 _NO_NEW_TIMES = "cannot be given the log's times"
-# Seconds per tick: MP4 counts as it is told (this is the usual clock of video), Matroska in milliseconds.
+# Seconds per tick: MP4 accepts any (this is the usual clock of video), Matroska uses milliseconds.
 _TICK_S = {"mp4": Fraction(1, 90_000), "mkv": Fraction(1, 1000)}
 
 
 def retimed(video: Path, times_s: Floats) -> tuple[bytes, str]:
-    """The new file, always the same bytes, and its extension. Raises DecodeError.
+    """Returns the new file, with deterministic bytes, and its extension. Raises DecodeError.
 
-    times_s: [frames], rising from 0: when each frame comes on screen, up to a tick before
+    times_s: [frames], ascending from 0: presentation time of each frame, which may come up to one tick early
     """
     with open_video(video) as (container, stream):
         packets = without_hidden_end(list(packets_of(container, stream)), stream_start(stream), reason=_NO_NEW_TIMES)
@@ -271,7 +270,7 @@ def retimed(video: Path, times_s: Floats) -> tuple[bytes, str]:
             raise DecodeError(_NO_NEW_TIMES, f"{len(packets) - hidden} packets for {len(times_s)} frames")
         extension = extension_for(stream)
         tick_s = _TICK_S[extension]
-        # Never late: at its own time a frame is to be on screen.
+        # Rounds down, because at its own time a frame must be on screen.
         rising = whole_ticks(times_s, float(tick_s))
         last = max(1, round(step_s(times_s) / float(tick_s)))
         lasting = np.concatenate([np.full(hidden, last), np.diff(rising), [last]])
@@ -284,7 +283,7 @@ def retimed(video: Path, times_s: Floats) -> tuple[bytes, str]:
 
 
 def checked_retimed(video: Path, decoded: Decoded, times_s: Floats) -> tuple[bytes, str, Decoded]:
-    """``retimed``, decoded and found to show the same pictures at these times. Raises DecodeError."""
+    """Returns ``retimed``, after checking that it shows the same pictures at these times. Raises DecodeError."""
     data, extension = retimed(video, times_s)
     seen = decode_whole(data)
     if seen.digests != decoded.digests:

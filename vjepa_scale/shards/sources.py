@@ -1,13 +1,13 @@
-"""What shards are to be made of: the files below a folder, or the rows of a list.
+"""The sources of shards: the files below a folder, or the rows of a list.
 
-    lines       path label          as the published code's lists: the last word is the label; a tab or "::" may divide
-    CSV         a header with a column ``path``; ``label``, ``start``, ``end`` and any other column; commas, semicolons,
-                tabs or bars divide. Without a header: path, label
+    lines       path label          as in the published code's lists: the last word is the label; or with a tab or "::"
+    CSV         a header with a column ``path``; ``label``, ``start``, ``end`` and any other column; the delimiter is a
+                comma, semicolon, tab or bar. Without a header: path, label
     JSON        objects with a key ``path``; ``label``, ``start``, ``end`` and any other key: one a line, or an array
     Kinetics    its own CSV, whose rows have youtube_id, time_start and time_end in place of a path
 
-start, end: the part of the video that is wanted, in seconds. Columns and keys but path and label are kept as they
-are in the record's JSON, under ``metadata``. Paths are relative to the folder of the list.
+start, end: the part of the video to use, in seconds. All columns and keys except path and label are copied to the
+record's JSON, under ``metadata``. Paths are relative to the folder of the list.
 """
 
 import csv
@@ -30,26 +30,26 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import parse_json, writing
 from vjepa_scale.core.installed import program
 
-_NAMES_HELD = 500_000  # of one folder; more of them are sorted on disk
-# What file managers and storage leave in folders, and no source.
+_NAMES_HELD = 500_000  # names of one folder in memory; more of them are sorted on disk
+# Files that file managers and storage systems write into folders; they are no sources.
 _SYSTEM_FILES = (".DS_Store", "Thumbs.db", "ehthumbs.db", "desktop.ini", "._*")
 _SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", ".Spotlight-V100", ".Trashes", ".fseventsd", "$RECYCLE.BIN", "System Volume Information")
 )
-# Other names of the column ``path``, and of ``label`` beside one of those.
+# Other names of the column ``path``, and of the column ``label`` with one of those.
 _PATH_NAMES = ("video_path", "file_path", "filepath", "filename", "file_name", "file", "video", "video_name", "clip")
 _LABEL_NAMES = ("label", "class", "class_name", "category", "action")
 _KINETICS = ("youtube_id", "time_start", "time_end")
-# Tells a row from a header where a list has none.
+# Distinguishes a row from a header where a list has no header.
 _MEDIA = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|ts|flv|wmv|3gp|ogv|gif|jpe?g|png|webp|tiff?|heic|avif)$", re.I)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that is wanted, or a part of it.
+    """A source file, or a part of one.
 
-    path: relative to the folder all sources share, or absolute; start_s, end_s: seconds, None for as far as it goes
-    trajectory: of a robot's: its folder, as path (see trajectories.py)
+    path: relative to the common folder of all sources, or absolute; start_s, end_s: seconds, None: start or end of file
+    trajectory: of a robot: its folder, as ``path`` (see trajectories.py)
     """
 
     path: str
@@ -61,11 +61,11 @@ class Source:
 
 
 def find_sources(videos: Path, out: Path, *, everything: bool = False) -> tuple[Path, Iterator[Source]]:
-    """The folder that paths are relative to, and all sources: of a folder by path, of a list in its order.
+    """Returns the folder that paths are relative to, and all sources: of a folder by path, of a list in its order.
 
-    everything: as ``walk_sources``
-    Sources come one after the other and are never held. Raises UserError where there are none, or (as they come)
-    where a list cannot be read.
+    everything: as in ``walk_sources``
+    Sources are an iterator and never all in memory. Raises UserError where there are none, and during iteration where a
+    list cannot be read.
     """
     if videos.is_file():
         return videos.parent, read_list(videos)
@@ -78,11 +78,12 @@ SIDES = ("train", "val")
 def of_side(
     sources: Iterator[Source], root: Path, *, side: str, val: float, by: str, seed: int, where: Path
 ) -> Iterator[Source]:
-    """The sources of one side of a split. A source's side depends on its group and the seed only, not on the others.
+    """Yields the sources of one side of a split. A source's side depends only on its group and the seed.
 
-    val: the fraction of all groups that is for validation; by: what a group is: ``source``, all parts of one file;
-    ``folder``, all files of one folder; or the column or key of a list whose value names it
-    where: the folder or list. Raises UserError where this side has no source, or (as they come) one has no group.
+    val: fraction of all groups for validation
+    by: the groups: ``source``, all parts of one file; ``folder``, all files of one folder; or the column or key of a
+    list whose value is the group
+    where: the folder or list. Raises UserError where this side has no source, or where a source has no group.
     """
     chosen = (s for s in sources if (_fraction_of(seed, _group(s, root, by, where)) < val) == (side == "val"))
     first = next(chosen, None)
@@ -94,7 +95,7 @@ def of_side(
 
 def _group(source: Source, root: Path, by: str, where: Path) -> str:
     if by in ("source", "folder"):
-        path = os.path.normpath(source.path)  # one name for one file, and the same where all was moved
+        path = os.path.normpath(source.path)  # one name per file, independent of the folder's location
         if path.startswith(("..", "/")):
             path = os.path.relpath(os.path.join(root, path), root)
         return path if by == "source" else os.path.dirname(path)
@@ -106,28 +107,28 @@ def _group(source: Source, root: Path, by: str, where: Path) -> str:
 
 
 def _fraction_of(seed: int, group: str) -> float:
-    """A number in [0, 1) that belongs to a group."""
+    """Returns the keyed random number in [0, 1) of a group."""
     name = f"{seed} {group}".encode("utf-8", "surrogateescape")
     return int.from_bytes(blake2b(name, digest_size=6).digest()) / 2**48
 
 
 def folder_source(path: str) -> Source:
-    """A file below a folder. Its label is the folder that it is in, if any."""
+    """Returns the source of a file below a folder. Its label is the file's folder, if any."""
     parent = os.path.dirname(path)
     return Source(path, parent or None)
 
 
 def list_sources(videos: Path, out: Path, *, everything: bool = False) -> list[str]:
-    """``walk_sources`` as a list."""
+    """Returns ``walk_sources`` as a list."""
     return list(walk_sources(videos, out, everything=everything))
 
 
 def walk_sources(videos: Path, out: Path, *, everything: bool = False) -> Iterator[str]:
-    """All files under a folder, relative to it, sorted. Links are followed, each folder once.
+    """Yields all files under a folder, relative to it, sorted. Follows links, each folder once.
 
-    everything: also what file managers leave there (.DS_Store, Thumbs.db, …), as earlier versions listed it
-    A folder that cannot be read stands among them itself, so that it is rejected and not forgotten. Held meanwhile:
-    names of one folder (of a larger one, those of a stretch) for each level of depth, and a number per folder.
+    everything: include files of file managers (.DS_Store, Thumbs.db, …), as earlier versions did
+    Yields an unreadable folder itself, so that it is rejected and not silently skipped. Memory holds the names of one
+    folder (a part of them for a large one) for each level of depth, and a number per folder.
     """
     if not videos.is_dir():
         raise UserError("no such folder or list", where=videos, fix="give a folder of video files, or a list of them")
@@ -142,7 +143,7 @@ def walk_sources(videos: Path, out: Path, *, everything: bool = False) -> Iterat
 
 def _walk(videos: Path, everything: bool) -> Iterator[str]:
     seen = set[tuple[int, int]]()
-    levels = [iter(["./"])]  # a stack of our own: folders may lie deeper than Python's calls may
+    levels = [iter(["./"])]  # an explicit stack: folders may be nested deeper than Python's recursion limit
     names = [""]
     while levels:
         name = next(levels[-1], None)
@@ -166,7 +167,7 @@ def _walk(videos: Path, everything: bool) -> Iterator[str]:
 
 
 def _names(folder: Path, everything: bool) -> Iterator[str]:
-    """What is in a folder, sorted; folders end with a slash, so that their files come where their paths belong."""
+    """Yields the names in a folder, sorted; folders end with a slash, so that all paths are yielded in sorted order."""
     held, runs = list[str](), list[Iterator[str]]()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -186,7 +187,7 @@ def _is_system(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a ring of links
+    except OSError:  # a cycle of links
         return False
 
 
@@ -202,7 +203,7 @@ def _on_disk(names: list[str]) -> Iterator[str]:
 
 
 def read_list(path: Path) -> Iterator[Source]:
-    """The rows of a list, whose form is told by its first line. Raises UserError naming the line."""
+    """Yields the rows of a list; its first line determines the format. Raises UserError naming the line."""
     rows = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -219,11 +220,11 @@ def read_list(path: Path) -> Iterator[Source]:
 
 
 def first_line(lines: Iterable[str]) -> str:
-    """The first line of a list that is not blank."""
+    """Returns the first line of a list that is not blank."""
     return next((line for line in lines if line.strip()), "")
 
 
-_Row = tuple[int | str, dict[str, Any]]  # its line or item, and what it says
+_Row = tuple[int | str, dict[str, Any]]  # its line or item number, and its content
 
 
 def _rows(path: Path, file: TextIO, first: str) -> Iterator[_Row]:
@@ -240,7 +241,7 @@ def _rows(path: Path, file: TextIO, first: str) -> Iterator[_Row]:
 
 @dataclass(frozen=True)
 class _Table:
-    """How a CSV list is read. header: whether its first row names the columns."""
+    """Format of a CSV list. header: whether its first row names the columns."""
 
     delimiter: str
     columns: list[str]
@@ -248,7 +249,7 @@ class _Table:
 
 
 def _table(path: Path, first: str) -> _Table | None:
-    """The form of a CSV list, by its first line; None where the list has none. Raises UserError."""
+    """Returns the format of a CSV list, by its first line; None where it is no CSV. Raises UserError."""
     if "::" in first:
         return None
     for delimiter in ",;\t|":
@@ -259,7 +260,7 @@ def _table(path: Path, first: str) -> _Table | None:
             return _Table(delimiter, renamed, header=True)
     for delimiter in ",;":
         cells = _cells(first, delimiter)
-        others = [word for cell in cells[1:] for word in cell.split()]  # of a path with commas one ends like a file
+        others = [word for cell in cells[1:] for word in cell.split()]  # in a path with commas, one ends like a file
         if len(cells) > 1 and _MEDIA.search(cells[0]) and not any(map(_MEDIA.search, others)):
             if len(cells) > 2:
                 fix = f"begin the list with a line such as path{delimiter}label{delimiter}…"
@@ -276,9 +277,9 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _renamed(where: str, names: Sequence[str]) -> list[str]:
-    """Names of columns or keys, with ``path`` and ``label`` for what others call so. Unchanged where one is ``path``.
+    """Renames columns or keys with known other names to ``path`` and ``label``. Unchanged where one is ``path``.
 
-    Raises UserError where several may be meant.
+    Raises UserError where several columns match.
     """
     if "path" in names:
         return list(names)
@@ -345,10 +346,10 @@ def _csv_rows(path: Path, lines: Iterable[str], table: _Table) -> Iterator[_Row]
 
 
 def _kinetics_rows(path: Path, rows: Iterator[_Row]) -> Iterator[_Row]:
-    """Rows with the path of a video that was cut and named as Kinetics' downloaders do: ID_000010_000020.mp4.
+    """Yields rows with the paths of videos cut and named as by Kinetics' downloaders: ID_000010_000020.mp4.
 
-    It is searched beside the list, and there in the folders of its split, its class, or both. Its times are of the
-    video that it was cut from: nothing is cut again.
+    Searches the folder of the list, and in it the folders of the row's split, class, or both. The row's times refer to
+    the uncut video, so nothing is cut again.
     """
     for place, row in rows:
         try:
@@ -378,7 +379,7 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
 
 
 def _array_rows(path: Path, text: str) -> Iterator[_Row]:
-    """The items of one JSON array, which is held: objects, or paths."""
+    """Yields the items of one JSON array, which is held in memory: objects, or paths."""
     try:
         items = parse_json(text)
     except ValueError as error:

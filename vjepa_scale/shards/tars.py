@@ -1,6 +1,6 @@
-"""Tars of samples: what lies where in one, and how one is written; the checksums of what is written.
+"""Tars of samples: lists their members with positions, and writes them with checksums.
 
-A sample is what WebDataset takes for one: its key is the name up to the base name's first dot.
+A sample is defined as in WebDataset: its key is the name up to the base name's first dot.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ MEDIA_EXTENSIONS = frozenset(_VIDEO | _IMAGE)
 
 @dataclass(frozen=True)
 class Member:
-    """Where one file of a tar lies: offset and size of its bytes."""
+    """Position of one file in a tar: offset and size of its bytes."""
 
     offset: int
     size: int
@@ -55,15 +55,15 @@ class Sample:
 
     @property
     def media(self) -> list[str]:
-        """The extensions of its videos and images: a sample that can be used has one."""
+        """The extensions of its videos and images: a usable sample has exactly one."""
         return [name for name in self.members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
 
 
 @dataclass
 class Contents:
-    """A tar's samples in order. problems: of single members; damage: where reading had to stop, if it had.
+    """A tar's samples in order. problems: of single members; damage: where reading had to stop, else None.
 
-    torn: keys of several videos with other members apart from them: what belongs to which is not known
+    torn: keys with several videos whose other members are not next to them, so that they cannot be assigned
     """
 
     samples: list[Sample]
@@ -73,7 +73,7 @@ class Contents:
 
 
 def list_tar(path: Path) -> Contents:
-    """Samples of an uncompressed tar. Damage ends the listing and is told, never raised."""
+    """Lists the samples of an uncompressed tar. Damage ends the listing and is recorded, not raised."""
     contents, bytes_in_file = Contents([], []), path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -104,10 +104,10 @@ def list_tar(path: Path) -> Contents:
 
 
 def _join(contents: Contents) -> None:
-    """Make one sample of a key's members that lie apart: ``tar cf`` packs files in the order of the disk.
+    """Joins members of one key that are not adjacent: ``tar cf`` packs files in the order of the disk.
 
-    Where several stretches of a key have a video each, they are samples each (tars that were appended to each other),
-    unless others have none: it is not known whose those are.
+    Where several runs of adjacent members of a key have a video each, each run is a sample (appended tars), unless
+    another run has no video: its members cannot be assigned.
     """
     stretches: dict[str, list[Sample]] = {}
     for sample in contents.samples:
@@ -129,9 +129,9 @@ def _join(contents: Contents) -> None:
 
 
 class TarWriter:
-    """A new tar, written in order into an open file: always the same bytes for the same members.
+    """Writes a new tar in order into an open file, with deterministic bytes.
 
-    size, sha256: of all that is written
+    size, sha256: of all bytes written so far
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -144,7 +144,7 @@ class TarWriter:
         return self._digest.hexdigest()
 
     def add(self, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> Member:
-        """One file. size: of all its blocks, in bytes. Returns where it lies."""
+        """Adds one file and returns its position. size: of all its blocks, in bytes"""
         info = tarfile.TarInfo(name)
         info.size = size
         self._write(info.tobuf(tarfile.PAX_FORMAT))
@@ -156,7 +156,7 @@ class TarWriter:
         return member
 
     def close(self) -> None:
-        """Write the end, and wait until all is on the disk. The file stays open."""
+        """Writes the end of the tar, and waits until all of it is on disk. The file stays open."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self.size % tarfile.RECORDSIZE))
         self._file.flush()
@@ -169,23 +169,23 @@ class TarWriter:
         self.size += len(block)
         if self.size - self._flushed >= _WRITTEN_BACK and hasattr(os, "posix_fadvise"):
             self._file.flush()
-            # The disk begins now, while the next files are read: the wait in close is short.
+            # Starts writing to disk now, while the next files are read, so that close waits only briefly.
             os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
             self._flushed = self.size
 
 
 # -- checksums -------------------------------------------------------------------------------------
 
-_WORTH_A_THREAD = 2**16  # bytes
+_WORTH_A_THREAD = 2**16  # bytes: smaller blocks are hashed without the thread
 _BLOCK = 2**20
 
 
 class Sha256:
-    """A SHA-256 taken by another thread (hashing does not hold the interpreter's lock).
+    """A SHA-256 computed by another thread (hashing releases the GIL).
 
-    Taken while the same bytes are read and written, a copy is as fast as the slowest of the three.
+    Reading, hashing and writing of a copy overlap, so it is as fast as the slowest of the three.
 
-    A block must stay as it is until ``wait`` has returned.
+    A block must not change until ``wait`` has returned.
     """
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def sha256_beating(path: Path) -> str:
-    """Of a file, of which there may be more than can be read within a time limit."""
+    """Returns the SHA-256 of a file; sends heartbeats, since reading may take longer than the time limit."""
     digest, block = hashlib.sha256(), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(block):

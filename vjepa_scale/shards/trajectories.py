@@ -1,7 +1,7 @@
-"""Robot trajectories -> records: a video of one view, and beside it what the robot did (see data/trajectories.py).
+"""Robot trajectories as records: the video of one view, with the robot's log (see data/trajectories.py).
 
-A video that does not run on the clock of its control log would teach a model wrong actions: it is rejected, or, where
-there is one frame per step of the log, given the log's times.
+A video whose times do not match its control log would teach a model wrong actions. It is rejected, or, where it has one
+frame per step of the log, copied with the log's times.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ LAYOUTS = ("droid",)
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a record is made of, beside its video.
+    """The sources of a record's other members.
 
-    folder:     relative to the folder all sources share, or absolute
-    steps:      that have a picture, and that the record has; logged: steps of the log, of which the last may have none
-    clock:      what the times are of: a dataset of the log, or a nominal rate
+    folder:     relative to the common folder of all sources, or absolute
+    steps:      steps with a picture, which the record has; logged: steps of the log, whose last may have no picture
+    clock:      source of the times: a dataset of the log, or a nominal rate
     extrinsics: whether the log has them for this camera
-    retimed:    the extension of the copy that has the log's times; None where the video is as it was
+    retimed:    extension of the copy with the log's times; None for the unchanged video
     sha256:     of the members' bytes
     """
 
@@ -50,15 +50,15 @@ class Trajectory:
     retimed: str | None
     sha256: str
 
-    def told(self) -> dict[str, Any]:
-        """What a record's JSON says of it."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns the trajectory's entry in a record's JSON."""
         known = {name: value for name, value in asdict(self).items() if name != "sha256"}
         return known | {"retimed": self.retimed is not None}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A usable trajectory. path: of its video, as Trajectory.folder; size, sha256: of the record's video."""
+    """A usable trajectory. path: of its video, relative as Trajectory.folder; size, sha256: of the record's video"""
 
     path: str
     size: int
@@ -69,11 +69,12 @@ class Found:
 
 
 def find_trajectories(videos: Path, out: Path, *, everything: bool = False) -> tuple[Path, Iterator[Source]]:
-    """The folder that paths are relative to, and each trajectory: a folder with metadata or with a log. By path.
+    """Returns the folder that paths are relative to, and all trajectories, sorted by path.
 
-    videos: a folder, or a list of trajectories' folders (as the published code's), in its order
-    everything: as ``walk_sources``
-    Raises UserError where there are none, or (as they come) where a list cannot be read.
+    A trajectory is a folder with metadata or with a log.
+    videos: a folder, or a list of trajectories' folders (as the published code's), whose order is kept
+    everything: as in ``walk_sources``
+    Raises UserError where there are none, and during iteration where a list cannot be read.
     """
     if videos.is_file():
         return videos.parent, map(_whole, read_list(videos))
@@ -93,7 +94,7 @@ def _whole(row: Source) -> Source:
 
 
 def _folders(videos: Path, out: Path, everything: bool) -> Iterator[str]:
-    around = list[str]()  # trajectories that the files come from, one inside the other
+    around = list[str]()  # nested trajectories that contain the current file
     for path in walk_sources(videos, out, everything=everything):
         while around and around[-1] != "." and not path.startswith(f"{around[-1]}/"):
             around.pop()
@@ -102,14 +103,14 @@ def _folders(videos: Path, out: Path, everything: bool) -> Iterator[str]:
             if (parent or ".") not in around:
                 around.append(parent or ".")
                 yield around[-1]
-        elif (videos / path).is_dir():  # one that cannot be read, and may hold trajectories
+        elif (videos / path).is_dir():  # an unreadable folder, which may contain trajectories
             yield path
 
 
 def probe_trajectory(root: Path, folder: str, *, view: str, retime: bool) -> Found:
-    """Look at a whole trajectory. Raises DecodeError with the reason to reject it, and OSError.
+    """Checks a whole trajectory. Raises DecodeError with the reason to reject it, and OSError.
 
-    retime: where there is one frame per step, pictures are to be on screen when their steps were
+    retime: where there is one frame per step, give each picture the time of its step
     """
     next((root / folder).iterdir(), None)  # a folder that cannot be read would look empty
     seen = read_view(root / folder, view)
@@ -140,13 +141,13 @@ def probe_trajectory(root: Path, folder: str, *, view: str, retime: bool) -> Fou
 
 
 def retimed_video(video: Path, root: Path, trajectory: Trajectory) -> bytes:
-    """The record's video, where it is not its file: always the same bytes. Raises DecodeError, and OSError."""
+    """Returns the record's retimed video, with deterministic bytes. Raises DecodeError, and OSError."""
     log, _ = read_log(root / trajectory.folder, trajectory.serial)
     return retimed(video, _with_pictures(log, trajectory.steps).times_s)[0]
 
 
 def members(root: Path, trajectory: Trajectory) -> dict[str, bytes]:
-    """The record's .npy members, by name. Raises DecodeError where the log has changed, and OSError."""
+    """Returns the record's .npy members, by name. Raises DecodeError where the log has changed, and OSError."""
     log, _ = read_log(root / trajectory.folder, trajectory.serial)
     made = _members(_with_pictures(log, trajectory.steps))
     if _digest(made) != trajectory.sha256:
@@ -159,7 +160,7 @@ def _within(folder: str, video: str) -> str:
 
 
 def _with_pictures(log: StateLog, frames: int) -> StateLog:
-    """Without the log's last step, if that alone has no picture: the exporter of DROID's MP4s stops a frame early."""
+    """Removes the log's last step if only that has no picture: DROID's MP4 exporter stops one frame early."""
     if frames != len(log.times_s) - 1 or frames < 2:
         return log
     extrinsics = None if log.extrinsics is None else log.extrinsics[:frames]
@@ -167,16 +168,16 @@ def _with_pictures(log: StateLog, frames: int) -> StateLog:
 
 
 def _on_screen(decoded: Decoded, times_s: Floats) -> bool:
-    """Whether frame k is what is shown at times_s[k], for all k."""
+    """Returns whether frame k is on screen at times_s[k], for all k."""
     shown = np.searchsorted(decoded.times_s, times_s + 1e-6, side="right") - 1
     return bool((shown == np.arange(len(times_s))).all()) and decoded.facts.duration > times_s[-1]
 
 
 def _check_clocks(decoded: Decoded, times_s: Floats) -> None:
-    """Refuse a video that does not run with its log. Raises DecodeError.
+    """Raises DecodeError where a video's times do not match its log.
 
-    It has to end with the log, to one step. Where it has one frame per step, each has to come within half a step of its
-    own: else the picture next to a state in time would be another step's.
+    It must end with the log, to one step. Where it has one frame per step, each must come within half a step of its own
+    step; otherwise the nearest picture to a state would belong to another step.
     """
     check_clocks(decoded.facts.duration, times_s)
     if len(times_s) != decoded.facts.frames:

@@ -1,15 +1,15 @@
-"""Videos of every kind -> small ones that decode fast: h264 yuv420p at a constant rate, a keyframe every 30 frames.
+"""Plans transcodes to small videos that decode fast: h264 yuv420p at a constant rate, a keyframe every 30 frames.
 
 Output frame k shows the source's picture on screen at the middle of its interval, start + (k + 1/2) / rate. Where the
-source has that rate too, the middle lies half a frame away from every change of picture, so that each source frame is
-taken exactly once, whatever its timestamps were rounded to. Where the source's rate varies, a change of picture comes
-at most half an output frame early or late, and a picture shown for less than an output frame may be left out.
+source has the same rate, the middle is half a frame from every change of picture, so each source frame is used exactly
+once, however its timestamps were rounded. Where the source's rate varies, a change of picture comes at most half an
+output frame early or late, and a picture shown for less than an output frame may be dropped.
 
-No B-frames: decoding order is display order, so that a seek (containers count decoding time) lands on the keyframe
-wanted, and any frame is at most 30 frames of decoding away. Only that keyframe divides: no scene-cut keyframes.
+There are no B-frames: decoding order is display order, so a seek (containers count decoding time) reaches the right
+keyframe, and any frame needs at most 30 decoded frames. There are no additional keyframes at scene cuts.
 
-What will be written is known before anything is encoded (``plan_transcodes``, ``facts_of``), so that encoding can wait
-until the shards are planned. encode.py does it.
+The facts of the new videos are known before anything is encoded (``plan_transcodes``, ``facts_of``), so encode.py can
+encode after the shards are planned.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from vjepa_scale.video.decode import whole_ticks
 from vjepa_scale.video.inspect import Decoded, VideoFacts
 
 SHORTEST_SIDE = 16  # pixels: one patch
-SLOWEST, FASTEST = Fraction(1, 60), Fraction(1000)  # frames a second that may be asked for
+SLOWEST, FASTEST = Fraction(1, 60), Fraction(1000)  # allowed frame rates, frames per second
 _STANDARD_RATES = [Fraction(n, d) for n, d in ((24000, 1001), (30000, 1001), (60000, 1001))]
 _STANDARD_RATES += [Fraction(n) for n in (24, 25, 30, 50, 60)]
 _SNAP = 1e-3  # of the rate
-_NEAR = 0.6  # of an output frame: half of one, and what containers round times by
+_NEAR = 0.6  # of an output frame: half of one, plus the rounding of times in containers
 _LARGEST_DENOMINATOR = 1001
-# Bits for a pixel of real videos as encode.py writes them: 0.02 to 0.5, often this. Noise takes ten times as many.
+# Typical bits per pixel of real videos after encode.py, in the range 0.02 to 0.5. Noise takes ten times as many.
 _TYPICAL_BITS = 0.12
 
 
 @dataclass(frozen=True)
 class Transcode:
-    """A part of a video, encoded anew.
+    """A transcode of a part of a video.
 
-    start_s, end_s: what it shows, in seconds of the source
-    rate: frames a second, as a fraction: "30000/1001"; frames, width, height: upright, of the new video
-    shown: a digest of the source's pictures that it shows, in order
-    stamped: the rate, a fraction, at which the source's frames follow each other, if not by its own timestamps
+    start_s, end_s: the shown part, in seconds of the source
+    rate: frames per second, as a fraction: "30000/1001"; frames, width, height: of the new, upright video
+    shown: a digest of the source pictures that it shows, in order
+    stamped: constant rate of the source's frames, a fraction, where its timestamps are not used
     """
 
     start_s: float
@@ -65,11 +65,11 @@ def plan_transcodes(
     end_s: float | None = None,
     segment_s: float | None = None,
 ) -> list[Transcode]:
-    """The parts that cover start_s to end_s, each segment_s long but for the last. Nothing is encoded.
+    """Returns the parts that cover start_s to end_s, each segment_s long except the last. Encodes nothing.
 
-    short_side: in pixels, at most; None keeps the size. fps: None for the source's
-    Parts begin and end where the picture changes, at the change next to the time that was asked for (at another time
-    only where none is within half an output frame), so that no picture is halved, lost or doubled between segments.
+    short_side: maximum in pixels; None keeps the size. fps: None for the source's
+    Parts begin and end where the picture changes, at the change nearest to the requested time (elsewhere only where
+    no change is within half an output frame), so that no picture is split, lost or doubled between segments.
     Raises DecodeError.
     """
     facts = decoded.facts
@@ -90,10 +90,10 @@ def plan_transcodes(
             if (bound - bounds[-1]) * rate >= 0.5:
                 bounds.append(bound)
     end = at_change(end)
-    if (end - bounds[-1]) * rate < 0.5:  # not a frame remains
+    if (end - bounds[-1]) * rate < 0.5:  # less than one frame remains
         if len(bounds) > 1:
             bounds.pop()
-        else:  # less than one was asked for: it is one, and not behind the end
+        else:  # less than one frame was requested: use one that ends with the video at the latest
             bounds = [at_change(max(0.0, min(begin, facts.duration - float(1 / rate))))]
             end = at_change(min(bounds[0] + float(1 / rate), facts.duration))
     bounds.append(end)
@@ -102,7 +102,7 @@ def plan_transcodes(
 
 
 def standard_rate(fps: float) -> Fraction:
-    """The standard rate within 0.1 % of a mean rate, or else a simple fraction."""
+    """Returns the standard rate within 0.1 % of a mean rate, or else a simple fraction."""
     nearest = min(_STANDARD_RATES, key=lambda rate: abs(float(rate) / fps - 1))
     if abs(float(nearest) / fps - 1) <= _SNAP:
         return nearest
@@ -112,7 +112,7 @@ def standard_rate(fps: float) -> Fraction:
 
 
 def _even_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """Even, never larger than it is; the short side at most short_side, the other in proportion."""
+    """Returns an even size, never above the source's; the short side at most short_side, the other in proportion."""
     short, long = sorted((width, height))
     if short_side is None or short_side >= short:
         return max(2, width // 2 * 2), max(2, height // 2 * 2)
@@ -132,12 +132,12 @@ def _part(decoded: Decoded, start_s: float, end_s: float, rate: Fraction, width:
 
 
 def middles(start_s: float, rate: Fraction, frames: int) -> npt.NDArray[np.float64]:
-    """When each output frame's interval is half over, in seconds of the source."""
+    """Returns the middle of each output frame's interval, in seconds of the source."""
     return np.asarray(start_s + (np.arange(frames) + 0.5) * float(1 / rate), np.float64)
 
 
 def digest_of(digests: Iterable[bytes]) -> str:
-    """Of all pictures of a part, by the digests of each."""
+    """Returns a digest of a part, from the digests of its pictures."""
     total = hashlib.blake2b(digest_size=8)
     for digest in digests:
         total.update(digest)
@@ -145,12 +145,12 @@ def digest_of(digests: Iterable[bytes]) -> str:
 
 
 def digest_of_part(source_sha256: str, part: Transcode) -> str:
-    """What tells parts of sources with other bytes, and other parts, from this one. (The settings are the same.)"""
+    """Returns a key of a part, which differs for other parts and for sources with other bytes (at equal settings)."""
     return hashlib.sha256(f"{source_sha256} {part.start_s!r} {part.end_s!r}".encode()).hexdigest()
 
 
 def facts_of(transcode: Transcode) -> VideoFacts:
-    """What probing the new video will find, to the bit."""
+    """Returns the facts that probing the new video will find, exactly."""
     tick_s, gap = clock(Fraction(transcode.rate))
     seconds, frames = float(tick_s), transcode.frames
     duration = (frames * gap) * seconds
@@ -159,11 +159,11 @@ def facts_of(transcode: Transcode) -> VideoFacts:
 
 
 def typical_bytes(transcode: Transcode) -> int:
-    """About how large the new video will be: shards are planned before anything is encoded."""
+    """Estimates the bytes of the new video, since shards are planned before anything is encoded."""
     return int(transcode.frames * transcode.width * transcode.height * _TYPICAL_BITS / 8)
 
 
 def clock(rate: Fraction) -> tuple[Fraction, int]:
-    """Seconds per tick of the new file, and ticks per frame. (Players expect some 10,000 ticks a second.)"""
+    """Returns seconds per tick of the new file, and ticks per frame. (Players expect about 10,000 ticks per second.)"""
     finer = 1 << (10_000 // rate.numerator).bit_length()
     return Fraction(1, rate.numerator * finer), rate.denominator * finer

@@ -1,16 +1,16 @@
-"""A data set that is being made: what was asked for, and what is done of it.
+"""The state of an unfinished data set: the request, and the finished work.
 
-    OUT/.work/source.json            what was asked for; written last of this and sources/
-    OUT/.work/sources/000000.jsonl   the sources in their order, a chunk to a file
-    OUT/.work/probed/000000.jsonl    what became of each of those (probe.py)
-    OUT/.work/plan/                  which record goes where (plan.py)
+    OUT/.work/source.json            the request; written after sources/
+    OUT/.work/sources/000000.jsonl   the sources in their order, one file per chunk
+    OUT/.work/probed/000000.jsonl    the verdicts on these (probe.py)
+    OUT/.work/plan/                  the position of each record (plan.py)
     OUT/.work/written/               a receipt per finished shard (write.py)
 
-Where the sources have changed since, they are listed anew, with what is known of those that have not (records.py).
+Where the sources have changed, they are listed again, and verdicts on unchanged ones are kept (records.py).
 
-Any number of processes may work on it at once, on any machines that see the folder. Nothing is locked: a file
-appears whole under its name or not at all, its bytes do not depend on who wrote it, and the first to write it wins.
-What one process does alone is a chunk of the sources, or a shard.
+Any number of processes may work on it at once, on any machines that share the folder. There are no locks: a file
+appears complete under its name or not at all, its bytes do not depend on the process, and the first writer wins. The
+unit of work of one process is a chunk of the sources, or a shard.
 """
 
 import hashlib
@@ -35,34 +35,34 @@ from vjepa_scale.shards.sources import Source, find_sources, folder_source, of_s
 from vjepa_scale.shards.trajectories import find_trajectories
 
 WORK = ".work"
-_BEFORE = ".work.before"  # the work of an earlier listing, while the new one takes its place
-_CHANGED = "changed"  # in the work: a source was found to be another than was probed
-JOBS = ".slurm"  # launch/shard_jobs.py: beside the work, since its jobs write logs until after its end
-DIGESTS = ".digests_of_train.npy"  # beside the two data sets of a split: what val must not have (plan.py)
-CHUNK = 1000  # sources of a long listing
-SHORT = 64_000  # sources: a listing of fewer is held until its length is known
-SHARES = 256  # chunks of a short listing, at most: many jobs are to have some each, however few the videos
+_BEFORE = ".work.before"  # the work of an earlier listing, while the new one replaces it
+_CHANGED = "changed"  # in the work: a source has changed since it was probed
+JOBS = ".slurm"  # launch/shard_jobs.py: outside the work folder, since jobs write logs until after it is removed
+DIGESTS = ".digests_of_train.npy"  # in the folder of a split: digests of train, which val must not contain (plan.py)
+CHUNK = 1000  # sources per chunk of a long listing
+SHORT = 64_000  # sources: a shorter listing is held in memory until its length is known
+SHARES = 256  # most chunks of a short listing: enough that each of many jobs gets some
 VERSION = 1
 
-# Told (what is being done, how much is done, of how much).
+# Called with (activity, amount done, total amount).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made of the sources.
+    """Settings of a data set.
 
     shard_records: clips per shard; or else shard_mb: a shard is full at this many megabytes of video
-    images:        pictures are records too, as static clips
+    images:        images are records too, as static clips
     segment_s:     longer videos are cut into clips of up to this many seconds (see remux.py)
     min_s:         shorter clips are rejected
-    decode_timeout_s: a source is rejected when its decoder gives no new frame for so long
-    trajectories:  sources are robot trajectories in this layout (trajectories.LAYOUTS); view: of which camera
-    retime:        their videos are given the log's times where they have one frame per step
-    transcode:     videos are encoded anew (transcode.py). short_side: in pixels, at most; None keeps the size
-    fps:           at this rate, a fraction; None for the source's
-    side:          of a split, train or val, whose sources these are (sources.of_side); None: all sources
-    val, val_by:   the fraction of val, and what is not torn apart: source, folder, or a list's column
+    decode_timeout_s: a source is rejected when its decoder returns no new frame for this time
+    trajectories:  sources are robot trajectories in this layout (trajectories.LAYOUTS); view: the camera
+    retime:        videos with one frame per step get the log's times
+    transcode:     videos are transcoded (transcode.py). short_side: maximum in pixels; None keeps the size
+    fps:           rate of the transcode, a fraction; None for the source's
+    side:          side of a split, train or val (sources.of_side); None: all sources
+    val, val_by:   the fraction of val, and the groups that stay on one side: source, folder, or a list's column
     """
 
     seed: int = 0
@@ -85,7 +85,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """The share of one of several jobs: of all chunks, and of all shards, index, index + of, …"""
+    """The share of one of several jobs: chunks and shards index, index + of, …"""
 
     index: int
     of: int
@@ -93,11 +93,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """videos: the folder or list; root: what the sources' paths are relative to; source: what identifies all of it.
+    """An unfinished data set.
 
-    files: how many sources there are; chunk: how many to a file
-    made_out: OUT was made for this, and goes with it if nothing comes of it
-    listed: tells this listing from another
+    videos: the folder or list; root: the folder that sources' paths are relative to; source: identity of the data set
+    files: number of sources; chunk: sources per file
+    made_out: OUT was created for this work, and is removed with it if no source is usable
+    listed: identifies this listing
     """
 
     out: Path
@@ -112,7 +113,7 @@ class Work:
 
     @classmethod
     def open(cls, out: Path) -> "Work":
-        """Work that ``begin`` has begun, by this process or another. Raises UserError where there is none."""
+        """Opens work that ``begin`` has begun, in this process or another. Raises UserError where there is none."""
         path = out / WORK / "source.json"
         if not path.exists():
             raise UserError(
@@ -137,25 +138,25 @@ class Work:
         return -(-self.files // self.chunk)
 
     def files_in(self, chunk: int) -> int:
-        """How many sources are in one chunk."""
+        """Returns the number of sources in one chunk."""
         return min(self.chunk, self.files - chunk * self.chunk)
 
     def sources(self, chunk: int) -> list[Source]:
-        """Those of one chunk."""
+        """Returns the sources of one chunk."""
         with open(_chunk(self.folder, chunk), "rb") as file:
             return [Source(**json.loads(line)) for line in file]
 
     def check(self) -> None:
-        """Raises UserError where another process has listed the sources anew: what this one does is of the old ones."""
+        """Raises UserError where another process has listed the sources again, so that this one uses an old listing."""
         if Work.open(self.out).listed != self.listed:
             raise UserError("the sources were listed anew meanwhile", where=self.out, fix="run the same command again")
 
     def source_changed(self) -> None:
-        """Let the next run look at the sources again."""
+        """Makes the next run list the sources again."""
         (self.folder / _CHANGED).touch()
 
     def remove(self) -> None:
-        """Forget all that is known, and OUT where it was made for this and nothing else is in it."""
+        """Removes the work, and OUT where it was created for this and is otherwise empty."""
         tidy(self.out)
         if self.made_out:
             with suppress(OSError):
@@ -163,12 +164,11 @@ class Work:
 
 
 def begin(videos: Path, out: Path, settings: Settings, *, relist: bool | None = None) -> Work | None:
-    """List the sources, or find that this data set was begun; None: it is finished.
+    """Lists the sources, or opens the work that was begun; returns None where the data set is finished.
 
     videos: a folder, or a list (see sources.py)
-    relist: whether sources that have changed may be listed anew; default: unless a cluster's jobs may be at work
-    Raises UserError, before anything is written, where there is nothing to make it from or where ``out``
-    holds something else.
+    relist: whether changed sources may be listed again; default: unless jobs of a cluster may be running
+    Raises UserError, before anything is written, where there are no sources or where ``out`` holds something else.
     """
     if relist is None:
         relist = not (out / JOBS).exists()
@@ -177,7 +177,7 @@ def begin(videos: Path, out: Path, settings: Settings, *, relist: bool | None = 
     except (UserError, FileNotFoundError):
         if not (out / MANIFEST).exists():
             raise
-        # Another process may have finished it meanwhile, and removed the work, this one's listing with it.
+        # Another process may have finished meanwhile, and removed the work with this process's listing.
         return _begin(videos, out, settings, relist)
 
 
@@ -205,7 +205,7 @@ def _begin(videos: Path, out: Path, settings: Settings, relist: bool) -> Work | 
 
 
 def check_sides(videos: Path, out: Path, settings: Sequence[Settings]) -> None:
-    """Raises UserError where ``out`` cannot be the folder of a split's data sets, or one of them has no source."""
+    """Raises UserError where ``out`` cannot hold the data sets of a split, or where one of them has no source."""
     names = {asked.side for asked in settings}
     if out.exists() and not out.is_dir():
         raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
@@ -217,25 +217,25 @@ def check_sides(videos: Path, out: Path, settings: Sequence[Settings]) -> None:
 
 
 def tidy(out: Path) -> None:
-    """Remove what making has left: the work, and files under temporary names."""
+    """Removes the work, and files under temporary names."""
     if (out / WORK).exists():
         with suppress(FileNotFoundError):  # another process was faster
             os.rename(out / WORK, _temporary(out))
     for left in out.glob(f"{WORK}.*"):
         shutil.rmtree(left, ignore_errors=True)
     for left in (*out.glob(".*.tmp"), *(out / "columns").glob(".*.tmp")):
-        if not left.name.startswith(WORK):  # a folder: another process does the same, and will remove it
+        if not left.name.startswith(WORK):  # a temporary work folder belongs to another process, which removes it
             left.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, unless another process has done so: what stands there never changes."""
+    """Renames a finished file to its final name, unless another process has done so: existing files never change."""
     fsync_path(temporary)
     try:
         os.link(temporary, path)
     except FileExistsError:
         pass
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         os.rename(temporary, path)
     temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
@@ -254,7 +254,7 @@ def _listing(videos: Path, out: Path, settings: Settings, *, everything: bool = 
 
 
 class _Listing:
-    """Sources as they come, and a digest of their names and sizes when all have come."""
+    """Iterates over the sources, and computes a digest of their names and sizes, complete after the last one."""
 
     def __init__(self, root: Path, sources: Iterator[Source]) -> None:
         self.root, self._sources = root, sources
@@ -274,15 +274,15 @@ class _Listing:
             yield source
 
     def describe(self, settings: Settings) -> dict[str, Any]:
-        """What identifies a data set before it is made: names and sizes of the files, and the settings."""
+        """Returns the identity of a data set before it is made: names and sizes of the files, and the settings."""
         plain = asdict(Settings())
-        always = ("seed", "shard_records", "shard_mb")  # others by choice: data sets made before they existed are known
+        always = ("seed", "shard_records", "shard_mb")  # others only if set, so older data sets keep their identity
         chosen = {key: value for key, value in asdict(settings).items() if key in always or value != plain[key]}
         return {"files": self.files, "listing": self._digest.hexdigest(), **chosen}
 
 
 def _held(out: Path) -> bool:
-    """Whether this data set, or one like it, is in ``out``, begun or finished. Raises UserError for anything else."""
+    """Returns whether ``out`` has a data set, unfinished or finished. Raises UserError where it has anything else."""
     if out.exists() and not out.is_dir():
         raise UserError("OUT is a file", where=out, fix="give a new or empty folder")
     if (out / MANIFEST).exists() or (out / WORK / "source.json").exists():
@@ -292,7 +292,7 @@ def _held(out: Path) -> bool:
     if any(out.glob("*.tar")):
         raise UserError("OUT holds shards of unknown origin", where=out, fix="give a new or empty folder")
     foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith((WORK, JOBS)))
-    if foreign and not (out / WORK / "source.json").exists():  # asked again: another process may have begun
+    if foreign and not (out / WORK / "source.json").exists():  # checked again: another process may have begun
         raise UserError(
             f"OUT is not empty: {foreign[0]}" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
             where=out,
@@ -302,12 +302,12 @@ def _held(out: Path) -> bool:
 
 
 def _same(path: Path, asked: dict[str, Any], videos: Path, out: Path, settings: Settings) -> None:
-    """Raises UserError, which says what differs, where ``out`` was made of anything else. path: of what says so."""
+    """Raises UserError naming the difference where ``out`` was made from something else. path: file of its identity"""
     tree = read_json(path)
     made = tree.get("source") if isinstance(tree, dict) else None
     if made == asked:
         return
-    earlier = _listing(videos, out, settings, everything=True)  # as a version listed them that ignored no file
+    earlier = _listing(videos, out, settings, everything=True)  # the listing of an earlier version, which skipped none
     for _ in earlier:
         pass
     if made == earlier.describe(settings):
@@ -321,9 +321,9 @@ def _same(path: Path, asked: dict[str, Any], videos: Path, out: Path, settings: 
 
 
 def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> None:
-    """Put work on the sources as they are now, with what is known of them, in the place of work that was begun.
+    """Replaces the work by work on the current sources, and carries over the known verdicts.
 
-    Raises UserError where fewer than half of the sources are still there: those may be another data set.
+    Raises UserError where fewer than half of the sources still exist, because it may be another data set.
     """
     out, known = work.out, KnownVerdicts(work.folder)
     temporary = _temporary(out)
@@ -331,7 +331,7 @@ def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> 
         _write_listing(temporary, listing, videos, settings, made_out=work.made_out, known=known)
         if 2 * known.kept < known.sources:
             _same(work.folder / "source.json", listing.describe(settings), videos, out, settings)
-        work.check()  # another process may have been first
+        work.check()  # another process may have done this first
         for made in (*out.glob("shard-*.tar"), out / REJECTED):  # of the old plan
             made.unlink(missing_ok=True)
         move_dir(work.folder, out / _BEFORE)
@@ -344,7 +344,7 @@ def _relist(listing: _Listing, work: Work, videos: Path, settings: Settings) -> 
 
 
 def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings) -> None:
-    """Write all sources and what was asked for: under a temporary name, then renamed."""
+    """Writes all sources and the request: under a temporary name, then renamed."""
     made_out = not out.exists()
     temporary = _temporary(out)
     try:
@@ -355,7 +355,7 @@ def _list_sources(listing: _Listing, videos: Path, out: Path, settings: Settings
             out.rmdir()
         raise
     publish_first(temporary, out / WORK)
-    _same(out / WORK / "source.json", asked, videos, out, settings)  # another process may have begun it, otherwise
+    _same(out / WORK / "source.json", asked, videos, out, settings)  # another process may have begun another data set
 
 
 def _write_listing(
@@ -367,9 +367,9 @@ def _write_listing(
     made_out: bool,
     known: KnownVerdicts | None = None,
 ) -> dict[str, Any]:
-    """All sources, what is known of them, and what was asked for, in a new folder. Returns what identifies it."""
+    """Writes all sources, known verdicts, and the request into a new folder. Returns the identity."""
     sources = iter(listing)
-    first = next(sources)  # before OUT is made: where there is none, this raises
+    first = next(sources)  # raises where there is none, before OUT is created
     (folder / "sources").mkdir(parents=True)
     for name in ("probed", "written"):
         (folder / name).mkdir()
@@ -390,7 +390,7 @@ def _write_listing(
         "version": VERSION,
         "source": source,
         "settings": asdict(settings),
-        "videos": str(videos.absolute()),  # for jobs that start in another folder
+        "videos": str(videos.absolute()),  # absolute, because jobs may start in another folder
         "root": str(listing.root.absolute()),
         "files": listing.files,
         "chunk": chunk,

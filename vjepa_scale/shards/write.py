@@ -1,11 +1,11 @@
-"""The plan's shards, and the manifest at last.
+"""Writes the plan's shards, and finally the manifest.
 
     OUT/shard-000000.tar                     under a temporary name, then renamed
-    OUT/.work/written/shard-000000.json      its receipt: bytes, sha256, where its members lie, and what was left out
+    OUT/.work/written/shard-000000.json      its receipt: bytes, sha256, positions of its members, rejected records
 
 A shard is a function of the plan, so a run continues with the shards that have no receipt, and two processes on one
-shard write the same bytes. What cannot be encoded is rejected as its shard is written, which then has fewer records.
-Held meanwhile: a block of one file per worker (a part that is cut, in whole).
+shard write the same bytes. A record that cannot be encoded is rejected while its shard is written; the shard then has
+fewer records. Memory holds a block of one file per worker (a cut part as a whole).
 """
 
 import hashlib
@@ -44,7 +44,7 @@ _BLOCK = 2**22  # bytes of a file
 
 
 def write(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
-    """Write this part's shards, but for those that a run before this one has written."""
+    """Writes this part's shards, except those that an earlier run has written."""
     shards = range(part.index, Plan.open(work).shards, part.of)
     missing = [shard for shard in shards if not _is_written(work, shard)]
     done = len(shards) - len(missing)
@@ -57,7 +57,7 @@ def write(work: Work, part: Part, *, workers: int, progress: Progress) -> None:
 
 
 def finish(work: Work) -> None:
-    """Columns, rejected.jsonl, then the manifest; what the making needed is removed.
+    """Writes columns, rejected.jsonl, then the manifest; removes the work.
 
     Raises UserError while a shard is missing.
     """
@@ -96,7 +96,7 @@ def finish(work: Work) -> None:
 
 
 def keys(records: int) -> npt.NDArray[np.bytes_]:
-    """The key of every record in its shard: its number, in nine digits or more."""
+    """Returns the key of every record in its shard: its number, in nine digits or more."""
     width = max(9, len(str(records - 1)))
     digits = np.empty((records, width), np.uint8)
     number = np.arange(records)
@@ -126,9 +126,9 @@ def _is_written(work: Work, shard: int) -> bool:
 
 @dataclass(frozen=True)
 class _Written:
-    """All shards. places: of members, by role, offset and size [records, 2], zeros where there is none.
+    """All written shards. places: by role, offset and size of members [records, 2], zeros where there is none.
 
-    left_out: numbers of planned records; rejected: the rows that say why
+    left_out: numbers of rejected records of the plan; rejected: their rows in rejected.jsonl
     """
 
     shards: list[Shard]
@@ -139,9 +139,9 @@ class _Written:
 
 
 def _receipts(work: Work, plan: Plan) -> _Written:
-    """What the receipts say of all shards.
+    """Reads the receipts of all shards.
 
-    16 bytes a record and role are held.
+    Holds 16 bytes per record and role in memory.
     """
     shards, places, first, begin = list[Shard](), dict[str, npt.NDArray[np.int64]](), 0, 0
     moved, left_out, rejected = list[dict[str, Any]](), list[int](), list[dict[str, Any]]()
@@ -170,7 +170,7 @@ def _receipts(work: Work, plan: Plan) -> _Written:
 
 
 def _write_shard(work: Work, shard: int) -> Path:
-    """One shard, unless all its records are rejected, and its receipt."""
+    """Writes one shard, unless all its records are rejected, and its receipt. Returns the shard's path."""
     path, plan = _shard(work, shard), Plan.open(work)
     temporary = temporary_beside(path)
     members: dict[str, list[tuple[int, int]]] = {}
@@ -197,7 +197,7 @@ def _write_shard(work: Work, shard: int) -> Path:
             tar.close()
         work.check()
         if records:
-            os.replace(temporary, path)  # the manifest makes it last through a power cut: one wait for all
+            os.replace(temporary, path)  # not synced here: writing the manifest syncs the folder once for all
     except _SourceChanged:
         work.source_changed()
         raise
@@ -214,7 +214,7 @@ def _write_shard(work: Work, shard: int) -> Path:
 
 
 def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: dict[str, bytes]) -> dict[str, Member]:
-    """Write a record's members, in the order of their names. Returns where they lie, by role: video, json, states, …
+    """Writes a record's members, sorted by name. Returns their positions, by role: video, json, states, …
 
     beside: further members, by role
     Raises DecodeError, with nothing written, where it cannot be encoded.
@@ -225,7 +225,7 @@ def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: 
     if record.metadata is not None:
         known["metadata"] = record.metadata
     if record.trajectory is not None:
-        known["trajectory"] = record.trajectory.told()
+        known["trajectory"] = record.trajectory.as_json()
     made = _made_as(record)
     text = json.dumps(known).encode()
     contents: dict[str, tuple[str, int, Iterable[bytes | memoryview]]] = {"json": ("json", len(text), [text])}
@@ -241,9 +241,9 @@ def _add_sample(tar: TarWriter, root: Path, index: int, record: Record, beside: 
 
 
 def _file(path: Path, record: Record) -> Iterator[memoryview]:
-    """A file, block by block. Raises UserError at the end where it is not what it was.
+    """Yields a file block by block. Raises UserError at the end where it has changed since it was probed.
 
-    One of the same length and time of change is: hashing it once more would take as long as the rest of the writing.
+    Compares length and modification time: hashing it again would take as long as the rest of the writing.
     """
     digest, block, left = Sha256(), memoryview(bytearray(_BLOCK)), record.size
     with _readable(path), open(path, "rb", buffering=0) as file:
@@ -262,7 +262,7 @@ def _file(path: Path, record: Record) -> Iterator[memoryview]:
 
 
 def _made_as(record: Record) -> str | None:
-    """The extension of a clip that is made of its file; None where it is the file."""
+    """Returns the extension of a clip that is made from its file; None where the clip is the file itself."""
     if record.transcode is not None:
         return "mp4"
     if record.cut is not None:
@@ -271,7 +271,7 @@ def _made_as(record: Record) -> str | None:
 
 
 def _made(root: Path, record: Record) -> bytes:
-    """A clip that is made of its file, whole. Raises UserError where it is not what it was; DecodeError."""
+    """Makes a clip from its file. Raises UserError where the file has changed since it was probed; DecodeError."""
     path = root / record.path
     if record.transcode is not None:
         return _transcoded(path, record, record.transcode)
@@ -299,12 +299,12 @@ def _transcoded(path: Path, record: Record, part: Transcode) -> bytes:
 
 @lru_cache
 def _source_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a file, once for all its parts that a worker writes while it stays the same."""
+    """Returns the SHA-256 of a file; cached, so that a worker hashes it once for all parts while it is unchanged."""
     return sha256_file(path)
 
 
 def _beside(root: Path, record: Record) -> dict[str, bytes]:
-    """What a robot did, by role. Raises UserError where it is not what it was."""
+    """Returns the robot's members, by role. Raises UserError where the log has changed since it was probed."""
     if record.trajectory is None:
         return {}
     log = root / record.trajectory.folder / LOG
@@ -325,7 +325,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class _SourceChanged(UserError):
-    """A file is not what was probed."""
+    """A file has changed since it was probed."""
 
 
 def _changed(path: Path) -> UserError:
@@ -334,6 +334,6 @@ def _changed(path: Path) -> UserError:
 
 
 def _extension(path: str) -> str:
-    """The member's extension: the file's own, unless WebDataset would read it in another way."""
+    """Returns the member's extension: the file's own, unless WebDataset would interpret it differently."""
     suffix = Path(path).suffix[1:].lower()
     return suffix if suffix.isalnum() and suffix.isascii() and suffix != "json" else "video"

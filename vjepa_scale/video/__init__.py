@@ -1,1 +1,1 @@
-"""Video and image files: what is in them, and their pictures at times. Without PyTorch."""
+"""Video and image files: inspects them, and decodes their pictures at given times. Without PyTorch."""

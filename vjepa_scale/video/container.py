@@ -1,4 +1,4 @@
-"""Media files opened by FFmpeg: where their bytes are, which are videos, and which stream is the film players show."""
+"""Opens media files with FFmpeg, recognises videos, and selects the video stream that players show."""
 
 import io
 from collections import Counter
@@ -25,19 +25,19 @@ class FileSlice:
     size: int
 
 
-# A long one is read from its file as it is decoded, never held whole.
+# A FileSlice is read from its file during decoding, never held in memory as a whole.
 Media = bytes | Path | FileSlice
 
 
 def open_media(data: Media) -> BinaryIO:
-    """The bytes of a media file, to be read and sought in. Raises OSError."""
+    """Opens the bytes of a media file for reading and seeking. Raises OSError."""
     if isinstance(data, bytes):
         return io.BytesIO(data)
     return io.BufferedReader(_SliceReader(data)) if isinstance(data, FileSlice) else open(data, "rb")
 
 
 class _SliceReader(io.RawIOBase):
-    """A file that begins and ends where the slice does."""
+    """A file object limited to a slice of a file."""
 
     def __init__(self, part: FileSlice) -> None:
         self._part, self._at = part, 0
@@ -67,17 +67,17 @@ class _SliceReader(io.RawIOBase):
 
 NOT_A_VIDEO = "not a video"
 _NOT_VIDEO_FORMATS = ("image2", "tty")
-# Formats that tell when packets are decoded, and not when their pictures come on screen; of Matroska's some do.
+# Formats with decoding timestamps but no presentation timestamps; some Matroska files are the same.
 DECODING_TIMES = ("avi", "asf", "mpegvideo")
 _MATROSKA = "matroska,webm"
-# Streams that accompany the film.
+# Dispositions of streams that only accompany the main video.
 _NO_FILM = Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
-# Of all video streams together: a film has a second one among them.
+# Limit for all video streams together, so that a second one is found.
 _FIRST_PACKETS = 64
 
 
 class DecodeError(Exception):
-    """A file that is not, or not in whole, a video. ``reason`` is one of few; ``detail`` is the particular."""
+    """A file is no video, or a damaged one. ``reason`` is a category; ``detail`` is the specific error."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
@@ -89,7 +89,7 @@ class DecodeError(Exception):
 
 @contextmanager
 def ffmpeg_errors(reason: str) -> Iterator[None]:
-    """What FFmpeg raises inside becomes a DecodeError with this reason."""
+    """Converts FFmpeg's errors inside the block to DecodeError with this reason."""
     try:
         yield
     except (av.FFmpegError, UnicodeDecodeError) as error:
@@ -97,7 +97,7 @@ def ffmpeg_errors(reason: str) -> Iterator[None]:
 
 
 class _Nameless:
-    """An open file without its name, by which FFmpeg would also guess what is inside."""
+    """An open file without its name, because FFmpeg would also guess the format from the name."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -105,33 +105,33 @@ class _Nameless:
 
 @contextmanager
 def open_container(data: Media) -> Iterator[InputContainer]:
-    """What FFmpeg finds in a media file. Raises DecodeError."""
+    """Opens a media file with FFmpeg. Raises DecodeError."""
     with open_media(data) as file:
         if not file.read(1):
             raise DecodeError("zero length", "the file is empty")
         file.seek(0)
         with ffmpeg_errors("unreadable"):
-            # This file only: a playlist inside a shard must not open other files or addresses.
+            # Restrict FFmpeg to this file: a playlist inside a shard must not open other files or URLs.
             container = av.open(_Nameless(file), metadata_errors="ignore", options={"protocol_whitelist": "none"})
         if container.format.name in (*DECODING_TIMES, _MATROSKA):
-            container.flags &= ~Flags.gen_pts.value  # FFmpeg's guesses are in another order, or late
+            container.flags &= ~Flags.gen_pts.value  # timestamps that FFmpeg guesses may be out of order or late
         with container:
             yield container
 
 
 def is_image(container: InputContainer) -> bool:
-    """Whether it is a picture (or a text that FFmpeg would draw) and no video."""
+    """Returns whether it is an image (or a text that FFmpeg would render), not a video."""
     name = container.format.name
     return name.endswith("_pipe") or name in _NOT_VIDEO_FORMATS or is_heif(container)
 
 
 def is_heif(container: InputContainer) -> bool:
-    """Whether it is a file of coded pictures without time (HEIC, AVIF)."""
+    """Returns whether it is a HEIF file (HEIC, AVIF): coded pictures without timestamps."""
     return bool(container.streams.video) and all(map(_is_item, container.streams.video))
 
 
 def _is_item(stream: VideoStream) -> bool:
-    """Whether a stream is a coded picture of a HEIF file, to which FFmpeg gives a second that nothing says."""
+    """Returns whether a stream is an item of a HEIF file, to which FFmpeg assigns a duration of one second."""
     return stream.container.format.name.startswith("mov,") and (stream.time_base, stream.duration, stream.frames) == (
         1,
         None,
@@ -141,9 +141,9 @@ def _is_item(stream: VideoStream) -> bool:
 
 @contextmanager
 def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and the video stream that players show (cover art of audio files is none), single-threaded.
+    """Opens a container and the video stream that players show (not cover art of audio files), single-threaded.
 
-    Raises DecodeError where there is none, or while FFmpeg cannot go on inside the ``with`` block.
+    Raises DecodeError where there is none, and where FFmpeg fails inside the ``with`` block.
     """
     with open_container(data) as container:
         name = container.format.name
@@ -160,10 +160,10 @@ def open_video(data: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def shown_stream(container: InputContainer, data: Media) -> VideoStream | None:
-    """Of the video streams of a media file, the one that players show; None where there is none.
+    """Returns the video stream of a media file that players show; None where there is none.
 
-    A film comes before a still picture or a stream that only adds to another (cameras write a JPEG before the film),
-    then what FFmpeg can decode, then what the file shows by default, then the largest, then the first.
+    Prefers, in this order: a stream that is no still picture and does not accompany another (cameras write a JPEG
+    before the video), one that FFmpeg can decode, the file's default, the largest, the first.
     """
     streams = [s for s in container.streams.video if not (s.disposition & Disposition.attached_pic or _is_item(s))]
     if len(streams) < 2:
@@ -180,12 +180,12 @@ def shown_stream(container: InputContainer, data: Media) -> VideoStream | None:
 
 
 def _stills(streams: Sequence[VideoStream], data: Media) -> set[int]:
-    """Indices of the streams with one picture. Where the file declares no counts its first packets tell."""
-    uncounted = {s.index for s in streams if s.frames < 2}  # of a fragmented file only the first fragment may count
+    """Returns indices of the streams with one picture. Reads the first packets where the file declares no count."""
+    uncounted = {s.index for s in streams if s.frames < 2}  # a fragmented file may declare its first fragment only
     if not uncounted:
         return set()
     found = Counter[int]()
-    # Opened once more: reading changes where a container stands.
+    # Opens the file a second time, because reading packets moves the container's position.
     with open_container(data) as container, suppress(av.FFmpegError, IndexError):
         for packet in islice(container.demux([container.streams[s.index] for s in streams]), _FIRST_PACKETS):
             found[packet.stream_index] += packet.size > 0

@@ -1,4 +1,4 @@
-"""Bytes of a video file -> the pictures on screen at given times.
+"""Decodes the pictures of a video file that are on screen at given times.
 
 A frame is on screen from its own timestamp until the next frame's. So the picture at time t is the last
 frame with pts <= t, whatever the frame rate does. Second 0 is the video stream's start time.
@@ -26,22 +26,22 @@ from vjepa_scale.video.image_files import still_picture
 # Times are floats and ticks integers: a time this close below a tick (in ticks) counts as that tick.
 _TICK_TOLERANCE = 1e-6
 PYAV, TORCHCODEC = "pyav", "torchcodec"
-# After a seek in an MPEG program stream, timestamps can be off by a frame: decode it from the start.
+# After a seek in an MPEG program stream, timestamps can be off by a frame, so these are decoded from the start.
 _SEEKS_BADLY = ("mpeg",)
-MOST_HELD_BACK = 32  # frames: more than any codec lets come out of order
+MOST_HELD_BACK = 32  # frames: more than any codec's reordering delay
 
 
 def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -> list[npt.NDArray[np.uint8]]:
-    """The pictures at some ascending times: uint8 RGB [H, W, 3], upright; the same array where one stays on screen.
+    """Returns the pictures at ascending times: uint8 RGB [H, W, 3], upright; one array repeated where one stays.
 
-    data:    a video file, or an image file: its picture at all times
-    times_s: seconds from the stream's start; past the end it is the last frame
-    decoder: PYAV or TORCHCODEC, of videos
+    data:    a video file; or an image file, whose picture is returned for all times
+    times_s: seconds from the stream's start; past the end, the last frame is returned
+    decoder: PYAV or TORCHCODEC, for videos
     Raises DecodeError.
     """
     try:
         if decoder == TORCHCODEC:
-            from vjepa_scale.video.torchcodec import torchcodec_pictures  # installed only where it is asked for
+            from vjepa_scale.video.torchcodec import torchcodec_pictures  # an optional dependency
 
             found = torchcodec_pictures(data, times_s)
             if found is not None:
@@ -65,11 +65,11 @@ def decode_clip(data: Media, *, times_s: Sequence[float], decoder: str = PYAV) -
 
 
 def times_of_frames(data: Media, numbers: Sequence[int], *, frames: int | None = None) -> list[float]:
-    """When frames, numbered from 0 in the order of display, come on screen: seconds from the stream's start.
+    """Returns the times of frames, numbered from 0 in display order: seconds from the stream's start.
 
-    frames: how many decoding gives, where that is known
-    Past the end it is the last one's time. Nothing is decoded where there are as many packets as frames. Else (fields
-    in packets of their own, frames that a decoder leaves out) the video is, up to the last number. Raises DecodeError.
+    frames: number of decoded frames, where it is known
+    Past the end, returns the last frame's time. Decodes nothing where there are as many packets as frames. Otherwise
+    (each field in its own packet, frames that a decoder drops) decodes up to the last number. Raises DecodeError.
     """
     with open_video(data) as (container, stream):
         start, tick_s = stream_start(stream), float(time_base(stream))
@@ -83,18 +83,17 @@ def times_of_frames(data: Media, numbers: Sequence[int], *, frames: int | None =
 
 
 class PacketedFrame(NamedTuple):
-    """A frame as the container tells of it. tick: its timestamp; damaged: its bytes are not all there."""
+    """A frame as listed by the container. tick: its timestamp; damaged: some of its bytes are missing."""
 
     tick: int
     damaged: bool
 
 
 def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[list[PacketedFrame], bool]:
-    """All frames of a stream that nothing was read of yet, in the order of display, and whether this is plain to see.
+    """Returns all frames of an unread stream in display order, and whether frames and packets correspond one to one.
 
-    That is so where every packet up to the last frame is a frame that is shown, and tells when. It is not where an edit
-    list or VP8 hides some, which are decoded for the sake of others, or where only decoding times are told. Raises
-    DecodeError.
+    They do where every packet up to the last frame is a shown frame with a presentation time. They do not where an
+    edit list or VP8 hides frames that others depend on, or where packets have only decoding times. Raises DecodeError.
     """
     frames, hidden, plain = list[PacketedFrame](), list[int](), True
     for packet in all_packets(container, stream):
@@ -115,14 +114,14 @@ def frames_by_packet(container: InputContainer, stream: VideoStream) -> tuple[li
 
 
 def _is_reference(stream: VideoStream, packet: Packet) -> bool:
-    """Whether a packet is one of VP8's alternate references, which are never shown (RFC 6386, 9.1)."""
+    """Returns whether a packet is one of VP8's alternate references, which are never shown (RFC 6386, 9.1)."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame, aspect: Fraction) -> npt.NDArray[np.uint8]:
-    """A decoded picture as it is shown, uint8 RGB [H, W, 3]. Raises DecodeError.
+    """Converts a decoded picture to its display form, uint8 RGB [H, W, 3]. Raises DecodeError.
 
-    aspect: of its pixels; where they are not square, the picture is scaled to them by FFmpeg's bicubic filter
+    aspect: of its pixels; where they are not square, FFmpeg's bicubic filter scales the picture to square pixels
     """
     orientation = orientation_of(picture)
     shown = shown_size(picture.width, picture.height, orientation, aspect)
@@ -135,9 +134,9 @@ def upright_rgb(reformatter: VideoReformatter, picture: av.VideoFrame, aspect: F
 
 
 def pictures_at(data: Media, times_s: Sequence[float]) -> tuple[list[av.VideoFrame], Fraction]:
-    """The frame on screen at each of some ascending times, decoding from the keyframe before the first.
+    """Returns the frame on screen at each of some ascending times, and the pixel aspect.
 
-    With them: the aspect of their pixels.
+    Decodes from the keyframe before the first time.
     """
     with decoding_from(data, times_s[0]) as (_, stream, frames):
         return list(on_screen(frames, ticks_of(stream, times_s))), pixel_aspect(stream)
@@ -146,9 +145,9 @@ def pictures_at(data: Media, times_s: Sequence[float]) -> tuple[list[av.VideoFra
 def timed_frames(
     container: InputContainer, stream: VideoStream, *, from_keyframe: bool = False
 ) -> Iterator[av.VideoFrame]:
-    """Frames as they come, each with a timestamp. Nothing was read since the container was opened, or sought in.
+    """Yields decoded frames in order, each with a timestamp. Call it right after opening the container or a seek.
 
-    from_keyframe: leave out packets before the first keyframe's: a second field would be taken with the next first one
+    from_keyframe: drop packets before the first keyframe; a lone second field would be paired with the next first one
     """
     decoder, packets = TimedDecoder(container, stream), filled_packets(container, stream)
     if from_keyframe:
@@ -158,12 +157,12 @@ def timed_frames(
 
 
 class TimedDecoder:
-    """Decodes a stream's packets, one after the other from a keyframe on, and says when frames come on screen.
+    """Decodes a stream's packets in order from a keyframe on, and computes the presentation time of each frame.
 
-    Where a container has presentation times, frames have them. AVI, ASF, bare MPEG and what Matroska copied of AVI have
-    one tick for each packet, in the order of decoding. A decoder gives frames in the order of display, each as many
-    packets after its turn as it holds frames back: so a frame's tick is that of the packet so many before the one with
-    which it comes out. This holds after a seek, too, where frames that need earlier ones are left out.
+    Where a container has presentation times, frames carry them. AVI, ASF, raw MPEG, and Matroska remuxed from AVI have
+    one tick per packet, in decoding order. A decoder outputs frames in display order, delayed by the d frames that it
+    holds back. So a frame's tick is that of the packet d packets before the one with which the frame is output. This
+    also holds after a seek, where frames that depend on earlier ones are dropped.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream, first: Packet | None = None) -> None:
@@ -172,20 +171,20 @@ class TimedDecoder:
         self._ticks = deque[int](maxlen=MOST_HELD_BACK)  # of packets
 
     def frames_of(self, packet: Packet) -> Iterator[av.VideoFrame]:
-        """The frames that come out with a packet, with timestamps. Raises DecodeError."""
+        """Yields the frames that a packet completes, with timestamps. Raises DecodeError."""
         for frame, tick in self.decoded(packet):
             frame.pts = tick
             yield frame
 
     def decoded(self, packet: Packet) -> Iterator[tuple[av.VideoFrame, int]]:
-        """The frames that come out with a packet, as they are, and when they come on screen. Raises DecodeError."""
+        """Yields the frames that a packet completes, unchanged, and their presentation ticks. Raises DecodeError."""
         if self._decoding_times is None:
             self._decoding_times = tells_decoding_times(self._container, packet)
         if self._decoding_times and packet.size:
             self._ticks.append(self._tick_of(packet))
         for late, frame in enumerate(packet.decode()):
             if self._decoding_times:
-                # When the stream has ended, each frame takes the turn of a packet that there is not.
+                # After the end of the stream, each remaining frame counts as if one more packet had been read.
                 behind = self._context.reorder_depth - (0 if packet.size else late + 1)
                 yield frame, self._ticks[max(0, len(self._ticks) - 1 - behind)]
             elif frame.pts is None:
@@ -202,22 +201,22 @@ class TimedDecoder:
 
 
 def tells_decoding_times(container: InputContainer, first: Packet) -> bool:
-    """Whether a stream that begins with this packet tells only when packets are decoded."""
+    """Returns whether a stream that begins with this packet has decoding times only."""
     return container.format.name in DECODING_TIMES or first.pts is None
 
 
 def filled_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """A stream's packets, and the one without a time that ends it.
+    """Yields a stream's packets, and the packet without a time that ends it.
 
-    Left out are packets of no bytes, by which Theora says that a picture stays on screen: decoders refuse them.
+    Skips empty packets, which in Theora repeat the picture on screen: decoders refuse them.
     """
     return (packet for packet in all_packets(container, stream) if packet.size or packet.dts is None)
 
 
 def all_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """A stream's packets in the order of the file, and the one without bytes and time that ends it."""
-    # Where other streams begin inside the file (sound that comes late), PyAV may stumble over them after its last
-    # packet of this one: it asks memory that it has not set whether they are wanted.
+    """Yields a stream's packets in file order, and the packet without bytes and time that ends it."""
+    # Where another stream begins late in the file (late sound, say), PyAV may fail after the last packet of this one:
+    # it reads uninitialised memory to decide whether the new stream is wanted.
     with suppress(IndexError):
         yield from container.demux(stream)
 
@@ -228,13 +227,13 @@ def decoding_from(
     start_s: float,
     frames_of: Callable[..., Iterator[av.VideoFrame]] = timed_frames,
 ) -> Iterator[tuple[InputContainer, VideoStream, Iterator[av.VideoFrame]]]:
-    """An open video and its frames, beginning with one that is on screen at a time or before it.
+    """Opens a video and yields its frames, from one that is on screen at start_s or earlier.
 
-    frames_of: how frames are decoded; as ``timed_frames``, where start_s is not 0 or before it
+    frames_of: decodes frames; it must behave as ``timed_frames`` where start_s is above 0
 
-    A seek can land late (indices count decoding time, or are broken) or between keyframes. Frames before the
-    first keyframe are dropped, and where that comes too late it starts further back, in the end from the
-    beginning, so that the result is that of decoding the whole file.
+    A seek can land late (indices count decoding time, or are broken) or between keyframes. Frames before the first
+    keyframe are dropped. Where the first frame is too late, this seeks further back, finally to the beginning, so that
+    the result equals that of decoding the whole file.
     """
     back_s = 0.0
     while True:
@@ -243,7 +242,7 @@ def decoding_from(
             from_start = start_s - back_s <= 0 or not sought(container, stream, start_s - back_s)
             frames = frames_of(container, stream) if from_start else frames_of(container, stream, from_keyframe=True)
             first = None
-            # A keyframe's packet may hold another picture (packed B-frames), which needs what lies before.
+            # A keyframe's packet may hold a second picture (packed B-frames) that depends on earlier frames.
             with nullcontext() if from_start else suppress(av.FFmpegError):
                 first = next((frame for frame in frames if from_start or frame.key_frame), None)
             if first is not None and (from_start or pts_of(first) <= tick):
@@ -255,7 +254,7 @@ def decoding_from(
 
 
 def stream_start(stream: VideoStream) -> int:
-    """Second 0 of a stream, in its ticks."""
+    """Returns second 0 of a stream, in its ticks."""
     return stream.start_time or 0
 
 
@@ -266,17 +265,17 @@ def time_base(stream: VideoStream) -> Fraction:
 
 
 def ticks_of(stream: VideoStream, times_s: Sequence[float]) -> list[int]:
-    """Seconds from the stream's start → its ticks."""
+    """Converts seconds from the stream's start to its ticks."""
     return (stream_start(stream) + whole_ticks(times_s, float(time_base(stream)))).tolist()
 
 
 def whole_ticks(times_s: Sequence[float] | npt.NDArray[np.float64], tick_s: float) -> npt.NDArray[np.int64]:
-    """How many ticks of tick_s seconds have passed at each time."""
+    """Returns how many ticks of tick_s seconds have passed at each time."""
     return np.floor(np.asarray(times_s, np.float64) * (1 / tick_s) + _TICK_TOLERANCE).astype(np.int64)
 
 
 def sought(container: InputContainer, stream: VideoStream, time_s: float) -> bool:
-    """Seek to the keyframe at or before a time; False where the container cannot seek (nothing is read yet)."""
+    """Seeks to the keyframe at or before a time. Returns False, with nothing read, where the container cannot seek."""
     if container.format.name in _SEEKS_BADLY:
         return False
     try:
@@ -292,7 +291,7 @@ def pts_of(frame: av.VideoFrame) -> int:
 
 
 def on_screen(frames: Iterator[av.VideoFrame], ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
-    """The last frame with pts <= each of some ascending ticks; before the first frame, the first. Holds two frames."""
+    """Yields the last frame with pts <= each ascending tick; the first frame for earlier ticks. Holds two frames."""
     current, wanted = next(frames), iter(ticks)
     tick = next(wanted, None)
     for following in chain(frames, [None]):

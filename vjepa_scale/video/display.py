@@ -1,7 +1,7 @@
-"""How a decoded picture is shown: in which of eight ways it is turned or mirrored, and how wide its pixels are.
+"""How a decoded picture is displayed: its orientation (one of eight), and the aspect of its pixels.
 
-Files say the first by a display matrix (pictures by EXIF, of which FFmpeg makes one). What is shown is what
-``ffmpeg -i FILE -vf scale=iw*sar:ih`` writes: turned first, then its width multiplied by the sample aspect ratio.
+A display matrix gives the orientation (FFmpeg converts the EXIF of images to one). The result equals what
+``ffmpeg -i FILE -vf scale=iw*sar:ih`` writes: rotated first, then its width multiplied by the sample aspect ratio.
 """
 
 import math
@@ -17,12 +17,12 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.stream import VideoStream
 
 SQUARE = Fraction(1)
-# What is left of a ratio where a size was rounded to whole pixels (FFmpeg's scaling writes 640:639, say), or cropped
-# from 1088 to 1080 lines: such pixels count as square, and their pictures are not resampled.
+# Ratios nearer to 1 come from rounding a size to whole pixels (FFmpeg's scaling writes 640:639, say), or from cropping
+# 1088 lines to 1080. Such pixels count as square, and their pictures are not resampled.
 _NEARLY_SQUARE = Fraction(1, 100)
-# A ratio beyond is damage in a header, and ignored.
+# A larger ratio is a damaged header, and ignored.
 _LARGEST_ASPECT = 16
-# Widths are rounded down, as FFmpeg's scale filter does; so near below a whole number they are that.
+# Widths are rounded down, as in FFmpeg's scale filter; a width this close below a whole number counts as that number.
 _PIXEL_TOLERANCE = Fraction(1, 1000)
 
 
@@ -32,22 +32,22 @@ def _unnamed(cls: type[Enum], value: object) -> Enum:
     return member
 
 
-# PyAV has no name for newer kinds of side data, EXIF among them, and gives none of a frame's where one of them is.
+# PyAV does not know newer kinds of side data, EXIF among them, and returns no side data of a frame that has one.
 setattr(SideData, "_missing_", classmethod(_unnamed))  # noqa: B010 (mypy knows no method of an enum that is assigned)
 
 
 class Orientation(NamedTuple):
-    """What is done to a stored picture: mirrored (left becomes right), then turned counter-clockwise by quarters."""
+    """Transformation of a stored picture: mirrored (left becomes right), then rotated counter-clockwise by quarters."""
 
     mirrored: bool = False
     turns: int = 0
 
     def of(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        """A stored picture [H, W, ...] as it is shown: a view."""
+        """Returns a stored picture [H, W, ...] as displayed, as a view."""
         return np.rot90(picture[:, ::-1] if self.mirrored else picture, self.turns)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of a stored picture as it is shown, and of a shown one as it is stored."""
+        """Converts (width, height) from stored to displayed, or from displayed to stored."""
         return (height, width) if self.turns % 2 else (width, height)
 
 
@@ -55,7 +55,7 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(picture: VideoFrame) -> Orientation:
-    """By a decoded picture's display matrix; angles are rounded to quarter turns."""
+    """Returns the orientation of a decoded picture's display matrix; angles are rounded to quarter turns."""
     data = picture.side_data.get(SideData.DISPLAYMATRIX)
     if data is None:
         return UPRIGHT
@@ -71,22 +71,22 @@ def orientation_of(picture: VideoFrame) -> Orientation:
 
 
 def pixel_aspect(stream: VideoStream) -> Fraction:
-    """The width of a video's pixels by their height (SAR): the container's word, or else the codec's; or 1.
+    """Returns the pixel aspect, width by height (SAR): from the container, else from the codec, else 1.
 
-    Of some codecs (AV1) it is known when a frame is decoded.
+    For some codecs (AV1) it is known only after a frame is decoded.
     """
     return aspect_of(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio)
 
 
 def aspect_of(declared: Fraction | None) -> Fraction:
-    """A sample aspect ratio as it is applied. declared: in a header; None or 0: unknown."""
+    """Returns the sample aspect ratio to apply. declared: from a header; None or 0: unknown."""
     if not declared or not 1 / _LARGEST_ASPECT <= declared <= _LARGEST_ASPECT:
         return SQUARE
     return SQUARE if abs(declared - 1) <= _NEARLY_SQUARE else declared
 
 
 def shown_size(width: int, height: int, orientation: Orientation, aspect: Fraction) -> tuple[int, int]:
-    """(width, height) as it is shown of a stored picture: its height is what it was after turning."""
+    """Returns the displayed (width, height) of a stored picture; scaling keeps the height after rotation."""
     width, height = orientation.size(width, height)
     if aspect != SQUARE:
         stretch = 1 / aspect if orientation.turns % 2 else aspect

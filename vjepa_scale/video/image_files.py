@@ -1,7 +1,7 @@
-"""The picture of an image file: what FFmpeg gives of it, and what FFmpeg leaves undone.
+"""Decodes image files with FFmpeg, and handles what FFmpeg does not.
 
-TIFFs with tags that it does not know, PNGs with EXIF that it cannot read; and HEIF files, of which it gives the coded
-items: tiles, thumbnails, and borders that are not shown.
+These are TIFFs with tags unknown to FFmpeg, PNGs with EXIF that it cannot read, and HEIF files, for which it returns
+the coded items only: tiles, thumbnails, and borders that are not displayed.
 """
 
 import math
@@ -19,8 +19,8 @@ from av.video.reformatter import VideoReformatter
 
 from vjepa_scale.video.container import DecodeError, Media, ffmpeg_errors, is_heif, is_image, open_container, open_media
 
-# A TIFF's pixels depend on these (TIFF 6.0, sections 3 to 22): of those among them that FFmpeg does not know (how YCbCr
-# is coded, say) pixels would be wrong.
+# Tags that a TIFF's pixels depend on (TIFF 6.0, sections 3 to 22). Where FFmpeg does not know one of them (the coding
+# of YCbCr, say), its pixels would be wrong.
 _REDUCED, _JPEG_TABLES, _DNG_VERSION = 254, 347, 50706
 _TIFF_STRUCTURE = frozenset([*range(254, 267), 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 339])
 _TIFF_STRUCTURE |= {_JPEG_TABLES, *range(512, 522), *range(529, 533)}
@@ -29,9 +29,9 @@ _TIFF_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 
 
 def tiff_of_pixels(data: bytes) -> bytes:
-    """A TIFF whose first directory has no tags but those that its pixels depend on.
+    """Returns a TIFF whose first directory keeps only the tags that its pixels depend on.
 
-    FFmpeg's strict decoding refuses any other tag that it does not know: an orientation, a copyright, alpha.
+    FFmpeg's strict decoding refuses any tag that it does not know: an orientation, a copyright, alpha.
     """
     start, entries = _tiff_directory(data)
     kept = [entry for tag, entry in entries if tag in _TIFF_STRUCTURE]
@@ -42,7 +42,7 @@ def tiff_of_pixels(data: bytes) -> bytes:
 
 
 def wrong_in_tiff(data: bytes) -> str:
-    """Why FFmpeg would make another picture of a TIFF than is meant, with no error; or nothing."""
+    """Returns why FFmpeg would decode a TIFF wrongly without an error; empty where it would not."""
     order = _TIFF_BYTE_ORDERS.get(data[:4], "<")
     for tag, entry in _tiff_directory(data)[1]:
         if tag == _JPEG_TABLES:
@@ -53,7 +53,7 @@ def wrong_in_tiff(data: bytes) -> str:
 
 
 def _tiff_directory(data: bytes) -> tuple[int, list[tuple[int, bytes]]]:
-    """Where the first directory of a TIFF begins, and its (tag, entry); none where it is cut short, or BigTIFF."""
+    """Returns offset and (tag, entry) list of a TIFF's first directory; no entries if it is truncated or BigTIFF."""
     order = _TIFF_BYTE_ORDERS.get(data[:4])
     if order is None or len(data) < 8:
         return 0, []
@@ -66,9 +66,9 @@ def _tiff_directory(data: bytes) -> tuple[int, list[tuple[int, bytes]]]:
 
 
 def pngs_of_other_exif(data: bytes) -> Iterator[bytes]:
-    """A PNG with EXIF as FFmpeg wants it, without the prefix that some programs write; then without any.
+    """Yields a PNG with EXIF that FFmpeg can read, without the prefix that some programs write; then without EXIF.
 
-    For EXIF that it cannot read FFmpeg refuses the whole picture. Nothing where there is none, or no PNG.
+    FFmpeg refuses the whole picture where it cannot read its EXIF. Yields nothing for other files.
     """
     at = len(_PNG_SIGNATURE)
     while data.startswith(_PNG_SIGNATURE) and at + 12 <= len(data):
@@ -90,12 +90,12 @@ def pngs_of_other_exif(data: bytes) -> Iterator[bytes]:
 
 
 class HeifPicture(NamedTuple):
-    """How the main picture of a HEIF file is put together (ISO 23008-12).
+    """Structure of the main picture of a HEIF file (ISO 23008-12).
 
-    tiles:         numbers of the coded items, by rows
+    tiles:         numbers of the coded items, row by row
     columns:       tiles in a row; 1 where there is one tile
-    width, height: of what they give together, before the changes; tiles may be larger
-    changes:       ("clap" | "irot" | "imir", what its box holds), in their order
+    width, height: of the assembled picture before the changes; tiles may cover more
+    changes:       ("clap" | "irot" | "imir", content of its box), in order
     """
 
     tiles: list[int]
@@ -105,7 +105,7 @@ class HeifPicture(NamedTuple):
     changes: list[tuple[str, bytes]]
 
     def of(self, tiles: Mapping[int, npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
-        """The picture as it is shown, [H, W, 3], of its tiles. Raises ValueError."""
+        """Assembles the displayed picture, [H, W, 3], from its tiles. Raises ValueError."""
         rows = [self.tiles[at : at + self.columns] for at in range(0, len(self.tiles), self.columns)]
         whole = np.concatenate([np.concatenate([tiles[item] for item in row], axis=1) for row in rows])
         if len(self.tiles) > 1 and (whole.shape[0] < self.height or whole.shape[1] < self.width):
@@ -122,7 +122,7 @@ class HeifPicture(NamedTuple):
 
 
 def heif_picture(data: bytes) -> HeifPicture:
-    """Of the main item of a HEIF file. Raises ValueError where it is put together in ways that are not known."""
+    """Reads the structure of the main item of a HEIF file. Raises ValueError where it is not supported."""
     try:
         return _heif_picture(data)
     except (struct.error, KeyError, IndexError) as error:
@@ -151,7 +151,7 @@ def _heif_picture(data: bytes) -> HeifPicture:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(kind, what is in it) of each box (ISO 14496-12)."""
+    """Yields (kind, content) of each box (ISO 14496-12)."""
     at = 0
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
@@ -171,13 +171,13 @@ def _item_kinds(iinf: bytes) -> dict[int, str]:
     for _, infe in _boxes(iinf[6:] if iinf[0] == 0 else iinf[8:]):
         number = ">I" if infe[0] == 3 else ">H"
         (item,) = struct.unpack_from(number, infe, 4)
-        at = 4 + struct.calcsize(number) + 2  # behind the index of its protection
+        at = 4 + struct.calcsize(number) + 2  # after the protection index
         kinds[item] = infe[at : at + 4].decode("latin-1")
     return kinds
 
 
 def _properties(iprp: bytes, item: int) -> list[tuple[str, bytes]]:
-    """(kind, box) of an item's properties, in its order."""
+    """Returns (kind, box) of an item's properties, in the item's order."""
     every, found = list(_boxes(dict(_boxes(iprp))["ipco"])), []
     for kind, ipma in _boxes(iprp):
         if kind != "ipma":
@@ -198,7 +198,7 @@ def _properties(iprp: bytes, item: int) -> list[tuple[str, bytes]]:
 
 
 def _references(iref: bytes, item: int) -> list[int]:
-    """The items that an item is derived from, in its order."""
+    """Returns the items that an item is derived from, in order."""
     number = ">I" if iref[0] else ">H"
     size = struct.calcsize(number)
     for kind, box in _boxes(iref[4:]):
@@ -209,7 +209,7 @@ def _references(iref: bytes, item: int) -> list[int]:
 
 
 def _content(data: bytes, meta: Mapping[str, bytes], item: int) -> bytes:
-    """The bytes of an item (a grid's few), as its location says."""
+    """Returns the bytes of an item (used for grids, which are short) at its location."""
     iloc, at = meta["iloc"], 6
     version, sizes = iloc[0], [iloc[4] >> 4, iloc[4] & 15, iloc[5] >> 4, iloc[5] & 15]
 
@@ -237,7 +237,7 @@ def _content(data: bytes, meta: Mapping[str, bytes], item: int) -> bytes:
 
 
 def _cleaned(picture: npt.NDArray[np.uint8], clap: bytes) -> npt.NDArray[np.uint8]:
-    """A picture's clean aperture: a size, and how far its middle lies from the picture's. Raises ValueError."""
+    """Crops a picture to its clean aperture: a size, and the offset of its centre. Raises ValueError."""
     width_n, width_d, height_n, height_d = struct.unpack_from(">4I", clap)
     right_n, right_d, down_n, down_d = struct.unpack_from(">iIiI", clap, 16)
     if not (width_d and height_d and right_d and down_d):
@@ -255,9 +255,9 @@ def _cleaned(picture: npt.NDArray[np.uint8], clap: bytes) -> npt.NDArray[np.uint
 
 
 def still_picture(data: Media, *, strict: bool = False) -> av.VideoFrame | None:
-    """The picture of an image file; None where it is something else. Raises DecodeError.
+    """Decodes the picture of an image file; None for other files. Raises DecodeError.
 
-    strict: damage that the decoder could paint over (the missing half of a JPEG) is an error too
+    strict: damage that the decoder could conceal (the missing half of a JPEG) is an error too
     """
     with open_container(data) as container:
         if not is_image(container) or not container.streams.video or container.format.name == "tty":
@@ -291,7 +291,7 @@ def _tiff_picture(data: bytes, *, strict: bool) -> av.VideoFrame:
 
 
 def _picture_of_heif(container: InputContainer, data: bytes, *, strict: bool) -> av.VideoFrame:
-    """The main picture of a HEIF file, upright, of the coded items that FFmpeg gives as streams."""
+    """Assembles the main picture of a HEIF file, upright, from the coded items that FFmpeg returns as streams."""
     reason = "does not decode to the end" if strict else "unreadable"
     try:
         layout = heif_picture(data)

@@ -1,8 +1,8 @@
-"""Is this file a video that can be trained on? Decode it once, whole, and say what it is or what is wrong.
+"""Checks whether a file is a video that can be trained on: decodes it once as a whole, and returns facts or an error.
 
-A clip that fails in training stops the run, so ingest is strict: every frame must decode, timestamps must
-not go backwards, and a frame reached by seeking must be the frame that decoding in order gives (on some
-malformed files decoders return garbage after a seek, with no error).
+Ingest is strict, so that clips do not fail in training: every frame must decode, timestamps must not go backwards, and
+a frame reached by seeking must equal the one decoded in order (on some malformed files decoders return garbage after a
+seek, with no error).
 """
 
 import hashlib
@@ -36,15 +36,15 @@ from vjepa_scale.video.decode import (
 from vjepa_scale.video.display import SQUARE, UPRIGHT, Orientation, aspect_of, orientation_of, pixel_aspect, shown_size
 from vjepa_scale.video.image_files import still_picture
 
-_THUMB = 64  # side of the thumbnails by which frames are compared, in pixels
+_THUMB = 64  # side of the thumbnails that represent frames in comparisons, in pixels
 _MENDED_BY_STAMPS = ("timestamps go backwards", "frames without timestamps")
-_SLOWEST, _FASTEST = Fraction(1, 60), Fraction(1000)  # frames a second that a file may be believed to have
+_SLOWEST, _FASTEST = Fraction(1, 60), Fraction(1000)  # plausible frame rates, frames per second
 _KEYS_SOUGHT = 8  # keyframes per video that are compared after a seek
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What sequential decoding says of a video.
+    """Facts about a video from sequential decoding.
 
     duration: seconds from the stream's start to the end of the last frame
     fps:      mean rate over the frames
@@ -63,9 +63,9 @@ class Decoded:
     """A video decoded in order.
 
     times_s: of every frame, from the stream's start, in whole ticks of tick_s
-    digests: 8 bytes of each picture as it is stored
-    orientation: how the last is shown; aspect: of the pixels; unscaled: width and height without it
-    stamped: frames a second where the file's own timestamps are wrong, and times_s others (frames_stamped_anew)
+    digests: 8 bytes per picture, as it is stored
+    orientation: of the last picture; aspect: of the pixels; unscaled: width and height without the aspect
+    stamped: frames per second where the file's timestamps are wrong and times_s has new ones (frames_stamped_anew)
     """
 
     facts: VideoFacts
@@ -79,15 +79,15 @@ class Decoded:
 
 
 def probe_video(data: Media) -> VideoFacts:
-    """Decode a whole file. Raises DecodeError with the reason to reject it."""
+    """Decodes a whole file. Raises DecodeError with the reason to reject it."""
     return decode_whole(data).facts
 
 
 def decode_whole(data: Media, *, images: bool = False, in_order: bool = False) -> Decoded:
-    """What ``probe_video`` looks at, frame by frame. Raises DecodeError.
+    """Decodes and checks a whole file; returns facts of every frame. Raises DecodeError.
 
-    images:   an image is a clip without time: one frame (of which there is no digest), duration and fps 0
-    in_order: the video will be decoded in order and encoded anew: seeking need not work, nor timestamps rise
+    images:   accept an image: one frame without a digest, duration and fps 0
+    in_order: the video will be decoded in order and transcoded: seeking need not work, and timestamps need not rise
     """
     try:
         return _decode_video(data, in_order)
@@ -110,10 +110,10 @@ def _decode_video(data: Media, in_order: bool) -> Decoded:
 
 
 def _constant_rate(data: Media) -> Fraction | None:
-    """Frames a second as the file declares them; None where it does not."""
+    """Returns the frame rate that the file declares; None where it declares none."""
     with open_video(data) as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
-        # Faster than the clock of its file, it would be in no order.
+        # At a rate above the file's clock, frames would share ticks.
         return rate if rate and _SLOWEST <= rate <= min(_FASTEST, 1 / time_base(stream)) else None
 
 
@@ -123,10 +123,10 @@ def _decode_stamped(data: Media, in_order: bool, stamped: Fraction | None) -> De
         frames = sound_frames(container, stream) if stamped is None else frames_stamped_anew(container, stream, stamped)
         ticks, digests, keys, facts, last = _decode_all(container, stream, frames)
         start, orientation, aspect = stream_start(stream), orientation_of(last), pixel_aspect(stream)
-        if not sought(container, stream, 0.0):  # each would cost decoding from the beginning
+        if not sought(container, stream, 0.0):  # without seeks each check would decode from the beginning
             keys = []
     for index in [] if in_order else _places_to_seek(len(ticks), keys):
-        # Half a tick later, so that the frame is on screen whatever the rounding.
+        # Half a tick later, so that the frame is on screen however the time is rounded.
         found = _sought_picture(data, (ticks[index] - start + 0.5) * seconds)
         if found.pts != ticks[index] or picture_digest(VideoReformatter(), found) != digests[index]:
             raise DecodeError("decode mismatch after seek", f"frame {index} of {len(ticks)}")
@@ -135,7 +135,7 @@ def _decode_stamped(data: Media, in_order: bool, stamped: Fraction | None) -> De
 
 
 def _sought_picture(data: Media, time_s: float) -> VideoFrame:
-    """What is on screen at a time, reached by seeking."""
+    """Returns the frame on screen at a time, reached by seeking."""
     with decoding_from(data, time_s, _frames_beating) as (_, stream, frames):
         return next(on_screen(frames, ticks_of(stream, [time_s])))
 
@@ -147,10 +147,10 @@ def _frames_beating(container: InputContainer, stream: VideoStream, **how: bool)
 
 
 def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
-    """Frames by which seeking is checked: the middle, the last, and keyframes over the whole length.
+    """Returns the frames at which seeking is checked: the middle, the last, and keyframes over the whole length.
 
-    A keyframe costs no decoding but its own, and what is wrong there is wrong until the next one: where an index
-    and the frames in order count differently, say, from a lost packet on.
+    A keyframe is cheap, since no other frame must be decoded, and an error there persists until the next keyframe: for
+    example where the index and the frames disagree from a lost packet on.
     """
     spread = np.linspace(0, len(keys) - 1, min(len(keys), _KEYS_SOUGHT)).round().astype(int)
     return sorted({frames // 2, frames - 1, *(keys[i] for i in spread)} - {0})
@@ -159,7 +159,7 @@ def _places_to_seek(frames: int, keys: list[int]) -> list[int]:
 def _decode_all(
     container: InputContainer, stream: VideoStream, frames: Iterator[VideoFrame]
 ) -> tuple[list[int], list[bytes], list[int], VideoFacts, VideoFrame]:
-    """Ticks and digest of every frame, in order, which ones are keyframes, the facts, and the last frame."""
+    """Returns ticks and digest of every frame in order, the keyframes, the facts, and the last frame."""
     seconds = float(time_base(stream))
     reformatter = VideoReformatter()
     ticks: list[int] = []
@@ -192,12 +192,12 @@ def _decode_all(
 
 
 def _codecs_aspect(stream: VideoStream) -> Fraction:
-    """Of the pixels that were decoded last, where the container says nothing else."""
+    """Returns the aspect of the last decoded pixels, unless the container declares another."""
     return aspect_of(stream.codec_context.sample_aspect_ratio)
 
 
 def picture_digest(reformatter: VideoReformatter, frame: VideoFrame) -> bytes:
-    """Of a frame's thumbnail: hours of video must not be held as pictures."""
+    """Returns a digest of a frame's thumbnail, since the pictures of hours of video do not fit into memory."""
     with ffmpeg_errors("pixels that cannot be converted"):
         small = reformatter.reformat(
             frame, width=_THUMB, height=_THUMB, format="gray8", interpolation="POINT", threads=1
@@ -215,7 +215,7 @@ def _nothing_decoded(container: InputContainer, stream: VideoStream) -> tuple[st
 
 
 def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every frame in order; DecodeError at the first sign of damage."""
+    """Yields every frame in order; raises DecodeError at the first sign of damage."""
     count, before, decoder = 0, None, TimedDecoder(container, stream)
     for packet in filled_packets(container, stream):
         if packet.is_corrupt:
@@ -230,9 +230,9 @@ def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vid
 
 
 def frames_stamped_anew(container: InputContainer, stream: VideoStream, fps: Fraction) -> Iterator[VideoFrame]:
-    """Every frame in the order in which the decoder gives them (that of display), at a constant rate from the start.
+    """Yields every frame in the decoder's output order (display order), at a constant rate from the start.
 
-    For files whose own timestamps are wrong. Raises DecodeError at the first sign of other damage.
+    For files with wrong timestamps. Raises DecodeError at the first sign of other damage.
     """
     count, gap = 0, 1 / (fps * time_base(stream))
     for packet in filled_packets(container, stream):
@@ -247,30 +247,30 @@ def frames_stamped_anew(container: InputContainer, stream: VideoStream, fps: Fra
 
 
 def end_of_video(stream: VideoStream, *, first_tick: int, last: VideoFrame, frames: int) -> float:
-    """When the last frame leaves the screen, in seconds from the stream's start.
+    """Returns the end of the last frame, in seconds from the stream's start.
 
-    first_tick, frames: what was decoded: the first timestamp, and how many
+    first_tick, frames: first timestamp and number of the decoded frames
     """
     shown = last.duration or _mean_gap(stream, first_tick, pts_of(last), frames)
     return (pts_of(last) - stream_start(stream) + shown) * float(time_base(stream))
 
 
 def _mean_gap(stream: VideoStream, first_tick: int, last_tick: int, frames: int) -> int:
-    """How long the last frame is shown where the file does not say, in ticks."""
+    """Returns the duration of the last frame where the file does not declare one, in ticks."""
     if frames > 1:
         return max(1, round((last_tick - first_tick) / (frames - 1)))
     return round(1 / (stream.average_rate * time_base(stream))) if stream.average_rate else 0
 
 
 def _frames_to_show(container: InputContainer, stream: VideoStream) -> int:
-    """How many of its frames a file wants to be shown: an edit list hides what lies outside a trimmed MP4 or MOV."""
+    """Returns the number of frames that a file shows: an edit list hides frames outside a trimmed MP4 or MOV."""
     if not container.format.name.startswith("mov,"):
         return stream.frames
     return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> int:
-    """How many packets a stream has that are shown, which was read to its end."""
+    """Returns the number of shown packets of a stream that was read to its end."""
     container.seek(0)
     return sum(packet.size > 0 and not packet.is_discard for packet in all_packets(container, stream))
 
@@ -278,11 +278,11 @@ def _packets(container: InputContainer, stream: VideoStream) -> int:
 def check_declared(
     container: InputContainer, stream: VideoStream, *, frames: int, last: VideoFrame, end_s: float
 ) -> None:
-    """Refuse a file that ends before what its header promises (formats that stop without an error).
+    """Raises DecodeError where a file ends earlier than its header declares (formats that stop without an error).
 
-    frames, last, end_s: what was decoded, to the end of the file: how many, the last one, and when it leaves the screen
+    frames, last, end_s: number of decoded frames, the last one, and the end of its display
     """
-    # AVI and IVF count ticks: a picture that stays on screen for seven of them is there seven times.
+    # AVI and IVF count ticks: a picture that stays on screen for seven ticks counts seven times.
     shown = round(end_s / float(time_base(stream))) if container.format.name in ("avi", "ivf") else frames
     if shown < 0.95 * stream.frames:
         wanted = _frames_to_show(container, stream)

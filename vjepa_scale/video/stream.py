@@ -1,6 +1,6 @@
-"""A video picture by picture, however long it is; and images.
+"""Streams the pictures of a video of any length; decodes images.
 
-What a trained model is used on is not what make_shards has looked at before, so damage is an error here too.
+Inputs of a trained model were not checked by make_shards, so damage is an error here too.
 """
 
 import math
@@ -17,20 +17,20 @@ from vjepa_scale.video.display import SQUARE, pixel_aspect
 from vjepa_scale.video.image_files import still_picture
 from vjepa_scale.video.inspect import check_declared, end_of_video, sound_frames
 
-# Of a picture: a time this close to the end of the video is not in it.
+# Fraction of a picture: a time this close to the end of the video is outside it.
 _COUNT_TOLERANCE = 1e-6
 
 
 def picture_count(duration_s: float, fps: float) -> int:
-    """How many of the times 0, 1/fps, 2/fps, … lie inside a video."""
+    """Returns how many of the times 0, 1/fps, 2/fps, … are inside a video."""
     return max(0, math.ceil(duration_s * fps - _COUNT_TOLERANCE))
 
 
 def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterator[npt.NDArray[np.uint8]]:
-    """The pictures at start_s, start_s + 1/fps, … while the video lasts: uint8 RGB [H, W, 3], upright.
+    """Yields the pictures at start_s, start_s + 1/fps, … until the video ends: uint8 RGB [H, W, 3], upright.
 
-    They are decode_clip's, without the repetitions after the end; one frame is in memory at a time. A file that
-    does not decode to its end, or ends before its header says, is a DecodeError there, if it was read from 0.
+    They equal those of decode_clip, without repetitions after the end; one frame is in memory at a time. If read from
+    0, raises DecodeError where the file does not decode to its end, or ends earlier than its header declares.
     """
     whole = start_s <= 0
     reformatter = VideoReformatter()
@@ -61,6 +61,6 @@ def stream_pictures(data: Media, *, fps: float, start_s: float = 0.0) -> Iterato
 
 
 def decode_image(data: Media) -> npt.NDArray[np.uint8] | None:
-    """An image file's picture, uint8 RGB [H, W, 3], upright; None where it is something else. Raises DecodeError."""
+    """Decodes an image file, uint8 RGB [H, W, 3], upright; returns None for other files. Raises DecodeError."""
     picture = still_picture(data)
     return None if picture is None else upright_rgb(VideoReformatter(), picture, SQUARE)

@@ -1,10 +1,10 @@
-"""The pictures at given times by torchcodec, the PyTorch project's decoder, in place of PyAV.
+"""Decodes pictures at given times with torchcodec, the PyTorch project's decoder, instead of PyAV.
 
-What is a video, which of its streams, and which frame is on screen when stay PyAV's word: so a playlist never reaches
-torchcodec, which would open the files that it names, and times mean the same. Of the frame numbers that come out of
-that, torchcodec gives the pictures, or an error where it does not count or time the frames alike: each brings an FFmpeg
-of its own, and damaged headers are read differently. Mirrored pictures, and pixels that are not square, are left to
-PyAV: torchcodec would show them as they are stored.
+PyAV still decides whether a file is a video, which stream is used, and which frame is on screen at each time. So times
+mean the same, and torchcodec never gets a playlist, whose files it would open. torchcodec decodes the pictures of these
+frame numbers. Raises an error where torchcodec counts or times frames differently: each package brings its own FFmpeg,
+and damaged headers are read differently. PyAV decodes mirrored pictures and non-square pixels, because torchcodec
+returns them as they are stored.
 """
 
 from bisect import bisect_right
@@ -21,13 +21,13 @@ from vjepa_scale.video.container import DecodeError, Media, open_media, open_vid
 from vjepa_scale.video.decode import decoding_from, frames_by_packet, ticks_of, time_base, timed_frames
 from vjepa_scale.video.display import SQUARE, orientation_of, pixel_aspect
 
-# In other containers (MPEG streams, AVI) its seeks led to other pictures, with the right timestamps.
+# In other containers (MPEG streams, AVI) torchcodec's seeks returned other pictures with the right timestamps.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _DISAGREE = "decoders disagree"
 
 
 def import_torchcodec() -> ModuleType:
-    """torchcodec's decoders. Raises UserError where it, or an FFmpeg that it can load, is not installed."""
+    """Imports torchcodec's decoders. Raises UserError where it, or an FFmpeg that it can load, is not installed."""
     try:
         from torchcodec import decoders
     except (ImportError, OSError, RuntimeError) as error:
@@ -42,7 +42,7 @@ def import_torchcodec() -> ModuleType:
 
 
 def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint8]] | None:
-    """``decode_clip`` by torchcodec; None where that is left to PyAV. Raises DecodeError."""
+    """``decode_clip`` by torchcodec; returns None where PyAV must decode. Raises DecodeError."""
     try:
         return _pictures(data, times_s)
     except DecodeError:
@@ -52,7 +52,7 @@ def torchcodec_pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArr
 
 
 def _may_be_of_fields(data: Media) -> bool:
-    """Whether packets may be fields: torchcodec takes each for a frame."""
+    """Returns whether packets may be fields: torchcodec counts each as a frame."""
     with open_video(data) as (container, stream):
         return any(frame.interlaced_frame for frame in islice(timed_frames(container, stream), 1))
 
@@ -64,7 +64,7 @@ def _pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint
             return None
         number, tick_s = stream.index, float(time_base(stream))
         frames, plain = frames_by_packet(container, stream)
-        if not plain:  # its seeks and times go by packets
+        if not plain:  # torchcodec seeks and computes times by packets
             return None
         ticks = ticks_of(stream, times_s)
     on_screen = [max(0, bisect_right(frames, tick, key=lambda frame: frame.tick) - 1) for tick in ticks]
@@ -97,17 +97,17 @@ def _pictures(data: Media, times_s: Sequence[float]) -> list[npt.NDArray[np.uint
 
 
 def _only_turned(data: Media, time_s: float) -> bool:
-    """Whether that is all that has to be done to pictures. One is decoded for that: containers do not always tell."""
+    """Returns whether pictures only need rotation. Decodes one picture, since containers do not always declare this."""
     with decoding_from(data, time_s) as (_, stream, frames):
         return not orientation_of(next(frames)).mirrored and pixel_aspect(stream) == SQUARE
 
 
 @contextmanager
 def _errors(reason: str) -> Iterator[None]:
-    """What torchcodec raises inside becomes a DecodeError with this reason."""
+    """Converts torchcodec's errors inside the block to DecodeError with this reason."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
-        # "function, file.cpp:line, what happened", then a trace
+        # The format is "function, file.cpp:line, message", then a trace.
         what = (str(error).strip() or type(error).__name__).splitlines()[0].split(", ", 2)[-1]
         raise DecodeError(reason, f"torchcodec: {what}") from None

@@ -1,9 +1,9 @@
-"""Formats of weights: ours, the published code's and Hugging Face's, read into and written from one neutral thing.
+"""Formats of weights: ours, the published code's and Hugging Face's, read into and written from one neutral type.
 
     open_weights(path)  →  WeightSource  →  safetensors | huggingface | published
 
-``source`` is the neutral thing; ``open_weights`` finds out what a path is; ``native``, ``published`` (with
-``published_model``) and ``huggingface`` know one format each. docs/formats.md is for users.
+``source`` has the neutral type; ``open_weights`` detects the format of a path; ``native``, ``published`` (with
+``published_model``) and ``huggingface`` implement one format each. docs/formats.md is for users.
 """
 
 from collections.abc import Iterable
@@ -30,17 +30,17 @@ def open_weights(
     weights: Weights | None = None,
     networks: Iterable[Network] | None = None,
 ) -> WeightSource:
-    """Open weights of any format; tensors are read when they are asked for.
+    """Opens weights of any format; tensors are read on demand.
 
-    path:     a run, a stage or a checkpoint of ours (of which the last one is taken, verified; of a run, of
-              the stage that ``networks`` ask for, see ``find_checkpoint``), a consolidated folder or file, a
-              published ``.pt``, a Hugging Face folder
-    model:    the model that it must be; a published file of others needs it, see ``open_published``
-    weights:  which encoder encoder.* is; ``both``: the context encoder, and target_encoder.* beside it where there
-              are two; None: the target encoder where there are two, else the one that is there
-    networks: those that are needed, and no others; None: all that are there
+    path:     a run, a stage or a checkpoint of ours (opens and verifies the last checkpoint; of a run, that of the
+              stage selected by ``networks``, see ``find_checkpoint``), a consolidated folder or file, a published
+              ``.pt``, a Hugging Face folder
+    model:    the expected model; required for a published file of others, see ``open_published``
+    weights:  which encoder becomes encoder.*; ``both``: the context encoder, with target_encoder.* where there are two;
+              None: the target encoder where there are two, else the only one
+    networks: the networks to open; None: all
 
-    Raises UserError where the path is something else, or does not hold what is asked for.
+    Raises UserError where the path is something else, or lacks what is requested.
     """
     path, wanted = Path(path), None if networks is None else tuple(networks)
     source = _open(path, model, weights, wanted)

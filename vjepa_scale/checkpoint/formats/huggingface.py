@@ -4,11 +4,11 @@
       model.safetensors                their names; query, key and value apart; mask tokens as one tensor
       config.json                      a VJEPA2Config
       video_preprocessor_config.json   a VJEPA2VideoProcessor
-      vjepa_scale.json                 what their config cannot say: our ConsolidatedConfig
+      vjepa_scale.json                 our ConsolidatedConfig, since their config cannot express all of it
       README.md                        the model card, with the recipe
 
-Their model has the tiled layout of rotary positions only, on one square grid: their positions are computed from
-``crop_size``, whatever the size of the clip.
+Their model only has the tiled layout of rotary positions, on one square grid: their positions are computed from
+``crop_size``, for any size of the clip.
 """
 
 import math
@@ -47,7 +47,7 @@ SIDECAR_FILE = "vjepa_scale.json"
 CARD_FILE = "README.md"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, PROCESSOR_FILE, SIDECAR_FILE, CARD_FILE)
 
-# Their predictor's forward always takes this mask token, modulo how many there are.
+# Their predictor's forward always uses this mask token, modulo the number of mask tokens.
 MASK_TOKEN = 1
 
 _RENAMED = {
@@ -61,23 +61,23 @@ _RENAMED = {
 }
 _MASK_TOKENS = "predictor.embeddings.mask_tokens"
 _QKV = ("query", "key", "value")
-# Of VJEPA2ForVideoClassification: what its head is named, and the network inside it.
+# Name prefixes in VJEPA2ForVideoClassification: of its head, and of the network inside it.
 _HEAD = ("pooler.", "classifier.")
 _INSIDE = "vjepa2."
 
 
 @dataclass(frozen=True)
 class Head:
-    """What VJEPA2ForVideoClassification has beside the network: tensors under their names, keys of its config."""
+    """The parts of VJEPA2ForVideoClassification besides the network: tensors by their names, keys of its config."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """Their names of one of our tensors, of its parts along the first axis where there are three.
+    """Returns their names of one of our tensors; three names for its parts along the first axis where it is split.
 
-    Mask tokens have no name each: they are rows of one tensor.
+    Mask tokens have no separate names: they are rows of one tensor.
     """
     network, _, rest = name.partition(".")
     if rest.startswith("mask_tokens."):
@@ -88,7 +88,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def expected_shapes(config: ModelConfig, networks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Their names and shapes of a whole model."""
+    """Returns their names and shapes of a whole model."""
     out: dict[str, tuple[int, ...]] = {}
     for network in networks:
         for name, shape in network_shapes(config, network).items():
@@ -103,7 +103,7 @@ def expected_shapes(config: ModelConfig, networks: tuple[str, ...]) -> dict[str,
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether config.json in a folder is that of a model of theirs, of any family. Ours says ``format``."""
+    """Returns whether a folder's config.json is of a Hugging Face model of any family. Ours has the key ``format``."""
     try:
         content = parse_json((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
@@ -112,9 +112,9 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def open_huggingface(folder: Path) -> WeightSource:
-    """A folder of VJEPA2Model, or of VJEPA2ForVideoClassification, of which the head is left out by name.
+    """Opens a folder of VJEPA2Model, or of VJEPA2ForVideoClassification, whose head is ignored.
 
-    Raises UserError where config.json and weights do not fit together, or are of another family.
+    Raises UserError where config.json and weights do not match, or are of another family.
     """
     theirs = read_json(folder / CONFIG_FILE)
     found = _model_config(theirs, folder / CONFIG_FILE)
@@ -164,13 +164,13 @@ def _join(name: str, shape: torch.Size, read: Callable[[str], Tensor]) -> Tensor
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
-    """Which file of a folder holds which tensor, by its own name, head and all."""
+    """Returns the file of each tensor in a folder, by its stored name, including the head."""
     files = sorted(set(_tensor_files(folder).values()))
     return {name: file for file in files for name, _, _ in safetensors_entries(file)}
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor; of a single file, itself under its name."""
+    """Returns the file of each tensor by the index; for a single file, only that file under its own name."""
     if (folder / WEIGHTS_FILE).is_file():
         return {WEIGHTS_FILE: folder / WEIGHTS_FILE}
     if not (folder / INDEX_FILE).is_file():
@@ -217,7 +217,7 @@ def _model_config(theirs: dict[str, Any], where: Path) -> ModelConfig:
         raise _invalid(error, where) from None
 
 
-# Our keys of a network -> theirs; and theirs of its width and of its MLP's hidden channels over that.
+# Our keys of a network -> theirs; and their keys of its width and of its MLP ratio.
 _SIZES = {
     "encoder": {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
     "predictor": {
@@ -232,7 +232,7 @@ _OTHERS = {"patch": "patch_size", "tubelet": "tubelet_size", "frames": "frames_p
 
 
 def _invalid(error: ValidationError, where: Path) -> UserError:
-    """A value of theirs that cannot be, by their key."""
+    """Returns the error for an invalid value in their config, with their key."""
     first = error.errors()[0]
     ours = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
     network, key = (ours[0], ours[-1]) if ours else ("", "")
@@ -263,7 +263,7 @@ def _foreign_config(folder: Path, theirs: dict[str, Any], model: ModelConfig) ->
         raise _invalid(error, folder / CONFIG_FILE) from None
 
 
-# VJEPA2Config's own, for keys that a config.json leaves out.
+# Defaults of VJEPA2Config, for keys that a config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "patch_size": 16,
     "crop_size": 256,
@@ -289,7 +289,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def refuse_inexpressible(config: ConsolidatedConfig, where: object) -> None:
-    """Raise UserError, with the reason, where their model cannot compute what ours does."""
+    """Raises UserError, with the reason, where their model cannot compute what ours does."""
     model = config.model
     reasons = []
     if model.positions != "rope":
@@ -317,7 +317,7 @@ def refuse_inexpressible(config: ConsolidatedConfig, where: object) -> None:
 
 
 def write_huggingface(folder: Path, source: WeightSource, *, head: Head | None = None) -> None:
-    """Write all files of a folder that ``from_pretrained`` loads, one tensor in memory at a time.
+    """Writes all files of a folder that ``from_pretrained`` loads, one tensor in memory at a time.
 
     head: of VJEPA2ForVideoClassification, instead of VJEPA2Model
     """
@@ -344,14 +344,14 @@ def write_huggingface(folder: Path, source: WeightSource, *, head: Head | None =
 def _with_head(
     entries: list[Entry], read: Callable[[str], Tensor], head: dict[str, Tensor]
 ) -> tuple[list[Entry], Callable[[str], Tensor]]:
-    """Their tensors and a head's: the network is one of several parts then, and named ``vjepa2``."""
+    """Returns their tensors and a head's; the network's names then have the prefix ``vjepa2``."""
     every = [(f"{_INSIDE}{name}", shape, dtype) for name, shape, dtype in entries]
     every += [(name, tuple(value.shape), value.dtype) for name, value in head.items()]
     return every, lambda name: head[name] if name in head else read(name.removeprefix(_INSIDE))
 
 
 def mask_token(model: ModelConfig) -> int:
-    """Which of a model's mask tokens their predictor uses."""
+    """Returns the index of the mask token that their predictor uses."""
     return MASK_TOKEN % model.predictor.mask_tokens
 
 
@@ -384,7 +384,7 @@ def their_config(config: ConsolidatedConfig) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """A ratio of which ``int(width * ratio)`` is ``hidden``: they truncate, and 6144 / 1408 is no float."""
+    """Returns a ratio with ``int(width * ratio) == hidden``: they truncate, and 6144 / 1408 is not exact in float."""
     ratio = hidden / width
     while int(width * ratio) < hidden:
         ratio = math.nextafter(ratio, math.inf)
@@ -392,7 +392,7 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _processor(config: ConsolidatedConfig) -> dict[str, Any]:
-    """VJEPA2VideoProcessor's keys. It resizes the shorter side to 256/224 of the crop, whatever ``size`` says."""
+    """Returns VJEPA2VideoProcessor's keys. It resizes the shorter side to 256/224 of the crop and ignores ``size``."""
     crop = config.size[0]
     return {
         "video_processor_type": "VJEPA2VideoProcessor",
@@ -410,14 +410,14 @@ def _processor(config: ConsolidatedConfig) -> dict[str, Any]:
 
 
 def their_tensors(source: WeightSource) -> tuple[list[Entry], Callable[[str], Tensor]]:
-    """Entries under their names, and a function that gives the value of each."""
+    """Returns entries under their names, and a function that reads the value of each."""
     dtypes = {name: dtype for name, _, dtype in source.entries}
     origin: dict[str, str] = {}
     for name in dtypes:
         origin |= dict.fromkeys(parts_of(name), name)
     shapes = expected_shapes(source.config.model, ("encoder", "predictor"))
     entries: list[Entry] = [(theirs, shape, dtypes[origin[theirs]]) for theirs, shape in shapes.items()]
-    kept: dict[str, Tensor] = {}  # the last one read: query, key and value are one tensor of ours
+    kept: dict[str, Tensor] = {}  # the last tensor read, because query, key and value are one tensor of ours
 
     def read(theirs: str) -> Tensor:
         if theirs == _MASK_TOKENS:

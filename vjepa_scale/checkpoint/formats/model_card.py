@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how to use it, the recipe it was trained with."""
+"""README.md of an exported model: its facts, how to use it, and its recipe."""
 
 from typing import Any
 
@@ -67,10 +67,10 @@ print(model.config.id2label[int(logits.argmax())])"""
 
 
 def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, classifier: bool = False) -> str:
-    """Markdown with Hugging Face's front matter.
+    """Returns Markdown with Hugging Face's front matter.
 
-    parameters: how many numbers the files hold
-    mask_token: which mask token their predictor uses
+    parameters: number of parameters in the files
+    mask_token: index of the mask token that their predictor uses
     classifier: a VJEPA2ForVideoClassification, not a VJEPA2Model
     """
     model = config.model
@@ -106,7 +106,7 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, 
 
 
 def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
-    """What that mask token was trained for, in a sentence: by the recipe's generators, as ``jepa.mask_token`` says."""
+    """Returns a sentence on the masks that a mask token was trained with, from the recipe and ``jepa.mask_token``."""
     count = config.model.predictor.mask_tokens
     generators = _generators(config.recipe)
     if generators is None:

@@ -1,11 +1,11 @@
-"""Our own two: a checkpoint of a run, in shards, and the consolidated file.
+"""Our two formats: the sharded checkpoint of a run, and the consolidated file.
 
     OUT/
       model.safetensors   encoder.*, predictor.* or action_predictor.*: canonical names; by default the target
                           encoder's weights
-      config.json         what they are: ConsolidatedConfig, the same JSON as in the file's metadata
+      config.json         ConsolidatedConfig, the same JSON as in the file's metadata
 
-The configuration travels inside model.safetensors too, so the bare file is enough.
+model.safetensors also contains the configuration, so this file alone is enough.
 """
 
 import json
@@ -54,13 +54,13 @@ _TRAINED: dict[Weights, dict[str, str]] = {
 
 
 def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Network] | None = None) -> Path:
-    """The checkpoint that a path means: itself, or the last one of a stage or a run.
+    """Returns the checkpoint of a path: the path itself, or the last checkpoint of a stage or a run.
 
-    check:    verify the bytes of its files; False looks at manifests and sizes only
-    networks: what is wanted of it. Of a run, the stage follows from that: an action predictor is in the action stage,
-              everything else in the last of the stages before it; a probe stage is never meant
+    check:    verify the bytes of its files; False checks manifests and sizes only
+    networks: the requested networks, which select the stage of a run: an action predictor is in the action stage,
+              everything else in the last of the stages before it; never a probe stage
 
-    Raises UserError, also where the last one is damaged: an older one is meant only by its own path.
+    Raises UserError, also where the last checkpoint is damaged: an older one is used only by its own path.
     """
     if not source.exists():
         raise UserError("no such folder", where=source, fix="give a run, a stage or a checkpoint folder")
@@ -72,7 +72,7 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
     stages = _stages_last_first(source)
     acting = [name for name, stage in stages.items() if "action_predictor" in stage.networks]
     wants_action = networks is not None and "action_predictor" in networks
-    # Where a run has nothing that trains an encoder, a frozen one beside an action predictor is its encoder.
+    # Where no stage of a run trains an encoder, its encoder is the frozen one of the action stage.
     meant = acting if wants_action else [*(name for name in stages if stages[name].has_target_encoder), *acting]
     for folder in (source, source / CHECKPOINTS, *(source / name / CHECKPOINTS for name in meant)):
         found = store.find_last(folder) if check else last_name(folder)
@@ -86,7 +86,7 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
 
 
 def _stages_last_first(run: Path) -> dict[str, type[Stage]]:
-    """The stages that a run may have: those that its recipe has, and those that need no recipe to be known."""
+    """Returns the stages that a run may have, last first: those of its recipe, and the built-in ones."""
     kinds = dict(DEFAULT_KINDS)
     if (run / "recipe.yaml").is_file():
         kinds |= {name: stage.kind for name, stage in stages_of(load_recipe(run / "recipe.yaml")).items()}
@@ -94,11 +94,11 @@ def _stages_last_first(run: Path) -> dict[str, type[Stage]]:
 
 
 def _refuse_shards(folder: Path) -> None:
-    """A folder of shards has a manifest.json too; it is not a damaged checkpoint."""
+    """Raises UserError for a folder of shards, whose manifest.json would look like a damaged checkpoint."""
     try:
         content = parse_json((folder / store.MANIFEST).read_bytes())
     except (OSError, ValueError):
-        return  # the store says what is wrong with it
+        return  # the store reports what is wrong with it
     if isinstance(content, dict) and content.keys() >= {"shards", "columns"}:
         raise UserError(
             "a folder of shards (training data)", where=folder, fix="give a run, a stage or a checkpoint folder"
@@ -106,15 +106,15 @@ def _refuse_shards(folder: Path) -> None:
 
 
 def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
-    """A checkpoint of ours, which is not verified again here. Needs no process group.
+    """Opens a checkpoint of ours without verifying it again. Needs no process group.
 
-    Of the action and probe stages encoder.* is the frozen encoder, a target encoder; a probe itself is left out.
+    For action and probe stages, encoder.* is the frozen encoder, a target encoder; the probes are left out.
     """
     manifest = store.read_manifest(checkpoint)
     recipe = validate_recipe(manifest["recipe"], source=checkpoint / store.MANIFEST)
     stage: type[Stage] = class_of(STAGES, trained_kind(manifest, where=checkpoint))
     prefixes = _TRAINED[weights]
-    if not stage.has_target_encoder:  # its encoder is frozen, and was a target encoder once: there is no other one
+    if not stage.has_target_encoder:  # its only encoder is frozen, and a former target encoder
         if weights == "context":
             raise UserError("it holds the target encoder only, frozen", where=checkpoint, fix="ask for target")
         weights, prefixes = "target", {f"{network}.": f"{network}." for network in stage.networks}
@@ -154,7 +154,7 @@ def open_checkpoint(checkpoint: Path, *, weights: Weights) -> WeightSource:
 
 
 def _read_sharded(reader: CheckpointReader, name: str) -> Tensor:
-    """One whole tensor out of its shards: it and one shard of it are in memory."""
+    """Reads one whole tensor from its shards; holds it and one shard in memory."""
     shape, dtype = reader.tensors()[name]
     whole = {name: torch.empty(shape, dtype=dtype)}
     reader.fill(whole, alone=True)
@@ -167,18 +167,18 @@ def _read_sharded(reader: CheckpointReader, name: str) -> Tensor:
 def write_consolidated(
     folder: Path, config: ConsolidatedConfig, entries: Iterable[Entry], read: Callable[[str], Tensor]
 ) -> None:
-    """Write both files of a consolidated checkpoint, one tensor in memory at a time.
+    """Writes both files of a consolidated checkpoint, one tensor in memory at a time.
 
-    entries, read: as write_safetensors takes them; names start with a network's, such as ``encoder.``
+    entries, read: as for write_safetensors; names start with a network's, such as ``encoder.``
     """
     content = config.model_dump(mode="json")
-    # transformers and other readers of safetensors look for format: pt.
+    # transformers and other readers of safetensors require format: pt.
     write_safetensors(folder / WEIGHTS_FILE, entries, read, {"format": "pt", METADATA_KEY: json.dumps(content)})
     write_json(folder / CONFIG_FILE, content)
 
 
 def read_native_config(file: Path) -> ConsolidatedConfig:
-    """The configuration inside a consolidated file. Raises UserError where it is none."""
+    """Reads the configuration in a consolidated file. Raises UserError for other files."""
     with open_safetensors(file) as archive:
         metadata = archive.metadata() or {}
     if METADATA_KEY not in metadata:
@@ -211,7 +211,7 @@ def open_consolidated(file: Path) -> WeightSource:
 
 
 def open_safetensors(file: Path) -> Any:
-    """safetensors' reader. Raises UserError for a damaged file."""
+    """Opens a file with safetensors' reader. Raises UserError for a damaged file."""
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -223,7 +223,7 @@ def open_safetensors(file: Path) -> Any:
 
 
 def safetensors_entries(file: Path) -> list[Entry]:
-    """Names, shapes and types, from the header alone. Raises UserError for types that weights do not have."""
+    """Reads names, shapes and types from the header only. Raises UserError for types that are not of weights."""
     dtypes = {word: dtype for dtype, word in DTYPES.items()}
     entries: list[Entry] = []
     with open_safetensors(file) as archive:
@@ -244,7 +244,7 @@ def read_safetensors(file: Path, name: str) -> Tensor:
 
 
 def describe_checkpoint(checkpoint: Path) -> Iterator[str]:
-    """Lines: where it comes from, who computed it on what, what it holds, its recipe. Bytes of tensors are not read."""
+    """Yields lines on a checkpoint's origin, software and hardware, content, and recipe. Reads no tensors."""
     manifest = read_manifest(checkpoint)
     recipe = manifest.get("recipe", {})
     yield f"checkpoint  {checkpoint}"
@@ -282,13 +282,13 @@ def describe_checkpoint(checkpoint: Path) -> Iterator[str]:
 
 
 def _saved_by(manifest: dict[str, Any]) -> str:
-    """``4 ranks: replicate 2 × shard 2``; a checkpoint from before meshes were written down says its ranks only."""
+    """Returns ``4 ranks: replicate 2 × shard 2``; only the ranks for checkpoints of versions without a mesh entry."""
     mesh = " × ".join(f"{name} {size}" for name, size in manifest.get("mesh", {}).items())
     return f"{manifest['world_size']} ranks" + (f": {mesh}" if mesh else "")
 
 
 def _engine(engine: dict[str, Any], attention: str | None) -> str:
-    """What decides how numbers came about, in words."""
+    """Describes the settings of the engine that affect numbers."""
     words = [engine["kind"]]
     if engine["kind"] == "deepspeed":
         words.append(f"ZeRO {engine['zero_stage']}")

@@ -5,10 +5,9 @@
     opt, scaler                          the optimiser's state, and the loss scaler's
     epoch, loss, batch_size, world_size, lr
 
-Such a file says neither how many attention heads there are (width 1408 exists with 16 and with 22) nor how
-positions enter. Beside ours lies FILE.json, a ConsolidatedConfig, which does; of a foreign one the caller must
-know (``published_model``). That the tables of V-JEPA 2's released weights are tiled is a fact of that format
-(docs/method.md 3).
+Such a file contains neither the number of attention heads (width 1408 exists with 16 and with 22) nor the kind of
+positions. Our files come with FILE.json, a ConsolidatedConfig that contains both; for a file of others the caller must
+give them (``published_model``). The tables of V-JEPA 2's released weights are always tiled (docs/method.md 3).
 """
 
 import pickle
@@ -38,10 +37,10 @@ from vjepa_scale.recipe.schema import ModelConfig
 WEIGHTS_FILE = "model.pt"
 CONFIG_FILE = WEIGHTS_FILE + ".json"
 PREFIX = "module.backbone."
-# Of files with an action-conditioned predictor: that training wraps its networks once, not twice.
+# Prefix in files with an action-conditioned predictor: that training wraps its networks once, not twice.
 ACTION_PREFIX = "module."
 
-# Fixed tables that released files carry although their models rotate.
+# Fixed tables that released files contain although their models use rotary positions.
 _TABLES = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
 _NETWORKS = tuple(_TABLES)
 _BESIDE = ("opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
@@ -58,14 +57,14 @@ def open_published(
     weights: Weights | None = None,
     networks: Iterable[Network] | None = None,
 ) -> WeightSource:
-    """A ``.pt`` file, mapped into memory.
+    """Opens a ``.pt`` file, mapped into memory.
 
-    model:    what the file cannot say: a name from ENCODERS, ``heads=22`` or ``heads=22,predictor_heads=12``, or
-              a whole ModelConfig, with which the file must agree; not needed where FILE.json lies beside it
-    networks: those to take; None: all that are there
+    model:    what the file does not contain: a name from ENCODERS, ``heads=22`` or ``heads=22,predictor_heads=12``, or
+              a whole ModelConfig, which the file must match; not needed where FILE.json exists
+    networks: the networks to read; None: all
 
-    Raises UserError where the file is none, where a model is needed and not given, where it is another one than
-    the file's, and for weights of V-JEPA 2.1, of which the networks differ.
+    Raises UserError where the file is no such file, where a model is needed and not given or does not match the file,
+    and for weights of V-JEPA 2.1, whose networks differ.
     """
     content = _load(path)
     states = {name: _named(content[name], path, name) for name in _NETWORKS if name in content}
@@ -102,14 +101,14 @@ def open_published(
 
 
 def _instead(network: Network, states: dict[str, dict[str, Tensor]]) -> str:
-    """What to do where a network is not in a file."""
+    """Returns the fix where a network is not in a file."""
     if network == "predictor" and is_action_predictor(states.get("predictor", {})):
         return "its predictor is an action-conditioned one: vjepa_scale.load_world_model loads it, docs/planning.md"
     return "give a file with one"
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The dict, without running anything that is in the file."""
+    """Loads the dict without running code from the file."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -141,7 +140,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _named(state: Any, path: Path, network: str) -> dict[str, Tensor]:
-    """A state dict under canonical names, in its order."""
+    """Returns a state dict under canonical names, in its order."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError("not a dict of tensors", where=f"{path}:{network}")
     out: dict[str, Tensor] = {}
@@ -171,7 +170,7 @@ def _refuse_unknown(content: dict[str, Any], states: dict[str, dict[str, Tensor]
 def _choose(
     states: dict[str, dict[str, Tensor]], told: ConsolidatedConfig | None, weights: Weights | None, path: Path
 ) -> tuple[dict[str, str], Weights | None]:
-    """Which of the file's networks becomes which of ours, and what encoder.* is."""
+    """Returns our name of each of the file's networks, and which encoder encoder.* is."""
     single = told is not None and told.weights in ("target", "context")
     action = is_action_predictor(states.get("predictor", {}))
     named: Weights | None
@@ -191,7 +190,7 @@ def _choose(
     elif "target_encoder" in states or (weights == "target" and not action):
         choice, named = {"encoder": "target_encoder"}, "target"
     else:
-        # One encoder, and which one is not said. Beside an action predictor it is frozen: it takes a target's place.
+        # One encoder of unknown kind. With an action predictor it is frozen, so it counts as a target encoder.
         choice, named = {"encoder": "encoder"}, weights
     if absent := [theirs for theirs in choice.values() if theirs not in states]:
         other = "context" if absent == ["target_encoder"] else "target"
@@ -202,7 +201,7 @@ def _choose(
 
 
 def _check_table(model: ModelConfig, network: str, stored: Tensor, path: Path) -> None:
-    """A model that adds its positions: the file's table must be the one that ours would add."""
+    """Raises UserError where the file's table of added positions differs from our model's."""
     if model.positions == "rope":
         return
     size = model.predictor if network == "predictor" else model.encoder
@@ -222,13 +221,13 @@ def _check_table(model: ModelConfig, network: str, stored: Tensor, path: Path) -
 
 
 def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = None) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state in a published file: canonical name → exp_avg, exp_avg_sq, step.
+    """Returns AdamW's state in a published file: canonical name → exp_avg, exp_avg_sq, step.
 
-    The file numbers parameters through four groups, encoder's with weight decay, predictor's with, encoder's
-    without, predictor's without, each in the order of ``named_parameters``, tables of positions included.
-    A mask token that was never trained has no state there, and zeros here. Tensors are mapped from the file.
+    The file numbers parameters through four groups: encoder with weight decay, predictor with, encoder without,
+    predictor without; each in the order of ``named_parameters``, tables of positions included. A mask token that was
+    never trained has no state in the file, and zeros here. Tensors are mapped from the file.
 
-    model: as for open_weights. Raises UserError where the file has no such state, or it does not fit the weights.
+    model: as for open_weights. Raises UserError where the file has no such state, or it does not match the weights.
     """
     path = Path(path)
     networks: tuple[Network, ...] = ("encoder", "predictor")
@@ -264,7 +263,7 @@ def published_optimizer(path: str | Path, *, model: str | ModelConfig | None = N
 
 
 def _parameter_groups(content: dict[str, Any], model: ModelConfig, path: Path) -> list[list[tuple[str, torch.Size]]]:
-    """(canonical name, shape) of every parameter, in the four groups, as the published code numbers them."""
+    """Returns (canonical name, shape) of every parameter, in the published code's four groups and order."""
     ordered: dict[str, list[tuple[str, torch.Size]]] = {}
     for network in ("encoder", "predictor"):
         state = _named(content[network], path, network)
@@ -306,9 +305,9 @@ def _parameter_state(state: Any, name: str, shape: torch.Size, where: str) -> di
 
 
 def write_published(folder: Path, source: WeightSource) -> None:
-    """Write model.pt and model.pt.json. The whole model is in memory: ``torch.save`` takes a dict, not a stream.
+    """Writes model.pt and model.pt.json. Holds the whole model in memory, because ``torch.save`` takes a dict.
 
-    A source with one encoder gives it under both names, ``encoder`` and ``target_encoder``, stored once.
+    A source with one encoder is written under both names, ``encoder`` and ``target_encoder``, stored once.
     The optimiser is not written: ``opt`` and ``scaler`` are None.
     """
     source.match()

@@ -1,4 +1,4 @@
-"""Which model a published ``.pt`` is of: sizes from its tensors, and what no tensor says from its JSON or the caller.
+"""The model of a published ``.pt``: sizes from its tensors, everything else from its JSON or the caller.
 
 The predictor of such a file is the pretraining one or the action-conditioned one: ``predictor`` in both.
 """
@@ -18,18 +18,18 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.networks import Network, refuse_other_model
 from vjepa_scale.recipe.schema import ENCODERS, ModelConfig
 
-# Of every V-JEPA 2 weight that was released: ImageNet's mean and std, 4 frames per second; predictors of width
+# Facts of all released V-JEPA 2 weights: ImageNet's mean and std, 4 frames per second; predictors of width
 # 384 have 12 heads, action-conditioned ones of 1024 have 16 (docs/method.md 5, 7 and 8).
 MEAN, STD, FPS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 4.0
 PREDICTOR_HEADS: dict[Network, dict[int, int]] = {"predictor": {384: 12}, "action_predictor": {1024: 16}}
-# Of most of them; a file does not say it, and one is for 384 pixels.
+# Clip of most released weights; a file does not contain it, and one file is for 384 pixels.
 FRAMES, SIZE = 64, (256, 256)
 
 _HEADS = "--model vit_giant (or another name), or --model heads=22 with the number of heads"
 
 
 def is_action_predictor(state: dict[str, Tensor]) -> bool:
-    """Whether a predictor's state, under plain names, is that of an action-conditioned one."""
+    """Returns whether a predictor's state, under plain names, is of an action-conditioned predictor."""
     return "action_encoder.weight" in state
 
 
@@ -40,9 +40,9 @@ def published_config(
     model: str | ModelConfig | None,
     path: Path,
 ) -> ConsolidatedConfig:
-    """What the networks that are taken are. Raises UserError where that cannot be known, or ``model`` is another one.
+    """Returns the configuration of the networks to read. Raises UserError where it is unknown or ``model`` differs.
 
-    told:   by FILE.json; None where there is none
+    told:   content of FILE.json; None where there is none
     taken:  our network → its tensors under plain names
     states: everything in the file
     model:  as for open_published
@@ -104,7 +104,7 @@ def _predictor_sizes(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def _with_heads(sizes: dict[str, Any], model: str | ModelConfig, networks: list[Network], path: Path) -> ModelConfig:
-    """The model, from sizes in the file and what the caller knows."""
+    """Returns the model, from sizes in the file and the caller's ``model``."""
     predictor = next((network for network in networks if network != "encoder"), None)
     heads: dict[str, int]
     if isinstance(model, ModelConfig):
@@ -133,9 +133,9 @@ def _with_heads(sizes: dict[str, Any], model: str | ModelConfig, networks: list[
             )
         sizes[predictor]["heads"] = heads.get(predictor) or known[width]
     if predictor == "action_predictor":
-        # As trained: on the whole grid of its own pictures. A file does not say whether extrinsics are used, either.
+        # As in training: the whole grid of its own pictures. A file does not contain the use of extrinsics, either.
         sizes[predictor]["grid"] = tuple(side // sizes["patch"] for side in SIZE)
-    if isinstance(model, ModelConfig):  # positions, and a layout that was not the released weights' is refused below
+    if isinstance(model, ModelConfig):  # takes its positions; a layout other than the released one is refused below
         sizes |= {key: getattr(model, key).model_dump() for key in ("rope", "sincos")}
         sizes |= {"positions": model.positions, "rope": sizes["rope"] | {"layout": "tiled"}}
         if predictor == "action_predictor":
@@ -163,7 +163,7 @@ def named_model(name: str) -> ModelConfig:
 
 
 def refuse_other_heads(found: ConsolidatedConfig, text: str, *, where: object) -> None:
-    """Raise UserError unless weights that say their heads have those of ``heads=…``."""
+    """Raises UserError unless weights with known numbers of heads match ``heads=…``."""
     for network, heads in _parse_heads(text).items():
         if network == "predictor" and "action_predictor" in found.networks:
             network = "action_predictor"

@@ -1,4 +1,4 @@
-"""The neutral thing between all formats: tensors under canonical names, read one at a time, and what they are."""
+"""The neutral type between all formats: tensors under canonical names, read one at a time, and their configuration."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,28 +26,28 @@ from vjepa_scale.recipe.sections import Positive, PositiveInt, Section
 FORMAT: Final = "vjepa_scale.consolidated"
 VERSION: Final = 1
 
-# What a caller may ask for: encoder.* is the EMA target encoder; the context encoder that was trained; or both
-# of them, the context encoder as encoder.* and the target encoder as target_encoder.* where there are two.
+# Choices of a caller: encoder.* is the EMA target encoder; the trained context encoder; or both, the context encoder as
+# encoder.* and the target encoder as target_encoder.* where there are two.
 Weights = Literal["target", "context", "both"]
 
-# Of our names and Hugging Face's, behind their network's or alone.
+# Block numbers in our names and Hugging Face's, with or without the network's prefix.
 _BLOCK = re.compile(
     r"^(?:(encoder|target_encoder|predictor|action_predictor)\.)?(?:blocks|predictor_blocks|layer)\.(\d{1,18})\."
 )
 
 
 class ConsolidatedConfig(Section):
-    """What the tensors are. What a foreign source does not say is None, or named in ``assumed``.
+    """Description of the tensors. What a source of others does not contain is None, or listed in ``assumed``.
 
     weights:       encoder.* is the EMA target encoder or the context encoder; both: there are two
-    networks:      which are there; of one that is not, its section of ``model`` means nothing
-    stage, step:   where in our training they come from: completed steps on the global step
-    origin:        where they come from if not from our training: the path of a foreign file or folder
-    mean, std:     per channel, of pixels in 0 … 1; the encoder expects (pixel − mean) / std
+    networks:      networks in the source; sections of ``model`` for other networks are meaningless
+    stage, step:   of our training: completed steps on the global step
+    origin:        path of the file or folder, for weights that are not from our training
+    mean, std:     per channel, for pixels in 0 … 1; the encoder expects (pixel − mean) / std
     frames, size, fps: clip of the last phase: T, (H, W) in pixels, frames per second
-    assumed:       which of these the source does not say: they are those of most released models
-    dtype:         what the tensors were rounded to on request
-    classes:       of a probe that lies beside them
+    assumed:       which of these the source does not contain: the values are those of most released models
+    dtype:         type that the tensors were rounded to on request
+    classes:       of a probe stored with them
     recipe:        the resolved recipe of the run
     """
 
@@ -70,14 +70,14 @@ class ConsolidatedConfig(Section):
     recipe: dict[str, Any] | None = Field(None, repr=False)
 
     def __str__(self) -> str:
-        """Lines of YAML: what is known, of the recipe only that it is there."""
+        """Returns lines of YAML with all known values; of the recipe only its number of sections."""
         content = self.model_dump(mode="json", exclude_none=True, exclude={"recipe"})
         if self.recipe is not None:
             content["recipe"] = f"{len(self.recipe)} sections, in config.recipe"
         return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110).rstrip()
 
     def title(self) -> str:
-        """In words: ``the target encoder of pretrain at step 4``."""
+        """Returns a description: ``the target encoder of pretrain at step 4``."""
         encoder = {None: "the encoder", "both": "both encoders"}.get(self.weights, f"the {self.weights} encoder")
         rounded = f" in {self.dtype}" if self.dtype else ""
         return f"{encoder} of {self.provenance()}{rounded}"
@@ -89,7 +89,7 @@ class ConsolidatedConfig(Section):
 
 
 def parse_config(content: Any, where: object) -> ConsolidatedConfig:
-    """The configuration in a parsed JSON. Raises UserError naming the key under ``where`` that is wrong."""
+    """Returns the configuration in a parsed JSON. Raises UserError naming the wrong key under ``where``."""
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         found = content if isinstance(content, dict) else {}
         raise UserError(
@@ -106,7 +106,7 @@ def parse_config(content: Any, where: object) -> ConsolidatedConfig:
 
 
 def read_config_file(path: Path) -> ConsolidatedConfig:
-    """The configuration in a JSON file of its own, beside a .pt or in a Hugging Face folder."""
+    """Reads the configuration in a separate JSON file, of a .pt or in a Hugging Face folder."""
     try:
         content = parse_json(path.read_bytes())
     except ValueError:
@@ -118,9 +118,9 @@ def read_config_file(path: Path) -> ConsolidatedConfig:
 
 @dataclass(frozen=True)
 class Match:
-    """How stored tensors fit a model: names that match, and those that do not.
+    """Result of matching stored tensors with a model: numbers and names that match or do not.
 
-    ignored: what the format is known to hold beside the weights, left out by name
+    ignored: names that the format is known to contain besides the weights
     """
 
     matched: int
@@ -151,11 +151,11 @@ def match_shapes(
     allow: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
 ) -> Match:
-    """Compare names and shapes.
+    """Compares names and shapes.
 
     allow:   prefixes of names that may be missing, unexpected or of another shape
-    ignored: for the sentence only
-    Raises UserError, with the counts, the first names and the depth where that differs, for anything else.
+    ignored: only for the message
+    Raises UserError for all other differences, with the counts, the first names, and the depth where it differs.
     """
     missing = sorted(expected.keys() - stored.keys())
     unexpected = sorted(stored.keys() - expected.keys())
@@ -183,7 +183,7 @@ def _not_allowed(names: Iterable[str], allow: tuple[str, ...]) -> list[str]:
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """How many blocks the names of each network go up to; names without their network's are of network ""."""
+    """Returns the number of blocks of each network, from the names; names without a network's prefix count for ""."""
     out: dict[str, int] = {}
     for name in names:
         if found := _BLOCK.match(name):
@@ -200,7 +200,7 @@ BUILDERS: Final[dict[str, Callable[[ModelConfig], nn.Module]]] = {
 
 
 def network_shapes(config: ModelConfig, network: str) -> dict[str, torch.Size]:
-    """Canonical names, with their network's, and shapes of all weights, in the order of ``named_parameters``."""
+    """Returns canonical names, with the network's prefix, and shapes of all weights, as in ``named_parameters``."""
     build = BUILDERS.get(network, Encoder)
     with torch.device("meta"):
         module = build(config)
@@ -209,15 +209,15 @@ def network_shapes(config: ModelConfig, network: str) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights somewhere on disk, of any format.
+    """Weights on disk, of any format.
 
     where:    the file or folder, for messages
-    config:   what they are
+    config:   their configuration
     entries:  (canonical name, shape, dtype): encoder.*, predictor.* or action_predictor.* and, if both encoders were
-              asked for and are there, target_encoder.*
-    read:     one tensor by its name; may share memory with a mapped file: do not write to it
-    ignored:  what is stored beside them and left out by name
-    kind:     the format, in words
+              requested and exist, target_encoder.*
+    read:     reads one tensor by its name; it may share memory with a mapped file: do not write to it
+    ignored:  names of other stored tensors, which are left out
+    kind:     name of the format
     """
 
     where: Path
@@ -235,7 +235,7 @@ class WeightSource:
         return {name.partition(".")[0] for name in self._shapes}
 
     def match(self, config: ModelConfig | None = None, *, allow: tuple[str, ...] = ()) -> Match:
-        """Compare all tensors that are there with a model, by default with the one that the source says.
+        """Compares all tensors with a model, by default with that of ``config``.
 
         allow: prefixes of canonical names that may be missing, unexpected or of another shape. Raises UserError.
         """
@@ -248,7 +248,7 @@ class WeightSource:
         )
 
     def only(self, networks: Iterable[str]) -> "WeightSource":
-        """Some of the networks."""
+        """Returns a source with some of the networks."""
         prefixes = tuple(f"{network}." for network in networks)
         return replace(
             self,
@@ -257,7 +257,7 @@ class WeightSource:
         )
 
     def rounded(self, dtype: Literal["float32", "bfloat16"]) -> "WeightSource":
-        """The same tensors in another type."""
+        """Returns a source with the same tensors in another type."""
         to = getattr(torch, dtype)
         return replace(
             self,
@@ -267,25 +267,25 @@ class WeightSource:
         )
 
 
-# -- which learned mask token stands for the unknown, as far as a checkpoint tells -----------------
+# -- the mask token for predictions, from a checkpoint's recipe ------------------------------------
 
 
 def trained_mask_token(config: ConsolidatedConfig) -> int:
-    """The mask token that predictions of large areas were trained with.
+    """Returns the mask token that predictions of large areas were trained with.
 
-    A recipe's mask generator j trains token j (modulo how many there are), unless ``jepa.mask_token`` says that all
-    train the first.
+    A recipe's mask generator j trains token j (modulo their number), unless ``jepa.mask_token`` makes all train the
+    first.
     """
     if config.recipe is None:
-        # Released weights trained the first; transformers, whose folders may come from anywhere, predicts with 1.
+        # Released weights trained the first; transformers, whose folders may have any origin, predicts with 1.
         return 0 if config.origin is not None and Path(config.origin).is_file() else 1
     several = len(config.recipe.get("masks", {}).get("generators", (0, 0))) > 1
     return int(several and config.recipe.get("jepa", {}).get("mask_token") != "first")
 
 
 def future_mask_token(config: ConsolidatedConfig) -> int:
-    """The mask token that predictions of the future were trained with: that of the first mask generator whose context
-    is the past alone. Where there was none, ``trained_mask_token``."""
+    """Returns the mask token that predictions of the future were trained with: that of the first mask generator whose
+    context is only the past. Where there is none, returns ``trained_mask_token``."""
     recipe = config.recipe or {}
     if recipe.get("jepa", {}).get("mask_token") != "first":
         for number, generator in enumerate(recipe.get("masks", {}).get("generators", ())):
