@@ -72,6 +72,8 @@ def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
     shutil.copytree(sets["left"], cut)
     shard = next(cut.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
+    profile = folder / "site.yaml"
+    profile.write_text("gpus_per_node: 1")
     for words in (
         ["none.yaml"],
         [recipe, "optimiser.eps=1"],
@@ -82,10 +84,15 @@ def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
         [recipe, "launch.tasks_per_node=3"],
         [recipe, "--stages", "cooldown"],
         [recipe, "launch.nodes=2"],
-        [recipe, "engine.device=cuda", f"launch.tasks_per_node={torch.cuda.device_count() + 1}"],
+        [recipe, "engine.device=cuda", f"launch.profile={profile}", "--cluster=slurm", "launch.tasks_per_node=2"],
+        [recipe, "launch.profile=example_h100", "--cluster=slurm"],
     ):
         done = tool("launch", *words, "--dry-run", check=False)
         yield done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for gpus in (0, 1):
+            patch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+            yield tool("launch", recipe, "engine.device=cuda", "launch.tasks_per_node=2", "--dry-run").stdout
     with lock.only_launcher_of(folder / "run"):
         done = tool("launch", recipe, "--wait", check=False)
         assert done.returncode == 2

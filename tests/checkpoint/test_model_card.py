@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 from transformers import VJEPA2ForVideoClassification, VJEPA2Model
 
+from tests.chain import tool
 from tests.checkpoint.formats_material import SMALL, run_of
 from tests.processes import LIMIT_S
+from vjepa_scale.checkpoint import consolidate as consolidate_module
 from vjepa_scale.checkpoint.consolidate import consolidate, write_video_classifier
 from vjepa_scale.checkpoint.formats import open_weights
+from vjepa_scale.checkpoint.formats.model_card import ClassifierCard
 from vjepa_scale.checkpoint.load import read_config
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.model.probe import AttentiveProbe
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -58,12 +62,54 @@ def test_the_code_of_the_card_runs(tmp_path: Path) -> None:
     probe = AttentiveProbe(width=48, heads=3, classes=5, eps=1e-6).eval()
     for number, parameter in enumerate(probe.parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    folder = write_video_classifier(tmp_path / "probe", open_weights(tmp_path / "run"), probe, list("abcde"))
+    lines: list[str] = []
+    about = ClassifierCard("blocks_1", 0.875, 40, {"probe": {"steps": 7}})
+    source = open_weights(tmp_path / "run")
+    folder = write_video_classifier(
+        tmp_path / "probe", source, probe, list("abcde"), card=about, check=True, say=lines.append
+    )
+    assert len(lines) == 1
+    assert re.match(r"checked against transformers: features .*, predictions .*, logits differ by ", lines[0])
+    card = (folder / "README.md").read_text()
+    assert "\n# V-JEPA 2 video classifier: 5 classes, on the target encoder of " in card
+    assert "`blocks_1`" in card
+    assert "Accuracy: 87.50% of 40 clips" in card
+    assert "Classes: 0 a, 1 b, 2 c, 3 d, 4 e." in card
+    assert "## Recipe of the probe\n```yaml\nprobe: {steps: 7}\n```" in card
+    encoders = (tmp_path / "hf/README.md").read_text()
+    assert "# V-JEPA 2 video encoder: the target encoder of " in encoders
+    assert "classifier:" not in encoders
+    assert "Recipe of the probe" not in encoders
     logits, said = run_card(folder, clip=tmp_path / "clip.pt", result="logits")
     classifier = VJEPA2ForVideoClassification.from_pretrained(folder).eval()
     expected = classifier(pixel_values_videos=clip[None]).logits
     assert relative_difference(logits, expected) < RELATIVE
     assert said == f"{'abcde'[int(expected.argmax())]}\n"
+
+
+@torch.no_grad()
+def test_a_classifier_with_wrong_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(tmp_path / "run", SMALL)
+    probe = AttentiveProbe(width=48, heads=3, classes=5, eps=1e-6).eval()
+    heads = consolidate_module._their_head
+
+    def swapped(probe: AttentiveProbe) -> dict[str, Tensor]:
+        tensors = heads(probe)
+        return tensors | {"classifier.weight": tensors["classifier.weight"].flip(0)}
+
+    monkeypatch.setattr(consolidate_module, "_their_head", swapped)
+    source = open_weights(tmp_path / "run")
+    with pytest.raises(UserError, match=r"transformers computes something else: .*logits differ by"):
+        write_video_classifier(tmp_path / "probe", source, probe, list("abcde"), check=True)
+    assert not (tmp_path / "probe").exists()
+
+
+def test_a_run_with_a_probe_stage_only_names_the_folder_to_give(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "probe").mkdir(parents=True)
+    (tmp_path / "mine" / "probe" / "evaluation.json").write_text("{}")
+    done = tool("consolidate", tmp_path / "mine", "--to", "huggingface", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert f"give {tmp_path}/mine/probe, and --to huggingface" in done.stderr
 
 
 def test_the_configuration_is_printed_in_short_lines(tmp_path: Path) -> None:

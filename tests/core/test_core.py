@@ -78,6 +78,33 @@ def test_what_cannot_be_printed_is_one_line_and_exit_code_2() -> None:
     assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "body", ["print('made\\n' * 100000)", "argparse.ArgumentParser(epilog='x' * 200000).parse_args(['-h'])"]
+)
+def test_a_closed_standard_output_ends_a_command_without_a_line(body: str, unbuffered: str) -> None:
+    """As in ``launch.py … --dry-run | head -1``: the reader is gone before the command has written all."""
+    program = f"import argparse\nfrom vjepa_scale.core.errors import run_command\nrun_command(lambda: {body})\n"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode == (0 if "-h" in body else 141)
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    program = (
+        "import os\nfrom vjepa_scale.core.errors import run_command\nr, w = os.pipe()\nos.close(r)\n"
+        "run_command(lambda: os.write(w, b'x'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "Broken pipe" in done.stderr
+
+
 def test_an_error_that_the_system_gives_no_path_for_names_the_line_of_code(tmp_path: Path) -> None:
     """The memory of another process: it opens, and reading its start is an I/O error without a path."""
     program = (

@@ -59,7 +59,9 @@ def bash(lines: list[str], *more: str, env: dict[str, str] | None = None) -> sub
 
 MISTAKES = {
     "partitions: gpu": (":partitions: ", "did you mean 'partition'?"),
-    "time: 60": (":time: unknown key", "known here: partition, "),
+    "time: 60": (":time: time is the launcher's", "launch.timeout_min of the recipe"),
+    "cpus_per_task: 8": (":cpus_per_task: cpus-per-task is the launcher's", "launch.cpus_per_task of the recipe"),
+    "walltime: 60": (":walltime: unknown key", "known here: partition, "),
     "partition: [a, b]": (":partition: ", "must be text"),
     "partition: a b": (":partition: ", "holds a space"),
     "account: ''": (":account: ", "is empty"),

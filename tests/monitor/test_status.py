@@ -151,6 +151,7 @@ def test_a_node_failure(run: Run) -> None:
     status = run.look(job("NODE_FAIL", restarts=1))
     assert status.stages[0].state == "stopped"
     assert "NODE_FAIL" in status.stages[0].detail
+    assert "the same command goes on" in render(status)
     assert status.exit_code == 1
     status = run.look(None)
     assert status.stages[0].detail == "ended without an error message after step 6 (Slurm no longer knows its job)"

@@ -134,7 +134,9 @@ def test_profiles_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     shipped = load_profile(str(ROOT / "slurm" / "profiles" / "example_h100.yaml"))
     assert load_profile("example_h100") == load_profile("example_h100.yaml") == shipped
-    with pytest.raises(UserError, match=r"no such profile \(.*did you mean example_h100\? shipped profiles: .*sandbox"):
+    with pytest.raises(
+        UserError, match=r"no such profile \(.*did you mean example_h100\? profiles in .*/slurm/profiles: .*sandbox"
+    ):
         load_profile("example_h10")
     own = tmp_path / "slurm" / "profiles"
     own.mkdir(parents=True)

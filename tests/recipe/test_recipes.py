@@ -280,7 +280,7 @@ def test_extends_says_what_its_path_is_relative_to(tmp_path: Path) -> None:
         (
             "base.yaml",
             f"{top}:extends: no such recipe: {top.parent}/base.yaml (a path relative to the folder of this file, "
-            f"{top.parent}, an absolute one, or a name: shipped recipes: {', '.join(SHIPPED)})",
+            f"{top.parent}, an absolute one, or a name: recipes in {RECIPES}: {', '.join(SHIPPED)})",
         ),
         ("[a.yaml, b.yaml]", f"{top}:extends: must be the path of one file, not ['a.yaml', 'b.yaml']"),
     ):

@@ -1,6 +1,7 @@
 """What a probe stage can start from: every kind of weights gives the same probes, and says where it came from."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,15 @@ def test_the_best_probe_becomes_their_classifier(pretrained: Path, tmp_path: Pat
     assert said.returncode == 2
     assert "the checkpoint that the probe started from is not there, and not at " in said.stderr
     (tmp_path / "away").rename(tmp_path / "pretrain")
-    tool("consolidate", tmp_path / "probe", "--to", "huggingface", "--out", tmp_path / "theirs")
+    said = tool("consolidate", tmp_path / "probe", "--to", "huggingface", "--out", tmp_path / "theirs")
+    assert re.search(r"^checked against transformers: .*, logits differ by \d", said.stdout, re.MULTILINE)
     theirs = VJEPA2ForVideoClassification.from_pretrained(tmp_path / "theirs").eval()
     found = result(recipe)
     assert list(theirs.config.id2label.values()) == found["class_names"]
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    assert f"`{found['best']['probe']}`" in card
+    assert f"Accuracy: {found['best']['accuracy']:.2%} of {found['clips']} clips" in card
+    assert "probe:" in card.partition("## Recipe of the probe")[2]
     tensors = checkpoint_tensors(checkpoint(recipe), tmp_path)
     networks = {
         "encoder": Encoder(recipe.model),

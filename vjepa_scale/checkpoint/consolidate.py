@@ -5,6 +5,7 @@ A Hugging Face export is run and compared with our networks: where outputs diffe
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.dcp import CheckpointReader
 from vjepa_scale.checkpoint.formats import huggingface, native, open_weights, published
 from vjepa_scale.checkpoint.formats.huggingface import Head, mask_token, write_huggingface
-from vjepa_scale.checkpoint.formats.model_card import predicts_as
+from vjepa_scale.checkpoint.formats.model_card import ClassifierCard, predicts_as
 from vjepa_scale.checkpoint.formats.native import find_checkpoint
 from vjepa_scale.checkpoint.formats.source import ConsolidatedConfig, WeightSource, match_shapes, read_config_file
 from vjepa_scale.checkpoint.load import TrainedProbe, load_probe
@@ -119,13 +120,19 @@ def _with_clip(source: WeightSource, frames: int | None, size: int | None) -> We
     return replace(source, config=config.model_copy(update={**given, "model": model, "assumed": assumed}))
 
 
-def _check(folder: Path, source: WeightSource, wanted: bool, say: Callable[[str], None]) -> None:
+def _check(
+    folder: Path,
+    source: WeightSource,
+    wanted: bool,
+    say: Callable[[str], None],
+    probe: AttentiveProbe | None = None,
+) -> None:
     if not wanted:
         say("not checked against transformers: --no-check")
     elif importlib.util.find_spec("transformers") is None:
         say("not checked: transformers is not installed (pip install transformers, then run this again)")
     else:
-        say(check_against_transformers(folder, source))
+        say(check_against_transformers(folder, source, probe))
 
 
 # -- the folder that is written ----------------------------------------------------------------------
@@ -176,26 +183,29 @@ TIME_STEPS = 2
 
 
 @torch.no_grad()
-def check_against_transformers(folder: Path, source: WeightSource) -> str:
+def check_against_transformers(folder: Path, source: WeightSource, probe: AttentiveProbe | None = None) -> str:
     """Compares features and predictions of a random clip, float32 on the CPU; returns a sentence with the differences.
 
     source: the weights that ``folder`` was written from. Mask tokens are used unchanged; both sides get the same
             larger weights of queries and keys where these are small.
+    probe:  of a classifier, whose logits are compared too
     Holds both models in memory. Raises UserError where they differ by more than LIMIT, or transformers cannot load it.
     """
     # Imported here, because only this check needs the package, which may be missing.
-    from transformers import VJEPA2Model
+    from transformers import VJEPA2ForVideoClassification, VJEPA2Model
     from transformers.utils import logging
 
     config = source.config
     logging.disable_progress_bar()
+    kind: Any = VJEPA2Model if probe is None else VJEPA2ForVideoClassification
     try:
-        theirs, info = VJEPA2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load the result: {error}", where=source.where) from None
     if extra := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(f"transformers finds {extra[:3]} missing or unexpected in the result", where=source.where)
     theirs.eval()
+    their_network = theirs if probe is None else theirs.vjepa2
     with torch.device("meta"):
         encoder, predictor = Encoder(config.model), Predictor(config.model)
     for prefix, network in (("encoder.", encoder), ("predictor.", predictor)):
@@ -213,7 +223,7 @@ def check_against_transformers(folder: Path, source: WeightSource) -> str:
     grid = (TIME_STEPS, height // config.model.patch, width // config.model.patch)
     order = torch.randperm(grid[0] * grid[1] * grid[2], generator=generator)[None]
     context, target = order[:, : order.shape[1] // 3], order[:, order.shape[1] // 2 :]
-    output = theirs(clips.transpose(1, 2), context_mask=[context], target_mask=[target])
+    output = their_network(clips.transpose(1, 2), context_mask=[context], target_mask=[target])
     tokens = encoder(clips)
     kept = tokens.gather(1, context[..., None].expand(-1, -1, tokens.shape[-1]))
     predictions = predictor(kept, context, target, grid, mask_token=mask_token(config.model))
@@ -221,6 +231,9 @@ def check_against_transformers(folder: Path, source: WeightSource) -> str:
         "features": _difference(tokens, output.last_hidden_state),
         "predictions": _difference(predictions, output.predictor_output.last_hidden_state),
     }
+    if probe is not None:
+        stored = deepcopy(probe).to(source.entries[0][2]).float()  # the type that its tensors were rounded to
+        differences["logits"] = _difference(stored(tokens), theirs(clips.transpose(1, 2)).logits)
     text = ", ".join(f"{name} differ by {value:.1e}" for name, value in differences.items())
     if not all(value <= LIMIT for value in differences.values()):  # also where it is not a number
         raise UserError(
@@ -253,10 +266,13 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 # -- a trained probe as Hugging Face's VJEPA2ForVideoClassification (docs/method.md 10) ------------
 
 
-def export_classifier(folder: Path, out: Path) -> TrainedProbe:
+def export_classifier(
+    folder: Path, out: Path, *, check: bool = False, say: Callable[[str], None] = lambda line: None
+) -> TrainedProbe:
     """Writes the best probe of a stage's folder, and the model that it was trained on, as VJEPA2ForVideoClassification.
 
     Reads the model, including the predictor that their class also holds, from the weights that the stage started from.
+    check, say: as for ``consolidate``; logits are compared too
     Raises UserError where its encoder differs in any bit from the one saved with the probe, or where their class
     cannot express the probe.
     """
@@ -280,7 +296,11 @@ def export_classifier(folder: Path, out: Path) -> TrainedProbe:
         CheckpointReader(trained.checkpoint).fill(beside, alone=True)
         if not torch.equal(beside[name].to(dtype), source.read(name)):
             raise UserError(f"{name} is not the one that the probe was trained on", where=origin, fix="restore it")
-    write_video_classifier(out, replace(source, config=config), trained.probe, trained.classes)
+    best, counted = trained.result["best"], trained.result.get("clips")
+    card = ClassifierCard(best["probe"], best.get("accuracy"), counted, manifest["recipe"])
+    write_video_classifier(
+        out, replace(source, config=config), trained.probe, trained.classes, card=card, check=check, say=say
+    )
     return trained
 
 
@@ -299,12 +319,23 @@ def _source_of_probe(folder: Path, origin: dict[str, Any]) -> str:
     return str(beside)
 
 
-def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProbe, classes: Sequence[str]) -> Path:
+def write_video_classifier(
+    out: Path,
+    source: WeightSource,
+    probe: AttentiveProbe,
+    classes: Sequence[str],
+    *,
+    card: ClassifierCard | None = None,
+    check: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Writes a folder that ``VJEPA2ForVideoClassification.from_pretrained`` loads; returns it.
 
     out:     a new or empty folder
     source:  the encoder that the probe was trained on, and its predictor, which that model also holds
     classes: names, in the order of the logits
+    card:    what the model card says about the probe
+    check, say: as for ``consolidate``; logits are compared too
 
     Its head is the published attentive classifier with the encoder's number of heads and eps 1e-6. Raises UserError
     where it cannot express the probe, or ``out`` holds something.
@@ -321,9 +352,12 @@ def write_video_classifier(out: Path, source: WeightSource, probe: AttentiveProb
     }
     # One type for the whole model, because from_pretrained loads it in the type of config.json.
     dtype = source.entries[0][2]
-    head = Head({name: value.to(dtype) for name, value in _their_head(probe).items()}, keys)
+    head = Head({name: value.to(dtype) for name, value in _their_head(probe).items()}, keys, card or ClassifierCard())
+    written = replace(source, config=config)
     with replaced_folder(out) as folder:
-        write_huggingface(folder, replace(source, config=config), head=head)
+        write_huggingface(folder, written, head=head)
+        if check:
+            _check(folder, written, True, say, probe)
     return out
 
 

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = (arguments.weights, arguments.dtype, arguments.model, arguments.size, arguments.frames)
         if any(given) or arguments.encoder_only:
             parser.error("of a probe stage, --to and --out only: the stage says the rest")
-        trained = export_classifier(arguments.source, arguments.out)
+        trained = export_classifier(arguments.source, arguments.out, check=not arguments.no_check, say=print)
         print(f"written: {arguments.out}: {trained.result['best']['probe']}, {len(trained.classes)} classes")
         return 0
     done = "written again" if (arguments.out / FORMATS[to][0]).exists() else "written"

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     cluster = plan.chosen_cluster(recipe)
     if arguments.print_sbatch:
-        return _print_scripts(stages, cluster, dry_run=arguments.dry_run)
+        return _print_scripts(stages, cluster, arguments)
     where = plan.site(recipe)
     with plan.errors_name(arguments.recipe):
         description = list(plan.describe(stages, where=where))
@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and stop; exit code 2 where a launch would be refused"
     )
-    parser.add_argument("--print-sbatch", action="store_true", help="with --dry-run: print the batch scripts instead")
+    parser.add_argument(
+        "--print-sbatch",
+        action="store_true",
+        help="with --dry-run: print the batch scripts instead; refusals go to stderr",
+    )
     parser.add_argument("--dump-order", metavar="FIRST:LAST", help="print every clip of these global steps and stop")
     return parser
 
@@ -137,19 +141,23 @@ def _launch(
     return look_after("follow", [str(run)])
 
 
-def _print_scripts(stages: list[Stage], cluster: str, *, dry_run: bool) -> int:
-    if not dry_run:
+def _print_scripts(stages: list[Stage], cluster: str, arguments: argparse.Namespace) -> int:
+    if not arguments.dry_run:
         raise UserError("--print-sbatch only prints", where="command line", fix="give --dry-run too")
     if cluster != "slurm":
         raise UserError(
             "no sbatch command here", where="launch.cluster", fix="--cluster slurm prints them all the same"
         )
+    from vjepa_scale.launch import plan
     from vjepa_scale.launch.record import planned_launch
     from vjepa_scale.launch.slurm import scripts
 
     for name, text in scripts(stages, planned_launch(stages[0].recipe)).items():
         print(f"# -- {name}.sbatch\n{text}")
-    return 0
+    problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
+    for problem in problems:
+        print(f"refused now: {problem}", file=sys.stderr)
+    return EXIT_USER_ERROR if problems else 0
 
 
 def _in_background(first: Stage, again: list[str]) -> int:

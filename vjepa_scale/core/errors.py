@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from vjepa_scale.core import log
 EXIT_USER_ERROR = 2
 # errno values of a write for which there is no space: disk full, quota exceeded, file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# 128 + SIGPIPE, as a shell reports programs that this signal ends. 1 is in use: ``status`` returns it for a failed run.
+EXIT_CLOSED_PIPE = 141
 # sysexits.h EX_TEMPFAIL: a rank saved and stopped after a signal; the same command resumes.
 EXIT_SAVED = 75
 
@@ -53,6 +56,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command line and returns the exit code for its process.
 
     The code is what the command returned (0 for None), 130 after Ctrl-C, or 2 after an error, with one line on stderr.
+    If the reader of standard output has closed it (``| head -1``), the code is 141, without a line.
     The line has the UserError's message, or the path that the operating system refused; if the system gave no path,
     the line of code.
     """
@@ -64,7 +68,14 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except UserError as error:
         _say(f"error: {error}")
         return EXIT_USER_ERROR
+    except SystemExit:  # argparse has printed its help
+        if _output_is_closed():
+            _discard_output()
+        raise
     except OSError as error:  # a full disk, a folder that may not be written, a file server that fails
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _discard_output()
+            return EXIT_CLOSED_PIPE
         _say(f"error: {_place_of(error)}: {reason_of(error)}")
         with suppress(OSError):  # standard output itself may have failed
             _flush_output()
@@ -97,9 +108,25 @@ def _flush_output() -> None:
             sys.stdout.flush()
     except OSError as error:
         error.filename = error.filename or "standard output"
-        with suppress(OSError, ValueError):  # otherwise Python tries again at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (isinstance(error, BrokenPipeError) and _output_is_closed()):
+            _discard_output()
         raise
+
+
+def _discard_output() -> None:
+    """Sends the rest of standard output to /dev/null. Otherwise Python writes it at its exit, and fails again."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_is_closed() -> bool:
+    """Returns whether standard output is a pipe that nobody reads. Other broken pipes are errors."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # no stdout, or one without a file
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _say(line: str) -> None:

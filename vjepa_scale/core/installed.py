@@ -111,11 +111,16 @@ def find_shipped(kind: Kind, name: str) -> Path | None:
 
 
 def suggest_shipped(kind: Kind, name: str) -> str:
-    """Returns the fix of an error about an unknown name: the closest shipped name, and all of them."""
-    names = sorted(path.stem for path in shipped_folder(kind).glob("*.yaml"))
+    """Returns the fix of an error about an unknown name: the closest name, and all of them.
+
+    In a checkout the folder may have the user's own files too, so the names are not called shipped there.
+    """
+    folder = shipped_folder(kind)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
     close = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), names, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}shipped {kind}: {', '.join(names) or f'none in {shipped_folder(kind)}'}"
+    where = f"shipped {kind}" if folder == _inside(kind) else f"{kind} in {folder}"
+    return f"{meant}{where}: {', '.join(names) or f'none in {folder}'}"
 
 
 def _inside(kind: Kind) -> Path:

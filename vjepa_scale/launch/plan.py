@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vjepa_scale.checkpoint.manifest import set_aside
+from vjepa_scale.checkpoint.manifest import newest_name, set_aside
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.installed import command
 from vjepa_scale.data.clips import DUMPED, dump_order, short_videos
@@ -59,6 +59,11 @@ def check(
     """
     if (lacking := machine_lacks(stages, source=source, cluster=cluster)) is not None:
         raise lacking
+    if cluster == "slurm":
+        from vjepa_scale.launch.slurm import check_profile
+
+        with errors_name(source):
+            check_profile(stages)
     return _checked(stages, source, repair)
 
 
@@ -104,10 +109,11 @@ def objections(stages: Sequence[Stage], *, source: object, cluster: str) -> Iter
     except UserError as error:
         yield str(error)
     if cluster == "slurm":
-        from vjepa_scale.launch.slurm import test_submission
+        from vjepa_scale.launch.slurm import check_profile, test_submission
 
         try:
             with errors_name(source):
+                check_profile(stages)
                 said = test_submission(stages[0], planned_launch(stages[0].recipe))
         except UserError as error:
             yield str(error)
@@ -138,11 +144,18 @@ def _fits_this_machine(stage: Stage) -> None:
         return
     import torch  # only to count GPUs
 
-    if stage.launch.tasks_per_node > torch.cuda.device_count():
+    processes, gpus = stage.launch.tasks_per_node, torch.cuda.device_count()
+    if gpus == 0:
         raise UserError(
-            f"{stage.launch.tasks_per_node} processes, but {torch.cuda.device_count()} GPUs here",
+            f"{processes} processes, but PyTorch finds no GPU here",
             where="engine.device",
-            fix="cpu, or fewer launch.tasks_per_node",
+            fix="engine.device=cpu trains on CPU",
+        )
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes, but {gpus} GPUs here",
+            where="launch.tasks_per_node",
+            fix=f"launch.tasks_per_node of at most {gpus}",
         )
 
 
@@ -211,14 +224,14 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
         yield f"data    {name}: {data_set.path}{held}, weight {data_set.weight:g}{own}{problem}"
     for stage in stages:
         config = stage.config
-        origin = (
-            f"continues from {config.continue_from}"
-            if config.continue_from
-            else (f"starts from the weights of {config.init_from}" if config.init_from else "starts fresh")
-        )
         own = f", on {_ranks(stage.launch)} ranks" if stage.launch != recipe.launch else ""
-        yield f"{stage.name}: {config.steps} steps, {origin}{own}"
+        yield f"{stage.name}: {config.steps} steps, {_origin(stage)}{own}"
         yield from (f"  warning: {text}" for text in stage.warnings())
+        if chosen_cluster(recipe) == "slurm":
+            from vjepa_scale.launch.slurm import idle_gpus
+
+            if idle := idle_gpus(stage):
+                yield f"  warning: {idle}"
         for phase in stage.phases_from(planned_first(stage)):
             yield "  " + _phase_line(stage, phase)
             if recipe.engine.device != "cpu":
@@ -230,6 +243,15 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
                     for set_name, s in short.items()
                 )
                 yield f"    repeat their last picture: {counts}: {share:.1%} of the clips"
+
+
+def _origin(stage: Stage) -> str:
+    """Returns in words from which weights a launch would go on: the stage's own checkpoint, or what it starts from."""
+    if (newest := newest_name(stage.checkpoints)) is not None:
+        return "complete" if is_finished(stage) else f"resumes from {newest.name}"
+    if stage.config.continue_from:
+        return f"continues from {stage.config.continue_from}"
+    return f"starts from the weights of {stage.config.init_from}" if stage.config.init_from else "starts fresh"
 
 
 def _ranks(launch: LaunchConfig) -> str:

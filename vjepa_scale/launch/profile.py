@@ -124,7 +124,7 @@ def load_profile(name_or_path: str | None) -> Profile:
     """
     if name_or_path is None:
         return Profile()
-    path = _path_of(name_or_path)
+    path = profile_file(name_or_path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -135,6 +135,10 @@ def load_profile(name_or_path: str | None) -> Profile:
     tree = parse_yaml(text, _Loader, where=path)
     if tree is not None and not isinstance(tree, dict):
         raise UserError("a profile is a mapping of keys", where=path, fix="for example partition: gpu")
+    for key in tree or {}:
+        option = str(key).replace("_", "-")
+        if key not in Profile.model_fields and option in values.LAUNCHERS:
+            raise UserError(f"{option} is the launcher's: {values.LAUNCHERS[option]}", where=f"{path}:{key}")
     try:
         profile = Profile.model_validate({key: value for key, value in (tree or {}).items() if value is not None})
     except ValidationError as error:
@@ -152,7 +156,8 @@ def load_profile(name_or_path: str | None) -> Profile:
 OWN = Path("slurm", "profiles")
 
 
-def _path_of(name_or_path: str) -> Path:
+def profile_file(name_or_path: str) -> Path:
+    """Returns the file of a profile, given as for ``load_profile``. It need not exist."""
     given = Path(name_or_path)
     if given.is_file():
         return given
@@ -160,6 +165,15 @@ def _path_of(name_or_path: str) -> Path:
         return given
     own = OWN / f"{given.stem}.yaml"
     return own if own.is_file() else find_shipped("profiles", name_or_path) or own
+
+
+def placeholders(profile: Profile) -> Iterator[tuple[str, str]]:
+    """Yields key and value of what the example profiles leave to the user: values that begin with ``YOUR_``."""
+    for key, value in profile.model_dump().items():
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+        for name, text in [(key, value), *((f"{key}.{inner}", item) for inner, item in items)]:
+            if isinstance(text, str) and text.startswith("YOUR_"):
+                yield name, text
 
 
 def _check_bash(profile: Profile, path: Path) -> None:
@@ -203,11 +217,13 @@ Made by `python -m vjepa_scale.launch.profile`. A profile says what a site's Slu
    format=account,partition,qos`); remove what the site does not use.
 3. GPUs: `scontrol show node NODE | grep Gres` shows their name. `gpus_per_node` works with most sites; `gres:
    gpu:h100:8` if a type must be named; `gpus_per_node: 0` if whole nodes are allocated and GPUs are not counted.
-   Every process must see all GPUs of its node, so no `gpus-per-task`.
+   The count must be the recipe's `launch.tasks_per_node`, one process per GPU: a launch with fewer GPUs is refused, and
+   its plan says how many GPUs stay idle. Every process must see all GPUs of its node, so no `gpus-per-task`.
 4. `signal_delay_s`: more than the longest step and one checkpoint together. So long before the time limit the job
    saves, and is requeued.
 5. Check it: `python tools/launch.py RECIPE launch.profile=mine --dry-run --print-sbatch` prints each script as it
-   would be submitted. A wrong key is an error that names the file and the key.
+   would be submitted, and on standard error why a launch would be refused (exit code 2). A wrong key, or a value that
+   still begins with `YOUR_`, is an error that names the file and the key.
 6. Test it before a run of weeks: a recipe with few steps, `launch.nodes=2`.
 
 The order in a job: `modules`, `environment`, `setup`, then srun with `container` and `python` in every process.

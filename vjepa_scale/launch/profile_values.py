@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 # Options that the launcher sets, and why. A second value in the batch script would override the launcher's.
-_LAUNCHERS = {
+LAUNCHERS = {
     "job-name": "it is the run folder's name and the stage",
     "nodes": "it is launch.nodes of the recipe",
     "ntasks": "it follows from launch.nodes and launch.tasks_per_node of the recipe",
@@ -78,8 +78,8 @@ def option(name: str) -> str:
     option = name.replace("_", "-")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) < 2:
         raise ValueError(f"{name!r} is not an option's long name without dashes in front, such as licenses")
-    if option in _LAUNCHERS:
-        raise ValueError(f"{option} is the launcher's: {_LAUNCHERS[option]}")
+    if option in LAUNCHERS:
+        raise ValueError(f"{option} is the launcher's: {LAUNCHERS[option]}")
     return option
 
 

@@ -80,6 +80,18 @@ def _gpus_per_node(profile: Profile, needs_gpus: bool, tasks_per_node: int) -> i
     return tasks_per_node if needs_gpus and not asked else None
 
 
+def requested_gpus(profile: Profile) -> tuple[str, int] | None:
+    """Returns the profile's key that requests GPUs, and their number per node; None if the profile does not say."""
+    if profile.gpus_per_node is not None:
+        return ("gpus_per_node", profile.gpus_per_node) if profile.gpus_per_node else None
+    counts = []
+    for part in (profile.gres or "").split(","):
+        name, *rest = re.sub(r"^gres[:/]|\(.*", "", part).split(":")
+        if name == "gpu":
+            counts.append(int(rest[-1]) if rest and rest[-1].isdigit() else 1)  # Slurm's default count is 1
+    return ("gres", sum(counts)) if counts else None
+
+
 def without_gpus(profile: Profile) -> Profile:
     """Returns the profile without any option that requests GPUs, for jobs on the CPU."""
     parts = [part for part in (profile.gres or "").split(",") if part and not _GPU_GRES.match(part)]
@@ -224,8 +236,15 @@ def refuse_short(timeout_min: int, profile: Profile, *, named: str, doing: str, 
         )
 
 
-# The fix if Slurm refuses a job.
+# The fix if Slurm refuses a job, or if no cluster answers.
 SEE_SLURM = "sinfo, sacctmgr show associations and scontrol show partition list what is allowed"
+TRAIN_HERE = "--cluster local trains on this machine"
+_NO_CLUSTER = re.compile(r"contact slurm|connect|slurm\.conf|configuration source|fetch_config|unknown host", re.I)
+
+
+def fix_of(said: str) -> str:
+    """Returns what the user can do about sbatch's error message: it refuses the job, or no cluster answers."""
+    return TRAIN_HERE if _NO_CLUSTER.search(said) else SEE_SLURM
 
 
 def need_sbatch(*, where: str, otherwise: str) -> None:

@@ -13,12 +13,12 @@ from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import keep_reserve, write_atomic
-from vjepa_scale.launch.profile import Profile, load_profile
+from vjepa_scale.launch.profile import Profile, load_profile, placeholders, profile_file
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.sbatch import (
-    SEE_SLURM,
     ScriptExecutor,
     epilogue,
+    fix_of,
     job_executor,
     jobs_of,
     need_sbatch,
@@ -26,6 +26,7 @@ from vjepa_scale.launch.sbatch import (
     python_command,
     refuse_pattern,
     refuse_short,
+    requested_gpus,
     said_by_sbatch,
     srun_arguments,
     undisturbed,
@@ -62,10 +63,11 @@ def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
                 earlier.cancel()
             if not submitted:
                 launch.withdraw()
+            said = said_by_sbatch(str(error))
             raise UserError(
-                f"Slurm refused the job of {stage.name!r}: {said_by_sbatch(str(error))}",
+                f"Slurm refused the job of {stage.name!r}: {said}",
                 where=_key_of_slurm(stage.recipe),
-                fix=SEE_SLURM,
+                fix=fix_of(said),
             ) from None
         submitted.append((job, history))
         waits = f" after {before.job_id}" if before else ""
@@ -131,7 +133,48 @@ def test_submission(stage: Stage, launch: Launch) -> str:
     """Returns why Slurm would refuse the stage's job now (``sbatch --test-only``); empty if it would not."""
     if shutil.which("sbatch") is None:
         return ""
-    return objection(stage_executor(stage, launch, after=None).script())
+    said = objection(stage_executor(stage, launch, after=None).script())
+    return f"{said} ({fix_of(said)})" if said else ""
+
+
+def check_profile(stages: Sequence[Stage]) -> None:
+    """Raises UserError if a stage's job cannot run with its profile: a value to fill in, or fewer GPUs than processes.
+
+    ``load_profile`` has checked the profile by itself.
+    """
+    for stage in stages:
+        if (name := stage.launch.profile) is None:
+            continue
+        profile = load_profile(name)
+        for key, value in placeholders(profile):
+            raise UserError(
+                f"{value} stands for a value of your site",
+                where=f"{profile_file(name)}:{key}",
+                fix="write your site's value, or remove the line",
+            )
+        requested = requested_gpus(profile)
+        if requested is None or stage.recipe.engine.device == "cpu":
+            continue
+        key, gpus = requested
+        if stage.launch.tasks_per_node > gpus:
+            raise UserError(
+                f"{stage.launch.tasks_per_node} processes per node for {stage.name!r}, but {key} of "
+                f"{profile_file(name)} requests {gpus} GPUs per node, and each process needs one",
+                where="launch.tasks_per_node",
+                fix=f"launch.tasks_per_node={gpus}, or a larger count in {profile_file(name)}:{key}",
+            )
+
+
+def idle_gpus(stage: Stage) -> str | None:
+    """Returns a sentence about GPUs that the profile requests and no process of the stage uses; None: there are none"""
+    requested = requested_gpus(load_profile(stage.launch.profile))
+    if requested is None or stage.recipe.engine.device == "cpu" or requested[1] <= stage.launch.tasks_per_node:
+        return None
+    key, gpus = requested
+    return (
+        f"{gpus - stage.launch.tasks_per_node} of {gpus} GPUs stay idle on each node: {key} of the profile requests "
+        f"{gpus}, launch.tasks_per_node starts {stage.launch.tasks_per_node} processes"
+    )
 
 
 def _key_of_slurm(recipe: Recipe) -> str:

@@ -167,6 +167,8 @@ def _cells(stage: StageStatus) -> list[str]:
 
 def _remarks(stage: StageStatus, now: float) -> list[str]:
     out = [stage.detail] if stage.detail else []
+    if stage.state == "stopped" and stage.owner != "unknown":  # an unknown one may still run
+        out.append("the same command goes on")
     if stage.still:
         out.append(f"running, but no step for {duration(stage.idle_s or 0.0)}")
     if stage.attempt > 1 or (stage.endings and stage.state in ALIVE):

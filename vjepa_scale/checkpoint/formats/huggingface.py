@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vjepa_scale.checkpoint.formats import published_model
-from vjepa_scale.checkpoint.formats.model_card import model_card
+from vjepa_scale.checkpoint.formats.model_card import ClassifierCard, model_card
 from vjepa_scale.checkpoint.formats.native import read_safetensors, safetensors_entries
 from vjepa_scale.checkpoint.formats.source import (
     ConsolidatedConfig,
@@ -68,10 +68,14 @@ _INSIDE = "vjepa2."
 
 @dataclass(frozen=True)
 class Head:
-    """The parts of VJEPA2ForVideoClassification besides the network: tensors by their names, keys of its config."""
+    """The parts of VJEPA2ForVideoClassification besides the network: tensors by their names, keys of its config.
+
+    card: what the model card says about it
+    """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
+    card: ClassifierCard
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -337,7 +341,8 @@ def write_huggingface(folder: Path, source: WeightSource, *, head: Head | None =
     write_json(folder / PROCESSOR_FILE, _processor(source.config))
     write_json(folder / SIDECAR_FILE, source.config.model_dump(mode="json"))
     parameters = sum(math.prod(shape) for _, shape, _ in entries)
-    card = model_card(source.config, parameters=parameters, mask_token=mask_token(model), classifier=head is not None)
+    about = None if head is None else head.card
+    card = model_card(source.config, parameters=parameters, mask_token=mask_token(model), classifier=about)
     write_atomic(folder / CARD_FILE, card)
 
 

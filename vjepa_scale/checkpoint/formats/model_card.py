@@ -1,5 +1,6 @@
 """README.md of an exported model: its facts, how to use it, and its recipe."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -16,14 +17,14 @@ tags:
 - v-jepa-2
 ---
 
-# V-JEPA 2 video encoder: {title}
+# {title}
 
 Exported by vjepa_scale. {parameters} parameters, {mask_tokens} mask tokens.
 
 | | width | depth | heads | MLP hidden |
 |---|---|---|---|---|
 {rows}
-
+{classifier}
 Clips: {clip}. One token is {tubelet} frames × {patch}×{patch} pixels. Rotary positions of the `tiled` layout.
 
 ```python
@@ -54,7 +55,7 @@ computed for {crop}×{crop} pixels: give the model no other size.
 
 ## Recipe
 {recipe}
-"""
+{probe_recipe}"""
 
 
 _FEATURES = """\
@@ -66,12 +67,30 @@ _CLASSES = """\
 print(model.config.id2label[int(logits.argmax())])"""
 
 
-def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, classifier: bool = False) -> str:
+@dataclass(frozen=True)
+class ClassifierCard:
+    """What the card of a classifier says about its probe; None: not known.
+
+    name:     of the best probe of its stage
+    accuracy: on the evaluation clips, 0 to 1
+    clips:    the number of those clips
+    recipe:   of the run with the probe stage
+    """
+
+    name: str | None = None
+    accuracy: float | None = None
+    clips: int | None = None
+    recipe: dict[str, Any] | None = None
+
+
+def model_card(
+    config: ConsolidatedConfig, *, parameters: int, mask_token: int, classifier: ClassifierCard | None = None
+) -> str:
     """Returns Markdown with Hugging Face's front matter.
 
     parameters: number of parameters in the files
     mask_token: index of the mask token that their predictor uses
-    classifier: a VJEPA2ForVideoClassification, not a VJEPA2Model
+    classifier: the probe of a VJEPA2ForVideoClassification; None: a VJEPA2Model
     """
     model = config.model
     crop = config.size[0]
@@ -80,17 +99,21 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, 
         for name, part in (("encoder", model.encoder), ("predictor", model.predictor))
     ]
     tokens = config.frames // model.tubelet * (crop // model.patch) ** 2
-    if classifier:
+    if classifier is not None:
         use = _CLASSES.format(classes=len(config.classes))
     else:
         use = _FEATURES.format(tokens=tokens, width=model.encoder.width)
     return _CARD.format(
-        architecture="VJEPA2ForVideoClassification" if classifier else "VJEPA2Model",
+        architecture="VJEPA2ForVideoClassification" if classifier is not None else "VJEPA2Model",
         use=use,
         frames=config.frames,
         mean=list(config.mean),
         std=list(config.std),
-        title=config.title(),
+        title=f"V-JEPA 2 video encoder: {config.title()}"
+        if classifier is None
+        else f"V-JEPA 2 video classifier: {len(config.classes)} classes, on {config.title()}",
+        classifier="" if classifier is None else _classifier(config, classifier),
+        probe_recipe="" if classifier is None else f"\n## Recipe of the probe\n{_yaml(classifier.recipe)}\n",
         parameters=f"{parameters:,}",
         mask_tokens=model.predictor.mask_tokens,
         rows="\n".join(rows),
@@ -103,6 +126,14 @@ def model_card(config: ConsolidatedConfig, *, parameters: int, mask_token: int, 
         generators=predicts_as(config, mask_token),
         recipe=_recipe(config),
     )
+
+
+def _classifier(config: ConsolidatedConfig, card: ClassifierCard) -> str:
+    name = f"the probe `{card.name}`" if card.name else "an attentive probe"
+    clips = f" of {card.clips} clips" if card.clips is not None else ""
+    accuracy = "not known" if card.accuracy is None else f"{card.accuracy:.2%}{clips}, in the evaluation of its stage"
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(config.classes))
+    return f"\nThe head is {name} on the frozen encoder. Accuracy: {accuracy}.\n\nClasses: {classes}.\n"
 
 
 def predicts_as(config: ConsolidatedConfig, mask_token: int) -> str:
@@ -136,4 +167,10 @@ def _generators(recipe: dict[str, Any] | None) -> list[dict[str, Any]] | None:
 def _recipe(config: ConsolidatedConfig) -> str:
     if not config.recipe:
         return f"Not known: converted from {config.provenance()}."
-    return f"```yaml\n{yaml.safe_dump(config.recipe, sort_keys=False, default_flow_style=None, width=110)}```"
+    return _yaml(config.recipe)
+
+
+def _yaml(recipe: dict[str, Any] | None) -> str:
+    if not recipe:
+        return "Not known."
+    return f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=110)}```"

@@ -36,7 +36,7 @@ from vjepa_scale.core.files import parse_json, write_json
 from vjepa_scale.core.installed import as_called
 from vjepa_scale.recipe.load import load_recipe, validate_recipe
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
-from vjepa_scale.recipe.stage import CHECKPOINTS, Stage, stages_of
+from vjepa_scale.recipe.stage import CHECKPOINTS, EVALUATION, Stage, stages_of
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -81,6 +81,13 @@ def find_checkpoint(source: Path, *, check: bool = True, networks: Container[Net
     if wants_action and any((source / name / CHECKPOINTS).is_dir() for name in stages):
         raise UserError(
             "no checkpoint of the action stage in it", where=source, fix="give a run with one, or run that stage"
+        )
+    probes = [name for name, stage in stages.items() if stage.trains_probes and (source / name / EVALUATION).is_file()]
+    if probes:
+        raise UserError(
+            "no checkpoint of an encoder in it, only of a probe stage",
+            where=source,
+            fix=f"give {source / probes[0]}, and --to huggingface to export its classifier",
         )
     raise UserError("no checkpoint in it", where=source, fix="give a run, a stage or a checkpoint folder")
 
