@@ -20,9 +20,11 @@ from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.sbatch import need_sbatch
+from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.run import failures, lock
+from vjepa_scale.run.events import History
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.skipped_clips import SkippedClips
 from vjepa_scale.training.step import NonFiniteLossError, StepGradients, apply_gradients
@@ -97,6 +99,11 @@ def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
         done = tool("launch", recipe, "--wait", check=False)
         assert done.returncode == 2
         yield done.stderr
+    history = History(folder / "run" / "pretrain")
+    history.add("submitted", cluster="local", job_id="1", launch="launches/0001", **this_process())
+    done = tool("launch", recipe, "--wait", check=False)
+    assert done.returncode == 2
+    yield done.stderr
     done = tool("consolidate", folder / "no shards", "--out", folder / "out", check=False)
     assert done.returncode == 2
     yield done.stderr

@@ -194,3 +194,18 @@ def test_on_this_machine_the_attempts_of_the_last_launch_count(tmp_path: Path) -
     history.add("submitted", cluster="local", job_id="100")
     started(history, 0)
     assert end(tmp_path, job_id=None).kind == "again"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict("done", "done"), "the stage is complete"),
+        (Verdict("again", "SIGUSR2 at step 7"), "SIGUSR2 at step 7; another attempt"),
+        (
+            Verdict("stop", "SIGUSR2 at step 7", "it was cancelled"),
+            "SIGUSR2 at step 7; no other attempt: it was cancelled",
+        ),
+    ],
+)
+def test_a_decision_in_the_log(verdict: Verdict, words: str) -> None:
+    assert f"{verdict}" == words

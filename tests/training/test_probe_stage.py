@@ -354,7 +354,7 @@ def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(p
     ("probe", "sentence"),
     [
         ({"labels_per_class": 15, "choose_per_class": 6}, "20 examples, fewer than 21"),
-        ({"choose_per_class": 21}, "20 examples, fewer than 21"),
+        ({"choose_per_class": 21}, "^[^:]+: class '[a-z]+' has 20 examples, fewer than 21"),
         ({"evaluate_on": "others"}, "class 'yellow' is not among the 3 classes"),
         ({"evaluate_on": "train_again"}, "the same shards as data.sets.train_again"),
     ],

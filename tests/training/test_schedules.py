@@ -210,3 +210,30 @@ def test_a_cooldown_from_the_path_of_a_checkpoint_says_its_values(
     with pytest.raises(UserError) as refusal:
         source_of(stage)
     assert str(refusal.value.fix).startswith(refused)
+
+
+FRACTION = "steps of a phase are a fraction of the stage's: give a number"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (["pretrain.phases.0.steps=0.5"], ["pretrain.phases.0.steps=0.5", "pretrain.steps=24"], FRACTION),
+        (["pretrain.phases.0.steps=0.5"], ["pretrain.phases.0.steps=6", "pretrain.steps=24"], None),
+        (["pretrain.phases.0.steps=6"], ["pretrain.phases.0.steps=7", "pretrain.steps=24"], "6 to 7 then"),
+        (["pretrain.phases.0.steps=0.5"], ["pretrain.phases.0.steps=0.25"], "3 to 7 now"),
+    ],
+)
+def test_a_longer_stage_with_a_fractional_phase(
+    then: list[str], now: list[str], said: str | None, tmp_path: Path
+) -> None:
+    """Eight of twelve steps were trained. The hint stands only where the stage's new length has moved the phases."""
+    path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", {"left": tmp_path, "right": tmp_path})
+    done, today = (stages_of(load_recipe(path, overrides))["pretrain"] for overrides in (then, now))
+    found = recipe_changes(done, today, first=0, step=8)
+    if said is None:
+        assert found == []
+        return
+    (one,) = found
+    assert said in one
+    assert (FRACTION in one) == (said == FRACTION)

@@ -130,7 +130,7 @@ def _check(
     if not wanted:
         say("not checked against transformers: --no-check")
     elif importlib.util.find_spec("transformers") is None:
-        say("not checked: transformers is not installed (pip install transformers, then run this again)")
+        say("not checked: transformers is not installed (pip install 'vjepa_scale[huggingface]', then run this again)")
     else:
         say(check_against_transformers(folder, source, probe))
 

@@ -250,17 +250,21 @@ def label_of(manifest: Manifest, record: int, classes: Sequence[str]) -> int:
     return classes.index(manifest.classes[int(manifest.column("label")[record])])
 
 
-def few_labels(labels: npt.NDArray[np.int64], *, per_class: int, seed: int, skip: int = 0) -> npt.NDArray[np.int64]:
+def few_labels(
+    labels: npt.NDArray[np.int64], *, per_class: int, seed: int, skip: int = 0, classes: Sequence[str] | None = None
+) -> npt.NDArray[np.int64]:
     """Draws ``per_class`` examples of every class; returns sorted indices. The draw is keyed: equal for all encoders.
 
-    skip: skips this many examples of each class; the result is disjoint from a draw with ``per_class=skip``
+    skip:    skips this many examples of each class; the result is disjoint from a draw with ``per_class=skip``
+    classes: names of the classes, for the error
     Raises ValueError naming a class that has too few.
     """
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if len(members) < skip + per_class:
-            raise ValueError(f"class {label} has {len(members)} examples, fewer than {skip + per_class}")
+            name = label if classes is None else repr(classes[label])
+            raise ValueError(f"class {name} has {len(members)} examples, fewer than {skip + per_class}")
         chosen.append(members[KeyedRng(seed, "labels", int(label)).shuffled(len(members))[skip : skip + per_class]])
     return np.sort(np.concatenate(chosen))
 

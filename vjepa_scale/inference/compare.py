@@ -68,7 +68,7 @@ def compare(
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
-            "transformers is not installed", where="--compare", fix="pip install 'transformers>=5' (in the extra dev)"
+            "transformers is not installed", where="--compare", fix="pip install 'vjepa_scale[huggingface]'"
         )
     if reference is None and huggingface.is_huggingface(source):
         reference = source

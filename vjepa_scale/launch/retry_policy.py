@@ -36,6 +36,11 @@ class Verdict:
     why: str = ""
     user_error: bool = False
 
+    def __str__(self) -> str:
+        if self.kind == "done":
+            return "the stage is complete"
+        return f"{self.ended}; " + ("another attempt" if self.kind == "again" else f"no other attempt: {self.why}")
+
 
 def end_of_attempt(
     history: History,
@@ -80,7 +85,7 @@ def end_of_attempt(
     tried = _tried(history, job_id)
     verdict = judge(tried, max_restarts=max_restarts)
     _log.debug(
-        "%s: %d attempts so far, at most %d restarts without a checkpoint: %s", job, len(tried), max_restarts, verdict
+        "job %s: attempt %d, at most %d restarts without a checkpoint; %s", job, len(tried), max_restarts, verdict
     )
     if verdict.kind == "again" and any(row["event"] == "cancelled" for row in history.since_submission()):
         return Verdict("stop", verdict.ended, "it was cancelled")

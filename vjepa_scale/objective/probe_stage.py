@@ -147,7 +147,9 @@ class ProbeStage(Stage):
         if per_class is None:
             return np.arange(manifest.records)
         try:
-            return few_labels(labels, per_class=per_class, seed=self.recipe.data.seed, skip=skip)
+            return few_labels(
+                labels, per_class=per_class, seed=self.recipe.data.seed, skip=skip, classes=manifest.classes
+            )
         except ValueError as error:
             name = self.name
             fix = f"fewer {name}.labels_per_class, {name}.label_draws or {name}.choose_per_class, or more videos"

@@ -27,10 +27,21 @@ def recipe_changes(done: Stage, today: Stage, *, first: int, step: int, same_sou
     changed = list(_differences(*decisive))
     then, now = (_trained(stage, stage.phases_from(first), step, scheduled) for stage in (done, today))
     if list(then) != list(now):
-        return [*changed, f"{today.name}.phases: {', '.join(then)} then, {', '.join(now)} now"]
+        return [
+            *changed,
+            f"{today.name}.phases: {', '.join(then)} then, {', '.join(now)} now{_of_fractions(done, today)}",
+        ]
     for steps in then:
         changed += _differences(then[steps], now[steps], f"{today.name} ({steps})")
     return changed
+
+
+def _of_fractions(done: Stage, today: Stage) -> str:
+    """Returns a hint if the phases have moved with the stage's length, because a recipe gives one as a fraction."""
+    fractions = any(isinstance(phase.steps, float) for stage in (done, today) for phase in stage.config.phases)
+    if done.config.steps == today.config.steps or not fractions:
+        return ""
+    return " (steps of a phase are a fraction of the stage's: give a number)"
 
 
 def _scheduled(phases: list[Phase]) -> set[str]:
