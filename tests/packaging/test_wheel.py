@@ -101,7 +101,16 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     commands = "launch shards consolidate features surprise plan demo"
     assert set(scripts["console_scripts"]) == {f"vjepa-{name}" for name in commands.split()}
     extras = set(re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE))
-    assert extras == {"torchcodec", "flash-attn", "flash-attn-4", "deepspeed", "huggingface", "wandb", "tensorboard", "dev"}
+    assert extras == {
+        "torchcodec",
+        "flash-attn",
+        "flash-attn-4",
+        "deepspeed",
+        "huggingface",
+        "wandb",
+        "tensorboard",
+        "dev",
+    }
 
 
 def test_pyproject_lists_every_package() -> None:

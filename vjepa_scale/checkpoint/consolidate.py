@@ -212,7 +212,7 @@ def check_against_transformers(folder: Path, source: WeightSource, probe: Attent
         names = [name for name, _, _ in source.entries if name.startswith(prefix)]
         state = {name.removeprefix(prefix): source.read(name).float() for name in names}
         network.load_state_dict(state, assign=True)
-        layers = getattr(theirs, prefix.removesuffix(".")).layer
+        layers = getattr(their_network, prefix.removesuffix(".")).layer
         attentions = [layer for layer in network.modules() if isinstance(layer, Attention)]
         for ours, layer in zip(attentions, layers, strict=True):
             _make_selective(ours, layer.attention)
