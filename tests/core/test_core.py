@@ -91,7 +91,8 @@ def test_a_closed_standard_output_ends_a_command_without_a_line(body: str, unbuf
     done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, env=environment)
     os.close(writing)
     assert done.stderr == b""
-    assert done.returncode == (0 if "-h" in body else 141)
+    # argparse ignores it, from some patch release of Python 3.11 on.
+    assert done.returncode in ((0, 141) if "-h" in body else (141,))
 
 
 def test_another_broken_pipe_is_an_error() -> None:

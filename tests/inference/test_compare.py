@@ -244,4 +244,4 @@ def test_what_cannot_be_compared_is_a_user_error(
         importlib.util, "find_spec", lambda name, *more: None if name == "transformers" else found(name, *more)
     )
     code, report = run(released)
-    assert (code, "in the extra dev" in report) == (2, True)
+    assert (code, "vjepa_scale[huggingface]" in report) == (2, True)

@@ -182,7 +182,7 @@ def test_counts_are_rounded_down_to_a_multiple(truncate: str) -> None:
                 assert all(kept <= had for kept, had in zip(rows(after), rows(before), strict=True))
                 rests.add(before.shape[1] % 64)
     assert len(rests) > 5  # there was something to round
-    with pytest.raises(ValueError, match="multiple_of: a complement"):
+    with pytest.raises(ValueError, match="multiple_of: the length of a complement"):
         MasksConfig.model_validate({"multiple_of": 8, "generators": [{**SHORT, "full_complement": True}]})
 
 

@@ -76,7 +76,8 @@ def start(ranks: Ranks, cfg: EngineConfig, *, rendezvous: Path) -> None:
         if ranks.is_main:
             file.unlink()
     laps.lap("group")
-    _log.debug("joined %s on %s by %s: %s; %s", ranks, device, dist.get_backend_config(), ranks.source, laps)
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("joined %s on %s by %s: %s; %s", ranks, device, dist.get_backend_config(), ranks.source, laps)
 
 
 def barrier() -> None:
