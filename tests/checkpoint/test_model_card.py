@@ -43,6 +43,7 @@ def run_card(folder: Path, *, clip: Path, result: str) -> tuple[Any, str]:
     return torch.load(folder / "result.pt"), done.stdout
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_code_of_the_card_runs(tmp_path: Path) -> None:
     """On a clip of the model's own size with sides that the crop takes away, so that only colours are computed on."""

@@ -161,6 +161,7 @@ def main():
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_and_their_workers(tmp_path: Path) -> None:
     """The level of the environment reaches them, and each says which one it is."""
     (tmp_path / "spoken.py").write_text(MODULE)

@@ -127,6 +127,7 @@ def _shard_with_fsdp(_: Ranks) -> None:
                 assert parameter.to_local().numel() == wanted, f"{name}: {key}"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_shards_of_real_recipes_make_up_their_networks() -> None:
     run_processes(_shard_with_fsdp, 1)

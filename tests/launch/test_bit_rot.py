@@ -45,6 +45,7 @@ def states(run: Path) -> dict[str, str]:
     return {stage.name: stage.state for stage in read_status(run).stages}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_finished_stage_is_trained_again_from_the_checkpoint_before(run: Path, recipe: Path, finished: Path) -> None:
     """As the user sees it: launched again, with the next stage not yet begun."""

@@ -79,6 +79,7 @@ def _held_by_fsdp(ranks: Ranks, stage: Stage, accumulated: int) -> dict[str, int
     }
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_state_under_fsdp() -> None:
     """Sharded over two ranks; with a rank's own sum of gradients between micro-batches; replicated."""

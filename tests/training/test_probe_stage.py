@@ -38,7 +38,7 @@ from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.training.preflight import is_finished, preflight
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Sets = dict[str, Path]
 
 
@@ -151,7 +151,6 @@ def test_the_encoder_is_bit_identical_before_and_after(probed: Recipe, tmp_path:
     assert not any("exp_avg.encoder" in name for name in checkpoint_tensors(checkpoint(probed), tmp_path))
 
 
-@pytest.mark.slow
 def test_ranks_and_batches_do_not_change_the_result(probed: Recipe, tmp_path: Path) -> None:
     """The same weights, evaluated by two ranks in batches of 4 and by one in batches of 1: 21 clips each."""
     expected = result(probed)
@@ -243,7 +242,6 @@ def test_a_setting_that_diverges_is_lost_alone(runs: dict[str, Recipe], tmp_path
     assert "outputs not finite" in "\n".join(table(result(runs["clipped"])))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_setting_that_diverges_is_lost_alone_under_zero(runs: dict[str, Recipe], stage: int, tmp_path: Path) -> None:
     engine = {**runs["clipped"].engine.model_dump(mode="json"), "kind": "deepspeed", "zero_stage": stage}
@@ -300,7 +298,6 @@ def test_an_undecodable_clip_is_named_and_nothing_is_written(probed: Recipe, set
     assert not is_finished(stages_of(recipe)["probe"])
 
 
-@pytest.mark.slow
 def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: Path) -> None:
     recipe = trained_only(probed, tmp_path / "run")
     run_processes(probe_stage_of_few_features, 1, recipe)
@@ -312,7 +309,6 @@ def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: P
     assert list(table(result(recipe)))[-1].startswith("chance 33.3% (no k-NN")
 
 
-@pytest.mark.slow
 def test_killed_before_the_result_the_next_start_evaluates(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
     recipe = probe_recipe(tmp_path, sets)
     with pytest.raises(AssertionError, match="died without a word"):
@@ -323,7 +319,6 @@ def test_killed_before_the_result_the_next_start_evaluates(probed: Recipe, sets:
     assert result(recipe) == result(probed)
 
 
-@pytest.mark.slow
 def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
     recipe = probe_recipe(tmp_path, sets)
     run_processes(stopped_after_a_step, 2, recipe)
@@ -335,7 +330,6 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not(probed: Recipe, sets:
     assert result(recipe) == result(probed)
 
 
-@pytest.mark.slow
 def test_a_stop_in_the_evaluation_is_obeyed_and_a_longer_stage_evaluated_again(probed: Recipe, tmp_path: Path) -> None:
     recipe = trained_only(probed, tmp_path / "run")
     run_processes(stopped_after_a_step, 2, recipe)
