@@ -339,8 +339,8 @@ def report(out: Path, summary: Summary) -> None:
         print(line)
     if summary.trajectories is not None:  # each has two states or more, and so an action
         for kind, what in (("states", "states, from"), ("actions", "actions, step by step, from")):
-            told = summary.trajectories[kind]
-            spans = zip(NUMBERS, told["min"], told["max"], strict=True)
+            statistics = summary.trajectories[kind]
+            spans = zip(NUMBERS, statistics["min"], statistics["max"], strict=True)
             print(f"{what}: {', '.join(f'{name} {low:.3g} to {high:.3g}' for name, low, high in spans)}")
     print(
         f"rejected: {sum(summary.rejected.values())}" + (f" (see {out / 'rejected.jsonl'})" if summary.rejected else "")

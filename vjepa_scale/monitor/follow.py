@@ -252,8 +252,8 @@ def _what_failed(stage: StageStatus) -> str:
     parts = [f"{stage.name}: {error.who if error else stage.state}"]
     if stage.detail:
         parts.append(stage.detail)
-    told = [("report", error.report), ("log", error.log)] if error else []
-    parts += [f"{word} {path}" for word, path in [*told, ("log", stage.log)] if path][:2]
+    files = [("report", error.report), ("log", error.log)] if error else []
+    parts += [f"{word} {path}" for word, path in [*files, ("log", stage.log)] if path][:2]
     return "; ".join(parts)
 
 

@@ -124,7 +124,7 @@ class StageFiles:
         if self.report is not None:
             return self.report
         failed = [row for row in self._all_rows if row["event"] == "failed"]
-        return self._told(failed[-1], failed[-1]["time"]) if failed else None
+        return self._error_of(failed[-1], failed[-1]["time"]) if failed else None
 
     def _report(self) -> LastError | None:
         if self.last is None:
@@ -137,14 +137,14 @@ class StageFiles:
         else:
             job = self.last.started["job"]
         try:
-            told = worst_failure(self.stage.failures, job)
+            failure = worst_failure(self.stage.failures, job)
         except UserError:  # a report that cannot be read says nothing
             return None
-        if told is None or (self.submitted and _changed(Path(told["report"])) < self.submitted["time"]):
+        if failure is None or (self.submitted and _changed(Path(failure["report"])) < self.submitted["time"]):
             return None
-        return self._told(told, _changed(Path(told["report"])))
+        return self._error_of(failure, _changed(Path(failure["report"])))
 
-    def _told(self, row: dict[str, Any], when: float) -> LastError:
+    def _error_of(self, row: dict[str, Any], when: float) -> LastError:
         """A ``failed`` row or a rank's report."""
         return LastError(
             kind=row["kind"],

@@ -214,16 +214,16 @@ class _Judge:
         return self._stopped()
 
     def _stopped(self) -> Judgement:
-        last, told = self.last, self._slurms_word()
+        last, slurm_reason = self.last, self._slurms_word()
         if last is not None and last.end is not None and not last.later:
-            return "stopped", f"{_ending(last)}; was not started again{told}"
+            return "stopped", f"{_ending(last)}; was not started again{slurm_reason}"
         self.status.without_a_word = True
         if last is None:
-            return "stopped", f"ended without an error message before its first step{told}"
+            return "stopped", f"ended without an error message before its first step{slurm_reason}"
         if last.later:
-            return "stopped", f"{self._last_ending()}; should have been started again, but was not{told}"
+            return "stopped", f"{self._last_ending()}; should have been started again, but was not{slurm_reason}"
         at = "" if self.status.step is None else f" after step {self.status.step}"
-        return "stopped", f"ended without an error message{at}{told}"
+        return "stopped", f"ended without an error message{at}{slurm_reason}"
 
     def _gave_up(self) -> Judgement | None:
         """No other attempt was made: by a rule, or because of a user error."""
@@ -267,8 +267,8 @@ def _ending(attempt: Attempt) -> str:
     end = attempt.end
     if end is None:
         at = "" if attempt.saved is None else f" after saving step {attempt.saved}"
-        told = next((row["reason"] for row in attempt.later if row.get("reason")), None)
-        return str(told) if told else f"ended without an error message{at}"
+        reason = next((row["reason"] for row in attempt.later if row.get("reason")), None)
+        return str(reason) if reason else f"ended without an error message{at}"
     if end["event"] == "interrupted":
         saved = "before the first step" if end["step"] is None else f"saved at step {end['step']}"
         return f"{end['signal']}, {saved}"

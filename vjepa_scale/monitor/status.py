@@ -93,10 +93,10 @@ def _judge_those_to_come(stages: Sequence[StageStatus], last: StageStatus, plann
 def _source(run_folder: Path, launch: str) -> dict[str, Any]:
     """The launch's source.json; empty if there is none."""
     try:
-        told = read_json(run_folder / "launches" / launch / "source.json")
+        source = read_json(run_folder / "launches" / launch / "source.json")
     except UserError:
         return {}
-    return told if isinstance(told, dict) and isinstance(told.get("stages", []), list) else {}
+    return source if isinstance(source, dict) and isinstance(source.get("stages", []), list) else {}
 
 
 WIDTH = 100
@@ -190,8 +190,8 @@ def _paths(stage: StageStatus) -> list[str]:
         return [f"log {Path(stage.log).with_suffix('.err')}"]
     if stage.error is None or stage.state == "done":
         return []
-    told = (("log", stage.error.log), ("report", stage.error.report))
-    return [f"{word} {path}" for word, path in told if path]
+    files = (("log", stage.error.log), ("report", stage.error.report))
+    return [f"{word} {path}" for word, path in files if path]
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

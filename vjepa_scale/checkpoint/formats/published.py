@@ -70,15 +70,15 @@ def open_published(
     states = {name: _named(content[name], path, name) for name in _NETWORKS if name in content}
     _refuse_unknown(content, states, path)
     beside = path.with_name(path.name + ".json")
-    told = read_config_file(beside) if beside.exists() else None
-    taken, encoder_is = _choose(states, told, weights, path)
+    stored = read_config_file(beside) if beside.exists() else None
+    taken, encoder_is = _choose(states, stored, weights, path)
     if networks is not None:
         taken = {ours: name for ours, name in taken.items() if ours.removeprefix("target_") in set(networks)}
         for network in networks:
             if network not in taken:
                 raise UserError(f"it holds no {network}", where=path, fix=_instead(network, states))
 
-    config = published_config(told, {ours: states[theirs] for ours, theirs in taken.items()}, states, model, path)
+    config = published_config(stored, {ours: states[theirs] for ours, theirs in taken.items()}, states, model, path)
     config = config.model_copy(update={"weights": encoder_is, "networks": tuple(n for n in NETWORKS if n in taken)})
     tensors, ignored = {}, []
     for ours, theirs in taken.items():
@@ -168,17 +168,17 @@ def _refuse_unknown(content: dict[str, Any], states: dict[str, dict[str, Tensor]
 
 
 def _choose(
-    states: dict[str, dict[str, Tensor]], told: ConsolidatedConfig | None, weights: Weights | None, path: Path
+    states: dict[str, dict[str, Tensor]], stored: ConsolidatedConfig | None, weights: Weights | None, path: Path
 ) -> tuple[dict[str, str], Weights | None]:
     """Returns our name of each of the file's networks, and which encoder encoder.* is."""
-    single = told is not None and told.weights in ("target", "context")
+    single = stored is not None and stored.weights in ("target", "context")
     action = is_action_predictor(states.get("predictor", {}))
     named: Weights | None
     if single:
-        assert told is not None
-        if weights in ("target", "context") and weights != told.weights:
-            raise UserError(f"it holds the {told.weights} encoder only", where=path, fix=f"ask for {told.weights}")
-        choice, named = {"encoder": "encoder"}, told.weights
+        assert stored is not None
+        if weights in ("target", "context") and weights != stored.weights:
+            raise UserError(f"it holds the {stored.weights} encoder only", where=path, fix=f"ask for {stored.weights}")
+        choice, named = {"encoder": "encoder"}, stored.weights
     elif weights == "both":
         choice = {"encoder": "encoder", "target_encoder": "target_encoder"}
         choice = {ours: theirs for ours, theirs in choice.items() if theirs in states}

@@ -34,7 +34,7 @@ def is_action_predictor(state: dict[str, Tensor]) -> bool:
 
 
 def published_config(
-    told: ConsolidatedConfig | None,
+    stored: ConsolidatedConfig | None,
     taken: dict[str, dict[str, Tensor]],
     states: dict[str, dict[str, Tensor]],
     model: str | ModelConfig | None,
@@ -42,20 +42,20 @@ def published_config(
 ) -> ConsolidatedConfig:
     """Returns the configuration of the networks to read. Raises UserError where it is unknown or ``model`` differs.
 
-    told:   content of FILE.json; None where there is none
+    stored: content of FILE.json; None where there is none
     taken:  our network → its tensors under plain names
     states: everything in the file
     model:  as for open_published
     """
     networks = [network for network in NETWORKS if network in taken]
-    if told is not None:
+    if stored is not None:
         if isinstance(model, ModelConfig):
-            refuse_other_model(told.model, model, where=path, networks=networks)
+            refuse_other_model(stored.model, model, where=path, networks=networks)
         elif isinstance(model, str) and "=" not in model:
-            refuse_other_model(told.model, named_model(model), where=path, by=model, networks=["encoder"])
+            refuse_other_model(stored.model, named_model(model), where=path, by=model, networks=["encoder"])
         elif isinstance(model, str):
-            refuse_other_heads(told, model, where=path)
-        return told
+            refuse_other_heads(stored, model, where=path)
+        return stored
     sizes: dict[str, Any] = _encoder_sizes(taken.get("encoder") or next(iter(states.values())), path)
     sizes |= {network: _predictor_sizes(taken[network], path) for network in networks if network != "encoder"}
     if model is None:
