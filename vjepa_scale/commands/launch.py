@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from vjepa_scale.core.errors import EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.files import read_jsonl
@@ -67,10 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Users plan a cluster run on a laptop, so packages missing on this machine are no error of recipe or data.
         if lacking := plan.machine_lacks(stages, source=arguments.recipe, cluster=cluster):
             print(f"not on this machine: {lacking}")
-        problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
-        for problem in problems:
-            print(f"refused now: {problem}")
-        return EXIT_USER_ERROR if problems else 0
+        return _print_objections(stages, cluster, arguments.recipe, sys.stdout)
     return _launch(recipe, stages, cluster, description, arguments, overrides)
 
 
@@ -148,15 +145,21 @@ def _print_scripts(stages: list[Stage], cluster: str, arguments: argparse.Namesp
         raise UserError(
             "no sbatch command here", where="launch.cluster", fix="--cluster slurm prints them all the same"
         )
-    from vjepa_scale.launch import plan
     from vjepa_scale.launch.record import planned_launch
     from vjepa_scale.launch.slurm import scripts
 
     for name, text in scripts(stages, planned_launch(stages[0].recipe)).items():
         print(f"# -- {name}.sbatch\n{text}")
-    problems = list(plan.objections(stages, source=arguments.recipe, cluster=cluster))
+    return _print_objections(stages, cluster, arguments.recipe, sys.stderr)
+
+
+def _print_objections(stages: list[Stage], cluster: str, source: str, to: TextIO) -> int:
+    """Prints why a launch would be refused now. Returns the exit code of a dry run."""
+    from vjepa_scale.launch import plan
+
+    problems = list(plan.objections(stages, source=source, cluster=cluster))
     for problem in problems:
-        print(f"refused now: {problem}", file=sys.stderr)
+        print(f"refused now: {problem}", file=to)
     return EXIT_USER_ERROR if problems else 0
 
 

@@ -21,7 +21,7 @@ from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.monitor.stage_state import who_runs
 from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
 from vjepa_scale.recipe.networks import NETWORKS
-from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.recipe.phases import Ramp, accumulation
 from vjepa_scale.recipe.schema import LaunchConfig
 from vjepa_scale.run.lock import refuse_if_training
 from vjepa_scale.training.planned_start import planned_first, planned_order
@@ -279,26 +279,25 @@ def _phase_line(stage: Stage, phase: Phase) -> str:
 
 
 def _schedules(phase: Phase) -> str:
-    """Returns ``lr 0.1 → 0.2`` and the other ramps. If a ramp ends after the phase, its whole range too."""
-    last = phase.end - 1
-    ramps = [("lr", phase.lr_ramp, phase.start_lr, phase.last_lr)]
-    if (ramp := phase.weight_decay_ramp) is not None:
-        ramps.append(("weight decay", ramp, ramp.after(phase.first - ramp.first), ramp.after(phase.end - ramp.first)))
-    if (ramp := phase.ema_ramp) is not None:
-        ramps.append(("EMA momentum", ramp, ramp.after(phase.first - ramp.first), ramp.after(last - ramp.first)))
-    said = []
-    for name, ramp, start, end in ramps:
-        way = "" if ramp.shape == "linear" or ramp.start == ramp.final else f" {ramp.shape}"
-        whole = ramp.first == phase.first and ramp.steps == phase.steps
-        rest = (
-            "" if whole or ramp.start == ramp.final else f" (of {ramp.start:g} → {ramp.final:g} in {ramp.steps} steps)"
-        )
-        said.append(
-            f"{name} {start:g}"
-            if name != "lr" and ramp.start == ramp.final
-            else f"{name} {start:g} → {end:g}{way}{rest}"
-        )
-    return ", ".join(said)
+    """Returns ``lr 0.1 → 0.2``, and weight decay and EMA momentum where they have ramps."""
+    # The EMA momentum of a step is its ramp's value before that step, the others' the value after it.
+    ramps = (
+        ("lr", phase.lr_ramp, phase.end),
+        ("weight decay", phase.weight_decay_ramp, phase.end),
+        ("EMA momentum", phase.ema_ramp, phase.end - 1),
+    )
+    return ", ".join(_ramp_in_words(name, ramp, phase, until) for name, ramp, until in ramps if ramp is not None)
+
+
+def _ramp_in_words(name: str, ramp: Ramp, phase: Phase, until: int) -> str:
+    """Returns a ramp's values in a phase up to the step ``until``, and its whole range if that is not the phase's."""
+    start, end = (ramp.after(step - ramp.first) for step in (phase.first, until))
+    if ramp.start == ramp.final:
+        return f"{name} {start:g} → {end:g}" if name == "lr" else f"{name} {start:g}"
+    shape = "" if ramp.shape == "linear" else f" {ramp.shape}"
+    whole = (ramp.first, ramp.steps) == (phase.first, phase.steps)
+    rest = "" if whole else f" (of {ramp.start:g} → {ramp.final:g} in {ramp.steps} steps)"
+    return f"{name} {start:g} → {end:g}{shape}{rest}"
 
 
 def _geometries(stage: Stage, phase: Phase) -> str:

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 
 from vjepa_scale.core import log
 from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, UserError
-from vjepa_scale.core.files import file_lock, read_json, row_of
+from vjepa_scale.core.files import file_lock, row_of
 from vjepa_scale.core.installed import command, module_environment
 from vjepa_scale.core.worker_pool import kill_processes, process_tree
 from vjepa_scale.monitor.sinks import Series, Sink, TensorBoard, Wandb, numbers
-from vjepa_scale.monitor.status import run_recipe
+from vjepa_scale.monitor.status import launch_source, run_recipe
 from vjepa_scale.recipe import Stage, stages_of
 from vjepa_scale.recipe.log_sections import WandbConfig
 from vjepa_scale.run.events import History
@@ -226,11 +226,8 @@ def _send(series: Series, sink: Sink, end: _End) -> None:
 
 def _commit(run_folder: Path) -> str | None:
     """Of the code that was launched last, where git knew it."""
-    for path in sorted(run_folder.glob("launches/*/source.json"), reverse=True)[:1]:
-        with suppress(UserError):
-            found = read_json(path)
-            return found.get("commit") if isinstance(found, dict) else None
-    return None
+    launches = sorted(path.parent.name for path in run_folder.glob("launches/*/source.json"))
+    return launch_source(run_folder, launches[-1]).get("commit") if launches else None
 
 
 def _serve(pipe: BinaryIO) -> int:

@@ -45,7 +45,7 @@ def read_status(run_folder: Path, *, ask: Ask = jobs.slurm_job) -> RunStatus:
         stages.append(judge_stage(files, owner, job, before=before, unanswered=problem is not None))
     submitted = [status for status in stages if status.submitted is not None]
     last = max(submitted, key=lambda status: status.submitted or 0.0, default=None)
-    source = _source(run_folder, last.launch) if last is not None and last.launch is not None else {}
+    source = launch_source(run_folder, last.launch) if last is not None and last.launch is not None else {}
     if last is not None and last.cluster == "local":
         _judge_those_to_come(stages, last, source.get("stages", []))
     return RunStatus(
@@ -90,7 +90,7 @@ def _judge_those_to_come(stages: Sequence[StageStatus], last: StageStatus, plann
             before = stage
 
 
-def _source(run_folder: Path, launch: str) -> dict[str, Any]:
+def launch_source(run_folder: Path, launch: str) -> dict[str, Any]:
     """The launch's source.json; empty if there is none."""
     try:
         source = read_json(run_folder / "launches" / launch / "source.json")
