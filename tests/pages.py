@@ -1,8 +1,45 @@
 """What stands on the pages of docs/, for tests that run it."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 from tests.chain import ROOT
+from tests.processes import LIMIT_S
+
+# A recipe for one GPU, pretrain and cooldown, on a CPU: two steps a stage.
+TOY = (
+    "launch.cluster=local",
+    "engine={device: cpu, precision: float32, compile: false}",
+    "data.workers=1",
+    "model.encoder={width: 48, depth: 2, heads: 2}",
+    "model.predictor={width: 24, depth: 1, heads: 2}",
+    "masks.group=2",
+    "log.every=1",
+    *(
+        f"{stage}.{option}"
+        for stage in ("pretrain", "cooldown")
+        for option in ("clip={frames: 4, size: 64}", "steps=2", "global_batch=4", "micro_batch=2")
+    ),
+    "pretrain.phases=[{name: warmup, steps: 0.5, start_lr: 1e-4, final_lr: 5e-4}, {name: constant}]",
+)
+
+
+def run_line(line: str, *more: str, cwd: Path) -> str:
+    """Runs a page's ``python …`` line, its comment left out, with more words behind it; what it prints."""
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line, comments=True)[1:], *more],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -1,18 +1,14 @@
 """docs/decide.md: its commands and code run in order, on a smaller scale; its costs are those of the plans."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.chain import ROOT, tool
-from tests.pages import blocks, file_on
-from tests.processes import LIMIT_S
+from tests.pages import blocks, file_on, run_line
 
 PAGE = "docs/decide.md"
 TEXT = (ROOT / PAGE).read_text()
@@ -36,18 +32,7 @@ def test_the_first_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, fewer in SMALLER.items():
         assert sum(words in command for command in day) == 1
         small = [command.replace(words, fewer) for command in small]
-    said = []
-    for command in small:
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command)[1:]],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        said.append(done.stdout)
+    said = [run_line(command, cwd=tmp_path) for command in small]
     states = next(text for command, text in zip(small, said, strict=True) if "status" in command)
     assert states.count("done") == 2
     (code,) = blocks(PAGE, "python")

@@ -1,18 +1,15 @@
 """README and docs/launch.md: their recipes, commands and figures."""
 
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.chain import ROOT
-from tests.processes import LIMIT_S
+from tests.pages import TOY, run_line
 from tests.videos import encoded
 from vjepa_scale.commands import launch
 from vjepa_scale.launch.estimate import summary
@@ -22,21 +19,6 @@ from vjepa_scale.shards.make import Settings, make_shards
 README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs/launch.md").read_text()
 RECIPES = re.findall(r"^As `(recipes/\w+\.yaml)`:\n\n```yaml\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
-# One GPU's recipe on a CPU, in two steps a stage.
-TOY = (
-    "launch.cluster=local",
-    "engine={device: cpu, precision: float32, compile: false}",
-    "data.workers=1",
-    "model.encoder={width: 48, depth: 2, heads: 2}",
-    "model.predictor={width: 24, depth: 1, heads: 2}",
-    "masks.group=2",
-    *(
-        f"{stage}.{option}"
-        for stage in ("pretrain", "cooldown")
-        for option in ("clip={frames: 4, size: 64}", "steps=2", "global_batch=4", "micro_batch=2")
-    ),
-    "pretrain.phases=[{name: warmup, steps: 0.5, start_lr: 1e-4, final_lr: 5e-4}, {name: constant}]",
-)
 
 
 def test_the_door_is_short() -> None:
@@ -86,17 +68,7 @@ def test_the_path_from_videos_to_a_model(tmp_path: Path, monkeypatch: pytest.Mon
     lines = path.splitlines()
     assert len(lines) == 6
     for line in lines:
-        _, *words = shlex.split(line, comments=True)
-        small = TOY if words[1].endswith(".yaml") else ()
-        done = subprocess.run(
-            [sys.executable, *words, *small],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        run_line(line, *(TOY if "vitb_1gpu.yaml" in line else ()), cwd=tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -6,18 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT, launch, metrics, tool
+from tests.pages import TOY
 
 NAMES = ["vitb_1gpu", "vitl_1gpu", "vitl_1node", "continue_published_1node"]
-TOY = (
-    "engine={device: cpu, precision: float32, compile: false}",
-    "data.workers=1",
-    "model.encoder={width: 48, depth: 2, heads: 2}",
-    "model.predictor={width: 24, depth: 1, heads: 2}",
-    "masks.group=2",
-    "log.every=1",
-)
-STAGE = ("clip={frames: 4, size: 64}", "steps=2", "global_batch=4", "micro_batch=2")
-WARMUP = "pretrain.phases=[{name: warmup, steps: 0.5, start_lr: 1e-4, final_lr: 5e-4}, {name: constant}]"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,17 +28,13 @@ def test_the_plan_says_memory_and_time(name: str, two_data_sets: dict[str, Path]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[2:])  # tests/launch/test_readme.py trains vitb_1gpu; vitl_1gpu is it in large
 def test_it_trains_and_cools_down_at_toy_size(name: str, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
-    stages = [f"{stage}.{option}" for stage in ("pretrain", "cooldown") for option in STAGE]
     published = ("pretrain.init_from=null",) if "published" in name else ()
     launch(
         ROOT / "recipes" / f"{name}.yaml",
         f"data.sets.mine.path={two_data_sets['left']}",
         f"run.dir={tmp_path / 'run'}",
-        "launch.cluster=local",
         "launch.tasks_per_node=1",
         *TOY,
-        *stages,
-        WARMUP,
         *published,
     )
     for stage, steps in (("pretrain", [0, 1]), ("cooldown", [2, 3])):
