@@ -1,0 +1,174 @@
+"""The columns of metrics.jsonl: name, unit, meaning, and the limits that tell of a collapse. Does not import PyTorch.
+
+docs/watching.md has this table (``python -m vjepa_scale.run.columns`` prints it). Reports and sinks use the names.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column, or a family of columns whose name ends in ``*``.
+
+    unit:   "" for a pure number
+    meaning, normal: Markdown
+    at_interval: measured every ``log.effective_rank_every`` steps; other rows do not have it
+    of_machine:  depends on the machine and its load, so two equal runs differ in it
+    below, above: beyond this limit the value is a sign of a collapse
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    normal: str = ""
+    at_interval: bool = False
+    of_machine: bool = False
+    below: float | None = None
+    above: float | None = None
+
+    def is_beyond(self, value: float) -> bool:
+        """Returns whether a value is beyond the limit. NaN is."""
+        within = (self.below is None or value >= self.below) and (self.above is None or value <= self.above)
+        return not within
+
+
+COLUMNS = (
+    Column("step", "optimiser steps, over all stages", "the step of the row", "rises by 1"),
+    Column("phase", "name", "the phase of the stage"),
+    Column(
+        "loss",
+        "",
+        "mean L1 distance to the target's features (of `action`: the sum of its two parts; of `probe`: cross-entropy "
+        "summed over the probes)",
+        "falls at first. Of `jepa` it may rise again while features improve, since the target changes; a loss near 0 "
+        "is a collapse",
+    ),
+    Column("mask_loss/*", "", "`loss` of one mask generator, by its number in `masks.generators`", "as `loss`"),
+    Column(
+        "data_loss/*",
+        "",
+        "`loss` of the clips of one data set, in steps that have some; with two or more data sets",
+        "sets differ; a set whose loss alone rises has changed or is damaged",
+    ),
+    Column("lr", "", "learning rate", "follows the schedule (`--dry-run`)"),
+    Column("weight_decay", "", "weight decay, where it is scheduled", "follows the schedule"),
+    Column("ema", "", "momentum of the target encoder", "follows the schedule"),
+    Column(
+        "grad_norm",
+        "",
+        "L2 norm of all gradients, before clipping",
+        "finite. A norm that grows by factors over hundreds of steps comes before a divergence: lower `start_lr`, or "
+        "set `optimizer.clip_grad_norm`",
+    ),
+    Column(
+        "update_ratio",
+        "",
+        "L2 norm of a step's change of the weights divided by the weights' norm, on up to 4,096 values of each shard "
+        "of a weight",
+        "1e-5 to 1e-3, and as `lr`",
+        at_interval=True,
+    ),
+    Column(
+        "effective_rank",
+        "dimensions",
+        "directions that the target's features use, 1 to the encoder's width",
+        "far above 1, and not falling for long",
+        at_interval=True,
+        below=2.0,
+    ),
+    Column(
+        "collapse/context_rank", "dimensions", "`effective_rank` of the context encoder's features",
+        "as `effective_rank`", at_interval=True, below=2.0,
+    ),
+    Column(
+        "collapse/target_std", "", "standard deviation over tokens of the target's layer-normalised features, mean "
+        "over dimensions", "0.3 to 1; 0: all tokens are equal", at_interval=True, below=0.1,
+    ),
+    Column(
+        "collapse/context_std", "", "the same of the context encoder's features", "as `collapse/target_std`",
+        at_interval=True, below=0.1,
+    ),
+    Column(
+        "collapse/cosine", "", "cosine between the context encoder's and the target's features of the same tokens, "
+        "each without its mean", "above 0, below 1: the context encoder sees less", at_interval=True,
+    ),
+    Column(
+        "collapse/distance", "", "L2 distance of the target encoder's weights from the encoder's, divided by their "
+        "norm, before the step", "above 0 from the second step on; 0: the target is not an average", at_interval=True,
+    ),
+    Column(
+        "collapse/over_time", "", "share of the variance of a clip's target features that is over time, at fixed "
+        "positions", "0.1 to 0.7 for clips in which something moves", at_interval=True, below=0.01,
+    ),
+    Column(
+        "collapse/to_mean", "", "`loss` divided by that of predicting each clip's mean target token",
+        "falls below 1; at 1 the predictor has learned nothing, or the tokens are equal", at_interval=True,
+    ),
+    Column(
+        "collapse/to_copy", "", "of `action`: `teacher_loss` divided by `copy_loss`",
+        "falls below 1; at 1 the predictor does no better than repeating the last frame",
+    ),
+    Column(
+        "clips_per_s", "clips of all ranks per second", "throughput", "steady in a phase. Lower after a restart: the "
+        "loader starts. If it varies, the loader is the limit: more `data.workers`", of_machine=True,
+    ),
+    Column(
+        "tokens_per_s", "tokens per second", "tokens of whole clips, of all ranks", "as `clips_per_s`", of_machine=True
+    ),
+    Column(
+        "flops_per_s", "FLOP/s", "model FLOPs of all ranks, forward and backward, without recomputation",
+        "steady in a phase", of_machine=True,
+    ),
+    Column(
+        "mfu", "", "`flops_per_s` divided by the peak of all devices", "0.2 to 0.45 on a GPU", of_machine=True
+    ),
+    Column(
+        "waiting", "share of the step", "time that the slowest rank waited for data", "below 0.05. Above: more "
+        "`data.workers`, smaller videos (`--transcode`), or faster storage", of_machine=True,
+    ),
+    Column(
+        "saving", "share of the time since the last row", "time that training waited for a checkpoint", "0 in most "
+        "rows", of_machine=True,
+    ),
+    Column(
+        "memory/*", "GB", "of the rank with the most: `allocated`, `reserved`, `peak` of the device (on a GPU); "
+        "`loader`: resident memory of loader workers, of one rank", "steady in a phase", at_interval=True,
+        of_machine=True,
+    ),
+    Column(
+        "decode/seconds", "s per clip", "time of a loader worker for reading, decoding and cropping one clip",
+        "steady; much above other nodes: slow storage", of_machine=True,
+    ),
+    Column(
+        "decode/cores", "cores per rank", "that time per second: cores that the loader keeps busy",
+        "below the cores that a rank has", of_machine=True,
+    ),
+    Column("substituted", "clips", "clips of this step that were replaced since they do not decode",
+           "0. [loader.md](loader.md)"),
+    Column("substituted/*", "clips", "the same by cause, in rows that have some"),
+    Column("restarts", "", "earlier starts of the stage", "0", of_machine=True),
+    Column(
+        "teacher_loss", "", "of `action`: [action.md](action.md#loss)", "falls below `copy_loss`"
+    ),
+    Column("rollout_loss", "", "of `action`", ""),
+    Column("copy_loss", "", "of `action`: the loss of repeating the last frame", ""),
+    Column("best_loss", "", "of `probe`: [probe.md](probe.md)", ""),
+    Column("accuracy", "", "of `probe`", ""),
+)  # fmt: skip
+
+
+def column_of(name: str) -> Column | None:
+    """Returns the column with this name, or whose family it belongs to."""
+    return next((column for column in COLUMNS if fnmatchcase(name, column.name)), None)
+
+
+def table() -> str:
+    """Returns docs/watching.md's table."""
+    rows = ["| column | unit | meaning | what is normal |", "|---|---|---|---|"]
+    rows += [f"| `{c.name}` | {c.unit} | {c.meaning} | {c.normal} |" for c in COLUMNS]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())
