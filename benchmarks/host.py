@@ -30,7 +30,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.core.errors import run_command
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import Engine, build_engine
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model import positions
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe, stages_of
@@ -141,20 +141,24 @@ def _of_rank(plan: SavePlan, rank: int, ranks: int) -> SavePlan:
 
 
 def effective_rank(recipe: Recipe, repeats: int) -> tuple[float, float]:
-    width = recipe.model.encoder.width
-    features = FeatureCovariance()
-    features.add(torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)))
-    pending: list[Future[float] | None] = []
+    width, grid = recipe.model.encoder.width, (8, 8, 8)
+    features = torch.randn(2 * width // 256, 512, width, generator=torch.Generator().manual_seed(0))
+    pending: list[Future[dict[str, float]] | None] = []
+
+    def measured() -> Future[dict[str, float]] | None:
+        observe = Observation()
+        observe.add_target(features, grid)
+        return observe.measured(features.device)
 
     def begun() -> None:
         if pending:
             pending.pop().result()  # type: ignore[union-attr]
         began = time.perf_counter()
-        pending.append(features.effective_rank())
+        pending.append(measured())
         waited.append(1000 * (time.perf_counter() - began))
 
     waited: list[float] = []
-    whole = median_ms(lambda: features.effective_rank().result(), repeats)  # type: ignore[union-attr]
+    whole = median_ms(lambda: measured().result(), repeats)  # type: ignore[union-attr]
     for _ in range(repeats):
         begun()
     return whole, statistics.median(waited)

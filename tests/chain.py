@@ -234,10 +234,24 @@ def write_four_stages(path: Path, run_dir: Path, sets: dict[str, Path], more: di
     return path
 
 
+# Columns in which two equal runs differ.
+OF_MACHINE = (
+    "clips_per_s",
+    "tokens_per_s",
+    "flops_per_s",
+    "mfu",
+    "waiting",
+    "saving",
+    "decode/",
+    "memory/",
+    "restarts",
+)
+
+
 def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
-    """The rows of a stage, without the one column that tells the time."""
+    """The rows of a stage, without the columns that depend on the machine."""
     rows = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "clips_per_s"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(OF_MACHINE)} for row in rows]
 
 
 def checkpoint_tensors(checkpoint: Path, folder: Path) -> dict[str, Any]:

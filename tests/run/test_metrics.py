@@ -19,24 +19,26 @@ def test_a_row_waits_for_its_value_and_those_behind_it_for_the_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, step=0, last_step=9, console_every=1)
+    seen: list[dict[str, Any]] = []
+    log = MetricsLog(path, step=0, last_step=9, console_every=1, seen=seen.append)
 
     def steps() -> list[int]:
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
-    first: Future[float] = Future()
-    log.write(row(0, first))
+    first: Future[dict[str, float]] = Future()
+    log.write(row(0), first)
     log.write(row(1))
     assert steps() == []
-    first.set_result(20.5)
+    first.set_result({"effective_rank": 20.5})
     log.write(row(2))
     assert steps() == [0, 1, 2]
     assert json.loads(path.read_text().splitlines()[0])["effective_rank"] == 20.5
-    second: Future[float] = Future()
-    log.write(row(3, second))
-    second.set_result(21.5)
+    second: Future[dict[str, float]] = Future()
+    log.write(row(3), second)
+    second.set_result({"effective_rank": 21.5})
     log.flush()  # as before a checkpoint
     assert steps() == [0, 1, 2, 3]
+    assert [(row["step"], row["effective_rank"]) for row in seen] == [(0, 20.5), (3, 21.5)]
     assert "rank   21.5" in capsys.readouterr().err  # of a process that has not set up its logging
 
 

@@ -72,7 +72,8 @@ def test_debug_shows_where_time_goes_and_what_is_read(
         for line in lines:
             by_process.setdefault(line["process"], []).append(line["text"])
         own = by_process[f"pretrain rank {rank}"]
-        times = "".join(f", {name} [0-9.]+ s" for name in ("forward", "backward", "reduce", "optimizer", "ema"))
+        parts = ("forward", "backward", "observe", "reduce", "optimizer", "ema")  # observe: in some steps
+        times = "".join(f"(, {name} [0-9.]+ s){'?' * (name == 'observe')}" for name in parts)
         assert sum(bool(re.fullmatch(rf"step \d: load [0-9.]+ s{times}", text)) for text in own) == 2
         assert any(re.search(r"checkpoint of step 2: \d{4,} bytes of this rank: copy [0-9.]+ s", text) for text in own)
         assert any(re.search(r"step_00000002: \d{4,} bytes of all ranks: begin .*, publish", text) for text in own)

@@ -1,5 +1,6 @@
 """Micro-batches, which the loader builds from shards and the trainer consumes; and the masks of their clips."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,6 +61,7 @@ class MicroBatch:
     records:  index of each clip's record in that data set
     failures: clips that were replaced because they do not decode, known ones included
     extras:   further inputs of a kind of training, tensors [b, …] by name
+    load_s, load_cpu_s: seconds that reading, decoding and cropping took, and CPU seconds of that
     """
 
     clips: Tensor
@@ -70,6 +72,8 @@ class MicroBatch:
     failures: tuple[DecodeFailure, ...] = ()
     records: tuple[int, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    load_s: float = 0.0
+    load_cpu_s: float = 0.0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         masks = tuple(pair.to(device, non_blocking) for pair in self.masks)
@@ -111,6 +115,7 @@ def load_micro_batch(
     Decodes nothing where the stage's steps use no videos: clips then have no frames.
     """
     step, number = index
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
     slots = range(number * phase.micro_batch, (number + 1) * phase.micro_batch)
     data = stage.data
     refs = clip_refs(data, phase, order, manifests, step=step, slots=slots)
@@ -141,4 +146,5 @@ def load_micro_batch(
             random_crop(pictures, phase.size, cfg=cfg, seed=seed, step=step, slot=ref.slot, out=row)
     # Extras belong to the clips that are shown; a replaced clip is another one than was drawn.
     batch = MicroBatch(clips, (), step, slots, names, tuple(failures), tuple(ref.record for ref in shown))
-    return stage.complete(batch, shown, phase, manifests, prepared)
+    batch = stage.complete(batch, shown, phase, manifests, prepared)
+    return replace(batch, load_s=time.perf_counter() - began_s, load_cpu_s=time.process_time() - began_cpu_s)

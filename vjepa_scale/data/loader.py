@@ -96,6 +96,10 @@ class PhaseLoader:
         )
         return self._items
 
+    def worker_pids(self) -> list[int]:
+        """Returns the processes that load now; none where clips are decoded in this process."""
+        return [] if self._items is None else self._items.worker_pids()
+
     def close(self) -> None:
         """End the workers."""
         if self._items is not None:
@@ -173,6 +177,9 @@ class Prefetched(Generic[Index, Item]):
                 self.close()
                 raise item
             yield item
+
+    def worker_pids(self) -> list[int]:
+        return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
 
     def close(self) -> None:
         if self._watch is not None:

@@ -7,7 +7,7 @@ the trainer and checkpoints therefore do not depend on the sharding.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage_sections import OptimizerConfig
 
 T = TypeVar("T")
+
+# Values per shard of a weight that ``weight_sample`` returns.
+SAMPLED_WEIGHTS = 4096
 
 
 class InitialValue(Protocol):
@@ -162,6 +165,37 @@ class Engine(ABC):
     @abstractmethod
     def ema_update(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
         """θ̄ ← m·θ̄ + (1−m)·θ for all parameters of ``target`` (θ̄) and ``source`` (θ), in float32."""
+
+    # -- what is measured at an interval ----------------------------------------------------------------
+
+    @abstractmethod
+    def _local_weights(self, network: nn.Module) -> list[Tensor]:
+        """Returns what this rank holds of a network's parameters, in their order, float32. Not copies."""
+
+    @torch.no_grad()
+    def ema_distance(self, target: nn.Module, source: nn.Module) -> tuple[Tensor, Tensor]:
+        """Returns squared L2 norms over this rank's shards: of the difference of two networks, and of ``source``.
+
+        Every weight is held by equally many ranks, so the quotient of both sums over all ranks is exact.
+        """
+        pairs = list(zip(self._local_weights(target), self._local_weights(source), strict=True))
+        pairs = [pair for pair in pairs if pair[0].numel()]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for averages, weights in pairs:  # one by one: a difference of all of them would take as much memory as they do
+            total += torch.stack([torch.linalg.vector_norm(each) for each in (averages - weights, weights)]).square()
+        return total[0], total[1]
+
+    @torch.no_grad()
+    def weight_sample(self, networks: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
+        """Returns evenly spaced values of this rank's shards [n], and how many values each stands for [n]."""
+        values, counts = [], []
+        for weights in (each for network in networks for each in self._local_weights(network) if each.numel()):
+            stride = -(-weights.numel() // SAMPLED_WEIGHTS)
+            values.append(weights.flatten()[::stride])
+            counts.append(torch.full((len(values[-1]),), weights.numel() / len(values[-1])))
+        if not values:
+            return torch.zeros(0, device=self.device), torch.zeros(0, device=self.device)
+        return torch.cat(values), torch.cat(counts).to(self.device, non_blocking=True)
 
     def mean(self, x: Tensor) -> Tensor:
         """Returns the average of a float tensor over all ranks, equal on all of them, without gradient. Collective."""

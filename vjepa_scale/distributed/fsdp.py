@@ -145,6 +145,9 @@ class FsdpEngine(Engine):
             self.match_ema(target, source)
         self._ema[target].update(momentum)
 
+    def _local_weights(self, network: nn.Module) -> list[Tensor]:
+        return [parameter.to_local() for parameter in sharded_parameters(network).values()]
+
     # -- what a checkpoint holds ----------------------------------------------------------------------
 
     def tensors(self, networks: Mapping[str, nn.Module], *, optimizer: bool) -> dict[str, Tensor]:

@@ -176,6 +176,9 @@ class ZeroEngine(Engine):
         averages = [self._local(parameter) for parameter in target.parameters()]
         torch._foreach_lerp_(averages, [self._local(parameter) for parameter in source.parameters()], 1.0 - momentum)
 
+    def _local_weights(self, network: nn.Module) -> list[Tensor]:
+        return [self._local(parameter) for parameter in network.parameters()]
+
     def _local(self, parameter: Any) -> Tensor:
         """Returns what this rank holds of a parameter, float32: all of it, or with stage 3 its flat piece."""
         if self._stage < 3:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vjepa_scale.core.gpus import GPUS
 from vjepa_scale.core.ranks import count_replicas
 from vjepa_scale.model import flops
 from vjepa_scale.model.memory import (
@@ -24,22 +25,6 @@ from vjepa_scale.model.memory import (
 from vjepa_scale.recipe import Phase, Recipe, Stage, load_recipe, stages_of
 from vjepa_scale.recipe.phases import accumulation
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """memory: bytes; peak: bf16 FLOP/s, dense, float32 accumulation"""
-
-    memory: float
-    peak: float
-
-
-# NVIDIA's data sheets: decimal GB as labelled, bf16 tensor cores without sparsity.
-GPUS = {
-    "A100": Gpu(80e9, 312e12),  # SXM, 80 GB
-    "H100": Gpu(80e9, 989e12),  # SXM
-    "H200": Gpu(141e9, 989e12),  # SXM
-    "RTX4090": Gpu(24e9, 165e12),
-}
 # Assumed fraction of the peak over all computed FLOPs. A model of ViT-g's step on an H100, kernel by kernel,
 # gave 0.24 for the published code and 0.38 for this package, compiled and without recomputation.
 UTILISATION = 0.3

@@ -1,6 +1,7 @@
 """The action-conditioned objective of V-JEPA 2-AC: predicts the features of the next frame (paper, section 3.1)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vjepa_scale.data.poses import actions_between
 from vjepa_scale.data.trajectories import merged, trajectory_statistics
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model.predictor import build_action_predictor
 from vjepa_scale.objective.action_stage import ActionStage
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
@@ -70,7 +71,7 @@ class ActionConditioned(Objective):
     def checkpoint_facts(self) -> dict[str, Any]:
         return {"trajectories": self._statistics}
 
-    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+    def loss(self, batch: MicroBatch, observe: Observation | None = None) -> dict[str, Tensor]:
         """Returns both parts of the loss, and ``copy_loss``: the teacher-forcing loss of predicting no change."""
         device = self._engine.device
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.extras.items()}
@@ -93,12 +94,22 @@ class ActionConditioned(Objective):
             imagined.append(predicted(torch.stack([tokens_BKND[:, 0], *imagined], dim=1))[:, -1])
         teacher = lp_distance(forced_BLND, tokens_BKND[:, 1:], self._exponent)
         rollout = lp_distance(torch.stack(imagined, dim=1), tokens_BKND[:, 1 : 1 + len(imagined)], self._exponent)
+        if observe is not None:
+            with torch.no_grad():
+                distance = partial(lp_distance, exponent=self._exponent)
+                observe.add_losses(
+                    forced_BLND.flatten(1, 2), tokens_BKND[:, 1:].flatten(1, 2), batch.datasets, distance
+                )
         return {
             "loss": teacher + rollout,
             "teacher_loss": teacher.detach(),
             "rollout_loss": rollout.detach(),
             "copy_loss": lp_distance(tokens_BKND[:, :-1], tokens_BKND[:, 1:], self._exponent),
         }
+
+    def figures(self, reported: Mapping[str, float]) -> dict[str, float]:
+        copied = reported["copy_loss"]
+        return {"collapse/to_copy": reported["teacher_loss"] / copied} if copied else {}
 
     @torch.no_grad()
     def _frame_tokens(self, clips: Tensor) -> Tensor:

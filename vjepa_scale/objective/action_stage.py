@@ -128,6 +128,10 @@ class ActionStage(Stage):
             kept=FLOAT32 * model.encoder.width * h * w * (2 * frames + 2 * sum(steps)),
         )
 
+    def clip_tokens(self, phase: Phase, frames: int) -> int:
+        _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
+        return frames * h * w
+
     def tokens_in_words(self, phase: Phase, frames: int) -> str:
         _, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
         return f"{frames} × {h * w}"

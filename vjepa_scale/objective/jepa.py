@@ -1,18 +1,17 @@
 """The V-JEPA 2 objective: predicts the features of masked tokens (method: paper section 2.1)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
 from vjepa_scale.recipe import Stage
-
-# Enough to detect a collapse. All 18,432 tokens of a 64-frame clip would cost more than they add.
-OBSERVED_TOKENS = 256
 
 
 class Jepa(Objective):
@@ -22,8 +21,6 @@ class Jepa(Objective):
 
         | P(E(x, context), context, target) − LayerNorm(Ē(x))[target] |   averaged over tokens and channels
     """
-
-    observes = True
 
     def __init__(self, stage: Stage, engine: Engine) -> None:
         super().__init__(stage, engine)
@@ -58,11 +55,8 @@ class Jepa(Objective):
         """Mask tokens that no generator uses: published models have ten, and two generators."""
         return frozenset(f"predictor.mask_tokens.{token}" for token in self._unused_mask_tokens)
 
-    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
-        """Returns the mean loss over the micro-batch's mask pairs.
-
-        observe: if given, target features of evenly spaced tokens of each clip are added to it
-        """
+    def loss(self, batch: MicroBatch, observe: Observation | None = None) -> dict[str, Tensor]:
+        """Returns the mean loss over the micro-batch's mask pairs, and ``mask_loss/N`` of generator N."""
         clips_BCTHW = self._normalised(batch.clips)
         T, H, W = clips_BCTHW.shape[2:]
         grid = (T // self._tubelet, H // self._patch, W // self._patch)
@@ -71,8 +65,7 @@ class Jepa(Objective):
             features_BND = self.target_encoder(clips_BCTHW).float()
             targets_BND = normalised(features_BND)
             if observe is not None:
-                stride = -(-features_BND.shape[1] // OBSERVED_TOKENS)
-                observe.add(features_BND[:, ::stride].flatten(0, 1))
+                observe.add_target(features_BND, grid)
 
         losses = []
         for generator, masks in enumerate(pair.to(clips_BCTHW.device, non_blocking=True) for pair in batch.masks):
@@ -80,10 +73,25 @@ class Jepa(Objective):
             tokens_BKD = self.encoder(clips_BCTHW, context_BK)
             mask_token = self._mask_token_of[generator]
             predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)
-            wanted_BMD = targets_BND.gather(1, target_BM[..., None].expand(-1, -1, targets_BND.shape[-1]))
+            wanted_BMD = _tokens_of(targets_BND, target_BM)
             losses.append(lp_distance(predicted_BMD.float(), wanted_BMD, self._exponent))
-        return {"loss": torch.stack(losses).mean()}
+            if observe is not None:
+                with torch.no_grad():
+                    if generator == 0:
+                        observe.add_context(tokens_BKD.float(), _tokens_of(features_BND, context_BK))
+                    distance = partial(lp_distance, exponent=self._exponent)
+                    observe.add_losses(predicted_BMD.float(), wanted_BMD, batch.datasets, distance)
+        of_masks = {f"mask_loss/{generator}": loss.detach() for generator, loss in enumerate(losses)}
+        return {"loss": torch.stack(losses).mean(), **of_masks}
+
+    def observe_networks(self, observe: Observation) -> None:
+        observe.add_distance(*self._engine.ema_distance(self.target_encoder, self.encoder))
 
     def after_step(self) -> None:
         """θ̄ ← m·θ̄ + (1−m)·θ over all parameters of the encoder."""
         self._engine.ema_update(self.target_encoder, self.encoder, self.ema_momentum)
+
+
+def _tokens_of(tokens_BND: Tensor, indices_BM: Tensor) -> Tensor:
+    """Returns the tokens with these indices: [B, M, D]."""
+    return tokens_BND.gather(1, indices_BM[..., None].expand(-1, -1, tokens_BND.shape[-1]))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model.encoder import Encoder, PixelNormaliser
 from vjepa_scale.recipe import Phase, Stage
 
@@ -31,11 +31,9 @@ from vjepa_scale.recipe import Phase, Stage
 class Objective(ABC):
     """Owns the networks of a stage, sharded by its engine.
 
-    observes:     whether ``loss`` provides features for the effective rank
     ema_momentum: of a target encoder; None without one
     """
 
-    observes = False
     ema_momentum: float | None = None
 
     def __init__(self, stage: Stage, engine: Engine) -> None:
@@ -64,11 +62,18 @@ class Objective(ABC):
         return frozenset()
 
     @abstractmethod
-    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+    def loss(self, batch: MicroBatch, observe: Observation | None = None) -> dict[str, Tensor]:
         """Returns float32 scalars of one micro-batch: ``loss``, with a graph, and others to report.
 
-        observe: if given, features of the micro-batch are added to it
+        observe: if given, features and losses of the micro-batch may be added to it
         """
+
+    def observe_networks(self, observe: Observation) -> None:  # noqa: B027
+        """Adds figures of the networks, at an interval, after a step's gradients and before its update. Collective."""
+
+    def figures(self, reported: Mapping[str, float]) -> dict[str, float]:
+        """Returns further columns of metrics.jsonl from the means over all ranks of what ``loss`` returned."""
+        return {}
 
     def after_step(self) -> None:  # noqa: B027 (most have nothing to do)
         """Runs after each step of the optimiser."""

@@ -17,7 +17,7 @@ from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.distributed.optim import GroupSetting
 from vjepa_scale.eval.attentive_probe import ProbeEvaluation, keep_tokens, table
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model.encoder import pooled
 from vjepa_scale.model.init import probe_initial_value
 from vjepa_scale.model.probe import probe_of
@@ -77,7 +77,7 @@ class Probes(Objective):
     def settings(self) -> dict[str, GroupSetting]:
         return self._settings
 
-    def loss(self, batch: MicroBatch, observe: FeatureCovariance | None = None) -> dict[str, Tensor]:
+    def loss(self, batch: MicroBatch, observe: Observation | None = None) -> dict[str, Tensor]:
         """Returns the sum over the probes; ``best_loss``, of the best setting; ``accuracy``, the mean over the probes.
 
         Probes with a loss that is not finite are left out, unless all are. With D draws of labels a probe's loss is the

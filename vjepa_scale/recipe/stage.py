@@ -373,10 +373,14 @@ class Stage(ABC):
         """Returns what a clip of a micro-batch computes and keeps in a large step, for the estimate; None: unknown."""
         return None
 
-    def tokens_in_words(self, phase: Phase, frames: int) -> str:
-        """Returns the number of tokens of a clip of so many frames, as text."""
+    def clip_tokens(self, phase: Phase, frames: int) -> int:
+        """Returns the number of tokens of a clip of so many frames."""
         t, h, w = phase.grid(patch=self.recipe.model.patch, tubelet=self.recipe.model.tubelet, frames=frames)
-        return str(t * h * w)
+        return t * h * w
+
+    def tokens_in_words(self, phase: Phase, frames: int) -> str:
+        """Returns that number as text."""
+        return str(self.clip_tokens(phase, frames))
 
     # -- training ----------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
-"""The columns of metrics.jsonl: name, unit, meaning, and the limits that tell of a collapse. Does not import PyTorch.
+"""The columns of metrics.jsonl: name, unit, meaning, what is normal. Does not import PyTorch.
 
 docs/watching.md has this table (``python -m vjepa_scale.run.columns`` prints it). Reports and sinks use the names.
 """
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+
+from vjepa_scale.recipe.guard_sections import LIMITS, Limit
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,6 @@ class Column:
     meaning, normal: Markdown
     at_interval: measured every ``log.effective_rank_every`` steps; other rows do not have it
     of_machine:  depends on the machine and its load, so two equal runs differ in it
-    below, above: beyond this limit the value is a sign of a collapse
     """
 
     name: str
@@ -24,13 +25,11 @@ class Column:
     normal: str = ""
     at_interval: bool = False
     of_machine: bool = False
-    below: float | None = None
-    above: float | None = None
 
-    def is_beyond(self, value: float) -> bool:
-        """Returns whether a value is beyond the limit. NaN is."""
-        within = (self.below is None or value >= self.below) and (self.above is None or value <= self.above)
-        return not within
+    @property
+    def limit(self) -> Limit | None:
+        """The limit that tells of a collapse."""
+        return LIMITS.get(self.name)
 
 
 COLUMNS = (
@@ -49,7 +48,7 @@ COLUMNS = (
         "data_loss/*",
         "",
         "`loss` of the clips of one data set, in steps that have some; with two or more data sets",
-        "sets differ; a set whose loss alone rises has changed or is damaged",
+        "sets differ; a set whose loss alone rises has changed or is damaged", at_interval=True
     ),
     Column("lr", "", "learning rate", "follows the schedule (`--dry-run`)"),
     Column("weight_decay", "", "weight decay, where it is scheduled", "follows the schedule"),
@@ -66,7 +65,7 @@ COLUMNS = (
         "",
         "L2 norm of a step's change of the weights divided by the weights' norm, on up to 4,096 values of each shard "
         "of a weight",
-        "1e-5 to 1e-3, and as `lr`",
+        "proportional to `lr`, and steady where that is. Suddenly ten times as much: a spike",
         at_interval=True,
     ),
     Column(
@@ -75,19 +74,18 @@ COLUMNS = (
         "directions that the target's features use, 1 to the encoder's width",
         "far above 1, and not falling for long",
         at_interval=True,
-        below=2.0,
     ),
     Column(
         "collapse/context_rank", "dimensions", "`effective_rank` of the context encoder's features",
-        "as `effective_rank`", at_interval=True, below=2.0,
+        "as `effective_rank`", at_interval=True,
     ),
     Column(
         "collapse/target_std", "", "standard deviation over tokens of the target's layer-normalised features, mean "
-        "over dimensions", "0.3 to 1; 0: all tokens are equal", at_interval=True, below=0.1,
+        "over dimensions", "0.3 to 1; 0: all tokens are equal", at_interval=True,
     ),
     Column(
         "collapse/context_std", "", "the same of the context encoder's features", "as `collapse/target_std`",
-        at_interval=True, below=0.1,
+        at_interval=True,
     ),
     Column(
         "collapse/cosine", "", "cosine between the context encoder's and the target's features of the same tokens, "
@@ -95,14 +93,15 @@ COLUMNS = (
     ),
     Column(
         "collapse/distance", "", "L2 distance of the target encoder's weights from the encoder's, divided by their "
-        "norm, before the step", "above 0 from the second step on; 0: the target is not an average", at_interval=True,
+        "norm, before the step", "above 0 from the second step on; 0: the target is not an average",
+        at_interval=True,
     ),
     Column(
         "collapse/over_time", "", "share of the variance of a clip's target features that is over time, at fixed "
-        "positions", "0.1 to 0.7 for clips in which something moves", at_interval=True, below=0.01,
+        "positions", "0.1 to 0.7 for clips in which something moves", at_interval=True,
     ),
     Column(
-        "collapse/to_mean", "", "`loss` divided by that of predicting each clip's mean target token",
+        "collapse/to_mean", "", "`loss` divided by that of predicting the mean of a micro-batch's target tokens",
         "falls below 1; at 1 the predictor has learned nothing, or the tokens are equal", at_interval=True,
     ),
     Column(
@@ -133,7 +132,8 @@ COLUMNS = (
     ),
     Column(
         "memory/*", "GB", "of the rank with the most: `allocated`, `reserved`, `peak` of the device (on a GPU); "
-        "`loader`: resident memory of loader workers, of one rank", "steady in a phase", at_interval=True,
+        "`process`, `loader`: resident memory of the rank and of its loader workers", "steady in a phase",
+        at_interval=True,
         of_machine=True,
     ),
     Column(
@@ -165,9 +165,15 @@ def column_of(name: str) -> Column | None:
 
 def table() -> str:
     """Returns docs/watching.md's table."""
-    rows = ["| column | unit | meaning | what is normal |", "|---|---|---|---|"]
-    rows += [f"| `{c.name}` | {c.unit} | {c.meaning} | {c.normal} |" for c in COLUMNS]
-    return "\n".join(rows)
+    rows = ["| column | unit | meaning | what is normal | limit |", "|---|---|---|---|---|"]
+    return "\n".join([*rows, *(f"| {' | '.join(_cells(column))} |" for column in COLUMNS)])
+
+
+def _cells(column: Column) -> tuple[str, ...]:
+    limit = column.limit
+    after = f", after {limit.settles:.0%} of the steps" if limit and limit.settles else ""
+    words = f"{'above' if limit.above else 'below'} {limit.value:g}{after}" if limit else ""
+    return f"`{column.name}`", column.unit, column.meaning, column.normal, words
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,38 +13,52 @@ from vjepa_scale.core.files import append_jsonl, read_jsonl, write_atomic
 
 _log = logging.getLogger(__name__)
 
+Measured = Future[dict[str, float]]
+
 
 class MetricsLog:
     """Writes a row per step, and logs a line every ``console_every`` steps.
 
     Resuming at ``step`` removes the rows from that step on, which will be trained again. ``repeated`` is their number.
+    seen: is called with each row that has measured columns, after it is written
     """
 
-    def __init__(self, path: Path, *, step: int, last_step: int, console_every: int) -> None:
-        self._path, self._last, self._every = path, last_step, console_every
-        self._held: deque[dict[str, Any]] = deque()
+    def __init__(
+        self,
+        path: Path,
+        *,
+        step: int,
+        last_step: int,
+        console_every: int,
+        seen: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self._path, self._last, self._every, self._seen = path, last_step, console_every, seen
+        self._held: deque[tuple[dict[str, Any], Measured | None]] = deque()
         rows = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
         kept = [row for row in rows if row["step"] < step]
         self.repeated = len(rows) - len(kept)
         if path.exists():
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any], measured: Measured | None = None) -> None:
         """Appends one row, and logs it if it is due.
 
-        A value may be a Future: the row, and all later rows, are held until it has a result.
+        measured: further columns; the row, and all later rows, are held until they are there
         """
-        self._held.append(row)
+        self._held.append((row, measured))
         self.flush(wait=False)
 
     def flush(self, *, wait: bool = True) -> None:
-        """Appends the held rows; without ``wait``, up to the first row whose value has no result yet."""
+        """Appends the held rows; without ``wait``, up to the first whose measured columns are not there yet."""
         while self._held:
-            futures = [value for value in self._held[0].values() if isinstance(value, Future)]
-            if not wait and not all(future.done() for future in futures):
+            row, measured = self._held[0]
+            if measured is not None and not wait and not measured.done():
                 return
-            row = self._held.popleft()
-            self._append({key: value.result() if isinstance(value, Future) else value for key, value in row.items()})
+            whole = row if measured is None else row | measured.result()
+            self._held.popleft()
+            self._append(whole)
+            if measured is not None:
+                self._seen(whole)
 
     def _append(self, row: dict[str, Any]) -> None:
         append_jsonl(self._path, row)

@@ -3,15 +3,18 @@
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl, keep_reserve, write_atomic
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
-from vjepa_scale.recipe import Stage, recipe_yaml
+from vjepa_scale.recipe import Phase, Stage, recipe_yaml
 from vjepa_scale.run.events import History
-from vjepa_scale.run.metrics import MetricsLog
+from vjepa_scale.run.metrics import Measured, MetricsLog
+from vjepa_scale.training.collapse_watch import CollapseWatch, Sign
 from vjepa_scale.training.skipped_clips import LEDGER
 from vjepa_scale.training.start import Start
 
@@ -29,8 +32,11 @@ class AttemptLog:
         self._stage, self._ranks = stage, ranks
         self._history = History(stage.folder)
         self._metrics: MetricsLog | None = None  # of rank 0, from ``begin`` on
+        self._watch: CollapseWatch | None = None  # likewise
+        self._restarts = 0
+        self._signs: list[Sign] = []
 
-    def begin(self, start: Start, *, last_step: int, attention: str) -> None:
+    def begin(self, start: Start, phases: Sequence[Phase], *, attention: str) -> None:
         """Opens rank 0's history and metrics files, and writes the ``started`` row. attention: the kernel in use"""
         if not self._ranks.is_main:
             return
@@ -43,9 +49,13 @@ class AttemptLog:
         self._metrics = MetricsLog(
             stage.folder / "metrics.jsonl",
             step=start.step,
-            last_step=last_step,
+            last_step=phases[-1].end,
             console_every=stage.recipe.log.every,
+            seen=self._judge,
         )
+        first = phases[0].first
+        self._watch = CollapseWatch(stage.recipe.guards, first=first, steps=phases[-1].end - first)
+        self._restarts = sum(row["event"] == "started" for row in self._history.rows())
         self.event(
             "started",
             job_id=self._ranks.job_id,
@@ -63,15 +73,43 @@ class AttemptLog:
         if self._ranks.is_main:
             self._history.add(event, job=self._ranks.job, **values)
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl, and logs a line every ``log.every`` steps."""
+    def step(self, row: dict[str, Any], measured: Measured | None = None) -> None:
+        """Appends a row to metrics.jsonl, and logs a line every ``log.every`` steps. measured: columns for later"""
         if self._metrics is not None:
-            self._metrics.write(row)
+            self._metrics.write(row | {"restarts": self._restarts}, measured)
 
     def flush(self) -> None:
         """Waits for the values of held rows, and writes these rows."""
         if self._metrics is not None:
             self._metrics.flush()
+
+    def collapsed(self) -> bool:
+        """Returns whether the figures of earlier steps tell of a collapse that the run must stop at.
+
+        Of all earlier steps, so that a run stops at the same step each time. False on ranks other than 0.
+        """
+        if self._metrics is None or self._stage.recipe.guards.collapse != "stop":
+            return False
+        self._metrics.flush()
+        return bool(self._signs)
+
+    def collapse(self) -> UserError:
+        """Returns the error to stop with. Collective."""
+        signs = process_group.from_rank_0("; ".join(map(str, self._signs)))
+        return UserError(
+            f"{self._stage.name} has collapsed: {signs}",
+            where="guards.collapse: stop",
+            fix="docs/watching.md#collapse says what each figure means; guards.collapse=warn goes on",
+        )
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        assert self._watch is not None
+        if self._stage.recipe.guards.collapse == "off":
+            return
+        for sign in self._watch.judge(row):
+            self._signs.append(sign)
+            self.event("collapse", column=sign.column, value=sign.value, limit=sign.limit, step=row["step"])
+            _log.warning("%s: a sign of collapse: %s (docs/watching.md#collapse)", self._stage.name, sign)
 
     def say(self, text: str) -> None:
         """Logs a line on rank 0."""

@@ -9,7 +9,7 @@ Rows have ``event``:
 Only rank 0 writes.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,7 +43,9 @@ class SkippedClips:
                     fix="restore this file from a copy: the results of the run depend on it",
                 )
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
-        self._failures = {failure.place: failure for failure in (DecodeFailure(**row) for row in read)}
+        self._failures: dict[Place, DecodeFailure] = {}
+        self._by_step: defaultdict[int, list[DecodeFailure]] = defaultdict(list)
+        self._remember(DecodeFailure(**row) for row in read)
 
     def known(self) -> dict[Place, tuple[str, str]]:
         """Returns the clips to replace without decoding: place -> (cause, detail)."""
@@ -53,9 +55,12 @@ class SkippedClips:
         """Returns the failures that are not recorded yet."""
         return [failure for failure in failures if failure.place not in self._failures]
 
-    def substituted(self, step: int) -> int:
-        """Returns the number of clips of a step that were replaced."""
-        return len({place.slot for place in self._failures if place.step == step})
+    def substituted(self, step: int) -> dict[str, int]:
+        """Returns columns of metrics.jsonl: the clips of a step that were replaced, and failures by cause if any."""
+        failures = self._by_step.get(step, [])
+        causes = Counter(failure.cause for failure in failures)
+        of_causes = {f"substituted/{cause}": count for cause, count in causes.items()}
+        return {"substituted": len({failure.slot for failure in failures}), **of_causes}
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Returns the numbers of replaced clips, by data set and cause."""
@@ -79,8 +84,14 @@ class SkippedClips:
         if write:
             for failure in new:
                 append_jsonl(self.path, {"event": "substituted", "stage": self._stage, **asdict(failure)}, durable=True)
-        self._failures |= {failure.place: failure for failure in new}
+        self._remember(new)
         return new
+
+    def _remember(self, failures: Iterable[DecodeFailure]) -> None:
+        for failure in failures:
+            if failure.place not in self._failures:
+                self._by_step[failure.step].append(failure)
+            self._failures[failure.place] = failure
 
 
 def _too_many(newest_first: list[DecodeFailure], allowed: int, global_batch: int, faults: FaultsConfig) -> UserError:

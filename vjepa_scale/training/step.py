@@ -5,7 +5,7 @@ a new decode failure or a stop request. So either all ranks update or none does.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 from vjepa_scale.core.log import Laps
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.objective.objective import Objective
 
 
@@ -31,18 +31,24 @@ class StepGradients:
     loss:     the mean over all micro-batches of all ranks, which have equal size
     norms:    L2, by clip group (distributed/optim.py)
     reported: the objective's other scalars
+    counts:   sums over all ranks of what the caller counted
+    waited_s: of each rank, what the caller measured
     stop:     some rank has received a signal to save and stop
+    collapsed: rank 0 has seen a collapse that the run must end at
     failures: some rank has decode failures that the ledger does not have yet
-    observed: features of this rank, if their effective rank is measured in this step
+    observe:  features of this rank, in a step in which they are measured
     laps:     of this rank: forward, backward, reduce
     """
 
     loss: float
     norms: dict[str, float]
     reported: dict[str, float]
+    counts: dict[str, float]
+    waited_s: list[float]
     stop: bool
+    collapsed: bool
     failures: bool
-    observed: FeatureCovariance | None
+    observe: Observation | None
     laps: Laps = field(default_factory=Laps)
 
 
@@ -51,9 +57,10 @@ class StepResult:
     """The results of one step. Equal on every rank, unless stated.
 
     lr:        the learning rate of the step
-    effective_rank: if it is measured in this step; on rank 0 only
+    measured:  further columns of metrics.jsonl, in a step in which they are measured; on rank 0 only
     grad_norm: of all finite gradients together
     parts:     the objective's other scalars
+    counts, waited_s: as in StepGradients
     lost:      clip groups whose gradient was not finite; it was set to zero
     stop:      some rank has received a signal to save and stop
     laps:      of this rank: forward, backward, reduce, optimizer, ema. On a GPU, "reduce" includes waiting for it
@@ -62,8 +69,10 @@ class StepResult:
     loss: float
     lr: float
     grad_norm: float
-    effective_rank: Future[float] | None
+    measured: Future[dict[str, float]] | None
     parts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    waited_s: list[float] = field(default_factory=list)
     lost: tuple[str, ...] = ()
     stop: bool = False
     laps: Laps = field(default_factory=Laps)
@@ -76,10 +85,10 @@ def training_step(
     *,
     lr: float,
     clip_grad_norm: float | None = None,
-    measure_rank: bool = False,
+    observe: Observation | None = None,
 ) -> StepResult:
     """Runs both halves of a step. Raises NonFiniteLossError as ``apply_gradients``."""
-    gradients = compute_gradients(objective, engine, batch, measure_rank=measure_rank)
+    gradients = compute_gradients(objective, engine, batch, observe=observe)
     return apply_gradients(objective, engine, gradients, lr=lr, clip_grad_norm=clip_grad_norm)
 
 
@@ -88,24 +97,29 @@ def compute_gradients(
     engine: Engine,
     batch: Sequence[MicroBatch],
     *,
-    measure_rank: bool = False,
+    observe: Observation | None = None,
+    counts: Mapping[str, float] | None = None,
+    waited_s: float = 0.0,
     stop_asked: bool = False,
+    collapsed: bool = False,
     failures: int = 0,
 ) -> StepGradients:
     """Masks, target, context, prediction, loss (in ``objective.loss``), gradients; averaged over ranks.
 
-    batch:        this rank's micro-batches, with their masks
-    measure_rank: measure the effective rank of the target features
-    stop_asked:   this rank has received a signal to stop; reduced with the loss, so all ranks stop together
-    failures:     decode failures in this batch that the ledger does not have yet
+    batch:      this rank's micro-batches, with their masks
+    observe:    in a step in which features are measured; on all ranks or none
+    counts:     figures of this rank to add up over the ranks, the same names on each
+    waited_s:   how long this rank waited for the batch
+    stop_asked, collapsed: this rank asks all to stop; reduced with the loss, so all ranks stop together
+    failures:   decode failures in this batch that the ledger does not have yet
     """
-    observed = FeatureCovariance() if measure_rank and objective.observes else None
+    counts = counts or {}
     total = torch.zeros((), device=engine.device)
     sums: dict[str, Tensor] = {}
     laps = Laps()
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
-        found = objective.loss(micro_batch, observed)
+        found = objective.loss(micro_batch, observe)
         for name, part in found.items():
             if name != "loss":
                 sums[name] = sums.get(name, torch.zeros_like(total)) + part.detach() / len(batch)
@@ -116,10 +130,32 @@ def compute_gradients(
         total += engine.backward(partial(loss_of, micro_batch), share=1 / len(batch), last=index == len(batch) - 1)
         laps.lap("backward")
 
-    flags = (total.new_full((), value) for value in (float(stop_asked), float(failures)))
-    (loss, stop, failed, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
+    if observe is not None:
+        objective.observe_networks(observe)
+        laps.lap("observe")
+    # One collective and one wait for the device. It sums, so each rank's own figure has its own place.
+    ranks, own = engine.dp_world_size, [0.0] * engine.dp_world_size
+    own[engine.dp_rank] = waited_s
+    of_host = torch.tensor(
+        [float(stop_asked), float(collapsed), float(failures), *counts.values(), *own], dtype=torch.float64
+    )
+    of_device = torch.stack([total, *sums.values()])
+    values, norms = engine.reduced(torch.cat([of_device, of_host.to(of_device.device, non_blocking=True)]))
     laps.lap("reduce")
-    return StepGradients(loss, norms, dict(zip(sums, parts, strict=True)), stop > 0, failed > 0, observed, laps)
+    (loss, *parts), (stop, collapse, failed, *rest) = values[: len(of_device)], values[len(of_device) :]
+    summed = [value * ranks for value in rest]
+    return StepGradients(
+        loss,
+        norms,
+        reported=dict(zip(sums, parts, strict=True)),
+        counts=dict(zip(counts, summed, strict=False)),
+        waited_s=summed[len(counts) :],
+        stop=stop > 0,
+        collapsed=collapse > 0,
+        failures=failed > 0,
+        observe=observe,
+        laps=laps,
+    )
 
 
 def apply_gradients(
@@ -148,10 +184,27 @@ def apply_gradients(
     if factors := clipped | dict.fromkeys(lost, 0.0):
         engine.scale_gradients(factors)
 
+    observe, trained = gradients.observe, list(objective.trained.values())
+    before = engine.weight_sample(trained) if observe is not None else None
     engine.step(lr)
     gradients.laps.lap("optimizer")
     objective.after_step()
     gradients.laps.lap("ema")
-    rank = gradients.observed.effective_rank() if gradients.observed else None
-    norm = math.hypot(*finite.values())
-    return StepResult(gradients.loss, lr, norm, rank, gradients.reported, lost, gradients.stop, gradients.laps)
+    measured = None
+    if observe is not None and before is not None:
+        after, counts = engine.weight_sample(trained)
+        observe.add_update(before[0], after, counts)
+        measured = observe.measured(engine.device)
+        gradients.laps.lap("observe")
+    return StepResult(
+        gradients.loss,
+        lr,
+        grad_norm=math.hypot(*finite.values()),
+        measured=measured,
+        parts=gradients.reported | objective.figures(gradients.reported),
+        counts=gradients.counts,
+        waited_s=gradients.waited_s,
+        lost=lost,
+        stop=gradients.stop,
+        laps=gradients.laps,
+    )

@@ -17,6 +17,7 @@ from vjepa_scale.data.host_limits import raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.run.failures import Progress
 from vjepa_scale.run.lock import HELD, stage_lock
@@ -24,6 +25,7 @@ from vjepa_scale.training.checkpointer import Checkpointer
 from vjepa_scale.training.setup import Training, set_up
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 from vjepa_scale.training.step import NonFiniteLossError, StepResult, apply_gradients, compute_gradients
+from vjepa_scale.training.throughput import Throughput, memory
 
 _log = logging.getLogger(__name__)
 
@@ -77,13 +79,14 @@ class _Trainer:
         self.stage, self.recipe = training.stage, training.stage.recipe
         self.objective, self.engine, self.log = training.objective, training.engine, training.log
         self.checkpoints = Checkpointer(training)
+        self.throughput = Throughput(training.stage, training.engine)
 
     def train(self) -> None:
         start, end = self.training.start, self.training.end
         if start.step >= end and self.stage.is_complete(end):
             self.log.say(f"{self.stage.name} is complete at step {end}")
             return
-        self.log.begin(start, last_step=end, attention=self.engine.attention)
+        self.log.begin(start, self.training.phases, attention=self.engine.attention)
         for phase in self.training.phases:
             if phase.end > start.step:
                 self._train_phase(phase)
@@ -95,36 +98,52 @@ class _Trainer:
         first = max(phase.first, self.training.start.step)
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
-        clock = time.perf_counter()
+        clock, saved_s = time.perf_counter(), 0.0
         with self._loader(phase, first) as loader:
             for step, batch in zip(range(first, phase.end), loader, strict=True):
                 self.progress.step = step
-                loaded = time.perf_counter()
+                waited_s = time.perf_counter() - clock
+                observe = self._observation(step, loader)
                 with self._ending_recorded(step):
-                    result = self._step(phase, step, batch)
+                    result = self._step(phase, step, batch, observe, waited_s)
                 now = time.perf_counter()
-                _log.debug("step %d: load %.4f s, %s", step, loaded - clock, result.laps)
-                self._record(phase, step, result, seconds=now - clock)
+                _log.debug("step %d: load %.4f s, %s", step, waited_s, result.laps)
+                self._record(phase, step, result, seconds=now - clock, saved_s=saved_s)
                 clock = now
                 self.checkpoints.collect()
                 if result.stop or self.checkpoints.due(phase, step + 1):
                     self.checkpoints.save(phase, step + 1)
-                    clock = time.perf_counter()
+                clock, saved_s = time.perf_counter(), time.perf_counter() - now
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
 
-    def _step(self, phase: Phase, step: int, batch: StepBatch) -> StepResult:
+    def _observation(self, step: int, loader: PhaseLoader) -> Observation | None:
+        """Returns what collects a step's figures, in a step in which they are measured."""
+        if step % self.recipe.log.effective_rank_every and step + 1 != self.training.end:
+            return None
+        observe = Observation(self.stage.data_sets)
+        for name, value in memory(self.engine.device, loader.worker_pids()).items():
+            observe.add_of_rank(name, value)
+        return observe
+
+    def _step(
+        self, phase: Phase, step: int, batch: StepBatch, observe: Observation | None, waited_s: float
+    ) -> StepResult:
         """Masks, target, context, prediction, loss; reduce; then, on all ranks or none, clip, step, EMA."""
-        last = step + 1 == self.training.end
         failures = self.training.skipped.new(failure for part in batch for failure in part.failures)
         gradients = compute_gradients(
             self.objective,
             self.engine,
             batch,
-            measure_rank=step % self.recipe.log.effective_rank_every == 0 or last,
+            observe=observe,
+            counts=self.throughput.counts(phase, batch),
+            waited_s=waited_s,
             stop_asked=self.interrupt.signal is not None,
+            collapsed=observe is not None and self.log.collapsed(),
             failures=len(failures),
         )
+        if gradients.collapsed:
+            raise self.log.collapse()
         if gradients.failures:
             self._enter(phase, step, failures)
         if (weight_decay := phase.weight_decay(step)) is not None:
@@ -170,7 +189,7 @@ class _Trainer:
         counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.training.skipped.counts().items())
         self.log.say(f"{self.stage.name}: clips replaced so far: {counts}")
 
-    def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float) -> None:
+    def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float, saved_s: float) -> None:
         if result.lost:
             self.log.say(f"step {step}: {', '.join(result.lost)}: gradient not finite, set to 0")
         weight_decay = phase.weight_decay(step)
@@ -186,9 +205,11 @@ class _Trainer:
                 **result.parts,
                 "grad_norm": result.grad_norm,
                 "clips_per_s": phase.global_batch / seconds,
-                "effective_rank": result.effective_rank,
-                "substituted": self.training.skipped.substituted(step),
-            }
+                **self.throughput.columns(result, seconds=seconds, saved_s=saved_s),
+                "effective_rank": None,
+                **self.training.skipped.substituted(step),
+            },
+            result.measured,
         )
 
     def _evaluate(self) -> None:
