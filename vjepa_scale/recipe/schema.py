@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from vjepa_scale.recipe.log_sections import LogConfig
+from vjepa_scale.recipe.log_sections import LogConfig, ProfileConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.sections import (
@@ -382,6 +382,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     pretrain: StageConfig | None = None
     cooldown: StageConfig | None = None
     action: ActionStageConfig | None = None

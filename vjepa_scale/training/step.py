@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.log import Laps
+from vjepa_scale.core.log import Laps, region
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.eval.effective_rank import FeatureCovariance
@@ -105,7 +105,8 @@ def compute_gradients(
     laps = Laps()
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
-        found = objective.loss(micro_batch, observed)
+        with region("forward"):
+            found = objective.loss(micro_batch, observed)
         for name, part in found.items():
             if name != "loss":
                 sums[name] = sums.get(name, torch.zeros_like(total)) + part.detach() / len(batch)
@@ -117,7 +118,8 @@ def compute_gradients(
         laps.lap("backward")
 
     flags = (total.new_full((), value) for value in (float(stop_asked), float(failures)))
-    (loss, stop, failed, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
+    with region("reduce"):
+        (loss, stop, failed, *parts), norms = engine.reduced(torch.stack([total, *flags, *sums.values()]))
     laps.lap("reduce")
     return StepGradients(loss, norms, dict(zip(sums, parts, strict=True)), stop > 0, failed > 0, observed, laps)
 
@@ -148,9 +150,11 @@ def apply_gradients(
     if factors := clipped | dict.fromkeys(lost, 0.0):
         engine.scale_gradients(factors)
 
-    engine.step(lr)
+    with region("optimizer"):
+        engine.step(lr)
     gradients.laps.lap("optimizer")
-    objective.after_step()
+    with region("ema"):
+        objective.after_step()
     gradients.laps.lap("ema")
     rank = gradients.observed.effective_rank() if gradients.observed else None
     norm = math.hypot(*finite.values())
