@@ -24,7 +24,7 @@ MOST_FILES = 10
 # Steps of a phase before the median means something; the first one, which starts workers and compiles, is not counted.
 FEWEST_STEPS = 3
 _MEDIAN_OF = 50
-_TICK_S = 0.5
+_TICK_S, _PATIENCE_S = 0.5, 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +64,10 @@ class SlowSteps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Does not wait for the thread, which may be writing to a file server that hangs.
         self._armed = None
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE_S)  # not for ever: it may be writing to a file server that hangs
 
     def begin(self, first: int) -> None:
         """Forgets the steps so far: a phase, or its rest, begins with this step."""
