@@ -142,6 +142,23 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, caplog: pytest.L
     assert "the profile is not written" in caplog.text
 
 
+def test_a_trace_without_valid_json_is_there_without_a_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = profile.export_chrome_trace
+
+    def damaged(self: profile, path: str) -> None:
+        usual(self, path)
+        Path(path).write_text(Path(path).read_text().rstrip().removesuffix("}"))
+
+    monkeypatch.setattr(profile, "export_chrome_trace", damaged)
+    profiler = StepProfiler(ProfileConfig(steps=(3, 4)), folder=tmp_path, rank=0, device=CPU)
+    profiler.before(3)
+    profiler.after(3)
+    assert "has no table: its trace is not valid JSON" in caplog.text
+    assert [path.name for path in (tmp_path / "profile" / "steps_3_4").iterdir()] == ["rank_0.trace.json.gz"]
+
+
 # -- the table -----------------------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,9 @@ class StepProfiler:
         except OSError as error:  # training itself does not need them
             _log.warning("the profile is not written: %s: %s", error.filename or folder, reason_of(error))
             return
+        except ValueError as error:  # not all names that PyTorch writes into a trace are valid JSON
+            _log.warning("%s has no table: its trace is not valid JSON: %s", folder, error)
+            return
         _log.info("profiled: %s, written in %.1f s", folder, time.perf_counter() - began)
 
     def _close(self) -> None:
@@ -96,11 +99,11 @@ class StepProfiler:
         finally:
             plain.unlink(missing_ok=True)
         write_atomic(trace, gzip.compress(text, compresslevel=1))
+        if self._memory:
+            memory_snapshot(folder / f"{name}.memory.pickle")
         table = table_of(parse_json(text))
         write_json(folder / f"{name}.table.json", table)
         write_atomic(folder / f"{name}.table.txt", in_words(table))
-        if self._memory:
-            memory_snapshot(folder / f"{name}.memory.pickle")
 
 
 def memory_snapshot(path: Path) -> None:
