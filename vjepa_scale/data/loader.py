@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.stacks import answer_with_stacks
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
 from vjepa_scale.data.manifest import Manifest
@@ -247,4 +248,5 @@ def _as_is(item: Item) -> Item:
 
 def _start_loader_worker(rank: log.Process, number: int) -> None:
     start_worker(rank.worker(number))
+    answer_with_stacks(f"loader worker {number}")
     keep_freed_memory()

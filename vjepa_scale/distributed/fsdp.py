@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vjepa_scale.core.log import region
 from vjepa_scale.core.ranks import Ranks, count_replicas
 from vjepa_scale.distributed.ema import ShardedEma, sharded_parameters
 from vjepa_scale.distributed.engine import Engine, InitialValue, checked_start
@@ -115,7 +116,8 @@ class FsdpEngine(Engine):
         _set_gradient_sync(self._trained, last)  # without it each rank keeps its own sum, unsharded, in float32
         try:
             shared = loss() * share
-            shared.backward()
+            with region("backward"):
+                shared.backward()
         finally:
             _set_gradient_sync(self._trained, True)
             if last and not self._reshards:

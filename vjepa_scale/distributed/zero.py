@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vjepa_scale.core import log
 from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.log import region
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed.engine import Engine, InitialValue, T, checked_start
 from vjepa_scale.distributed.optim import (
@@ -137,7 +138,8 @@ class ZeroEngine(Engine):
     def backward(self, loss: Callable[[], Tensor], *, share: float, last: bool) -> Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         shared = self._engine(loss) * share
-        self._engine.backward(shared, scale_wrt_gas=False)
+        with region("backward"):
+            self._engine.backward(shared, scale_wrt_gas=False)
         return shared.detach()
 
     @torch.no_grad()

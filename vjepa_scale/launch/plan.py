@@ -243,6 +243,26 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
                     for set_name, s in short.items()
                 )
                 yield f"    repeat their last picture: {counts}: {share:.1%} of the clips"
+    yield from _profile_lines(stages)
+
+
+def _profile_lines(stages: Sequence[Stage]) -> Iterator[str]:
+    """Yields which stage has the steps of ``profile.steps``, or a warning that none has them; nothing without them."""
+    profile = stages[0].recipe.profile
+    if profile.steps is None:
+        return
+    first, end = profile.steps
+    ranks = ", ".join(map(str, profile.ranks))
+    there = {}
+    for stage in stages:
+        phases = stage.phases_from(planned_first(stage))
+        there[stage.name] = range(phases[0].first, phases[-1].end)
+    having = [name for name, steps in there.items() if max(first, steps.start) < min(end, steps.stop)]
+    if having:
+        yield f"profile steps {first} to {end - 1}, of {' and '.join(having)}, on ranks {ranks}"
+    else:
+        steps = ", ".join(f"{name} has steps {s.start} to {s.stop - 1}" for name, s in there.items())
+        yield f"  warning: profile.steps [{first}, {end}]: no stage trains these steps: {steps}"
 
 
 def _origin(stage: Stage) -> str:

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from vjepa_scale.recipe.guard_sections import GuardsConfig
-from vjepa_scale.recipe.log_sections import LogConfig
+from vjepa_scale.recipe.log_sections import LogConfig, ProfileConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of
 from vjepa_scale.recipe.sections import (
@@ -384,6 +384,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     guards: GuardsConfig = GuardsConfig()
+    profile: ProfileConfig = ProfileConfig()
     pretrain: StageConfig | None = None
     cooldown: StageConfig | None = None
     action: ActionStageConfig | None = None

@@ -6,6 +6,8 @@ A row has ``time`` (seconds since 1970) and ``event``:
     started      rank 0 is about to train: job, job_id, host, world_size, kind, step, repeated,
                  attention (the kernel)
     saved        a checkpoint is complete: job, step
+    slow_step    a step takes many times the median, and rank 0 has written stacks: job, step, seconds, median,
+                 stacks
     interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
     failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
     requeued     another attempt follows: reason, job_id

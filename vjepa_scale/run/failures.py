@@ -26,9 +26,10 @@ _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection res
 
 @dataclass
 class Progress:
-    """``step``: the step that is being computed, for failure reports; None before the first."""
+    """``step``: the step that is being computed, for failure reports; ``phase``: its phase's name. None before it."""
 
     step: int | None = None
+    phase: str | None = None
 
 
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:

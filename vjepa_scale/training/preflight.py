@@ -48,6 +48,7 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
     stage.check_before_launch()
     check_installed(stage.recipe.engine)
     check_sinks_installed(stage.recipe.log.sinks)
+    _refuse_absent_ranks(stage)
     count_replicas(stage.recipe.engine.replicate, world_size=stage.world_size, per_node=stage.launch.tasks_per_node)
     manifests = open_data(stage)
     own = newest_name(stage.checkpoints)
@@ -60,6 +61,18 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
         else:
             source_of(stage)
     data_order(stage, manifests, stage.phases, {})
+
+
+def _refuse_absent_ranks(stage: Stage) -> None:
+    """Raises UserError if ``profile.steps`` asks for ranks that the stage does not have."""
+    profile, processes = stage.recipe.profile, stage.world_size
+    absent = [rank for rank in profile.ranks if rank >= processes]
+    if profile.steps is not None and absent:
+        raise UserError(
+            f"no rank {absent[0]}: {stage.name!r} has {processes} processes",
+            where="profile.ranks",
+            fix=f"numbers from 0 to {processes - 1}",
+        )
 
 
 def is_finished(stage: Stage) -> bool:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vjepa_scale.core.log import Laps
+from vjepa_scale.core.log import Laps, region
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import Engine
 from vjepa_scale.eval.observation import Observation
@@ -119,7 +119,8 @@ def compute_gradients(
     laps = Laps()
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
-        found = objective.loss(micro_batch, observe)
+        with region("forward"):
+            found = objective.loss(micro_batch, observe)
         for name, part in found.items():
             if name != "loss":
                 sums[name] = sums.get(name, torch.zeros_like(total)) + part.detach() / len(batch)
@@ -131,7 +132,8 @@ def compute_gradients(
         laps.lap("backward")
 
     if observe is not None:
-        objective.observe_networks(observe)
+        with region("observe"):
+            objective.observe_networks(observe)
         laps.lap("observe")
     # One collective and one wait for the device. It sums, so each rank's own figure has its own place.
     ranks, own = engine.dp_world_size, [0.0] * engine.dp_world_size
@@ -140,7 +142,8 @@ def compute_gradients(
         [float(stop_asked), float(collapsed), float(failures), *counts.values(), *own], dtype=torch.float64
     )
     of_device = torch.stack([total, *sums.values()])
-    values, norms = engine.reduced(torch.cat([of_device, of_host.to(of_device.device, non_blocking=True)]))
+    with region("reduce"):
+        values, norms = engine.reduced(torch.cat([of_device, of_host.to(of_device.device, non_blocking=True)]))
     laps.lap("reduce")
     (loss, *parts), (stop, collapse, failed, *rest) = values[: len(of_device)], values[len(of_device) :]
     summed = [value * ranks for value in rest]
@@ -186,15 +189,18 @@ def apply_gradients(
 
     observe, trained = gradients.observe, list(objective.trained.values())
     before = engine.weight_sample(trained) if observe is not None else None
-    engine.step(lr)
+    with region("optimizer"):
+        engine.step(lr)
     gradients.laps.lap("optimizer")
-    objective.after_step()
+    with region("ema"):
+        objective.after_step()
     gradients.laps.lap("ema")
     measured = None
     if observe is not None and before is not None:
-        after, counts = engine.weight_sample(trained)
-        observe.add_update(before[0], after, counts)
-        measured = observe.measured(engine.device)
+        with region("observe"):
+            after, counts = engine.weight_sample(trained)
+            observe.add_update(before[0], after, counts)
+            measured = observe.measured(engine.device)
         gradients.laps.lap("observe")
     return StepResult(
         gradients.loss,

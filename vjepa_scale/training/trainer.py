@@ -11,6 +11,7 @@ import torch
 
 from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.files import write_json
+from vjepa_scale.core.log import region
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import StepBatch
 from vjepa_scale.data.host_limits import raise_open_files
@@ -22,8 +23,11 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.run.failures import Progress
 from vjepa_scale.run.lock import HELD, stage_lock
 from vjepa_scale.training.checkpointer import Checkpointer
+from vjepa_scale.training.out_of_memory import out_of_memory_explained
+from vjepa_scale.training.profiling import StepProfiler
 from vjepa_scale.training.setup import Training, set_up
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
+from vjepa_scale.training.slow_steps import SlowSteps
 from vjepa_scale.training.step import NonFiniteLossError, StepResult, apply_gradients, compute_gradients
 from vjepa_scale.training.throughput import Throughput, memory
 
@@ -44,13 +48,17 @@ def train_stage(
     Raises UserError for user errors, NonFiniteLossError if the loss is not finite, SavedAndStopped after a signal to
     any rank.
     """
+    progress = progress or Progress()
     stage.folder.mkdir(parents=True, exist_ok=True)
     raise_open_files(stage, world_size=ranks.world_size)
     process_group.start(ranks, stage.recipe.engine, rendezvous=stage.folder / "rendezvous")
     try:
         # Half of the timeout: the other ranks wait in a collective meanwhile, which must not time out first.
-        with _only_trainer_of(stage.folder, ranks, patience_s=stage.recipe.engine.timeout_s / 2):
-            _Trainer(set_up(stage, ranks), interrupt or Interrupt(), progress or Progress()).train()
+        with (
+            _only_trainer_of(stage.folder, ranks, patience_s=stage.recipe.engine.timeout_s / 2),
+            out_of_memory_explained(stage, rank=ranks.rank, progress=progress),
+        ):
+            _Trainer(set_up(stage, ranks), interrupt or Interrupt(), progress).train()
     except SavedAndStopped:
         process_group.stop()
         raise
@@ -80,6 +88,9 @@ class _Trainer:
         self.objective, self.engine, self.log = training.objective, training.engine, training.log
         self.checkpoints = Checkpointer(training)
         self.throughput = Throughput(training.stage, training.engine)
+        profile, folder, rank = self.recipe.profile, self.stage.folder, training.ranks.rank
+        self.profiler = StepProfiler(profile, folder=folder, rank=rank, device=self.engine.device)
+        self.slow = SlowSteps(profile, folder=folder, rank=rank, event=self.log.event)
 
     def train(self) -> None:
         start, end = self.training.start, self.training.end
@@ -87,9 +98,11 @@ class _Trainer:
             self.log.say(f"{self.stage.name} is complete at step {end}")
             return
         self.log.begin(start, self.training.phases, attention=self.engine.attention)
-        for phase in self.training.phases:
-            if phase.end > start.step:
-                self._train_phase(phase)
+        with self.slow:
+            for phase in self.training.phases:
+                if phase.end > start.step:
+                    self._train_phase(phase)
+        self.profiler.finish()
         if self.stage.evaluates:
             self._evaluate()
         self.log.event("done", step=end)
@@ -100,8 +113,8 @@ class _Trainer:
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock, saved_s = time.perf_counter(), 0.0
         with self._loader(phase, first) as loader:
-            for step, batch in zip(range(first, phase.end), loader, strict=True):
-                self.progress.step = step
+            for step, batch in self._steps(range(first, phase.end), loader):
+                self.progress.step, self.progress.phase = step, phase.name
                 waited_s = time.perf_counter() - clock
                 observe = self._observation(step, loader)
                 with self._ending_recorded(step):
@@ -109,13 +122,26 @@ class _Trainer:
                 now = time.perf_counter()
                 _log.debug("step %d: load %.4f s, %s", step, waited_s, result.laps)
                 self._record(phase, step, result, seconds=now - clock, saved_s=saved_s)
-                clock = now
                 self.checkpoints.collect()
+                self.slow.disarm(step, seconds=now - clock)
                 if result.stop or self.checkpoints.due(phase, step + 1):
-                    self.checkpoints.save(phase, step + 1)
+                    with region("save"):
+                        self.checkpoints.save(phase, step + 1)
                 clock, saved_s = time.perf_counter(), time.perf_counter() - now
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
+
+    def _steps(self, steps: range, loader: PhaseLoader) -> Iterator[tuple[int, StepBatch]]:
+        """Yields each step with its batch. What is measured of a step begins before its batch is loaded."""
+        batches = iter(loader)
+        self.slow.begin(steps.start)
+        for step in steps:
+            self.profiler.before(step)
+            self.slow.arm(step)
+            with region("load"):
+                batch = next(batches)
+            yield step, batch
+            self.profiler.after(step)
 
     def _observation(self, step: int, loader: PhaseLoader) -> Observation | None:
         """Returns what collects a step's figures, in a step in which they are measured."""
@@ -241,6 +267,7 @@ class _Trainer:
             self._stop(step)
 
     def _stop(self, step: int) -> None:
+        self.profiler.finish()  # now, since another rank's exit may end this one
         self.checkpoints.collect(wait=True)
         signal = self.interrupt.signal or "a signal to another rank"
         self.log.event("interrupted", step=step, signal=signal)
