@@ -42,7 +42,7 @@ def choose_held_out(stage: Stage, config: EvaluateConfig) -> HeldOut:
         return HeldOut(_limited(val, config.clips), None)
     train = _opened(stage, config.train)
     labels, _ = labels_of(train), labels_of(val, train.classes)
-    if config.labels_per_class is None:
+    if config.labels_per_class == "all":
         return HeldOut(_limited(val, config.clips), Chosen(train, list(range(train.records))))
     try:
         few = few_labels(labels, per_class=config.labels_per_class, seed=_SEED, classes=train.classes)

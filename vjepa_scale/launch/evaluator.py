@@ -31,7 +31,7 @@ from vjepa_scale.monitor.evaluate import StageEvaluator
 from vjepa_scale.recipe import Recipe, Stage, stages_of
 from vjepa_scale.recipe.evaluate_section import EvaluateConfig, evaluation_of
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vjepa_scale.launch.evaluator")  # not __name__: it runs as __main__
 
 POLL_S = 2.0
 PATIENCE_S = 60.0  # for the evaluation of an earlier attempt, or of a user's command

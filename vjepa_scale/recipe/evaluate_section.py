@@ -45,8 +45,8 @@ class EvaluateConfig(Section):
         None, description="stages whose checkpoints are evaluated; default: all that train an encoder"
     )
     clips: PositiveInt = Field(1000, description="records of val, or of data, at most; a fixed draw")
-    labels_per_class: PositiveInt | None = Field(
-        10, description="examples of each class of train; a fixed draw; null: all records"
+    labels_per_class: PositiveInt | Literal["all"] = Field(
+        10, description="examples of each class of train; a fixed draw; all: every record"
     )
     neighbours: PositiveInt = Field(5, description="k of the k-NN")
     frames: PositiveInt | None = Field(None, description="frames of a clip; default: those of the stage's first phase")
