@@ -8,10 +8,13 @@ import pytest
 import yaml
 
 from tests.monitor.run_by_hand import Run
+from tests.processes import LIMIT_S
 from vjepa_scale.checkpoint.evaluations import best_checkpoint, kept_by_evaluation, not_evaluated, results_of
 from vjepa_scale.checkpoint.manifest import identity, read_manifest, write_manifest
 from vjepa_scale.checkpoint.store import retain
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import EXIT_SAVED, UserError
+from vjepa_scale.core.ranks import detect_ranks
+from vjepa_scale.launch.evaluator import Evaluator
 from vjepa_scale.monitor.status import render
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.recipe.evaluate_section import evaluation_of, settings_of
@@ -177,3 +180,33 @@ def test_a_section_that_cannot_work_is_refused(run: Run, evaluate: dict[str, Any
     with pytest.raises(UserError) as refused:
         stage_of(run, {"every": 4}, evaluate)
     assert said in str(refused.value)
+
+
+# -- the process beside rank 0 ---------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_a_process_beside_rank_0_says_once_that_it_cannot_evaluate(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its data are missing. Training goes on: nothing is raised, and a stage that is done need not wait."""
+    stage = stage_of(run, {"every": 1}, {"data": "left", "finish_s": LIMIT_S})
+    for step in (1, 2):
+        save(run, step)
+    evaluator = Evaluator(stage, detect_ranks())
+    evaluator.end(0)
+    said = capfd.readouterr().err
+    assert said.count("no more evaluations") == 1
+    assert "data.sets.left.path" in said
+    assert "training goes on; later: " in said
+    assert not stage.evaluations.exists()
+
+
+@pytest.mark.distributed
+def test_after_a_signal_nothing_is_waited_for(run: Run) -> None:
+    stage = stage_of(run, {"every": 1}, {"data": "left", "finish_s": 1e6})
+    evaluator = Evaluator(stage, detect_ranks())
+    evaluator.end(EXIT_SAVED)
+    assert evaluator._process is not None
+    assert evaluator._process.poll() is not None
+    without = Evaluator(stage_of(run, {}, {"data": "left", "where": "off"}), detect_ranks())
+    assert without._process is None
+    without.end(0)

@@ -9,6 +9,7 @@ started this one, however that ends. What is not evaluated then is found by the 
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -34,7 +35,6 @@ from vjepa_scale.recipe.evaluate_section import EvaluateConfig, evaluation_of
 _log = logging.getLogger("vjepa_scale.launch.evaluator")  # not __name__: it runs as __main__
 
 POLL_S = 2.0
-PATIENCE_S = 60.0  # for the evaluation of an earlier attempt, or of a user's command
 NICE = 10
 
 
@@ -105,7 +105,7 @@ def _follow(stage: Stage, config: EvaluateConfig, over: threading.Event, *, subm
                     submit_evaluation(stage)
                 submitted |= due
             else:
-                evaluator.evaluate_due(patience_s=PATIENCE_S)
+                evaluator.evaluate_due(patience_s=math.inf)  # a user's command may be evaluating all checkpoints
         if last:
             return
         over.wait(POLL_S)
