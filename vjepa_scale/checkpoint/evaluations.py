@@ -88,8 +88,8 @@ def _or_lowest(value: Any) -> float:
 
 def in_words(row: Row) -> str:
     """``k-NN 41.2 %, linear probe 38.0 %`` or ``held-out loss 0.4312``, then ``, effective rank 31.2``."""
-    parts = [f"{name} {100 * row[key]:.1f} %" for key, name in (("knn", "k-NN"), ("linear", "linear probe"))
-             if _finite(row.get(key))]  # fmt: skip
+    accuracies = {"knn": "k-NN", "linear": "linear probe"}
+    parts = [f"{name} {100 * row[key]:.1f} %" for key, name in accuracies.items() if _finite(row.get(key))]
     if not parts and _finite(row.get("held_out_loss")):
         parts.append(f"held-out loss {row['held_out_loss']:.4f}")
     if _finite(row.get("effective_rank")):

@@ -118,13 +118,10 @@ def _stages(recipe: Recipe, arguments: argparse.Namespace) -> list[Stage]:
         if arguments.stage in (None, name) and evaluation_of(stage) is not None and stage.checkpoints.is_dir()
     ]
     if not found:
-        which = f"the stage {arguments.stage!r}" if arguments.stage else "no stage"
         raise UserError(
-            f"{which} has no checkpoints of an encoder that is trained"
-            if arguments.stage
-            else f"{which} of it has checkpoints of an encoder that is trained",
-            where=arguments.run,
-            fix="a stage of masked prediction, such as pretrain or cooldown",
+            "no checkpoint of a stage that trains an encoder",
+            where=arguments.run / (arguments.stage or ""),
+            fix="a stage of masked prediction, such as pretrain or cooldown, that has saved one",
         )
     for stage in found:
         config = evaluation_of(stage)

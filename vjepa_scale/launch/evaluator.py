@@ -93,7 +93,7 @@ def _follow(stage: Stage, config: EvaluateConfig, over: threading.Event, *, subm
     """Evaluates, or has Slurm evaluate, what is due, until the stage is over."""
     evaluator = StageEvaluator(stage, config, device="cpu" if config.device == "auto" else config.device)
     seen: list[str] = []
-    submitted: set[str] = set()
+    submitted, said = set[str](), set[str]()
     while True:
         last = over.is_set()  # before the folder is read: what was saved until then is evaluated
         names = [path.name for path in newest_first(stage.checkpoints)]
@@ -101,14 +101,26 @@ def _follow(stage: Stage, config: EvaluateConfig, over: threading.Event, *, subm
             seen = names
             if submits:
                 due = {path.name for path in not_evaluated(stage, config, only_due=True)}
-                if due - submitted:
-                    submit_evaluation(stage)
-                submitted |= due
+                if due - submitted and _is_submitted(stage, said):
+                    submitted |= due
             else:
                 evaluator.evaluate_due(patience_s=math.inf)  # a user's command may be evaluating all checkpoints
         if last:
             return
         over.wait(POLL_S)
+
+
+def _is_submitted(stage: Stage, said: set[str]) -> bool:
+    """Has Slurm evaluate what is due. Returns False, with a warning for each cause, where it does not accept the job:
+    the next checkpoint's job will do this one's work."""
+    try:
+        submit_evaluation(stage)
+    except UserError as error:
+        if error.what not in said:
+            _log.warning(f"{stage.name}: {error}; training goes on")
+        said.add(error.what)
+        return False
+    return True
 
 
 def _wait_for_the_end(pipe: BinaryIO, over: threading.Event) -> None:
