@@ -27,10 +27,11 @@ from vjepa_scale.data.batch import draw_masks
 from vjepa_scale.data.evaluation import LabelledClips, evaluation_clips
 from vjepa_scale.data.held_out import Chosen, choose_held_out
 from vjepa_scale.eval import knn_linear
-from vjepa_scale.eval.effective_rank import FeatureCovariance
+from vjepa_scale.eval.effective_rank import rank_of_covariance
+from vjepa_scale.eval.observation import OBSERVED_TOKENS
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.encoder import PixelNormaliser, pooled
-from vjepa_scale.objective.jepa import OBSERVED_TOKENS, mask_tokens_of
+from vjepa_scale.objective.jepa import mask_tokens_of
 from vjepa_scale.objective.objective import lp_distance, normalised
 from vjepa_scale.recipe import Stage
 from vjepa_scale.recipe.evaluate_section import EvaluateConfig, settings_of
@@ -92,7 +93,7 @@ class CheckpointEvaluation:
 
     def _held_out(self, networks: "_Networks") -> tuple[Floats, npt.NDArray[np.int64], float, float]:
         """Returns features, labels, effective rank and loss of the held-out clips."""
-        covariance, losses = FeatureCovariance(), list[Tensor]()
+        covariance, losses = _Covariance(), list[Tensor]()
         rows, labels = list[Tensor](), list[Tensor]()
         done = 0
         for shown in self._clips("val", self._chosen.val):
@@ -104,10 +105,8 @@ class CheckpointEvaluation:
             covariance.add(tokens_BND[:, ::stride].flatten(0, 1).cpu())
             losses.append(networks.loss(clips, tokens_BND, first=done).cpu() * len(clips))
             done += len(clips)
-        rank = covariance.effective_rank()
-        assert rank is not None, "an evaluation is one process"
         loss = float(torch.stack(losses).sum() / done)
-        return torch.cat(rows).numpy(), torch.cat(labels).numpy(), rank.result(), loss
+        return torch.cat(rows).numpy(), torch.cat(labels).numpy(), covariance.effective_rank(), loss
 
     def _features(self, networks: "_Networks", chosen: Chosen) -> tuple[Floats, npt.NDArray[np.int64]]:
         rows, labels = list[Tensor](), list[Tensor]()
@@ -144,6 +143,25 @@ class CheckpointEvaluation:
             yield shown
         if keeps:
             self._kept[split] = kept
+
+
+class _Covariance:
+    """Sums over rows [n, D], added in parts, enough for the effective rank of all of them together."""
+
+    def __init__(self) -> None:
+        self._outer_DD: Tensor | float = 0.0
+        self._sum_D: Tensor | float = 0.0
+        self._rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.double()
+        self._outer_DD = self._outer_DD + rows.T @ rows
+        self._sum_D = self._sum_D + rows.sum(0)
+        self._rows += len(rows)
+
+    def effective_rank(self) -> float:
+        sum_D = torch.as_tensor(self._sum_D)
+        return rank_of_covariance(self._outer_DD - torch.outer(sum_D, sum_D) / self._rows)
 
 
 class _Networks:
