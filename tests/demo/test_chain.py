@@ -64,6 +64,11 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
     about = {"classes": 16, "labels_per_class": 10, "label_draws": 10, "held_out_clips": 32}
     assert summary["evaluation"] == about
     assert summary["chance"] == 1 / 16
+    best = summary["best_checkpoint"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["knn"] == max(row["knn"] for row in rows)].count(best["step"]) == 1
+    assert {row["step"] for row in rows} == {1, 10}  # the ends of phases
+    assert f"best checkpoint  of 2 of pretrain: that of step {best['step']}," in done.stdout
     for probe in (summary, summary["parts"]["shape"], summary["parts"]["motion"]):
         for measure in ("linear_probe", "knn"):
             assert probe[measure].keys() == {"trained", "untrained", "pixels"}

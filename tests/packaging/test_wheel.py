@@ -144,7 +144,7 @@ def test_the_same_from_an_editable_installation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_shards_a_run_and_its_weights(shell: Shell, tmp_path: Path) -> None:
     assert shell("vjepa-launch", "status", "--help").stdout.startswith("usage: vjepa-launch status ")
-    for name in ("launch", "shards", "consolidate", "features", "surprise", "plan", "demo"):
+    for name in ("launch", "shards", "consolidate", "features", "evaluate", "surprise", "plan", "demo"):
         text = shell(f"vjepa-{name}", "--help").stdout
         assert text.startswith(f"usage: vjepa-{name} ")
         assert "tools/" not in text

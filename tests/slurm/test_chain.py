@@ -1,5 +1,6 @@
 """The chain of stages on a real Slurm: submitted with one command, ended with the weights of a run without Slurm."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 def test_one_command_and_what_is_submitted_is_what_was_printed(
     cluster: Cluster, two_data_sets: Sets, local: Path, tmp_path: Path
 ) -> None:
-    run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": "sandbox"})
+    evaluate = {"data": "right", "clips": 4, "workers": 0, "stages": ["pretrain"], "launch": {"cpus_per_task": 1}}
+    run = make_run(cluster, tmp_path, two_data_sets, launch={"profile": "sandbox"}, evaluate=evaluate)
     printed = run.launch("--dry-run", "--print-sbatch")
     assert not run.folder.exists()  # a dry run writes nothing
 
@@ -58,8 +60,25 @@ def test_one_command_and_what_is_submitted_is_what_was_printed(
 
     for stage in jobs:
         assert metrics(run.folder, stage) == metrics(local / "run", stage)
+    assert_evaluated_by_jobs_of_their_own(cluster, run, printed)
     tool("consolidate", run.folder, "--to", "safetensors", "--out", tmp_path / "weights")
     assert_same_weights(tmp_path / "weights", local / "weights")
+
+
+def assert_evaluated_by_jobs_of_their_own(cluster: Cluster, run: Run, printed: str) -> None:
+    """Rank 0 had them submitted; training has not waited for them, so the last one may still be at work."""
+    script = (run.folder / "launches" / "0001" / "evaluate-pretrain.sbatch").read_text()
+    assert printed.partition("# -- evaluate-pretrain.sbatch\n")[2].partition("# -- ")[0].strip() == script.strip()
+    assert "--dependency=singleton" in script
+    path = run.folder / "pretrain" / "evaluations.jsonl"
+
+    def steps() -> list[int]:
+        return sorted(json.loads(line)["step"] for line in path.read_text().splitlines()) if path.exists() else []
+
+    cluster.wait_until(lambda: steps() == [4, 5, 8, 12], PATIENCE_S, "four evaluations")
+    best = run.status()["pretrain"]["best"]
+    assert best["knn"] is None
+    assert best["evaluated"] == 4
 
 
 def test_a_plain_user_in_a_folder_with_a_space(

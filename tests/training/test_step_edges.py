@@ -28,11 +28,12 @@ class Recording:
     """
 
     device = torch.device("cpu")
-    observes = False
+    dp_rank = 0
+    trained: Mapping[str, torch.nn.Module] = {}
 
     def __init__(self, gradients: Mapping[str, list[float]], ranks: int = 1) -> None:
         self.gradients = {group: torch.tensor(values, dtype=torch.float64) for group, values in gradients.items()}
-        self.ranks = ranks
+        self.ranks = self.dp_world_size = ranks
         self.asked: list[str] = []
         self.micro_batches: list[tuple[float, bool]] = []
 
@@ -41,8 +42,10 @@ class Recording:
         return loss() * share
 
     def reduced(self, values: Tensor) -> tuple[list[float], dict[str, float]]:
-        flags = torch.tensor([1.0, self.ranks, self.ranks, *[1.0] * (len(values) - 3)])  # the loss is every rank's
-        return (values / flags).tolist(), {group: float(g.norm()) for group, g in self.gradients.items()}
+        own = [self.ranks] * (len(values) - 2)  # loss and part are every rank's, all else is this one's
+        return (values / torch.tensor([1.0, 1.0, *own])).tolist(), {
+            group: float(g.norm()) for group, g in self.gradients.items()
+        }
 
     def _gradients(self) -> dict[str, list[Tensor]]:
         return {group: [gradient] for group, gradient in self.gradients.items()}
@@ -60,13 +63,16 @@ class Recording:
     def loss(self, micro_batch: float, observed: object) -> dict[str, Tensor]:
         return {"loss": torch.tensor(micro_batch), "part": torch.tensor(10 * micro_batch)}
 
+    def figures(self, reported: Mapping[str, float]) -> dict[str, float]:
+        return {"twice": 2 * reported["part"]} if reported else {}
+
     def after_step(self) -> None:
         self.asked.append("after")
 
 
 def apply(of: Recording, limit: float | None, *, loss: float = 1.0) -> StepResult:
     norms = {group: float(gradient.norm()) for group, gradient in of.gradients.items()}
-    found = StepGradients(loss, norms, {}, stop=False, failures=False, observed=None)
+    found = StepGradients(loss, norms, {}, {}, [0.0], stop=False, collapsed=False, failures=False, observe=None)
     return apply_gradients(cast("Objective", of), cast("Engine", of), found, lr=0.1, clip_grad_norm=limit)
 
 

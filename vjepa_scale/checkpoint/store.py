@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,15 +169,18 @@ def _publish(temporary: Path, final: Path) -> None:
         shutil.rmtree(damaged)
 
 
-def retain(folder: Path, *, keep: int) -> None:
+def retain(folder: Path, *, keep: int, also: Collection[str] = ()) -> None:
     """Removes all but the ``keep`` newest checkpoints, on rank 0; other ranks return at once.
 
+    also: names of further ones to keep
     Keeps ends of phases (``ends_phase`` in the manifest), and checkpoints whose manifest cannot be read, because they
     may be ends of phases.
     """
     if not is_main():
         return
     for checkpoint in newest_first(folder)[keep:]:
+        if checkpoint.name in also:
+            continue
         try:
             manifest = read_manifest(checkpoint)
         except UserError:

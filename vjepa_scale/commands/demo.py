@@ -19,6 +19,19 @@ from vjepa_scale.recipe import Recipe, load_recipe
 ROBOT = ("--size", 48, "--fps", 8)
 LOOKS = ("--size", 48, "--fps", 4, "--tint", 0.05, "--noise", 0.45)
 
+# Evaluates pretraining's checkpoints while it trains, on the demo's held-out clips. Not in the recipe, because recipes
+# with other data sets extend it.
+EVALUATE = (
+    "checkpoint.every=350",
+    "evaluate.train=synthetic",
+    "evaluate.val=held_out",
+    "evaluate.stages=[pretrain]",
+    "evaluate.clips=160",
+    "evaluate.batch=32",
+    "evaluate.workers=0",  # the clips are decoded once: a process of its own would take longer to start
+    "evaluate.finish_s=600",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=as_called(__doc__ or ""))
@@ -31,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-seed", type=int, default=0, help="of both worlds and of the episodes")
     arguments = parser.parse_intermixed_args(argv)
     began = time.monotonic()
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    overrides = [*EVALUATE, *arguments.overrides]
+    recipe = load_recipe(arguments.recipe, overrides)
     train, val, robot = shards_of(recipe)
     data, run = train.parent.parent, Path(recipe.run.dir)
     untrained = run.with_name(f"{run.name}-untrained")
     seed = ["--seed", arguments.data_seed]
-    launch = ["launch", arguments.recipe, *arguments.overrides, "--cluster", "local", "--wait"]
+    launch = ["launch", arguments.recipe, *overrides, "--cluster", "local", "--wait"]
 
     step("1. Render moving shapes, and a robot that explores, as h264 files", "make_synthetic", data / "videos",
          "--clips", arguments.clips, "--val-clips", arguments.val_clips, *LOOKS, *seed)  # fmt: skip

@@ -20,6 +20,7 @@ _MODULES = {
     "make_shards": "shards",
     "consolidate": "consolidate",
     "extract_features": "features",
+    "evaluate": "evaluate",
     "surprise": "surprise",
     "plan": "plan",
     "demo": "demo",

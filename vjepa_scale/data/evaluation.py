@@ -45,6 +45,7 @@ def evaluation_clips(
     fps: float,
     batch: int,
     classes: Sequence[str] | None = None,
+    labelled: bool = True,
     records: Sequence[int] | None = None,
     metadata: bool = False,
     workers: int = 0,
@@ -54,6 +55,7 @@ def evaluation_clips(
 ) -> Iterator[LabelledClips]:
     """Yields all records in order, ``batch`` at a time; the last batch may be smaller.
 
+    labelled: False: ``labels`` are −1 and ``classes`` empty, whatever the data set has
     records:  only these, in this order
     metadata: read each record's JSON too
     segments: windows per record, evenly spread over its video (``segment_draws``); 1: its middle
@@ -62,7 +64,8 @@ def evaluation_clips(
     Labels as in ``labels_of``. A clip is never replaced. Raises UserError naming the record where one does not
     decode, takes longer than ``limit_s``, or crashes its worker.
     """
-    labels, names = torch.from_numpy(labels_of(manifest, classes)), manifest.classes if classes is None else classes
+    names = manifest.classes if classes is None else classes
+    labels = torch.from_numpy(labels_of(manifest, classes)) if labelled else torch.full((manifest.records,), -1)
     wanted = range(manifest.records) if records is None else [int(record) for record in records]
     spans = [tuple(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
     board = DecodeStatus([manifest.folder.name], workers) if workers else None
@@ -71,7 +74,8 @@ def evaluation_clips(
     try:
         for span, (clips, known) in zip(spans, loader, strict=True):
             own = labels[list(span)]
-            yield LabelledClips(clips, own, tuple(names[i] for i in own.tolist()), span, known)
+            called = tuple(names[i] for i in own.tolist()) if labelled else ()
+            yield LabelledClips(clips, own, called, span, known)
     except ClipsLost as lost:
         place, why = next(iter(lost.clips.items()))
         ref = _refs(manifest, place.record, segments, fps, frames)[place.slot]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa_scale.checkpoint.evaluations import results_of
 from vjepa_scale.core.files import read_json, read_jsonl
 from vjepa_scale.data.clips import short_videos
 from vjepa_scale.data.evaluation import evaluation_clips
@@ -26,7 +27,7 @@ from vjepa_scale.demo.synthetic import U8, world_of
 from vjepa_scale.inference.model import load_model
 from vjepa_scale.masking.generator import drawn_masks
 from vjepa_scale.planning import PlanConfig, WorldModel, draw_landscape, load_world_model
-from vjepa_scale.recipe import Recipe, stages_of
+from vjepa_scale.recipe import Recipe, Stage, stages_of
 from vjepa_scale.recipe.stage import EVALUATION
 
 # docs/learning.md explains how these were chosen.
@@ -139,9 +140,19 @@ def summarise(
         "probe": held_out["linear_probe"],
         "attentive_probe": attentive,
         "attentive_labels_per_class": own["labels_per_class"] if own else None,
+        "best_checkpoint": _best_checkpoint(stages["pretrain"]) if "pretrain" in stages else None,
         **held_out,
         **parts,
     }
+
+
+def _best_checkpoint(stage: Stage) -> dict[str, Any] | None:
+    """Returns the best checkpoint of those that were evaluated during training; None without evaluations."""
+    found = results_of(stage)
+    if found.best is None:
+        return None
+    words = {"stage": stage.name, "checkpoint": found.best["checkpoint"], "evaluated": len(found.rows)}
+    return words | {key: found.best[key] for key in ("step", "knn", "linear", "val_clips")}
 
 
 def _stage(metrics: Path) -> dict[str, Any]:
@@ -243,5 +254,10 @@ def _meanings(summary: dict[str, Any]) -> Iterator[str]:
             for name, found in short.items()
         )
         rows["short videos"] = f"clips that repeat their last picture, since their video is shorter: {shares}"
+    if best := summary.get("best_checkpoint"):
+        rows["best checkpoint"] = (
+            f"of {best['evaluated']} of {best['stage']}: that of step {best['step']}, by k-NN on {best['val_clips']} "
+            f"held-out clips ({best['knn']:.1%})"
+        )
     for name, meaning in rows.items():
         yield f"{name:<17}{meaning}"

@@ -148,7 +148,17 @@ SIGNAL_EARLY_S = 60  # by Slurm's documentation, the signal may come up to a min
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
-    """submitit's executor that can also return the script that it would submit."""
+    """submitit's executor that can also return the script that it would submit.
+
+    command: arguments of Python that the script runs instead of a pickled function; only for ``script``
+    """
+
+    command: str | None = None
+
+    @property
+    def _submitit_command_str(self) -> str:
+        own: str = super()._submitit_command_str
+        return own if self.command is None else f"{self.python} {self.command}"
 
     @classmethod
     def affinity(cls) -> int:

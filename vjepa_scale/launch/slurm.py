@@ -13,6 +13,7 @@ from submitit.core.utils import FailedJobError
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import keep_reserve, write_atomic
+from vjepa_scale.launch.evaluation_job import evaluation_script, script_name
 from vjepa_scale.launch.profile import Profile, load_profile, placeholders, profile_file
 from vjepa_scale.launch.record import Launch
 from vjepa_scale.launch.sbatch import (
@@ -48,6 +49,8 @@ def submit_chain(stages: Sequence[Stage], launch: Launch) -> None:
     for stage in stages:
         executor = stage_executor(stage, launch, after=before.job_id if before else None)
         write_atomic(launch.folder / f"{stage.name}.sbatch", executor.script())
+        if (evaluation := evaluation_script(stage, launch)) is not None:
+            write_atomic(launch.folder / f"{script_name(stage)}.sbatch", evaluation)
         name = executor.parameters["job_name"]
         _refuse_unrecorded_job(stage.recipe, name)
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -87,11 +90,16 @@ def _refuse_unrecorded_job(recipe: Recipe, name: str) -> None:
 
 
 def scripts(stages: Sequence[Stage], launch: Launch) -> dict[str, str]:
-    """Returns stage → its batch script, as it would be submitted. Unknown job ids are named after their stage."""
+    """Returns name → batch script, of each stage and of its evaluations, as it would be submitted.
+
+    Unknown job ids are named after their stage.
+    """
     texts = {}
     for before, stage in zip([None, *stages], stages, strict=False):
         after = f"JOB_ID_OF_{before.name.upper()}" if before else None
         texts[stage.name] = stage_executor(stage, launch, after=after).script()
+        if (evaluation := evaluation_script(stage, launch)) is not None:
+            texts[script_name(stage)] = evaluation
     return texts
 
 

@@ -10,6 +10,7 @@ import argparse
 import atexit
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from vjepa_scale.core import log
 from vjepa_scale.core.errors import EXIT_SAVED, EXIT_USER_ERROR, UserError, run_command
 from vjepa_scale.core.ranks import detect_ranks
 from vjepa_scale.core.worker_pool import remove_socket_folder
+from vjepa_scale.launch.evaluator import Evaluator
 from vjepa_scale.launch.retry_policy import refuse_endless_restarts
 from vjepa_scale.monitor.publish import Publishers
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
@@ -43,7 +45,7 @@ def run_stage(stage: Stage) -> str:
     interrupt = Interrupt()
     ranks = detect_ranks()
     progress = Progress()
-    publishers: Publishers | None = None
+    followers: list[Publishers | Evaluator] = []
     try:
         interrupt.listen()
         log.set_up(f"{stage.name} rank {ranks.rank}", main=ranks.is_main)
@@ -57,10 +59,11 @@ def run_stage(stage: Stage) -> str:
         sinks = stage.recipe.log
         check_sinks_installed(sinks.sinks)
         if ranks.is_main:
-            publishers = Publishers(stage, sinks.sinks, timeout_s=sinks.sink_timeout_s, live=True)
+            followers.append(Publishers(stage, sinks.sinks, timeout_s=sinks.sink_timeout_s, live=True))
+            followers.append(Evaluator(stage, ranks))
         train_stage(stage, ranks, interrupt=interrupt, progress=progress)
     except SavedAndStopped:
-        _end(publishers, EXIT_SAVED)
+        _end(followers, EXIT_SAVED)
         _exit_at_the_end(EXIT_SAVED)
         sys.exit(EXIT_SAVED)
     except BaseException as error:
@@ -71,18 +74,18 @@ def run_stage(stage: Stage) -> str:
             with suppress(OSError):
                 print(f"error: {shown}; its report cannot be written: {unwritten}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(shown, UserError) else 1
-        _end(publishers, code)
+        _end(followers, code)
         atexit.register(_leave, code)
         raise
-    _end(publishers, 0)
+    _end(followers, 0)
     _exit_at_the_end(0)
     return "done"
 
 
-def _end(publishers: Publishers | None, code: int) -> None:
-    """Wait a little for what rank 0's publishers have left. The stage has ended, whatever becomes of them."""
-    if publishers is not None:
-        publishers.end(code)
+def _end(followers: Sequence[Publishers | Evaluator], code: int) -> None:
+    """Waits a little for what rank 0's followers have left. The stage has ended, whatever becomes of them."""
+    for follower in followers:
+        follower.end(code)
 
 
 def _exit_at_the_end(code: int) -> None:

@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vjepa_scale.checkpoint.evaluations import in_words, results_of
 from vjepa_scale.checkpoint.manifest import MANIFEST, newest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import row_of
-from vjepa_scale.monitor.states import LastError, StageStatus
+from vjepa_scale.monitor.states import BestCheckpoint, LastError, StageStatus
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
@@ -87,6 +88,14 @@ class StageFiles:
             status.first = begun[-1] if begun else self._planned_first()
         if status.first is not None:
             status.last_step = self.stage.phases_from(status.first)[-1].end
+        status.best = self._best()
+
+    def _best(self) -> BestCheckpoint | None:
+        results = results_of(self.stage)
+        if (best := results.best) is None:
+            return None
+        values = {key: best.get(key) for key in ("knn", "linear", "effective_rank", "held_out_loss")}
+        return BestCheckpoint(best["checkpoint"], best["step"], in_words(best), len(results.rows), **values)
 
     def _planned_first(self) -> int | None:
         before = self.stage.config.continue_from

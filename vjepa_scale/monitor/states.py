@@ -50,6 +50,24 @@ class LastError:
 
 
 @dataclass
+class BestCheckpoint:
+    """The best of a stage's evaluated checkpoints (checkpoint/evaluations.py). Accuracies: 0 … 1
+
+    words:     its results as text
+    evaluated: number of checkpoints with comparable results, itself included
+    """
+
+    checkpoint: str
+    step: int
+    words: str
+    evaluated: int
+    knn: float | None = None
+    linear: float | None = None
+    effective_rank: float | None = None
+    held_out_loss: float | None = None
+
+
+@dataclass
 class StageStatus:
     """One stage. Steps are completed ones of the global step; times in seconds.
 
@@ -87,6 +105,7 @@ class StageStatus:
     checkpoint: str | None = None
     checkpoint_step: int | None = None
     checkpoint_age_s: float | None = None
+    best: BestCheckpoint | None = None
     error: LastError | None = None
     log: str | None = None
 

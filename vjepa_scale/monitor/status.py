@@ -169,6 +169,9 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
     out = [stage.detail] if stage.detail else []
     if stage.state == "stopped" and stage.owner != "unknown":  # an unknown one may still run
         out.append("the same command goes on")
+    if (best := stage.best) is not None:
+        others = f"; {best.evaluated} evaluated" if best.evaluated > 1 else ""
+        out.append(f"best: step {best.step} ({best.words}{others})")
     if stage.still:
         out.append(f"running, but no step for {duration(stage.idle_s or 0.0)}")
     if stage.attempt > 1 or (stage.endings and stage.state in ALIVE):

@@ -11,7 +11,14 @@ from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model.encoder import Encoder
 from vjepa_scale.model.predictor import Predictor
 from vjepa_scale.objective.objective import Objective, lp_distance, normalised
-from vjepa_scale.recipe import Stage
+from vjepa_scale.recipe import Recipe, Stage
+
+
+def mask_tokens_of(recipe: Recipe) -> list[int]:
+    """Returns the index of the mask token that each mask generator uses."""
+    tokens = recipe.model.predictor.mask_tokens
+    per_generator = recipe.jepa.mask_token == "per_generator"
+    return [j % tokens if per_generator else 0 for j in range(len(recipe.masks.generators))]
 
 
 class Jepa(Objective):
@@ -36,10 +43,8 @@ class Jepa(Objective):
         engine.set_forward_order([self.target_encoder, self.encoder, self.predictor])
         self.ema_momentum: float = recipe.jepa.ema_momentum
         self._exponent = recipe.jepa.loss_exponent
-        tokens = recipe.model.predictor.mask_tokens
-        per_generator = recipe.jepa.mask_token == "per_generator"
-        self._mask_token_of = [j % tokens if per_generator else 0 for j in range(len(recipe.masks.generators))]
-        self._unused_mask_tokens = set(range(tokens)) - set(self._mask_token_of)
+        self._mask_token_of = mask_tokens_of(recipe)
+        self._unused_mask_tokens = set(range(recipe.model.predictor.mask_tokens)) - set(self._mask_token_of)
         self._patch, self._tubelet = recipe.model.patch, recipe.model.tubelet
 
     @property

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from vjepa_scale.recipe.evaluate_section import EvaluateConfig
 from vjepa_scale.recipe.guard_sections import GuardsConfig
 from vjepa_scale.recipe.log_sections import LogConfig, ProfileConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
@@ -355,6 +356,9 @@ class JepaConfig(Section):
 class CheckpointConfig(Section):
     every: PositiveInt = Field(1000, description="steps between checkpoints; the end of a phase always has one")
     keep: PositiveInt = Field(3, description="recent checkpoints to keep; those at ends of phases always stay")
+    keep_best: bool = Field(
+        True, description="keep the best checkpoint by the results of evaluate, too; no effect without evaluate"
+    )
     background: bool = Field(
         True, description="write during training, from a copy in CPU memory; false: training waits"
     )
@@ -385,6 +389,7 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
     guards: GuardsConfig = GuardsConfig()
     profile: ProfileConfig = ProfileConfig()
+    evaluate: EvaluateConfig | None = None
     pretrain: StageConfig | None = None
     cooldown: StageConfig | None = None
     action: ActionStageConfig | None = None

@@ -11,6 +11,7 @@ The files of a run:
     <run>/code/<hash>/vjepa_scale/  the code that the jobs run
     <run>/<stage>/history.jsonl     submitted, started, saved, interrupted, failed, done
     <run>/<stage>/metrics.jsonl     a row per step
+    <run>/<stage>/evaluations.jsonl a row per evaluated checkpoint (recipe section evaluate)
     <run>/<stage>/evaluation.json   of a kind that evaluates (probes): such a stage is finished when this file exists
     <run>/<stage>/checkpoints/, logs/JOB_RANK_log.{out,err}, failures/JOB.RANK.json, rendezvous/
 """
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
+from vjepa_scale.recipe.evaluate_section import check_evaluate, evaluation_of
 from vjepa_scale.recipe.networks import Network
 from vjepa_scale.recipe.phases import Phase, phase_steps
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of, kind_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:  # types of the methods that the kinds of training implement
     from vjepa_scale.objective.objective import Objective
 
 CHECKPOINTS, LOGS, FAILURES, EVALUATION = "checkpoints", "logs", "failures", "evaluation.json"
+EVALUATIONS = "evaluations.jsonl"
 # A stage's name is used for a folder, a job and an item of --stages; a run has these other folders.
 _NAME, _FOLDERS_OF_RUNS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*"), ("launches", "code")
 
@@ -221,6 +224,10 @@ class Stage(ABC):
     def evaluation(self) -> Path:
         return self.folder / EVALUATION
 
+    @property
+    def evaluations(self) -> Path:
+        return self.folder / EVALUATIONS
+
     # -- checks: each raises UserError naming a key ------------------------------------------------------
 
     def check(self, source: object) -> None:
@@ -255,6 +262,8 @@ class Stage(ABC):
         for phase in phases:
             self.check_clips(phase, source)
             self._check_phase(phase, key)
+        if (evaluate := evaluation_of(self)) is not None:
+            check_evaluate(self, evaluate, source)
 
     def check_clips(self, phase: Phase, source: object) -> None:
         """Checks that clips of a phase fit the networks: whole tubelets."""

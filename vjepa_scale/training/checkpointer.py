@@ -1,7 +1,9 @@
 """The checkpoints of a stage in training: when one is due, the facts in its manifest, and which ones to keep."""
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.evaluations import kept_by_evaluation
 from vjepa_scale.checkpoint.saver import Saver
+from vjepa_scale.distributed.process_group import is_main
 from vjepa_scale.recipe import Phase
 from vjepa_scale.training.setup import Training
 
@@ -56,6 +58,7 @@ class Checkpointer:
             return
         step, path = saved
         stage, log = self._training.stage, self._training.log
-        store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep)
+        evaluated = kept_by_evaluation(stage) if is_main() else ()
+        store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep, also=evaluated)
         log.event("saved", step=step)
         log.say(f"saved {path}")

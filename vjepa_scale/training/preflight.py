@@ -21,9 +21,11 @@ from vjepa_scale.checkpoint.manifest import (
 )
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import count_replicas
+from vjepa_scale.data.held_out import choose_held_out
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.recipe import Stage, stages_of
+from vjepa_scale.recipe.evaluate_section import evaluation_of
 from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.phases import accumulation
 from vjepa_scale.recipe.schema import EngineConfig
@@ -51,6 +53,8 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
     _refuse_absent_ranks(stage)
     count_replicas(stage.recipe.engine.replicate, world_size=stage.world_size, per_node=stage.launch.tasks_per_node)
     manifests = open_data(stage)
+    if (evaluate := evaluation_of(stage)) is not None:
+        choose_held_out(stage, evaluate)
     own = newest_name(stage.checkpoints)
     if own is not None:
         refuse_other_recipe(stage, own)
