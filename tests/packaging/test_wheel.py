@@ -98,7 +98,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert names == code | recipes | profiles
     assert "vjepa_scale/launch/epilogue.sh" in names
     assert {"vjepa_scale/recipes/demo.yaml", "vjepa_scale/profiles/example_h100.yaml"} <= names
-    commands = "launch shards consolidate features surprise plan demo"
+    commands = "launch shards consolidate evaluate features surprise plan demo"
     assert set(scripts["console_scripts"]) == {f"vjepa-{name}" for name in commands.split()}
     extras = set(re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE))
     assert extras == {

@@ -43,9 +43,8 @@ class Recording:
 
     def reduced(self, values: Tensor) -> tuple[list[float], dict[str, float]]:
         own = [self.ranks] * (len(values) - 2)  # loss and part are every rank's, all else is this one's
-        return (values / torch.tensor([1.0, 1.0, *own])).tolist(), {
-            group: float(g.norm()) for group, g in self.gradients.items()
-        }
+        norms = {group: float(gradient.norm()) for group, gradient in self.gradients.items()}
+        return (values / torch.tensor([1.0, 1.0, *own])).tolist(), norms
 
     def _gradients(self) -> dict[str, list[Tensor]]:
         return {group: [gradient] for group, gradient in self.gradients.items()}
@@ -138,7 +137,21 @@ def test_micro_batches_have_equal_shares_and_only_the_last_one_is_the_last() -> 
     assert ours.micro_batches == [(1.0, True)]
 
 
-@pytest.mark.parametrize(("stop", "failures"), [(False, 0), (True, 0), (False, 1)])
-def test_one_rank_of_many_is_enough_to_stop_or_to_report_a_clip(stop: bool, failures: int) -> None:
-    found = gradients_of(Recording({"all": [1.0]}, ranks=1024), 1.0, stop_asked=stop, failures=failures)
-    assert (found.stop, found.failures) == (stop, failures > 0)
+@pytest.mark.parametrize(
+    ("stop", "collapsed", "failures"), [(False, False, 0), (True, False, 0), (False, True, 0), (False, False, 1)]
+)
+def test_one_rank_of_many_is_enough_to_stop_or_to_report_a_clip(stop: bool, collapsed: bool, failures: int) -> None:
+    ours = Recording({"all": [1.0]}, ranks=1024)
+    found = gradients_of(ours, 1.0, stop_asked=stop, collapsed=collapsed, failures=failures)
+    assert (found.stop, found.collapsed, found.failures) == (stop, collapsed, failures > 0)
+
+
+def test_each_rank_has_its_own_wait_and_counts_add_up() -> None:
+    """The other ranks have counted nothing and not waited."""
+    ours = Recording({"all": [1.0]}, ranks=4)
+    ours.dp_rank = 2
+    found = gradients_of(ours, 1.0, counts={"tokens": 3e17, "clips": 8}, waited_s=0.5)
+    assert found.counts == {"tokens": pytest.approx(3e17, rel=1e-12), "clips": pytest.approx(8)}
+    assert found.waited_s == pytest.approx([0, 0, 0.5, 0])
+    result = apply_gradients(cast("Objective", ours), cast("Engine", ours), found, lr=0.1)
+    assert result.parts == {"part": 10.0, "twice": 20.0}
