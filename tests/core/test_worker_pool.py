@@ -28,7 +28,7 @@ from vjepa_scale.training.signals import SIGNALS, Interrupt
 
 def main():
     interrupt = Interrupt()
-    interrupt.listen()
+    interrupt.listen(loader_workers=2)
     loader = Prefetched(abs, range(100), workers=2, prefetch=2)
     seen = 0
     for item in loader:
@@ -54,6 +54,23 @@ def test_only_the_rank_hears_a_signal_to_all(tmp_path: Path) -> None:
     script.write_text(SIGNALLED)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stdout == "100 SIGUSR2\n", done.stderr
+
+
+ALONE = """
+import signal
+import psutil
+from vjepa_scale.training.signals import Interrupt
+
+interrupt = Interrupt()
+interrupt.listen(loader_workers=0)
+signal.raise_signal(signal.SIGTERM)
+print(psutil.Process().children(recursive=True), interrupt.signal)
+"""
+
+
+def test_a_rank_without_loader_workers_starts_no_process_for_them() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.stdout == "[] SIGTERM\n", done.stderr
 
 
 # -- a current folder with modules that are named as the standard library's ---------------------------------

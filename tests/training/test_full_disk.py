@@ -211,7 +211,7 @@ def test_a_rank_that_finds_the_disk_full_reports_it(
 
     left: list[int] = []
     monkeypatch.setattr("vjepa_scale.training.trainer.train_stage", train_stage)
-    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
+    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda **_: None, signal=None))
     monkeypatch.setattr(worker.atexit, "register", lambda _, code: left.append(code))
     with pytest.raises(OSError, match="No space left"):
         worker.run_stage(stages_of(recipe)["pretrain"])
@@ -244,7 +244,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(
 
     monkeypatch.setattr("vjepa_scale.training.trainer.train_stage", train_stage)
     monkeypatch.setattr("vjepa_scale.run.failures.write_json", full)
-    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda: None, signal=None))
+    monkeypatch.setattr(worker, "Interrupt", lambda: SimpleNamespace(listen=lambda **_: None, signal=None))
     monkeypatch.setattr(worker.atexit, "register", lambda *_: None)
     with pytest.raises(ZeroDivisionError):
         worker.run_stage(stages_of(recipe)["pretrain"])

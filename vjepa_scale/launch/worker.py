@@ -47,7 +47,7 @@ def run_stage(stage: Stage) -> str:
     progress = Progress()
     followers: list[Publishers | Evaluator] = []
     try:
-        interrupt.listen()
+        interrupt.listen(loader_workers=stage.recipe.data.workers)
         log.set_up(f"{stage.name} rank {ranks.rank}", main=ranks.is_main)
         # Importing PyTorch takes seconds. Launchers, which only pickle ``run_launched``, do not need it, and signals
         # are handled before it.

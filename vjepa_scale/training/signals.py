@@ -23,11 +23,15 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: str | None = None
 
-    def listen(self) -> None:
-        """Handles the signals from now on, and blocks them in the loader's workers. Call it in the main thread."""
+    def listen(self, *, loader_workers: int) -> None:
+        """Handles the signals from now on, and blocks them in the loader's workers. Call it in the main thread.
+
+        loader_workers: data.workers; with 0 no fork server is started, which would import PyTorch a second time
+        """
         for number in SIGNALS:
             signal.signal(number, self._note)
-        start_fork_server("vjepa_scale.data.loader", deaf_to=SIGNALS)
+        if loader_workers:
+            start_fork_server("vjepa_scale.data.loader", deaf_to=SIGNALS)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name
