@@ -42,7 +42,7 @@ def test_one_command_and_what_is_submitted_is_what_was_printed(
     printed = run.launch("--dry-run", "--print-sbatch")
     assert not run.folder.exists()  # a dry run writes nothing
 
-    said = run.launch("--wait")
+    said = cluster.run(run.command(run.recipe, "--cluster", "slurm", "--wait")).stdout  # as a user types it
     assert "pretrain/constant  step 12/12" in said
     assert "cooldown/decay  step 18/18" in said
     jobs = {stage: run.job_id(stage) for stage in ("pretrain", "cooldown")}
@@ -104,11 +104,14 @@ def test_a_plain_user_in_a_folder_with_a_space(
 
 
 def test_the_batch_script_for_sites_without_submitit(
-    cluster: Cluster, two_data_sets: Sets, local: Path, tmp_path: Path
+    cluster: Cluster, two_data_sets: Sets, finished: Path, tmp_path: Path
 ) -> None:
-    """slurm/stage.sbatch: two jobs by hand, the first told to save on its way."""
-    run = make_run(cluster, tmp_path, two_data_sets)
-    size = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={tmp_path}/%j.out"]
+    """slurm/stage.sbatch: two jobs by hand, the first told to save on its way.
+
+    On two nodes with a rank each: as the run of two processes that all tests share.
+    """
+    run = make_run(cluster, tmp_path, two_data_sets, launch={"tasks_per_node": 1})
+    size = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/%j.out"]
 
     def submit(stage: str, *options: str) -> str:
         sbatch = ["env", f"PYTHON={sys.executable}", "sbatch", "--parsable", *size, *options]
@@ -122,7 +125,7 @@ def test_the_batch_script_for_sites_without_submitit(
     assert cluster.job(first)["Restarts"] == "1"
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
     for stage, step in (("pretrain", 12), ("cooldown", 18)):
-        assert_same_training(run.folder, local / "run", stage, step, tmp_path)
+        assert_same_training(run.folder, finished, stage, step, tmp_path)
     assert {name: stage["state"] for name, stage in run.status().items()} == {"pretrain": "done", "cooldown": "done"}
 
 
@@ -130,7 +133,7 @@ def test_srun_without_any_launcher_and_a_shell_that_forgot_srun(
     cluster: Cluster, two_data_sets: Sets, local: Path, tmp_path: Path
 ) -> None:
     """The entry by itself: srun's tasks find each other; in the batch shell of four tasks it refuses to train alone."""
-    run = make_run(cluster, tmp_path, two_data_sets, data={"workers": 0})
+    run = make_run(cluster, tmp_path, two_data_sets)
     entry = [sys.executable, "-m", "vjepa_scale.launch.worker", str(run.recipe), "pretrain"]
     cluster.run(["srun", "--nodes=2", "--ntasks-per-node=2", *entry])
     assert metrics(run.folder, "pretrain") == metrics(local / "run", "pretrain")

@@ -29,8 +29,6 @@ LONG: dict[str, Any] = {
     },
     "cooldown": None,
 }
-# For what does not concern loader workers: each is one more start of Python with PyTorch.
-NO_WORKERS: dict[str, Any] = {"data": {"workers": 0}}
 
 Sets = dict[str, Path]
 Check = Callable[[Run], list[dict[str, Any]]]
@@ -130,7 +128,8 @@ def test_usr2_and_a_bare_requeue_save_and_queue_again(
         cluster.wait_until(again, PATIENCE_S, "24 steps after the signal", job_id=job)
         until_signalled(run, job, lambda: cluster.scontrol("requeue", job))
 
-    run = disturbed(cluster, tmp_path, two_data_sets, both)
+    # Slurm signals loader workers, too.
+    run = disturbed(cluster, tmp_path, two_data_sets, both, data={"workers": 1})
     starts = check(run)
     assert [row["repeated"] for row in starts] == [0, 0, 0]  # nothing is trained twice
     signalled = run.events("interrupted")[0]
@@ -181,7 +180,7 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
         cluster.wait_for(job, ("PENDING",))
         cluster.scontrol("update", f"JobId={job}", "TimeLimit=30")
 
-    run = disturbed(cluster, tmp_path, two_data_sets, time_is_up, launch={"profile": str(profile)}, **NO_WORKERS)
+    run = disturbed(cluster, tmp_path, two_data_sets, time_is_up, launch={"profile": str(profile)})
     starts = check(run)
     assert [row["repeated"] for row in starts] == [0, 0]
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
@@ -217,7 +216,7 @@ def test_a_lost_node(
             cluster.wait_until(noticed, PATIENCE_S, "Slurm notices the loss", job_id=job)
         cluster.wait_until(lambda: len(run.events("started")) > 1, PATIENCE_S, "the next start", job_id=job)
 
-    run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node, **NO_WORKERS)
+    run = disturbed(cluster, tmp_path, two_data_sets, loses_a_node)
     starts = check(run)
     assert len(starts) == 2
 
@@ -225,7 +224,7 @@ def test_a_lost_node(
 def short_run(cluster: Cluster, folder: Path, sets: Sets, finished: Path, **launch: Any) -> Run:
     """The pretraining of ``finished``, started once and completed by itself, with the same result."""
     launch = {"tasks_per_node": TASKS, **launch}
-    run = make_run(cluster, folder, sets, launch=launch, cooldown=None, **NO_WORKERS)
+    run = make_run(cluster, folder, sets, launch=launch, cooldown=None)
     run.launch()
     cluster.wait_for(run.job_id(), ("COMPLETED",))
     assert_same_training(run.folder, finished, "pretrain", 12, folder)

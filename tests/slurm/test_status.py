@@ -16,15 +16,13 @@ Sets = dict[str, Path]
 WARMUP = {"name": "warmup", "steps": 5, "start_lr": 1e-4, "final_lr": 1e-3}
 RUINOUS = {"phases": [WARMUP, {"name": "constant", "start_lr": 1e30}]}
 MENDED = "pretrain.phases.1.start_lr=1e-3"
-# For what does not concern loader workers: each is one more start of Python with PyTorch.
-NO_WORKERS: dict[str, Any] = {"data": {"workers": 0}}
 # Never finished; it saves only when it is told to, and where a phase ends.
 LONG: dict[str, Any] = {"checkpoint": {"every": 10000}, "pretrain": {"steps": 3000}}
 
 
 def tool(run: Run, *words: object, code: int = 0) -> tuple[str, str]:
-    """tools/launch.py as a user types it; what it printed on stdout and on stderr."""
-    done = run.cluster.run(run.command(*words), check=False)
+    """tools/launch.py; what it printed on stdout and on stderr."""
+    done = run.tool(*words, check=False)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
@@ -65,7 +63,7 @@ def written(run: Run) -> list[object]:
 
 
 def test_a_stage_that_fails_for_good(cluster: Cluster, two_data_sets: Sets, tmp_path: Path) -> None:
-    run = make_run(cluster, tmp_path, two_data_sets, launch={"tasks_per_node": 1}, pretrain=RUINOUS, **NO_WORKERS)
+    run = make_run(cluster, tmp_path, two_data_sets, launch={"tasks_per_node": 1}, pretrain=RUINOUS)
     launch(run)
     first, second = run.job_id(), run.job_id("cooldown")
     watching = cluster.popen(run.command("follow", run.folder), stdout=-1, stderr=-1)
@@ -283,7 +281,7 @@ def _forgotten(run: Run) -> None:
 def test_accounting_remembers(cluster_with_accounting: Cluster, two_data_sets: Sets, tmp_path: Path) -> None:
     """A failed job, a finished one and one that somebody has cancelled, after the controller forgot them."""
     cluster = cluster_with_accounting
-    options = {"launch": {"tasks_per_node": 1, "max_restarts": 0}, "cooldown": None, **NO_WORKERS}
+    options = {"launch": {"tasks_per_node": 1, "max_restarts": 0}, "cooldown": None}
     run = make_run(cluster, tmp_path, two_data_sets, pretrain=RUINOUS, **options)
     launch(run)
     failed = run.job_id()
