@@ -73,7 +73,9 @@ def tool(name: str, *arguments: object, check: bool = True, cwd: Path = ROOT) ->
     return _checked(done, check)
 
 
-def launch(recipe: Path, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: Path | str, *words: object, check: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """``tools/launch.py RECIPE WORDS --wait``, with ranks that are forked (tests/forked.py) and not started.
 
     The launcher that it writes down has ended when this returns, as a process of its own would have.
@@ -84,7 +86,7 @@ def launch(recipe: Path, *words: object, check: bool = True) -> subprocess.Compl
         mock.patch("submitit.LocalExecutor", ForkedExecutor),
         mock.patch("vjepa_scale.launch.local.this_process", ended_process),
     ):
-        return tool("launch", recipe, *words, "--wait", check=check)
+        return tool("launch", recipe, *words, "--wait", check=check, cwd=cwd)
 
 
 def tool_process(

@@ -1,7 +1,7 @@
 """The local executor of a launch without its starts of Python: ranks are forked from a process that has all imported.
 
 submitit starts a process for a job and one for each rank, 2.6 s of CPU each. A job here is a process of the tests'
-fork server, and its ranks are forks of that: the same environment, logs, exit codes and failure reports.
+fork server, and its ranks are forks of that: the same environment, folder, logs, exit codes and failure reports.
 """
 
 import multiprocessing
@@ -37,7 +37,7 @@ class ForkedExecutor:
         self._folder.mkdir(parents=True, exist_ok=True)
         words = pickle.dumps((function, arguments))
         context = multiprocessing.get_context("forkserver")
-        process = context.Process(target=_job, args=(words, self._ranks, self._folder, dict(os.environ)))
+        process = context.Process(target=_job, args=(words, self._ranks, self._folder, dict(os.environ), os.getcwd()))
         process.start()
         return ForkedJob(process, self._folder)
 
@@ -55,10 +55,11 @@ class ForkedJob:
         return not self._process.is_alive()
 
 
-def _job(words: bytes, ranks: int, folder: Path, environment: dict[str, str]) -> None:
+def _job(words: bytes, ranks: int, folder: Path, environment: dict[str, str], cwd: str) -> None:
     """Fork the ranks and wait for them; after one has failed the others are left to the launcher, as submitit does."""
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(cwd)
     children = []
     for rank in range(ranks):
         if (pid := os.fork()) == 0:

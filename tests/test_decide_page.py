@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT, tool
-from tests.pages import blocks, file_on, run_line
+from tests.pages import blocks, file_on, run_line_here
 
 PAGE = "docs/decide.md"
 TEXT = (ROOT / PAGE).read_text()
@@ -25,14 +25,13 @@ SMALLER = {
 @pytest.mark.distributed
 def test_the_first_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "recipes/mine.yaml").write_text(file_on(PAGE, "recipes/mine.yaml"))
     day = [words for words in COMMANDS if words not in ON_64]
     small = day
     for words, fewer in SMALLER.items():
         assert sum(words in command for command in day) == 1
         small = [command.replace(words, fewer) for command in small]
-    said = [run_line(command, cwd=tmp_path) for command in small]
+    said = [run_line_here(command, cwd=tmp_path) for command in small]
     states = next(text for command, text in zip(small, said, strict=True) if "status" in command)
     assert states.count("done") == 2
     (code,) = blocks(PAGE, "python")

@@ -71,7 +71,14 @@ def test_torchrun_on_one_machine_and_on_two(two_data_sets: dict[str, Path], tmp_
     steps = {"steps": 2, "phases": [{"name": "all", "start_lr": 1e-3}]}
 
     def smaller(line: str, name: str, **replaced: str) -> list[str]:
-        recipe = write_recipe(tmp_path / f"{name}.yaml", tmp_path / name, two_data_sets, pretrain=steps, cooldown=None)
+        recipe = write_recipe(
+            tmp_path / f"{name}.yaml",
+            tmp_path / name,
+            two_data_sets,
+            data={"workers": 0},
+            pretrain=steps,
+            cooldown=None,
+        )
         words = shlex.split(line)
         for option, value in replaced.items():
             words[words.index(f"--{option.replace('_', '-')}") + 1] = value

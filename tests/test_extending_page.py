@@ -29,6 +29,7 @@ def test_a_metric(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
         tmp_path / "run",
         two_data_sets,
         launch={"tasks_per_node": 2},
+        data={"workers": 0},
         masks={"group": 4, "generators": [{"kind": "future", "context_share": [0.5, 0.5]}]},
         pretrain=None,
         cooldown=None,

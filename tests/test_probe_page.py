@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain import ROOT, tool
+from tests.chain import ROOT, launch, tool
 from tests.pages import blocks, file_on
 
 PAGE = "docs/probe.md"
@@ -34,12 +34,12 @@ def test_the_three_steps(tmp_path: Path) -> None:
         "pretrain.steps=3",
         "cooldown.steps=2",
     )
-    tool("launch", *run, "engine.threads=1", "--wait", cwd=tmp_path)
+    launch(*run, "engine.threads=1", cwd=tmp_path)
 
     refused = tool("launch", *PROBE.split(), cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert re.search(r"class '\w[^']*' has \d+ examples, fewer than 30", refused.stderr), refused.stderr
-    tool("launch", *PROBE.split(), *SMALLER, *FEWER, "engine.threads=1", cwd=tmp_path)
+    launch(*PROBE.removesuffix(" --wait").split(), *SMALLER, *FEWER, "engine.threads=1", cwd=tmp_path)
     found = json.loads((tmp_path / "runs/mine_probe/probe/evaluation.json").read_text())
     assert found["origin"]["init_from"] == "runs/mine/cooldown"
     assert len(found["settings"]) == 6

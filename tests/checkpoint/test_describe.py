@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.chain import tool, write_recipe
+from tests.chain import launch, tool, write_recipe
 from vjepa_scale.checkpoint.manifest import read_manifest
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.recipe import load_recipe
@@ -37,7 +37,7 @@ def test_a_checkpoint_of_a_run_tells_where_it_comes_from(
         "cooldown": None,
     }
     path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets, **sections)
-    tool("launch", path, "--wait")
+    launch(path)
     checkpoint = tmp_path / "run" / "pretrain" / "checkpoints" / "step_00000002"
     manifest = read_manifest(checkpoint)
     libraries = {"torch": torch.__version__, "python": platform.python_version()}

@@ -28,14 +28,7 @@ STAGE = {
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_under_a_temporary_folder_of_100_bytes(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path / "r.yaml",
-        tmp_path / "run",
-        two_data_sets,
-        pretrain=STAGE,
-        cooldown=None,
-        launch={"tasks_per_node": 2},
-    )
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "run", two_data_sets, pretrain=STAGE, cooldown=None)
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         long = Path(parent) / ("x" * (99 - len(parent)))
         long.mkdir()
@@ -56,7 +49,7 @@ def test_no_place_for_sockets_is_reported_as_any_failure(
 ) -> None:
     """The fork server starts before anything else: its failure was "the processes ended without a word"."""
 
-    def no_folder(_: Interrupt) -> None:
+    def no_folder(_: Interrupt, *, loader_workers: int) -> None:
         raise UserError("no folder for the sockets of worker processes", where="TMPDIR /long")
 
     monkeypatch.setattr(Interrupt, "listen", no_folder)

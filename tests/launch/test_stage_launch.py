@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.chain import ACTION, ROOT, tool, write_recipe
+from tests.chain import ACTION, ROOT, launch, tool, write_recipe
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.launch.plan import describe
 from vjepa_scale.recipe import load_recipe, stages_of
@@ -84,7 +84,7 @@ def test_each_stage_has_its_own_number_of_processes(two_data_sets: dict[str, Pat
         pretrain={**few, "launch": {"tasks_per_node": 2}},
         cooldown={**few},
     )
-    tool("launch", path, "--cluster", "local", "--wait")
+    launch(path, "--cluster", "local")
     for stage, ranks in (("pretrain", 2), ("cooldown", 1)):
         rows = [json.loads(line) for line in (tmp_path / "run" / stage / "history.jsonl").read_text().splitlines()]
         assert [row["world_size"] for row in rows if row["event"] == "started"] == [ranks]

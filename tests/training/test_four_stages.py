@@ -65,7 +65,7 @@ def test_killed_in_the_action_stage_and_resumed(
 ) -> None:
     """kill -9 after a checkpoint inside the stage: the rest, and the probe, as if nothing had been. On 2 processes
     before and after, beside a run that was never killed."""
-    sections: dict[str, Any] = {"launch": {"tasks_per_node": 2}, "checkpoint": {"every": 2}}
+    sections: dict[str, Any] = {"launch": {"tasks_per_node": 2}, "checkpoint": {"every": 2}, "data": {"workers": 0}}
     expected = tmp_path / "whole"
     shutil.copytree(four_stages, expected)
     shutil.rmtree(expected / "action")

@@ -40,6 +40,7 @@ def test_kills_of_trainer_and_publishers_leave_one_gapless_series(
     log = {"wandb": {"mode": "offline", "tags": ["a"]}, "tensorboard": True, "sink_timeout_s": 60, "every": 50}
     run_dir = tmp_path / "run"
     sections = {**LONG, "launch": {"tasks_per_node": 1}, "pretrain": {**LONG["pretrain"], "steps": 60}, "log": log}
+    sections |= {"data": {"workers": 0}}
     recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, two_data_sets, **sections)
     dice = random.Random(8)
     for last in (10, 30, 45):
