@@ -136,16 +136,19 @@ def test_a_life_with_everything(cluster: Cluster, two_data_sets: Sets, tmp_path:
     others = cluster.sbatch("--nodes=3", "--exclusive", wrap="sleep 600")
     cluster.wait_for(others, ("RUNNING",))
     launch(run)
-    watching = cluster.popen(run.command("follow", run.folder), stdout=-1, stderr=-1)
+    followed = tmp_path / "followed.txt"
+    with followed.open("w") as file:
+        watching = cluster.popen(run.command("follow", run.folder), stdout=file, stderr=-1)
     _pending(run)
+    cluster.wait_until(lambda: "is pending" in followed.read_text(), PATIENCE_S, "follow has started")
     cluster.scancel(others)
     _running(run)
     _requeued(run)
     _cancelled(run)
-    lines, errors = watching.communicate(timeout=PATIENCE_S)
+    _, errors = watching.communicate(timeout=PATIENCE_S)
     assert watching.returncode == 1, errors
     assert errors == ""
-    _followed(run, lines)
+    _followed(run, followed.read_text())
 
     launch(run)
     wait_for_states(run, ["running", "pending"])
