@@ -107,9 +107,12 @@ def logging_as_before() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take long first (``--no-loadscope-reorder``): so that all workers end together."""
-    long = {item.path for item in items if item.get_closest_marker("distributed") is not None}
-    items.sort(key=lambda item: item.path not in long)
+    """The files that take long first (``--no-loadscope-reorder``): so that all workers end together.
+
+    Slurm's take longest, and wait most.
+    """
+    slurm, long = ({item.path for item in items if item.get_closest_marker(name)} for name in ("slurm", "distributed"))
+    items.sort(key=lambda item: (item.path not in slurm, item.path not in long))
 
 
 def _no_torchcodec() -> str:
