@@ -80,7 +80,7 @@ def train(run: Path, arguments: argparse.Namespace, seed: int, changes: Sequence
     rows = [json.loads(line) for line in (run / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     figures = {}
     for column, limit in LIMITS.items():
-        settled = [row for row in rows if row["step"] >= limit.settles * arguments.steps]
+        settled = [row for row in rows if limit.holds(row["step"], arguments.steps)]
         if values := [row[column] for row in settled if row.get(column) is not None]:
             figures[column] = {"low": min(values), "high": max(values), "limit": limit.value}
     signs = [row for row in History(run / "pretrain").rows() if row["event"] == "collapse"]

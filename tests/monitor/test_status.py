@@ -57,6 +57,19 @@ def test_not_launched(run: Run) -> None:
         follow(run.folder)
 
 
+def test_signs_of_a_collapse_are_those_of_the_last_attempt(run: Run) -> None:
+    run.submit("pretrain")
+    run.start("pretrain")
+    run.train("pretrain", 0, 5)
+    sign = {"column": "effective_rank", "value": 1.25, "limit": 2.0, "step": 4}
+    run.add("pretrain", "collapse", job="100.0-0", **sign)
+    status = run.look(job("RUNNING"))
+    assert status.stages[0].signs == ["effective_rank 1.25 (limit 2) at step 4"]
+    assert "signs of a collapse: effective_rank 1.25" in render(status)
+    run.start("pretrain", restart=1, step=4)
+    assert run.pretrain(job("RUNNING")).signs == []
+
+
 # -- in Slurm --------------------------------------------------------------------------------------------
 
 

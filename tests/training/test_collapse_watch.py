@@ -8,12 +8,12 @@ from vjepa_scale.recipe.guard_sections import GuardsConfig
 from vjepa_scale.training.collapse_watch import CollapseWatch
 
 RANK, TIME, TO_MEAN = "effective_rank", "collapse/over_time", "collapse/to_mean"
-SETTLED = 50  # a later step than any limit settles at, of 100
+STEPS, SETTLED = 1000, 500  # a later step than any limit settles at
 
 
 def signs(rows: list[dict[str, Any]], **guards: Any) -> list[tuple[int, str]]:
-    """Returns (step, column) of each sign, of a stage from step 1000 to 1099."""
-    watch = CollapseWatch(GuardsConfig(**guards), first=1000, steps=100)
+    """Returns (step, column) of each sign, of a stage from step 1000 to 1999."""
+    watch = CollapseWatch(GuardsConfig(**guards), first=1000, steps=STEPS)
     return [(row["step"] - 1000, sign.column) for row in rows for sign in watch.judge(row)]
 
 
@@ -51,10 +51,19 @@ def test_a_limit_above_is_one_too() -> None:
 
 def test_what_has_to_be_learned_first_is_judged_later() -> None:
     """A new predictor is no better than the mean; features that do not move are wrong from the start."""
-    assert signs(rows(TO_MEAN, 1.5, 1.5, 1.5, first=0)) == []
+    assert signs(rows(TO_MEAN, 1.5, 1.5, 1.5, first=200)) == []
     assert signs(rows(TIME, 0, 0, 0, first=0)) == [(2, TIME)]
 
 
 def test_columns_are_judged_apart() -> None:
     both = [{"step": 1000 + SETTLED + n, RANK: 1.0, TIME: 0.0 if n else 0.5} for n in range(4)]
     assert signs(both) == [(SETTLED + 2, RANK), (SETTLED + 3, TIME)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "done", "holds"),
+    [(12, 11, False), (150, 99, False), (150, 100, True), (10_000, 2999, False), (10_000, 3000, True)],
+)
+def test_what_has_to_be_learned_takes_a_share_of_the_steps_and_a_hundred(steps: int, done: int, holds: bool) -> None:
+    watch = CollapseWatch(GuardsConfig(patience=1), first=7, steps=steps)
+    assert bool(watch.judge({"step": 7 + done, TO_MEAN: 1.5})) == holds

@@ -42,6 +42,7 @@ class StageFiles:
         self._read_launch()
         self._read_checkpoint()
         self._read_steps()
+        self.status.signs = self._signs()
         self.status.error = self._error()
 
     @property
@@ -104,6 +105,16 @@ class StageFiles:
         if before not in self.stage.earlier:
             return None  # of a checkpoint elsewhere: known when the stage has begun
         return StageFiles(self.stage.earlier[before]).status.last_step
+
+    def _signs(self) -> list[str]:
+        """The signs of a collapse since the last start: an earlier attempt's may have been of steps trained again."""
+        rows = self.rows
+        begun = max((index for index, row in enumerate(rows) if row["event"] == "started"), default=0)
+        return [
+            f"{row['column']} {row['value']:.3g} (limit {row['limit']:g}) at step {row['step']}"
+            for row in rows[begun:]
+            if row["event"] == "collapse"
+        ]
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""

@@ -78,6 +78,7 @@ class StageStatus:
     endings:        what ended the earlier ones
     first, last_step: the global step it begins at, and the one it is finished at
     step_s:         seconds per step, recently; eta_s: for the remaining steps, at this rate
+    signs:          of a collapse, in its last attempt
     idle_s:         since its last step; still: that is much longer than a step takes
     """
 
@@ -106,6 +107,7 @@ class StageStatus:
     checkpoint_step: int | None = None
     checkpoint_age_s: float | None = None
     best: BestCheckpoint | None = None
+    signs: list[str] = field(default_factory=list)
     error: LastError | None = None
     log: str | None = None
 

@@ -7,6 +7,8 @@ from pydantic import Field, field_validator
 
 from vjepa_scale.recipe.sections import PositiveInt, Section
 
+SETTLES_STEPS = 100
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -14,12 +16,17 @@ class Limit:
 
     value:   default; ``guards.limits`` has others
     above:   values above it are beyond it; else those below
-    settles: the share of a stage's steps after which it holds: what has to be learned first is judged later
+    settles: the share of a stage's steps, but SETTLES_STEPS at least, after which it holds: what has to be learned
+             first is judged later. 0: from the start
     """
 
     value: float
     above: bool = False
     settles: float = 0.0
+
+    def holds(self, done: int, steps: int) -> bool:
+        """Returns whether it holds after ``done`` of a stage's steps."""
+        return not self.settles or done >= max(self.settles * steps, SETTLES_STEPS)
 
     def is_passed(self, value: float, limit: float) -> bool:
         """Returns whether a value is beyond ``limit``, of this side. NaN is."""

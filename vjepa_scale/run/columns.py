@@ -6,7 +6,7 @@ docs/watching.md has this table (``python -m vjepa_scale.run.columns`` prints it
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from vjepa_scale.recipe.guard_sections import LIMITS, Limit
+from vjepa_scale.recipe.guard_sections import LIMITS, SETTLES_STEPS, Limit
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def table() -> str:
 
 def _cells(column: Column) -> tuple[str, ...]:
     limit = column.limit
-    after = f", after {limit.settles:.0%} of the steps" if limit and limit.settles else ""
+    after = f", after {limit.settles:.0%} of the steps and {SETTLES_STEPS}" if limit and limit.settles else ""
     words = f"{'above' if limit.above else 'below'} {limit.value:g}{after}" if limit else ""
     return f"`{column.name}`", column.unit, column.meaning, column.normal, words
 

@@ -9,6 +9,7 @@ A row has ``time`` (seconds since 1970) and ``event``:
     slow_step    a step takes many times the median, and rank 0 has written stacks: job, step, seconds, median,
                  stacks
     interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
+    collapse     a figure has stayed beyond its limit: job, column, value, limit, step (training/collapse_watch.py)
     failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
     requeued     another attempt follows: reason, job_id
     gave_up      no other attempt follows: reason
@@ -47,6 +48,7 @@ _OF_EVENT: dict[str, dict[str, Any]] = {
         "log": _TEXT,
         "report": _TEXT,
     },
+    "collapse": {"column": str, "value": _NUMBER, "limit": _NUMBER, "step": int},
     "gave_up": {"reason": str},
     "done": {"step": int},
 }

@@ -38,7 +38,7 @@ class CollapseWatch:
         found = []
         for column, limit in self._limits.items():
             value = row.get(column)
-            if value is None or row["step"] < self._first + LIMITS[column].settles * self._steps:
+            if value is None or not LIMITS[column].holds(row["step"] - self._first, self._steps):
                 continue
             beyond = self._beyond[column]
             if not LIMITS[column].is_passed(value, limit):
