@@ -111,7 +111,7 @@ def constant_in_time(values: Floats) -> Floats:
 
 
 def rank_one(values: Floats) -> Floats:
-    return values[..., :1] * np.linspace(-1, 1, WIDTH) + 7
+    return values[..., :1] * np.linspace(-1, 1, WIDTH) + 1
 
 
 def equal(values: Floats) -> Floats:

@@ -33,7 +33,7 @@ def rows(column: str, *values: float | None, first: int = SETTLED) -> list[dict[
         ((1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0), {}, [SETTLED + 2, SETTLED + 6]),  # again
         ((1.0,), {"patience": 1}, [SETTLED]),
         ((float("nan"),) * 3, {}, [SETTLED + 2]),
-        ((2.0, 2.0, 2.0), {}, []),  # at its limit
+        ((5.0, 5.0, 5.0), {}, []),  # at its limit
         ((7.0, 7.0, 7.0), {"limits": {RANK: 8}}, [SETTLED + 2]),
         ((1.0, 1.0, 1.0), {"limits": {RANK: None}}, []),
     ],
