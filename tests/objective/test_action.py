@@ -16,6 +16,7 @@ from tests.processes import ENGINE, run_processes
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.distributed.engine import build_engine
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.objective.action import ActionConditioned
 from vjepa_scale.recipe import Recipe, stages_of
 from vjepa_scale.recipe.load import validate_recipe
@@ -167,11 +168,20 @@ def trained(ranks: Ranks, engine_options: dict[str, Any]) -> tuple[list[float], 
 
     encoder, predictor = whole("encoder"), whole("action_predictor")
     share = range(ranks.rank * 2 // ranks.world_size, (ranks.rank + 1) * 2 // ranks.world_size)
-    results = [training_step(objective, engine, [batch(2 * step + n) for n in share], lr=1e-3) for step in range(3)]
+    results = [
+        training_step(objective, engine, [batch(2 * step + n) for n in share], lr=1e-3, observe=Observation(["arm"]))
+        for step in range(3)
+    ]
     still = all(torch.equal(a, b) for a, b in zip(encoder, whole("encoder"), strict=True))
     moved = max(float((a - b).abs().max()) for a, b in zip(predictor, whole("action_predictor"), strict=True))
-    assert set(results[0].parts) == {"teacher_loss", "rollout_loss", "copy_loss"}
-    assert results[0].effective_rank is None
+    parts = results[0].parts
+    assert set(parts) == {"teacher_loss", "rollout_loss", "copy_loss", "collapse/to_copy"}
+    assert parts["collapse/to_copy"] == pytest.approx(parts["teacher_loss"] / parts["copy_loss"])
+    if ranks.is_main:
+        assert results[0].measured is not None
+        measured = results[0].measured.result()
+        assert set(measured) == {"collapse/to_mean", "update_ratio"}  # a frozen encoder's features do not collapse
+        assert min(measured.values()) > 0
     return [result.loss for result in results], moved, still, results[0].grad_norm
 
 

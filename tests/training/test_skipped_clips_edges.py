@@ -75,7 +75,12 @@ def test_slots_of_a_step_are_counted_and_clips_of_a_data_set(tmp_path: Path) -> 
     rows = [failure(4, 2), failure(4, 1, cause="time limit"), failure(4, 1, record=3)]
     assert [row.slot for row in book.enter(rows, step=4, global_batch=10, faults=faults, write=True)] == [1, 1, 2]
     enter(book, 5, [0], rate=0.5)
-    assert [book.substituted(step) for step in (3, 4, 5)] == [0, 2, 1]  # slot 1 lost two clips, and is one slot
+    assert [book.substituted(step) for step in (3, 4, 5)] == [
+        {"substituted": 0},
+        # Slot 1 lost two clips, and is one slot.
+        {"substituted": 2, "substituted/time limit": 1, "substituted/unreadable": 2},
+        {"substituted": 1, "substituted/unreadable": 1},
+    ]
     assert book.counts() == {("left", "unreadable"): 3, ("left", "time limit"): 1}
     assert [json.loads(line)["slot"] for line in book.path.read_text().splitlines()] == [1, 1, 2, 0]
 
