@@ -1,0 +1,258 @@
+"""Charts of what metrics.jsonl has: loss and schedules, collapse figures, throughput. For one run, or over several."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vjepa_scale.report.charts import COLOURS, Band, Chart, Curve, Panel, curves_chart
+from vjepa_scale.report.read import RunRecord, StageRecord
+from vjepa_scale.report.series import Series, smoothed, thinned
+from vjepa_scale.run.columns import COLUMNS, Column, column_of
+
+# By kind of training, what is drawn with the loss: parts of it, or values on its scale.
+_BESIDE_LOSS = ("mask_loss/*", "teacher_loss", "rollout_loss", "copy_loss")
+_COLLAPSE = ("effective_rank", "collapse/*", "update_ratio")
+_SPEED = ("clips_per_s", "mfu", "waiting", "saving", "decode/seconds", "decode/cores", "memory/*")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Stages of one run that share one count of steps, and what their curves are called.
+
+    name: of the run where there are several; colour: likewise, else None
+    """
+
+    records: Sequence[StageRecord]
+    name: str = ""
+    colour: str | None = None
+
+    def curves(
+        self, column: str, name: str, colour: str, *, raw: bool = False, mean: bool = True, stepped: bool = False
+    ) -> list[Curve]:
+        """Returns a column's curves, one per stage. raw: also each row, faint; mean: smoothed"""
+        out: list[Curve] = []
+        for record in self.records:
+            series = record.metrics.columns.get(column)
+            if series is None:
+                continue
+            label, own = self.name or name, self.colour or colour
+            if raw:
+                out.append(Curve(label, thinned(series), own, faint=True))
+            # A phase of another geometry has another level: a mean over both would show a slope that is not there.
+            parts = [smoothed(part) for part in series.split(record.metrics.phase_starts)] if mean else [series]
+            joined = Series(*(np.concatenate([getattr(part, of) for part in parts]) for of in ("steps", "values")))
+            out.append(Curve(label, thinned(joined), own, stepped=stepped))
+        return out
+
+    def names(self, *patterns: str) -> list[str]:
+        """Returns the columns that some stage has, in the order of the patterns."""
+        return list(
+            dict.fromkeys(
+                name for pattern in patterns for record in self.records for name in sorted(record.metrics.family(pattern))
+            )
+        )
+
+    def bands(self) -> list[Band]:
+        out = []
+        for number, record in enumerate(self.records):
+            for place, (name, first, last) in enumerate(record.metrics.phases):
+                out.append(Band(name, first, last + 1, opens=record.name if number and not place else ""))
+        return out
+
+
+def lines_of(runs: Sequence[RunRecord]) -> dict[str, list[Line]]:
+    """Returns the lines with rows of all runs by their first stage's name, in the recipes' order."""
+    out: dict[str, list[Line]] = {}
+    for number, run in enumerate(runs):
+        several = len(runs) > 1
+        colour = COLOURS[number % len(COLOURS)] if several else None
+        for records in run.lineages:
+            if any(record.metrics.rows for record in records):
+                line = Line(records, run.name if several else "", colour)
+                out.setdefault(records[0].name, []).append(line)
+    return out
+
+
+def title_of(lines: Sequence[Line]) -> str:
+    """Returns ``pretrain → cooldown``: the stages that some of the lines have."""
+    return " → ".join(dict.fromkeys(record.name for line in lines for record in line.records))
+
+
+def loss_chart(lines: Sequence[Line]) -> Chart:
+    """Returns loss, with phases shaded, over gradient norm, schedules and geometry."""
+    loss = [curve for line in lines for curve in line.curves("loss", "loss", COLOURS[0], raw=True)]
+    single = len(lines) == 1
+    if single:
+        for colour, name in zip(_others(), lines[0].names(*_BESIDE_LOSS), strict=False):
+            loss += lines[0].curves(name, name, colour)
+        loss += _held_out(lines[0])
+    panels = [
+        Panel("loss", loss, height=220),
+        _panel(lines, "best_loss", "loss of the best probe"),
+        _panel(lines, "accuracy", "accuracy of the best probe, on its batches"),
+        _panel(lines, "grad_norm", "gradient norm", logarithmic=True),
+        _panel(lines, "lr", "learning rate", mean=False, height=70),
+        _panel(lines, "weight_decay", "weight decay", mean=False, height=60),
+        _panel(lines, "ema", "EMA momentum", mean=False, height=60, unless_constant=True),
+        Panel("height of frames, pixels", _geometry(lines, lambda phase: phase.size[0]), height=60, from_zero=True),
+        Panel("frames of a clip", _geometry(lines, lambda phase: phase.frames), height=60, from_zero=True),
+    ]
+    caption = "Pale: each step. Strong: means over 4 % of a phase's steps. Shaded: every second phase."
+    return curves_chart(title_of(lines), panels, lines[0].bands() if single else (), caption=caption)
+
+
+def collapse_charts(lines: Sequence[Line]) -> list[Chart]:
+    """Returns a small chart of each collapse figure, with its limit as a dashed line."""
+    return [_small(lines, [name], raw=len(lines) == 1) for name in _names(lines, *_COLLAPSE)]
+
+
+def speed_charts(lines: Sequence[Line]) -> list[Chart]:
+    """Returns small charts of throughput, memory and the shares of time."""
+    return [_small(lines, [name], raw=True, from_zero=True) for name in _names(lines, *_SPEED)]
+
+
+def data_loss_chart(lines: Sequence[Line]) -> Chart | None:
+    """Returns the loss of each data set; None for several runs, or where there is no such column."""
+    names = _names(lines, "data_loss/*")
+    if len(lines) > 1 or not names:
+        return None
+    curves = [
+        curve
+        for colour, name in zip(COLOURS, names, strict=False)
+        for curve in lines[0].curves(name, name.removeprefix("data_loss/"), colour)
+    ]
+    title = f"{title_of(lines)}: loss by data set"
+    return curves_chart(title, [Panel("loss", curves, height=160)], lines[0].bands(), caption=described("data_loss/*"))
+
+
+def evaluation_chart(lines: Sequence[Line]) -> Chart | None:
+    """Returns what evaluations.jsonl has over the step; None if it has nothing."""
+    titles = {
+        "knn": "k-NN accuracy on held-out clips",
+        "linear": "accuracy of a linear probe on held-out clips",
+        "held_out_loss": "loss on held-out clips, under fixed masks",
+        "effective_rank": "effective rank on held-out clips",
+    }
+    panels = []
+    for key, title in titles.items():
+        curves = [
+            Curve(line.name or title, series, line.colour or COLOURS[0], points=True)
+            for line in lines
+            if (series := _evaluated(line, key)) is not None
+        ]
+        if curves:
+            panels.append(Panel(title, curves, height=110))
+    return curves_chart(f"{title_of(lines)}: evaluations of checkpoints", panels) if panels else None
+
+
+def missing_columns(runs: Iterable[RunRecord], patterns: Sequence[str]) -> list[str]:
+    """Returns the columns of the table that match the patterns and that no stage has."""
+    metrics = [record.metrics for run in runs for record in run.stages]
+    return [
+        column.name
+        for column in COLUMNS
+        if any(_matches(column, pattern) for pattern in patterns) and not any(m.family(column.name) for m in metrics)
+    ]
+
+
+MISSABLE = {"training": ("mask_loss/*",), "collapse": _COLLAPSE, "speed": _SPEED, "data": ("data_loss/*",)}
+
+
+def described(name: str) -> str:
+    """Returns the table's words about a column: what it is, and what is normal."""
+    column = column_of(name)
+    if column is None:
+        return ""
+    unit = f" ({column.unit})" if column.unit else ""
+    normal = f" Normal: {column.normal}." if column.normal else ""
+    return f"{column.meaning[:1].upper()}{column.meaning[1:]}{unit}.{normal}"
+
+
+def alarms(run: RunRecord) -> list[str]:
+    """Returns the columns whose last value is beyond its limit: signs of a collapse."""
+    out = []
+    for record in run.stages:
+        for name, series in record.metrics.columns.items():
+            column, last = column_of(name), series.last
+            if column is not None and last is not None and column.is_beyond(last):
+                limit = f"below {column.below:g}" if column.below is not None and last < column.below else "beyond its limit"
+                out.append(f"`{name}` of {record.name} is {last:.3g}, {limit}")
+    return out
+
+
+def _small(lines: Sequence[Line], names: Sequence[str], *, raw: bool, from_zero: bool = False) -> Chart:
+    (name,) = names
+    column = column_of(name)
+    curves = [curve for line in lines for curve in line.curves(name, name, COLOURS[0], raw=raw)]
+    limits: dict[float, str] = {}
+    if column is not None:
+        limits |= {column.below: f"collapse below {column.below:g}"} if column.below is not None else {}
+        limits |= {column.above: f"collapse above {column.above:g}"} if column.above is not None else {}
+    unit = column.unit if column is not None else ""
+    panel = Panel(unit, curves, limits, height=130, from_zero=from_zero)
+    single = len(lines) == 1
+    return curves_chart(name, [panel], lines[0].bands() if single else (), caption=described(name))
+
+
+def _panel(
+    lines: Sequence[Line],
+    column: str,
+    title: str,
+    *,
+    mean: bool = True,
+    height: int = 90,
+    logarithmic: bool = False,
+    unless_constant: bool = False,
+) -> Panel:
+    raw = mean and len(lines) == 1
+    curves = [curve for line in lines for curve in line.curves(column, title, COLOURS[0], raw=raw, mean=mean)]
+    if unless_constant and len({value for curve in curves for value in curve.series.values.tolist()}) < 2:
+        curves = []
+    if logarithmic:  # a logarithm has no place for 0
+        curves = [curve for curve in curves if (curve.series.values > 0).any()]
+    return Panel(title, curves, height=height, logarithmic=logarithmic)
+
+
+def _geometry(lines: Sequence[Line], of: Callable[..., float]) -> list[Curve]:
+    """Returns stepped curves of a value of the phases, as far as there are rows."""
+    out = []
+    for line in lines:
+        steps, values = [], []
+        for record in line.records:
+            phases = {phase.name: phase for phase in record.phases}
+            for name, first, last in record.metrics.phases:
+                if name in phases:
+                    steps += [first, last]
+                    values += [of(phases[name])] * 2
+        if steps:
+            series = Series(np.array(steps, float), np.array(values, float))
+            out.append(Curve(line.name or "geometry", series, line.colour or COLOURS[0], stepped=True))
+    return out
+
+
+def _held_out(line: Line) -> list[Curve]:
+    series = _evaluated(line, "held_out_loss")
+    return [] if series is None else [Curve("loss on held-out clips", series, COLOURS[7], points=True)]
+
+
+def _evaluated(line: Line, key: str) -> Series | None:
+    rows = [
+        (row["step"], row[key])
+        for record in line.records
+        for row in record.evaluations
+        if isinstance(row.get(key), int | float)
+    ]
+    return Series(*np.array(rows, float).T) if rows else None
+
+
+def _names(lines: Sequence[Line], *patterns: str) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line.names(*patterns)))
+
+
+def _others() -> Sequence[str]:
+    return COLOURS[1:7] * 3
+
+
+def _matches(column: Column, pattern: str) -> bool:
+    return column.name == pattern or (pattern.endswith("/*") and column.name.startswith(pattern[:-1]))

@@ -1,0 +1,194 @@
+"""Reads what a report shows of a run: status, attempts, metrics, evaluations. Does not import PyTorch.
+
+A file that is missing or damaged leaves its part of the report empty; nothing here raises for one, except for a run
+folder without a readable recipe.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vjepa_scale.checkpoint.manifest import newest_first, read_manifest
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import read_json, read_jsonl
+from vjepa_scale.monitor.states import RunStatus, StageStatus
+from vjepa_scale.monitor.status import read_status, run_recipe
+from vjepa_scale.recipe import Phase, Recipe, Stage, recipe_yaml, stages_of
+from vjepa_scale.report.series import StageMetrics, read_metrics
+from vjepa_scale.run.events import Attempt, History, attempts
+
+LEDGER, EVALUATIONS, SUMMARY, PICTURES = "ledger.jsonl", "evaluations.jsonl", "summary.json", "pictures"
+Json = dict[str, Any]
+
+
+@dataclass
+class StageRecord:
+    """One stage: its status, and what its files have.
+
+    attempts: of all launches, oldest first; until: the time at which each was last known to be at work, seconds since 1970
+    evaluations: rows of evaluations.jsonl, by step; evaluation: evaluation.json of a probe
+    """
+
+    stage: Stage
+    status: StageStatus
+    metrics: StageMetrics
+    attempts: list[Attempt]
+    until: list[float]
+    evaluations: list[Json]
+    evaluation: Json | None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        return self.stage.phases_from(self.status.first)
+
+    @property
+    def rank_seconds(self) -> float:
+        """Time of all attempts multiplied by their ranks."""
+        return sum(
+            max(0.0, until - attempt.started["time"]) * attempt.started.get("world_size", 1)
+            for attempt, until in zip(self.attempts, self.until, strict=True)
+            if attempt.started is not None
+        )
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return newest_first(self.stage.checkpoints)[::-1]
+
+
+@dataclass
+class RunRecord:
+    """One run. name: of its folder; substituted: clips by (stage, data set, cause); libraries: versions by name"""
+
+    folder: Path
+    recipe: Recipe
+    status: RunStatus
+    stages: list[StageRecord]
+    substituted: Counter[tuple[str, str, str]]
+    summary: Json | None
+    source: Json
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.folder.resolve().name
+
+    @property
+    def lineages(self) -> list[list[StageRecord]]:
+        """Stages that share one count of steps: each continues from the one before it."""
+        out: list[list[StageRecord]] = []
+        for record in self.stages:
+            before = record.stage.config.continue_from
+            line = next((line for line in out if line[-1].name == before), None)
+            if line is None:
+                out.append([record])
+            else:
+                line.append(record)
+        return out
+
+    @cached_property
+    def libraries(self) -> dict[str, str]:
+        """Versions that the newest checkpoint of the run was written with."""
+        for record in reversed(self.stages):
+            for checkpoint in reversed(record.checkpoints):
+                with suppress(UserError, OSError):
+                    return {name: str(version) for name, version in read_manifest(checkpoint)["libraries"].items()}
+        return {}
+
+    @property
+    def yaml(self) -> str:
+        return recipe_yaml(self.recipe)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run. Raises UserError if the folder has no readable recipe."""
+    recipe, status = run_recipe(folder), read_status(folder)
+    by_name = {stage.name: stage for stage in status.stages}
+    stages = [_stage(stage, by_name[name]) for name, stage in stages_of(recipe).items()]
+    substituted = Counter(
+        (str(row.get("stage")), str(row.get("dataset")), str(row.get("cause")))
+        for row in read_jsonl(folder / LEDGER)
+        if row.get("event") == "substituted"
+    )
+    sources = sorted(folder.glob("launches/*/source.json"))
+    source = _json(sources[-1]) if sources else None
+    return RunRecord(folder, recipe, status, stages, substituted, _json(folder / SUMMARY), source or {})
+
+
+def _stage(stage: Stage, status: StageStatus) -> StageRecord:
+    tried = attempts(History(stage.folder).rows())
+    metrics = read_metrics(stage.folder / "metrics.jsonl")
+    return StageRecord(
+        stage,
+        status,
+        metrics,
+        tried,
+        _ends(stage, tried),
+        _evaluations(stage.folder / EVALUATIONS),
+        _json(stage.evaluation),
+    )
+
+
+def _ends(stage: Stage, tried: Sequence[Attempt]) -> list[float]:
+    """Returns until when each attempt was at work: its last row, or for the last one its last row of metrics."""
+    rows = History(stage.folder).rows()
+    starts = [attempt.started["time"] if attempt.started else None for attempt in tried]
+    out = []
+    for number, attempt in enumerate(tried):
+        start = starts[number] or 0.0
+        later = [time for time in starts[number + 1 :] if time is not None]
+        limit = min(later, default=float("inf"))
+        known = [row["time"] for row in rows if start <= row["time"] < limit and row["event"] in ("started", "saved")]
+        if attempt.end is not None:
+            known = [attempt.end["time"]]
+        elif limit == float("inf"):
+            with suppress(OSError):
+                known.append((stage.folder / "metrics.jsonl").stat().st_mtime)
+        out.append(max(known, default=start))
+    return out
+
+
+def _evaluations(path: Path) -> list[Json]:
+    """Returns the last row of each step, by step."""
+    rows = {row["step"]: row for row in read_jsonl(path) if isinstance(row.get("step"), int)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def _json(path: Path) -> Json | None:
+    """Returns a JSON file's object; None if it is absent or damaged."""
+    try:
+        found = read_json(path)
+    except (UserError, OSError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Returns the recipes' keys whose values differ, with each run's value as text; "" where a recipe lacks the key.
+
+    Leaves out ``run.dir``, which always differs.
+    """
+    flat = [dict(_leaves(run.recipe.model_dump(mode="json", exclude_none=True))) for run in runs]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves)
+    rows = [(key, [leaves.get(key, "") for leaves in flat]) for key in keys if key != "run.dir"]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _leaves(node: Any, prefix: str = "") -> Any:
+    """Yields dotted keys and values as text; a list without sections is one value."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}{key}.")
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{prefix}{number}.")
+    else:
+        yield prefix.removesuffix("."), node if isinstance(node, str) else json.dumps(node)
