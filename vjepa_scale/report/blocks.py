@@ -32,10 +32,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts below each other; small: side by side where there is room."""
+    """Charts in so many columns, where there is room: 1, 2 or 3."""
 
     charts: Sequence[Chart]
-    small: bool = False
+    columns: int = 1
     kind: str = "charts"
 
 
@@ -51,6 +51,7 @@ class Image:
 
     uri: str
     caption: str
+    wide: bool = False
     kind: str = "image"
 
 

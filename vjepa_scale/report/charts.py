@@ -16,7 +16,7 @@ from vjepa_scale.report.series import Series
 
 COLOURS = ("#3f7fd0", "#d97a1f", "#2f9e78", "#a45cc0", "#c94a56", "#1d9bb0", "#8c7a2b", "#d0649a")
 GREY, ALARM = "#8a8f98", "#d64545"
-_GAP, _TOP, _BOTTOM, _LEFT = 34, 26, 44, 54  # pixels
+_GAP, _TOP, _NAMES, _BOTTOM, _LEFT = 34, 22, 16, 42, 54  # pixels; _NAMES: of the phases, above the first panel
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,18 @@ class Band:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure and its text. title: plain text; caption: Markdown of one paragraph; figure: Plotly's JSON"""
+    """A figure and its text.
+
+    title:   plain text
+    figure:  Plotly's JSON
+    caption: Markdown of one paragraph
+    legend:  names and colours; below the figure, since a legend inside one covers curves on a narrow page
+    """
 
     title: str
     figure: dict[str, Any]
     caption: str = ""
+    legend: Sequence[tuple[str, str]] = ()
 
     @property
     def height(self) -> int:
@@ -73,16 +80,18 @@ def curves_chart(title: str, panels: Sequence[Panel], bands: Sequence[Band] = ()
 
     panels = [panel for panel in panels if any(np.isfinite(curve.series.values).any() for curve in panel.curves)]
     inner = sum(panel.height for panel in panels) + _GAP * (len(panels) - 1)
-    figure = go.Figure(layout=_layout(inner + _TOP + _BOTTOM))
-    named: set[str] = set()
+    above = _TOP + (_NAMES if bands else 0)
+    figure = go.Figure(layout=_layout(inner + above + _BOTTOM, top=above))
+    legend: dict[str, str] = {}
     top = float(inner)
     for number, panel in enumerate(panels, start=1):
         x, y = (f"{axis}{number if number > 1 else ''}" for axis in "xy")
         domain = [max(0.0, (top - panel.height) / inner), top / inner]
         for curve in panel.curves:
-            figure.add_trace(_line(curve, x, y, shown=not curve.faint and curve.name not in named))
-            if not curve.faint:
-                named.add(curve.name)
+            figure.add_trace(_line(curve, x, y))
+        names = {curve.name: curve.colour for curve in panel.curves if not curve.faint}
+        if len(names) > 1:  # a single curve is named by the panel's title
+            legend |= names
         is_last = number == len(panels)
         figure.update_layout(
             {
@@ -90,7 +99,8 @@ def curves_chart(title: str, panels: Sequence[Panel], bands: Sequence[Band] = ()
                 f"yaxis{number}": {"anchor": x, "domain": domain, **_y_axis(panel)},
             }
         )
-        figure.add_annotation(_text(panel.title, x=0, y=domain[1], xanchor="left", yanchor="bottom", size=12))
+        title_at = {"x": 0, "y": domain[1], "xanchor": "left", "yanchor": "bottom"}
+        figure.add_annotation(_text(panel.title, size=12, **title_at) | {"yshift": _NAMES if bands and number == 1 else 0})
         for value, text in panel.limits.items():
             line = {"color": ALARM, "width": 1, "dash": "dash"}
             figure.add_shape(type="line", xref="x domain", x0=0, x1=1, yref=y, y0=value, y1=value, line=line)
@@ -99,9 +109,8 @@ def curves_chart(title: str, panels: Sequence[Panel], bands: Sequence[Band] = ()
         top -= panel.height + _GAP
     if panels:
         _shade(figure, bands)
-        figure.update_layout({f"xaxis{len(panels)}": {"title": {"text": "step", "standoff": 2}}})
-    figure.update_layout(showlegend=len(named) > 1)
-    return Chart(title, _plain(figure), caption)
+        figure.update_layout({f"xaxis{len(panels)}": {"title": {"text": "step", "standoff": 8}}})
+    return Chart(title, _plain(figure), caption, list(legend.items()))
 
 
 def bars_chart(
@@ -110,22 +119,22 @@ def bars_chart(
     """Returns horizontal bars: for each name one bar of each entry of ``values``."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout(_TOP + 56 + (18 * len(values) + 12) * len(names)))
-    for colour, (legend, of_names) in zip(COLOURS, values.items(), strict=False):
-        hover = f"%{{x:.4g}} {unit}<extra>{legend}</extra>"
+    figure = go.Figure(layout=_layout(8 + _BOTTOM + (15 * len(values) + 12) * len(names), top=8))
+    legend = list(zip(values, COLOURS, strict=False))
+    for (entry, colour), of_names in zip(legend, values.values(), strict=True):
+        hover = f"%{{x:.4g}} {unit}<extra>{entry}</extra>"
         figure.add_trace(
-            go.Bar(name=legend, y=list(names), x=[_number(v) for v in of_names], orientation="h",
+            go.Bar(name=entry, y=list(names), x=[_number(v) for v in of_names], orientation="h",
                    marker={"color": colour}, hovertemplate=hover)
         )  # fmt: skip
     figure.update_layout(
         barmode="group",
         bargap=0.25,
-        showlegend=len(values) > 1,
         hovermode="closest",
-        xaxis={"title": {"text": unit, "standoff": 2}, "rangemode": "tozero"},
+        xaxis={"title": {"text": unit, "standoff": 8}, "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "automargin": True},
     )
-    return Chart(title, _plain(figure), caption)
+    return Chart(title, _plain(figure), caption, legend if len(values) > 1 else ())
 
 
 def timeline_chart(title: str, bars: Sequence[tuple[str, float, float, str, str]], *, caption: str = "") -> Chart:
@@ -134,7 +143,7 @@ def timeline_chart(title: str, bars: Sequence[tuple[str, float, float, str, str]
 
     rows = list(dict.fromkeys(row for row, *_ in bars))
     kinds = list(dict.fromkeys(kind for *_, kind, _ in bars))
-    figure = go.Figure(layout=_layout(_TOP + 60 + 30 * len(rows)))
+    figure = go.Figure(layout=_layout(8 + _BOTTOM + 30 * len(rows), top=8))
     colours = {"done": COLOURS[2], "running": COLOURS[0], "failed": ALARM, "interrupted": COLOURS[1]}
     for kind in kinds:
         mine = [bar for bar in bars if bar[3] == kind]
@@ -150,14 +159,14 @@ def timeline_chart(title: str, bars: Sequence[tuple[str, float, float, str, str]
     figure.update_layout(
         barmode="overlay",
         hovermode="closest",
-        showlegend=len(kinds) > 1,
         xaxis={"type": "date", "nticks": 5},
         yaxis={"autorange": "reversed", "automargin": True},
     )
-    return Chart(title, _plain(figure), caption)
+    legend = [(kind, colours.get(kind, GREY)) for kind in kinds]
+    return Chart(title, _plain(figure), caption, legend if len(kinds) > 1 else ())
 
 
-def _line(curve: Curve, x: str, y: str, *, shown: bool) -> Any:
+def _line(curve: Curve, x: str, y: str) -> Any:
     import plotly.graph_objects as go
 
     line: dict[str, Any] = {"color": curve.colour, "width": 1 if curve.faint else 1.8}
@@ -169,8 +178,6 @@ def _line(curve: Curve, x: str, y: str, *, shown: bool) -> Any:
         x=[int(step) if step == int(step) else step for step in curve.series.steps.tolist()],
         y=[_number(value) for value in curve.series.values.tolist()],
         name=curve.name,
-        legendgroup=curve.name,
-        showlegend=shown,
         mode="lines+markers" if curve.points or len(curve.series) == 1 else "lines",
         marker={"size": 5},
         line=line,
@@ -190,9 +197,9 @@ def _number(value: float | None) -> float | None:
 
 
 def _y_axis(panel: Panel) -> dict[str, Any]:
-    axis: dict[str, Any] = {"nticks": 6 if panel.height > 120 else 3, "exponentformat": "power"}
+    axis: dict[str, Any] = {"nticks": 6 if panel.height > 120 else 3, "exponentformat": "e"}
     if panel.logarithmic:
-        axis |= {"type": "log", "dtick": 1}
+        axis |= {"type": "log"}
     if panel.from_zero:
         axis["rangemode"] = "tozero"
     return axis
@@ -206,7 +213,7 @@ def _shade(figure: Any, bands: Sequence[Band]) -> None:
             figure.add_vline(x=band.first, line={"color": GREY, "width": 1, "dash": "dot"}, layer="below")
         if number % 2 == 0:
             figure.add_vrect(x0=band.first, x1=band.end, fillcolor=GREY, opacity=0.10, line_width=0, layer="below")
-        named = _text(band.name, size=10, x=(band.first + band.end) / 2, y=1, xanchor="center", yanchor="top")
+        named = _text(band.name, size=10, x=(band.first + band.end) / 2, y=1, xanchor="center", yanchor="bottom")
         share = (band.end - band.first) / total if total else 1
         figure.add_annotation({**named, "xref": "x", "name": f"share {share:.4f}"})
 
@@ -216,16 +223,16 @@ def _text(text: str, *, x: float, y: float, size: int, xanchor: str, yanchor: st
     return {**place, "text": text, "showarrow": False, "font": {"size": size}}
 
 
-def _layout(height: int) -> dict[str, Any]:
+def _layout(height: int, *, top: int) -> dict[str, Any]:
     return {
         "template": "none",
         "height": height,
-        "margin": {"l": _LEFT, "r": 14, "t": _TOP, "b": _BOTTOM},
+        "margin": {"l": _LEFT, "r": 14, "t": top, "b": _BOTTOM},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "x unified",
         "dragmode": False,  # on a phone a drag scrolls the page
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"},
+        "showlegend": False,
     }
 
 

@@ -1,7 +1,7 @@
 """Charts of what metrics.jsonl has: loss and schedules, collapse figures, throughput. For one run, or over several."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -102,14 +102,14 @@ def loss_chart(lines: Sequence[Line]) -> Chart:
     return curves_chart(title_of(lines), panels, lines[0].bands() if single else (), caption=caption)
 
 
-def collapse_charts(lines: Sequence[Line]) -> list[Chart]:
-    """Returns a small chart of each collapse figure, with its limit as a dashed line."""
-    return [_small(lines, [name], raw=len(lines) == 1) for name in _names(lines, *_COLLAPSE)]
+def collapse_charts(lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
+    """Returns a small chart of each collapse figure, with its limit as a dashed line. lines: as ``lines_of``"""
+    return list(_small_charts(lines, _COLLAPSE, from_zero=False))
 
 
-def speed_charts(lines: Sequence[Line]) -> list[Chart]:
-    """Returns small charts of throughput, memory and the shares of time."""
-    return [_small(lines, [name], raw=True, from_zero=True) for name in _names(lines, *_SPEED)]
+def speed_charts(lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
+    """Returns small charts of throughput, memory and the shares of time. lines: as ``lines_of``"""
+    return list(_small_charts(lines, _SPEED, from_zero=True))
 
 
 def data_loss_chart(lines: Sequence[Line]) -> Chart | None:
@@ -181,9 +181,18 @@ def alarms(run: RunRecord) -> list[str]:
     return out
 
 
-def _small(lines: Sequence[Line], names: Sequence[str], *, raw: bool, from_zero: bool = False) -> Chart:
-    (name,) = names
-    column = column_of(name)
+def _small_charts(lines: Mapping[str, Sequence[Line]], columns: Sequence[str], *, from_zero: bool) -> Iterator[Chart]:
+    """Yields the charts of each column that some stage has. Only the first one of a column explains it."""
+    for pattern in columns:
+        for name in dict.fromkeys(name for of_stage in lines.values() for name in _names(of_stage, pattern)):
+            charts = [_small(of_stage, name, from_zero) for of_stage in lines.values() if _names(of_stage, name)]
+            for number, (chart, of_stage) in enumerate(charts):
+                title = f"{name}: {title_of(of_stage)}" if len(lines) > 1 else name
+                yield replace(chart, title=title, caption="" if number else chart.caption)
+
+
+def _small(lines: Sequence[Line], name: str, from_zero: bool) -> tuple[Chart, Sequence[Line]]:
+    column, raw = column_of(name), len(lines) == 1
     curves = [curve for line in lines for curve in line.curves(name, name, COLOURS[0], raw=raw)]
     limits: dict[float, str] = {}
     if column is not None:
@@ -192,7 +201,7 @@ def _small(lines: Sequence[Line], names: Sequence[str], *, raw: bool, from_zero:
     unit = column.unit if column is not None else ""
     panel = Panel(unit, curves, limits, height=130, from_zero=from_zero)
     single = len(lines) == 1
-    return curves_chart(name, [panel], lines[0].bands() if single else (), caption=described(name))
+    return curves_chart(name, [panel], lines[0].bands() if single else (), caption=described(name)), lines
 
 
 def _panel(
@@ -228,7 +237,8 @@ def _geometry(lines: Sequence[Line], of: Callable[..., float]) -> list[Curve]:
         if steps:
             series = Series(np.array(steps, float), np.array(values, float))
             out.append(Curve(line.name or "geometry", series, line.colour or COLOURS[0], stepped=True))
-    return out
+    same = len({value for curve in out for value in curve.series.values.tolist()}) < 2
+    return [] if same else out  # the table of phases has it
 
 
 def _held_out(line: Line) -> list[Curve]:

@@ -177,7 +177,9 @@ def _phase_rows(record: StageRecord) -> Iterator[list[str]]:
 def _training(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]:
     if not lines:
         yield Text("No step yet.", remark=True)
-    yield Charts([curves.loss_chart(of_stage) for of_stage in lines.values()])
+    is_main = {name: any(record.stage.has_target_encoder for record in line[0].records) for name, line in lines.items()}
+    for columns, main in ((1, True), (2, False)):
+        yield Charts([curves.loss_chart(line) for name, line in lines.items() if is_main[name] == main], columns)
     if any(record.metrics.rows > POINTS for record in run.stages):
         yield Text(f"Curves of more than {POINTS:,} rows show the minimum and maximum of {POINTS // 2:,} equal parts.", remark=True)
     yield from _lacking(run, "training")
@@ -187,10 +189,7 @@ def _collapse(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[A
     found = curves.alarms(run)
     if found:
         yield Text("Beyond a limit: " + "; ".join(found) + ". See docs/watching.md.")
-    for of_stage in lines.values():
-        if charts := curves.collapse_charts(of_stage):
-            yield Text(f"**{curves.title_of(of_stage)}**")
-            yield Charts(charts, small=True)
+    yield Charts(curves.collapse_charts(lines), 3)
     yield from _lacking(run, "collapse")
 
 
@@ -201,10 +200,7 @@ def _speed(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]
         values = {part: [100 * share.get(part, 0.0) for share in shares.values()] for part in parts}
         caption = "Means over a stage's rows; the rest is computing."
         yield Charts([bars_chart("Where the time goes", list(shares), values, unit="% of the time", caption=caption)])
-    for of_stage in lines.values():
-        if charts := curves.speed_charts(of_stage):
-            yield Text(f"**{curves.title_of(of_stage)}**")
-            yield Charts(charts, small=True)
+    yield Charts(curves.speed_charts(lines), 3)
     yield from _lacking(run, "speed")
 
 
@@ -264,7 +260,7 @@ def _data(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]:
         head = ("stage", "data set", "clips drawn", "share", "records", "passes")
         caption = "Clips drawn so far. Passes: over all records, with the stages that this one continues from."
         yield Table(head, rows, caption, numbers=frozenset({2, 3, 4, 5}))
-    yield Charts(charts)
+    yield Charts(charts, 2)
     yield Charts([chart for of_stage in lines.values() if (chart := curves.data_loss_chart(of_stage)) is not None])
     if run.substituted:
         head = ("stage", "data set", "cause", "clips replaced")
@@ -299,7 +295,7 @@ def _features(run: RunRecord, features: bool | None) -> Iterator[Any]:
         yield Text("No stage of this run trains an encoder.", remark=True)
     for line in lines:
         checkpoints = [path for record in line for path in record.checkpoints]
-        stages = [record.stage for record in line]
+        stages = [record.stage for record in line if record.checkpoints]
         yield Text(
             "The first three principal components of the target encoder's patch features as red, green and blue, over "
             "the clips that are shown. Parts that the encoder takes for the same thing get one colour."
@@ -321,11 +317,14 @@ def _results(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[An
 
 def _pictures(folder: Path) -> Iterator[Image]:
     """Yields pictures of planning that a tool wrote into the run. Masks and features are drawn above."""
-    captions = {"episode.png": "A planned episode", "landscape.png": "Energy of the first action of a plan"}
+    captions = {
+        "episode.png": "Planning: what the camera sees at each step of an episode, and the goal",
+        "landscape.png": "Planning: energy over the first action",
+    }
     for name, caption in captions.items():
         path = folder / name
         if path.is_file() and path.stat().st_size <= PICTURE_BYTES:
-            yield Image(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", caption)
+            yield Image(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", caption, wide=name == "episode.png")
 
 
 # -- recipe ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vjepa_scale.data.batch import MicroBatch
 
 # Clips of each geometry, geometries, checkpoints, and clips of the features: bounds of the page's size.
-CLIPS, GEOMETRIES, CHECKPOINTS, FEATURE_CLIPS = 2, 4, 4, 3
+CLIPS, GEOMETRIES, CHECKPOINTS, FEATURE_CLIPS = 3, 4, 4, 3
 # A larger encoder takes minutes on a login node's CPU.
 LARGE = 100e6
 
@@ -113,7 +113,7 @@ def feature_pictures(
 ) -> list[Pictures | Text]:
     """Returns frames, and below them the patch features of up to ``CHECKPOINTS`` checkpoints as colours.
 
-    stages:      of the checkpoints; the clips are of the first one's last phase
+    stages:      of the checkpoints; the clips are of the last geometry that one of them has trained
     checkpoints: oldest first
     forced:      also for an encoder that is large for a CPU
     """
@@ -127,9 +127,9 @@ def feature_pictures(
         what = f"An encoder of {size / 1e6:,.0f} M parameters takes minutes on a CPU"
         return [Text(f"{what}: `--features` draws its features all the same.", remark=True)]
     try:
-        (phase, batches), *_ = _clips(stages[0], set(), FEATURE_CLIPS)[::-1]
+        phase, batches = _clips(stages[-1], set(), FEATURE_CLIPS)[-1]
         return [_features(recipe, phase, batches, _spread(checkpoints), device)]
-    except (UserError, OSError, IndexError) as error:
+    except (UserError, OSError) as error:
         return [Text(f"No features: {error}", remark=True)]
 
 

@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 POINTS = 2000
 # The smoothed curve is a mean over this fraction of a phase's rows on either side.
 SMOOTHED_OVER = 0.02
+# Where that is less: this many rows on either side, of a phase with at least ten times as many.
+_FEW = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def read_metrics(path: Path) -> StageMetrics:
 
 def smoothed(series: Series) -> Series:
     """Returns means over a window around each row: 2·``SMOOTHED_OVER`` of the rows, less at the ends. Skips gaps."""
-    half = int(SMOOTHED_OVER * len(series))
+    half = max(int(SMOOTHED_OVER * len(series)), _FEW if len(series) >= 10 * _FEW else 0)
     if half == 0:
         return series
     finite = np.isfinite(series.values)
