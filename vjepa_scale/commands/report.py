@@ -36,11 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(arguments: argparse.Namespace) -> Path:
     """Writes the report that the command line asks for, and returns its path."""
-    from vjepa_scale.report.write import write_run_report
+    from vjepa_scale.report.write import write_comparison, write_preview, write_run_report
 
-    folders = [Path(run) for run in arguments.runs]
-    out = arguments.out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    write_run_report(folders[0], out, features=arguments.features)
+    words: list[str] = arguments.runs
+    if arguments.preview is not None:
+        out = arguments.out or Path("report.html")
+        write_preview(arguments.preview, words, out)
+    elif len(words) > 1:
+        out = arguments.out or Path("report.html")
+        write_comparison([Path(word) for word in words], out)
+    else:
+        out = arguments.out or Path(words[0]) / "report.html"
+        write_run_report(Path(words[0]), out, features=arguments.features)
     return Path(out)
 
 

@@ -14,7 +14,10 @@ import numpy as np
 
 from vjepa_scale.report.series import Series
 
-COLOURS = ("#3f7fd0", "#d97a1f", "#2f9e78", "#a45cc0", "#c94a56", "#1d9bb0", "#8c7a2b", "#d0649a")
+COLOURS = (
+    *("#3f7fd0", "#d97a1f", "#2f9e78", "#a45cc0", "#c94a56", "#1d9bb0"),
+    *("#8c7a2b", "#d0649a", "#6f7bd9", "#6f9a2c", "#b0683a", "#7d8794"),
+)
 GREY, ALARM = "#8a8f98", "#d64545"
 _GAP, _TOP, _NAMES, _BOTTOM, _LEFT = 34, 22, 16, 42, 54  # pixels; _NAMES: of the phases, above the first panel
 
@@ -99,13 +102,15 @@ def curves_chart(title: str, panels: Sequence[Panel], bands: Sequence[Band] = ()
                 f"yaxis{number}": {"anchor": x, "domain": domain, **_y_axis(panel)},
             }
         )
-        title_at = {"x": 0, "y": domain[1], "xanchor": "left", "yanchor": "bottom"}
-        figure.add_annotation(_text(panel.title, size=12, **title_at) | {"yshift": _NAMES if bands and number == 1 else 0})
+        shift = _NAMES if bands and number == 1 else 0
+        heading = _text(panel.title, x=0, y=domain[1], xanchor="left", yanchor="bottom", size=12)
+        figure.add_annotation({**heading, "yshift": shift})
         for value, text in panel.limits.items():
             line = {"color": ALARM, "width": 1, "dash": "dash"}
             figure.add_shape(type="line", xref="x domain", x0=0, x1=1, yref=y, y0=value, y1=value, line=line)
-            at = {"x": 1, "y": math.log10(value) if panel.logarithmic else value, "xanchor": "right", "yanchor": "bottom"}
-            figure.add_annotation({**_text(text, size=10, **at), "yref": y, "font": {"size": 10, "color": ALARM}})
+            height = math.log10(value) if panel.logarithmic else value
+            label = _text(text, x=1, y=height, xanchor="right", yanchor="bottom", size=10)
+            figure.add_annotation({**label, "yref": y, "font": {"size": 10, "color": ALARM}})
         top -= panel.height + _GAP
     if panels:
         _shade(figure, bands)
@@ -199,7 +204,7 @@ def _number(value: float | None) -> float | None:
 def _y_axis(panel: Panel) -> dict[str, Any]:
     axis: dict[str, Any] = {"nticks": 6 if panel.height > 120 else 3, "exponentformat": "e"}
     if panel.logarithmic:
-        axis |= {"type": "log"}
+        axis |= {"type": "log", "tickformat": ".2~g"}
     if panel.from_zero:
         axis["rangemode"] = "tozero"
     return axis

@@ -49,7 +49,10 @@ class Line:
         """Returns the columns that some stage has, in the order of the patterns."""
         return list(
             dict.fromkeys(
-                name for pattern in patterns for record in self.records for name in sorted(record.metrics.family(pattern))
+                name
+                for pattern in patterns
+                for record in self.records
+                for name in sorted(record.metrics.family(pattern))
             )
         )
 
@@ -99,7 +102,13 @@ def loss_chart(lines: Sequence[Line]) -> Chart:
         Panel("frames of a clip", _geometry(lines, lambda phase: phase.frames), height=60, from_zero=True),
     ]
     caption = "Pale: each step. Strong: means over 4 % of a phase's steps. Shaded: every second phase."
-    return curves_chart(title_of(lines), panels, lines[0].bands() if single else (), caption=caption)
+    found = curves_chart(title_of(lines), panels, lines[0].bands() if single else (), caption=caption)
+    return found if single else replace(found, caption="", legend=legend_of(lines))
+
+
+def legend_of(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """Returns names and colours of runs."""
+    return [(line.name, line.colour or COLOURS[0]) for line in lines]
 
 
 def collapse_charts(lines: Mapping[str, Sequence[Line]]) -> list[Chart]:
@@ -176,7 +185,11 @@ def alarms(run: RunRecord) -> list[str]:
         for name, series in record.metrics.columns.items():
             column, last = column_of(name), series.last
             if column is not None and last is not None and column.is_beyond(last):
-                limit = f"below {column.below:g}" if column.below is not None and last < column.below else "beyond its limit"
+                limit = (
+                    f"below {column.below:g}"
+                    if column.below is not None and last < column.below
+                    else "beyond its limit"
+                )
                 out.append(f"`{name}` of {record.name} is {last:.3g}, {limit}")
     return out
 
@@ -188,7 +201,8 @@ def _small_charts(lines: Mapping[str, Sequence[Line]], columns: Sequence[str], *
             charts = [_small(of_stage, name, from_zero) for of_stage in lines.values() if _names(of_stage, name)]
             for number, (chart, of_stage) in enumerate(charts):
                 title = f"{name}: {title_of(of_stage)}" if len(lines) > 1 else name
-                yield replace(chart, title=title, caption="" if number else chart.caption)
+                legend = chart.legend if len(of_stage) == 1 else ()  # of runs: once, at the loss
+                yield replace(chart, title=title, caption="" if number else chart.caption, legend=legend)
 
 
 def _small(lines: Sequence[Line], name: str, from_zero: bool) -> tuple[Chart, Sequence[Line]]:

@@ -3,12 +3,15 @@
 import base64
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from vjepa_scale.masking.generator import Mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -51,7 +54,9 @@ def strip(label: str, frames_tHW3: U8) -> Strip:
     row = Image.new("RGBA", (len(frames_tHW3) * (width + gap) - gap, height))  # the gaps are transparent
     for number, frame in enumerate(frames_tHW3):
         image = Image.fromarray(frame)
-        row.paste(image if small else image.resize((width, height), Image.Resampling.LANCZOS), (number * (width + gap), 0))
+        row.paste(
+            image if small else image.resize((width, height), Image.Resampling.LANCZOS), (number * (width + gap), 0)
+        )
     file = io.BytesIO()
     row.save(file, "PNG", optimize=True) if small else row.save(file, "WEBP", quality=84)
     kind = "png" if small else "webp"
@@ -78,7 +83,7 @@ def _over_pixels(tokens_thw: Mask, size: tuple[int, ...]) -> Mask:
     return tokens_thw.repeat(size[0] // tokens_thw.shape[1], 1).repeat(size[1] // tokens_thw.shape[2], 2)
 
 
-def principal_colours(tokens_BND: Tensor) -> F32:
+def principal_colours(tokens_BND: "Tensor") -> F32:
     """Returns projections on the first three principal components over all tokens, each scaled to [0, 1]: [B, N, 3].
 
     The middle 98 % of a component's values cover the whole range, because outliers would leave the rest grey.

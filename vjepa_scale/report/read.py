@@ -30,8 +30,10 @@ Json = dict[str, Any]
 class StageRecord:
     """One stage: its status, and what its files have.
 
-    attempts: of all launches, oldest first; until: the time at which each was last known to be at work, seconds since 1970
-    evaluations: rows of evaluations.jsonl, by step; evaluation: evaluation.json of a probe
+    attempts:    of all launches, oldest first
+    until:       the time at which each attempt was last known to be at work, seconds since 1970
+    evaluations: rows of evaluations.jsonl, by step
+    evaluation:  evaluation.json of a probe
     """
 
     stage: Stage
@@ -83,16 +85,9 @@ class RunRecord:
 
     @property
     def lineages(self) -> list[list[StageRecord]]:
-        """Stages that share one count of steps: each continues from the one before it."""
-        out: list[list[StageRecord]] = []
-        for record in self.stages:
-            before = record.stage.config.continue_from
-            line = next((line for line in out if line[-1].name == before), None)
-            if line is None:
-                out.append([record])
-            else:
-                line.append(record)
-        return out
+        """Stages that share one count of steps (``lineages``)."""
+        records = {record.name: record for record in self.stages}
+        return [[records[stage.name] for stage in line] for line in lineages([record.stage for record in self.stages])]
 
     @cached_property
     def libraries(self) -> dict[str, str]:
@@ -121,6 +116,18 @@ def read_run(folder: Path) -> RunRecord:
     sources = sorted(folder.glob("launches/*/source.json"))
     source = _json(sources[-1]) if sources else None
     return RunRecord(folder, recipe, status, stages, substituted, _json(folder / SUMMARY), source or {})
+
+
+def lineages(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Returns groups of stages that share one count of steps: each continues from the one before it."""
+    out: list[list[Stage]] = []
+    for stage in stages:
+        line = next((line for line in out if line[-1].name == stage.config.continue_from), None)
+        if line is None:
+            out.append([stage])
+        else:
+            line.append(stage)
+    return out
 
 
 def _stage(stage: Stage, status: StageStatus) -> StageRecord:

@@ -60,8 +60,11 @@ def _summary(found: Mapping[str, Any]) -> Iterator[Table]:
     if columns:
         names = list(columns[0][1])
         rows = [
-            [name, *(_accuracy({"mean": values.get(name), "std": stds.get(name)}) or "–" for _, values, stds in columns)]
-            + [_accuracy(attentive.get(name)) or "–"]
+            [
+                name,
+                *(_accuracy({"mean": values.get(name), "std": stds.get(name)}) or "–" for _, values, stds in columns),
+                _accuracy(attentive.get(name)) or "–",
+            ]
             for name in names
         ]
         head = ["features", *(title for title, *_ in columns), "attentive probe: joint"]
@@ -84,3 +87,23 @@ def _summary(found: Mapping[str, Any]) -> Iterator[Table]:
         ]
     if rows:
         yield Table(("measure", "share", "of"), rows, "Planning and surprise", numbers=frozenset({1}))
+
+
+def headline_figures(run: RunRecord) -> dict[str, str]:
+    """Returns one figure of each thing that was measured, for a comparison of runs."""
+    out: dict[str, str] = {}
+    for record in run.stages:
+        if record.evaluation is not None:
+            out |= {f"{record.name}: {name}": accuracy for name, accuracy in _probe(record.evaluation)}
+    found = run.summary or {}
+    for measure in ("linear_probe", "knn"):
+        for task, of_task in {"joint": found, **(found.get("parts") or {})}.items():
+            if isinstance(of_task, Mapping) and (text := _accuracy((of_task.get(measure) or {}).get("trained"))):
+                out[f"{_NAMES[measure]}, {task}"] = text
+    for section, key, name in (
+        ("planning", "success", "planning"),
+        ("surprise", "pairs_right", "surprise, pairs right"),
+    ):
+        if (text := _accuracy((found.get(section) or {}).get(key))) is not None:
+            out[name] = text
+    return out

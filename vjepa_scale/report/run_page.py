@@ -6,20 +6,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.installed import command
-from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, clock, duration
+from vjepa_scale.recipe import Phase
 from vjepa_scale.report import curves
-from vjepa_scale.report.blocks import Charts, Code, Image, Pictures, Section, Table, Text, Tile
-from vjepa_scale.report.charts import bars_chart, timeline_chart
+from vjepa_scale.report.blocks import Charts, Code, Image, Section, Table, Text
+from vjepa_scale.report.charts import bars_chart
 from vjepa_scale.report.read import PICTURES, RunRecord, StageRecord
 from vjepa_scale.report.results import result_blocks
 from vjepa_scale.report.seen import feature_pictures, mask_pictures
-from vjepa_scale.report.series import POINTS, smoothed
-from vjepa_scale.run.events import Attempt
+from vjepa_scale.report.series import POINTS
+from vjepa_scale.report.stages import stage_blocks
 
 # Larger files of RUN/pictures are left out of the page.
 PICTURE_BYTES = 1_000_000
+MASKS = (
+    "Clips of the first step of each geometry, cropped as training crops them. Dark: hidden from the encoder. Orange: "
+    "to be predicted."
+)
 
 
 def run_sections(run: RunRecord, *, features: bool | None) -> list[Section]:
@@ -29,7 +35,7 @@ def run_sections(run: RunRecord, *, features: bool | None) -> list[Section]:
     """
     lines = curves.lines_of([run])
     return [
-        Section("stages", "Stages", list(_chain(run))),
+        Section("stages", "Stages", list(stage_blocks(run))),
         Section("training", "Training", list(_training(run, lines))),
         Section("collapse", "Collapse", list(_collapse(run, lines))),
         Section("speed", "Throughput", list(_speed(run, lines))),
@@ -39,136 +45,6 @@ def run_sections(run: RunRecord, *, features: bool | None) -> list[Section]:
         Section("results", "Results", list(_results(run, lines))),
         Section("recipe", "Recipe, versions, commands", list(_recipe(run))),
     ]
-
-
-def tiles(run: RunRecord) -> list[Tile]:
-    """Returns the figures at the top: state, last figures of the encoder's training, cost."""
-    out = [_state(run)]
-    lines = [line for line in run.lineages if line[0].stage.has_target_encoder] or run.lineages
-    record = next((record for line in lines for record in reversed(line) if record.metrics.rows), None)
-    if record is not None:
-        loss, rank = (record.metrics.columns.get(name) for name in ("loss", "effective_rank"))
-        if loss is not None and (mean := smoothed(loss).last) is not None:
-            out.append(Tile("loss", f"{mean:.4f}", f"{record.name}, step {int(loss.steps[-1]) + 1:,}"))
-        if rank is not None and rank.last is not None:
-            out.append(Tile("effective rank", f"{rank.last:.1f}", f"of {run.recipe.model.encoder.width} dimensions"))
-        if (speed := record.status.clips_per_s) is not None:
-            out.append(Tile("clips/s", f"{speed:,.1f}", f"{record.name}, last steps"))
-    if (best := _best(run)) is not None:
-        out.append(best)
-    hours = sum(record.rank_seconds for record in run.stages) / 3600
-    unit = "GPU-hours" if run.recipe.engine.device != "cpu" else "process-hours"
-    out.append(Tile(unit, f"{hours:,.2f}" if hours < 10 else f"{hours:,.0f}", "all stages and attempts"))
-    begun = [record for record in run.stages if record.attempts]
-    restarts = sum(len(record.attempts) - 1 for record in begun)
-    return [*out, Tile("restarts", str(restarts), f"in {len(begun)} stages")]
-
-
-def _state(run: RunRecord) -> Tile:
-    """Returns the state of the whole run: done, or the first stage that is not and its state."""
-    bad = next((record for record in run.stages if record.status.state in UNFINISHED_ENDS), None)
-    active = next((record for record in run.stages if record.status.state in ALIVE), None)
-    left = next((record for record in run.stages if record.status.state != "done"), None)
-    if (record := bad or active or left) is None:
-        return Tile("state", "done", "all stages", "good")
-    return Tile("state", record.status.state, record.name, "bad" if record is bad else "")
-
-
-def _best(run: RunRecord) -> Tile | None:
-    """Returns the best evaluated checkpoint: by k-NN where there are labels, else by the loss on held-out clips."""
-    rows = [(record.name, row) for record in run.stages for row in record.evaluations]
-    by_knn = [(name, row) for name, row in rows if isinstance(row.get("knn"), int | float)]
-    if by_knn:
-        name, row = max(by_knn, key=lambda item: (item[1]["knn"], item[1].get("linear") or 0, item[1]["step"]))
-        return Tile("best checkpoint", f"step {row['step']:,}", f"{name}, k-NN {row['knn']:.1%}")
-    by_loss = [(name, row) for name, row in rows if isinstance(row.get("held_out_loss"), int | float)]
-    if by_loss:
-        name, row = min(by_loss, key=lambda item: item[1]["held_out_loss"])
-        return Tile("best checkpoint", f"step {row['step']:,}", f"{name}, held-out loss {row['held_out_loss']:.4f}")
-    return None
-
-
-# -- stages ------------------------------------------------------------------------------------------
-
-
-def _chain(run: RunRecord) -> Iterator[Any]:
-    if run.status.problem is not None:
-        yield Text(f"Slurm does not answer ({run.status.problem}): states are from the run's files.", remark=True)
-    rows = [_stage_row(record) for record in run.stages]
-    head = ("stage", "state", "steps", "attempts", "time at work", "loss", "clips/s", "checkpoint", "starts from")
-    yield Table(head, rows, numbers=frozenset({2, 3, 4, 5, 6}))
-    bars = [
-        (record.name, attempt.started["time"], until, _end_of(attempt, record), _attempt_in_words(attempt, until))
-        for record in run.stages
-        for attempt, until in zip(record.attempts, record.until, strict=True)
-        if attempt.started is not None
-    ]
-    if bars:
-        yield Charts([timeline_chart("Attempts", bars, caption="Each bar is one attempt at a stage, until its last sign of life.")])
-    phases = [row for record in run.stages for row in _phase_rows(record)]
-    yield Table(
-        ("stage", "phase", "steps", "clip", "tokens", "batch", "learning rate"),
-        phases,
-        "Phases, as planned",
-        numbers=frozenset({2, 4, 5}),
-    )
-    errors = [
-        (record.name, clock(row["time"], 0), f"{row['kind']}: {row['message']}".split("\n")[0][:300])
-        for record in run.stages
-        for attempt in record.attempts
-        if (row := attempt.end) is not None and row["event"] == "failed"
-    ]
-    if errors:
-        yield Table(("stage", "time", "error"), errors, "Failures")
-
-
-def _stage_row(record: StageRecord) -> list[str]:
-    status, work = record.status, sum(
-        max(0.0, until - attempt.started["time"])
-        for attempt, until in zip(record.attempts, record.until, strict=True)
-        if attempt.started is not None
-    )
-    done = "–" if status.step is None else f"{status.step:,}"
-    return [
-        record.name,
-        status.state + (f": {status.detail}" if status.detail else ""),
-        f"{done} of {status.last_step:,}" if status.last_step is not None else done,
-        str(len(record.attempts)),
-        duration(work) if work else "–",
-        "–" if status.loss is None else f"{status.loss:.4f}",
-        "–" if status.clips_per_s is None else f"{status.clips_per_s:,.1f}",
-        status.checkpoint or "–",
-        f"{record.stage.starts_by}: {record.stage.starts_from}" if record.stage.starts_by else "fresh weights",
-    ]
-
-
-def _end_of(attempt: Attempt, record: StageRecord) -> str:
-    if attempt.end is not None:
-        return str(attempt.end["event"])
-    if attempt is record.attempts[-1] and record.status.state in ("running", "ending"):
-        return "running"
-    return "cancelled" if any(row["event"] == "cancelled" for row in attempt.later) else "ended without a word"
-
-
-def _attempt_in_words(attempt: Attempt, until: float) -> str:
-    started = attempt.started or {}
-    words = f"{started.get('kind', '')} from step {started.get('step', '?')}, {started.get('world_size', '?')} ranks"
-    saved = "" if attempt.saved is None else f"<br>saved step {attempt.saved}"
-    return f"{clock(started['time'], 0)}, {duration(until - started['time'])}<br>{words}{saved}"
-
-
-def _phase_rows(record: StageRecord) -> Iterator[list[str]]:
-    for phase in record.phases:
-        lr = f"{phase.lr(phase.first):.3g} → {phase.last_lr:.3g}"
-        yield [
-            record.name,
-            phase.name,
-            f"{phase.first:,} – {phase.end - 1:,}",
-            f"{phase.frames} × {phase.size[0]}×{phase.size[1]}",
-            record.stage.tokens_in_words(phase, phase.frames),
-            f"{phase.global_batch:,}",
-            lr,
-        ]
 
 
 # -- curves ------------------------------------------------------------------------------------------
@@ -181,7 +57,10 @@ def _training(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[A
     for columns, main in ((1, True), (2, False)):
         yield Charts([curves.loss_chart(line) for name, line in lines.items() if is_main[name] == main], columns)
     if any(record.metrics.rows > POINTS for record in run.stages):
-        yield Text(f"Curves of more than {POINTS:,} rows show the minimum and maximum of {POINTS // 2:,} equal parts.", remark=True)
+        yield Text(
+            f"Curves of more than {POINTS:,} rows show the minimum and maximum of {POINTS // 2:,} equal parts.",
+            remark=True,
+        )
     yield from _lacking(run, "training")
 
 
@@ -208,15 +87,11 @@ def _shares(record: StageRecord) -> dict[str, float]:
     """Returns the mean shares of time of a stage; empty without their columns."""
     columns = {"waiting for data": "waiting", "saving": "saving"}
     found = {
-        part: float(series.values[~_nan(series.values)].mean())
+        part: float(np.nanmean(series.values))
         for part, name in columns.items()
-        if (series := record.metrics.columns.get(name)) is not None and not _nan(series.values).all()
+        if (series := record.metrics.columns.get(name)) is not None and series.last is not None
     }
     return {"computing": max(0.0, 1 - sum(found.values())), **found} if found else {}
-
-
-def _nan(values: Any) -> Any:
-    return values != values
 
 
 def _lacking(run: RunRecord, section: str) -> Iterator[Text]:
@@ -245,11 +120,20 @@ def _data(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]:
             yield Text(f"The mixture of {record.name} is not known: {error}", remark=True)
             continue
         clips = {name: drawn[name] - base[name] for name in drawn if drawn[name] > base[name]}
-        planned = {name: sum(phase.mixture.get(name, 0) / sum(phase.mixture.values()) * _clips(phase, step) for phase in phases) for name in clips}  # fmt: skip
+        planned = {name: _planned(name, phases, step) for name in clips}
         total, expected = max(1, sum(clips.values())), max(1e-9, sum(planned.values()))
         for name, count in clips.items():
             records = manifests[name].records
-            rows.append([record.name, name, f"{count:,}", f"{count / total:.1%}", f"{records:,}", f"{drawn[name] / records:.2f}"])
+            rows.append(
+                [
+                    record.name,
+                    name,
+                    f"{count:,}",
+                    f"{count / total:.1%}",
+                    f"{records:,}",
+                    f"{drawn[name] / records:.2f}",
+                ]
+            )
         if len(clips) > 1:
             values = {
                 "weights of the recipe": [100 * planned[name] / expected for name in clips],
@@ -263,26 +147,32 @@ def _data(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]:
     yield Charts(charts, 2)
     yield Charts([chart for of_stage in lines.values() if (chart := curves.data_loss_chart(of_stage)) is not None])
     if run.substituted:
-        head = ("stage", "data set", "cause", "clips replaced")
-        found = [[*where, f"{count:,}"] for where, count in run.substituted.most_common()]
-        yield Table(head, found, "Clips that were replaced since they do not decode", numbers=frozenset({3}))
+        replaced = [[*where, f"{count:,}"] for where, count in run.substituted.most_common()]
+        head_of_causes = ("stage", "data set", "cause", "clips replaced")
+        yield Table(
+            head_of_causes, replaced, "Clips that were replaced since they do not decode", numbers=frozenset({3})
+        )
     elif any(record.metrics.rows for record in run.stages):
         yield Text("No clip was replaced: all that were drawn decode.")
     yield from _lacking(run, "data")
 
 
-def _clips(phase: Any, step: int) -> int:
-    return phase.global_batch * min(max(0, step - phase.first), phase.steps)
+def _planned(name: str, phases: Sequence[Phase], step: int) -> float:
+    """Returns the clips of a data set before a step by the weights alone."""
+    return sum(
+        phase.mixture.get(name, 0.0)
+        / sum(phase.mixture.values())
+        * phase.global_batch
+        * min(max(0, step - phase.first), phase.steps)
+        for phase in phases
+    )
 
 
 # -- pictures ----------------------------------------------------------------------------------------
 
 
 def _masks(run: RunRecord) -> Iterator[Any]:
-    yield Text(
-        "Clips of the first step of each geometry, cropped as training crops them. Dark: hidden from the encoder. Orange: "
-        "to be predicted."
-    )
+    yield Text(MASKS)
     yield from mask_pictures([record.stage for record in run.stages])
 
 
@@ -324,7 +214,11 @@ def _pictures(folder: Path) -> Iterator[Image]:
     for name, caption in captions.items():
         path = folder / name
         if path.is_file() and path.stat().st_size <= PICTURE_BYTES:
-            yield Image(f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", caption, wide=name == "episode.png")
+            yield Image(
+                f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
+                caption,
+                wide=name == "episode.png",
+            )
 
 
 # -- recipe ------------------------------------------------------------------------------------------
@@ -333,7 +227,9 @@ def _pictures(folder: Path) -> Iterator[Image]:
 def _recipe(run: RunRecord) -> Iterator[Any]:
     source = run.source
     facts = {
-        "launched": f"{source.get('time', '?')} on {source.get('host', '?')} by {source.get('user', '?')}" if source else None,
+        "launched": f"{source.get('time', '?')} on {source.get('host', '?')} by {source.get('user', '?')}"
+        if source
+        else None,
         "commit": _commit(source),
         "code": source.get("code_digest") and f"code/{source['code_digest']}",
         **run.libraries,
@@ -348,7 +244,9 @@ def _recipe(run: RunRecord) -> Iterator[Any]:
 def _commit(source: dict[str, Any]) -> str | None:
     if not source.get("commit"):
         return None
-    return f"{source['commit'][:12]} of {source.get('branch') or '?'}" + (", with local changes" if source.get("dirty") else "")
+    return f"{source['commit'][:12]} of {source.get('branch') or '?'}" + (
+        ", with local changes" if source.get("dirty") else ""
+    )
 
 
 def commands(run: RunRecord) -> Sequence[str]:
@@ -365,6 +263,9 @@ def commands(run: RunRecord) -> Sequence[str]:
             original = shlex.join(words[where + 1 :])
             out += [f"# as it was launched, in {run.source['folder']}", f"{command('launch')} {original}"]
     out += ["# state of each stage", f"{command('launch')} status {folder}"]
-    out += ["# weights for this package, or for transformers", f"{command('consolidate')} {folder} --to safetensors --out DIR"]
+    out += [
+        "# weights for this package, or for transformers",
+        f"{command('consolidate')} {folder} --to safetensors --out DIR",
+    ]
     out += [f"{command('consolidate')} {folder} --to huggingface --out DIR"]
     return out

@@ -12,6 +12,7 @@ from vjepa_scale.model import flops
 from vjepa_scale.recipe import Phase, Recipe, Stage
 from vjepa_scale.report.blocks import Pictures, Text
 from vjepa_scale.report.pictures import (
+    F32,
     U8,
     Picture,
     Strip,
@@ -23,6 +24,8 @@ from vjepa_scale.report.pictures import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from vjepa_scale.data.batch import MicroBatch
 
 # Clips of each geometry, geometries, checkpoints, and clips of the features: bounds of the page's size.
@@ -49,9 +52,7 @@ def mask_pictures(stages: Sequence[Stage]) -> list[Pictures | Text]:
     return out
 
 
-def _clips(
-    stage: Stage, shown: set[tuple[int, tuple[int, int]]], clips: int
-) -> "list[tuple[Phase, list[MicroBatch]]]":
+def _clips(stage: Stage, shown: set[tuple[int, tuple[int, int]]], clips: int) -> "list[tuple[Phase, list[MicroBatch]]]":
     """Loads clips of the first step of each phase whose geometry is not in ``shown``, and adds it there.
 
     One clip of each data set comes first.
@@ -140,16 +141,18 @@ def _spread(checkpoints: Sequence[Path]) -> list[Path]:
     return [checkpoints[round(place)] for place in places]
 
 
-def _features(recipe: Recipe, phase: Phase, batches: "Sequence[MicroBatch]", checkpoints: list[Path], device: object) -> Pictures:  # fmt: skip
+def _features(
+    recipe: Recipe, phase: Phase, batches: "Sequence[MicroBatch]", checkpoints: list[Path], device: "torch.device"
+) -> Pictures:
     import torch
 
     from vjepa_scale.inference.model import load_model
 
     clips = torch.cat([batch.clips for batch in batches])
     grid = phase.grid(patch=recipe.model.patch, tubelet=recipe.model.tubelet, frames=clips.shape[2])
-    colours = []
+    colours: list[F32] = []
     for checkpoint in checkpoints:
-        model = load_model(checkpoint, device)  # type: ignore[arg-type]
+        model = load_model(checkpoint, device)
         tokens = torch.cat([model.encode_clips(model.normalise(clip[None])) for clip in clips]).cpu()
         found = principal_colours(tokens)
         colours.append(with_signs_of(found, colours[-1]) if colours else found)

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def thinned(series: Series, points: int = POINTS) -> Series:
         return series
     edges = np.linspace(0, len(series), points // 2 + 1).astype(int)
     kept: list[int] = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         values = series.values[begin:end]
         if np.isfinite(values).any():
             kept += sorted({begin + int(np.nanargmin(values)), begin + int(np.nanargmax(values))})

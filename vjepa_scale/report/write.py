@@ -4,10 +4,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor.states import clock
+from vjepa_scale.report.blocks import Section, Tile
 from vjepa_scale.report.page import write_page
 from vjepa_scale.report.read import RunRecord, read_run
-from vjepa_scale.report.run_page import run_sections, tiles
 
 
 def write_run_report(folder: Path, out: Path, *, features: bool | None = None) -> None:
@@ -15,15 +16,43 @@ def write_run_report(folder: Path, out: Path, *, features: bool | None = None) -
 
     features: draw patch features: yes, no, or None: unless the encoder is large for this machine
     """
+    from vjepa_scale.report.run_page import run_sections
+    from vjepa_scale.report.stages import tiles
+
     run = read_run(folder)
-    write_page(
-        out,
-        title=run.name,
-        subtitle=[_headline(run)],
-        tiles=tiles(run),
-        sections=run_sections(run, features=features),
-        footer=_footer(),
-    )
+    _write(out, run.name, [_headline(run)], tiles(run), run_sections(run, features=features))
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> None:
+    """Writes the report of several runs. Raises UserError if a folder has no readable recipe, or comes twice."""
+    from vjepa_scale.report.compare import comparison, named_apart
+
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is given twice", where="command line", fix="give each run once")
+    runs = named_apart([read_run(folder) for folder in folders])
+    names = ", ".join(run.name for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
+    _write(out, f"{len(runs)} runs", [names], [], comparison(runs))
+
+
+def write_preview(given: str, overrides: Sequence[str], out: Path) -> None:
+    """Writes the preview of a recipe. given: a YAML file, or the name of a shipped recipe
+
+    Raises UserError for a recipe that is not valid or cannot be planned.
+    """
+    from vjepa_scale.recipe.load import recipe_file
+    from vjepa_scale.report.preview import preview_sections
+    from vjepa_scale.training.planned_start import load_for_training
+
+    path = recipe_file(given)
+    recipe = load_for_training(path, overrides)
+    subtitle = " ".join([f"Preview of {path}", *overrides])
+    _write(out, path.stem, [subtitle, "Nothing is trained yet."], [], preview_sections(recipe, source=path))
+
+
+def _write(out: Path, title: str, subtitle: Sequence[str], tiles: Sequence[Tile], sections: Sequence[Section]) -> None:
+    written = time.strftime("%Y-%m-%d %H:%M %Z")
+    footer = f"Written {written} by vjepa_scale. This file loads nothing: it can be sent and kept as it is."
+    write_page(out, title=title, subtitle=subtitle, tiles=tiles, sections=sections, footer=footer)
 
 
 def _headline(run: RunRecord) -> str:
@@ -34,7 +63,3 @@ def _headline(run: RunRecord) -> str:
     if run.status.commit:
         words.append(f"commit {run.status.commit[:10]}" + (" with local changes" if run.status.dirty else ""))
     return f"{run.folder}: " + ", ".join(words)
-
-
-def _footer() -> str:
-    return f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by vjepa_scale. This file is complete in itself: it loads nothing."
