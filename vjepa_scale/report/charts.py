@@ -119,12 +119,18 @@ def curves_chart(title: str, panels: Sequence[Panel], bands: Sequence[Band] = ()
 
 
 def bars_chart(
-    title: str, names: Sequence[str], values: Mapping[str, Sequence[float | None]], *, unit: str, caption: str = ""
+    title: str,
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float | None]],
+    *,
+    unit: str,
+    caption: str = "",
+    stacked: bool = False,
 ) -> Chart:
-    """Returns horizontal bars: for each name one bar of each entry of ``values``."""
+    """Returns horizontal bars: for each name one bar of each entry of ``values``, or all of them as one bar."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout(8 + _BOTTOM + (15 * len(values) + 12) * len(names), top=8))
+    figure = go.Figure(layout=_layout(8 + _BOTTOM + (15 * (1 if stacked else len(values)) + 12) * len(names), top=8))
     legend = list(zip(values, COLOURS, strict=False))
     for (entry, colour), of_names in zip(legend, values.values(), strict=True):
         hover = f"%{{x:.4g}} {unit}<extra>{entry}</extra>"
@@ -133,7 +139,7 @@ def bars_chart(
                    marker={"color": colour}, hovertemplate=hover)
         )  # fmt: skip
     figure.update_layout(
-        barmode="group",
+        barmode="stack" if stacked else "group",
         bargap=0.25,
         hovermode="closest",
         xaxis={"title": {"text": unit, "standoff": 8}, "rangemode": "tozero"},

@@ -46,15 +46,9 @@ class Line:
         return out
 
     def names(self, *patterns: str) -> list[str]:
-        """Returns the columns that some stage has, in the order of the patterns."""
-        return list(
-            dict.fromkeys(
-                name
-                for pattern in patterns
-                for record in self.records
-                for name in sorted(record.metrics.family(pattern))
-            )
-        )
+        """Returns the columns that match the patterns and that some stage has, in the order of run/columns.py."""
+        found = {name for pattern in patterns for record in self.records for name in record.metrics.family(pattern)}
+        return sorted(found, key=lambda name: (_place(name), name))
 
     def bands(self) -> list[Band]:
         out = []
@@ -196,26 +190,24 @@ def alarms(run: RunRecord) -> list[str]:
 
 def _small_charts(lines: Mapping[str, Sequence[Line]], columns: Sequence[str], *, from_zero: bool) -> Iterator[Chart]:
     """Yields the charts of each column that some stage has. Only the first one of a column explains it."""
-    for pattern in columns:
-        for name in dict.fromkeys(name for of_stage in lines.values() for name in _names(of_stage, pattern)):
-            charts = [_small(of_stage, name, from_zero) for of_stage in lines.values() if _names(of_stage, name)]
-            for number, (chart, of_stage) in enumerate(charts):
-                title = f"{name}: {title_of(of_stage)}" if len(lines) > 1 else name
-                legend = chart.legend if len(of_stage) == 1 else ()  # of runs: once, at the loss
-                yield replace(chart, title=title, caption="" if number else chart.caption, legend=legend)
+    for name in dict.fromkeys(name for of_stage in lines.values() for name in _names(of_stage, *columns)):
+        of_stages = [of_stage for of_stage in lines.values() if _names(of_stage, name)]
+        for number, of_stage in enumerate(of_stages):
+            title = f"{name}: {title_of(of_stage)}" if len(of_stages) > 1 else name
+            chart = _small(of_stage, name, title, from_zero=from_zero)
+            legend = chart.legend if len(of_stage) == 1 else ()  # of runs: once, at the loss
+            yield replace(chart, caption="" if number else chart.caption, legend=legend)
 
 
-def _small(lines: Sequence[Line], name: str, from_zero: bool) -> tuple[Chart, Sequence[Line]]:
-    column, raw = column_of(name), len(lines) == 1
-    curves = [curve for line in lines for curve in line.curves(name, name, COLOURS[0], raw=raw)]
+def _small(lines: Sequence[Line], name: str, title: str, *, from_zero: bool) -> Chart:
+    column, single = column_of(name), len(lines) == 1
+    curves = [curve for line in lines for curve in line.curves(name, name, COLOURS[0], raw=single)]
     limits: dict[float, str] = {}
     if column is not None:
         limits |= {column.below: f"collapse below {column.below:g}"} if column.below is not None else {}
         limits |= {column.above: f"collapse above {column.above:g}"} if column.above is not None else {}
-    unit = column.unit if column is not None else ""
-    panel = Panel(unit, curves, limits, height=130, from_zero=from_zero)
-    single = len(lines) == 1
-    return curves_chart(name, [panel], lines[0].bands() if single else (), caption=described(name)), lines
+    panel = Panel(column.unit if column is not None else "", curves, limits, height=130, from_zero=from_zero)
+    return curves_chart(title, [panel], lines[0].bands() if single else (), caption=described(name))
 
 
 def _panel(
@@ -272,6 +264,11 @@ def _evaluated(line: Line, key: str) -> Series | None:
 
 def _names(lines: Sequence[Line], *patterns: str) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line.names(*patterns)))
+
+
+def _place(name: str) -> int:
+    column = column_of(name)
+    return COLUMNS.index(column) if column is not None else len(COLUMNS)
 
 
 def _others() -> Sequence[str]:

@@ -61,6 +61,12 @@ def _training(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[A
             f"Curves of more than {POINTS:,} rows show the minimum and maximum of {POINTS // 2:,} equal parts.",
             remark=True,
         )
+    for record in run.stages:
+        loss = record.metrics.columns.get("loss")
+        if loss is not None and (count := int((~np.isfinite(loss.values)).sum())):
+            yield Text(
+                f"The loss of {record.name} is not finite in {count:,} of {len(loss):,} steps: gaps in its curve."
+            )
     yield from _lacking(run, "training")
 
 
@@ -78,7 +84,13 @@ def _speed(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]
     if len(parts) > 1:
         values = {part: [100 * share.get(part, 0.0) for share in shares.values()] for part in parts}
         caption = "Means over a stage's rows; the rest is computing."
-        yield Charts([bars_chart("Where the time goes", list(shares), values, unit="% of the time", caption=caption)])
+        yield Charts(
+            [
+                bars_chart(
+                    "Where the time goes", list(shares), values, unit="% of the time", caption=caption, stacked=True
+                )
+            ]
+        )
     yield Charts(curves.speed_charts(lines), 3)
     yield from _lacking(run, "speed")
 

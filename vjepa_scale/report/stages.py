@@ -7,6 +7,7 @@ from vjepa_scale.monitor.states import ALIVE, UNFINISHED_ENDS, clock, duration
 from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.report.blocks import Charts, Table, Text, Tile
 from vjepa_scale.report.charts import timeline_chart
+from vjepa_scale.report.curves import alarms
 from vjepa_scale.report.read import RunRecord, StageRecord
 from vjepa_scale.report.series import smoothed
 from vjepa_scale.run.events import Attempt
@@ -25,6 +26,8 @@ def tiles(run: RunRecord) -> list[Tile]:
             out.append(Tile("effective rank", f"{rank.last:.1f}", f"of {run.recipe.model.encoder.width} dimensions"))
         if (speed := record.status.clips_per_s) is not None:
             out.append(Tile("clips/s", f"{speed:,.1f}", f"{record.name}, last steps"))
+    if found := alarms(run):
+        out.append(Tile("collapse?", f"{len(found)} beyond limits", "see below", "bad"))
     if (best := _best(run)) is not None:
         out.append(best)
     hours = sum(record.rank_seconds for record in run.stages) / 3600
