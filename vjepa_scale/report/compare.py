@@ -10,6 +10,9 @@ from vjepa_scale.report.read import RunRecord, differences
 from vjepa_scale.report.results import headline_figures
 from vjepa_scale.report.stages import tiles
 
+# Figures that are of a stage, or of a step.
+_WITH_NOTE = ("state", "loss", "best checkpoint")
+
 
 def named_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the runs, called by their paths where folders of one name are among them."""
@@ -26,7 +29,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[Section]:
     return [
         Section("runs", "Runs", list(_figures(runs))),
         Section("differences", "Differences of recipes", [_differences(runs)]),
-        Section("training", "Training", [Charts([curves.loss_chart(of_stage) for of_stage in lines.values()])]),
+        Section("training", "Training", list(_losses(lines))),
         Section("results", "Evaluations", [Charts(list(_evaluations(lines)))]),
         Section("collapse", "Collapse", [Charts(curves.collapse_charts(lines), 3)]),
         Section("speed", "Throughput", [Charts(curves.speed_charts(lines), 3)]),
@@ -35,7 +38,10 @@ def comparison(runs: Sequence[RunRecord]) -> list[Section]:
 
 def _figures(runs: Sequence[RunRecord]) -> Iterator[Any]:
     """Yields a table of the figures at the top of each run's own page, and one of results. A row per figure."""
-    of_runs = [{tile.label: f"{tile.value} ({tile.note})" for tile in tiles(run)} for run in runs]
+    of_runs = [
+        {tile.label: f"{tile.value} ({tile.note})" if tile.label in _WITH_NOTE else tile.value for tile in tiles(run)}
+        for run in runs
+    ]
     yield _side_by_side(runs, of_runs, "")
     results = [headline_figures(run) for run in runs]
     if any(results):
@@ -53,6 +59,12 @@ def _differences(runs: Sequence[RunRecord]) -> Table | Text:
     if not rows:
         return Text("The recipes are equal, but for `run.dir`.")
     return Table(["key", *(run.name for run in runs)], rows, code=frozenset(range(len(runs) + 1)))
+
+
+def _losses(lines: dict[str, list[curves.Line]]) -> Iterator[Charts]:
+    for columns, main in ((1, True), (2, False)):
+        charts = [curves.loss_chart(line) for line in lines.values() if line[0].trains_encoder == main]
+        yield Charts(charts, columns)
 
 
 def _evaluations(lines: dict[str, list[curves.Line]]) -> Iterator[Any]:

@@ -16,6 +16,10 @@ _COLLAPSE = ("effective_rank", "collapse/*", "update_ratio")
 _SPEED = ("clips_per_s", "mfu", "waiting", "saving", "decode/seconds", "decode/cores", "memory/*")
 
 
+# The rows of more runs than these would hide each other.
+_RAW_OF_RUNS = 3
+
+
 @dataclass(frozen=True)
 class Line:
     """Stages of one run that share one count of steps, and what their curves are called.
@@ -26,6 +30,10 @@ class Line:
     records: Sequence[StageRecord]
     name: str = ""
     colour: str | None = None
+
+    @property
+    def trains_encoder(self) -> bool:
+        return any(record.stage.has_target_encoder for record in self.records)
 
     def curves(
         self, column: str, name: str, colour: str, *, raw: bool = False, mean: bool = True, stepped: bool = False
@@ -78,7 +86,8 @@ def title_of(lines: Sequence[Line]) -> str:
 
 def loss_chart(lines: Sequence[Line]) -> Chart:
     """Returns loss, with phases shaded, over gradient norm, schedules and geometry."""
-    loss = [curve for line in lines for curve in line.curves("loss", "loss", COLOURS[0], raw=True)]
+    raw = len(lines) <= _RAW_OF_RUNS
+    loss = [curve for line in lines for curve in line.curves("loss", "loss", COLOURS[0], raw=raw)]
     single = len(lines) == 1
     if single:
         for colour, name in zip(_others(), lines[0].names(*_BESIDE_LOSS), strict=False):

@@ -48,15 +48,21 @@ def _accuracy(value: Any) -> str | None:
     return f"{value:.1%}" if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _part(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Returns a section of a JSON value; empty if it is absent or something else."""
+    value = found.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def _summary(found: Mapping[str, Any]) -> Iterator[Table]:
-    tasks = {"joint": found, **(found.get("parts") or {})}
+    tasks = {"joint": found, **_part(found, "parts")}
     columns = [
-        (f"{_NAMES[measure]}: {task}", of_task[measure], of_task.get(f"{measure}_std") or {})
+        (f"{_NAMES[measure]}: {task}", of_task[measure], _part(of_task, f"{measure}_std"))
         for measure in ("linear_probe", "knn")
         for task, of_task in tasks.items()
         if isinstance(of_task, Mapping) and isinstance(of_task.get(measure), Mapping)
     ]
-    attentive = found.get("attentive_probe") or {}
+    attentive = _part(found, "attentive_probe")
     if columns:
         names = list(columns[0][1])
         rows = [
@@ -70,14 +76,14 @@ def _summary(found: Mapping[str, Any]) -> Iterator[Table]:
         head = ["features", *(title for title, *_ in columns), "attentive probe: joint"]
         yield Table(head, rows, "Frozen features, few labels, held-out clips", numbers=frozenset(range(1, len(head))))
     rows = []
-    if planning := found.get("planning"):
+    if planning := _part(found, "planning"):
         policies = {"success": "planned actions", "random": "random actions", "still": "no action"}
         rows += [
             [f"the robot reaches its goal: {name}", text, f"{planning.get('episodes', '?')} episodes"]
             for key, name in policies.items()
             if (text := _accuracy(planning.get(key))) is not None
         ]
-    if surprise := found.get("surprise"):
+    if surprise := _part(found, "surprise"):
         pairs = f"{surprise.get('pairs', '?')} pairs of videos"
         kinds = {"pairs_right": "trained", "untrained": "untrained"}
         rows += [
@@ -97,13 +103,13 @@ def headline_figures(run: RunRecord) -> dict[str, str]:
             out |= {f"{record.name}: {name}": accuracy for name, accuracy in _probe(record.evaluation)}
     found = run.summary or {}
     for measure in ("linear_probe", "knn"):
-        for task, of_task in {"joint": found, **(found.get("parts") or {})}.items():
-            if isinstance(of_task, Mapping) and (text := _accuracy((of_task.get(measure) or {}).get("trained"))):
+        for task, of_task in {"joint": found, **_part(found, "parts")}.items():
+            if isinstance(of_task, Mapping) and (text := _accuracy(_part(of_task, measure).get("trained"))):
                 out[f"{_NAMES[measure]}, {task}"] = text
     for section, key, name in (
         ("planning", "success", "planning"),
         ("surprise", "pairs_right", "surprise, pairs right"),
     ):
-        if (text := _accuracy((found.get(section) or {}).get(key))) is not None:
+        if (text := _accuracy(_part(found, section).get(key))) is not None:
             out[name] = text
     return out

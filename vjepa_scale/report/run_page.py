@@ -53,9 +53,8 @@ def run_sections(run: RunRecord, *, features: bool | None) -> list[Section]:
 def _training(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[Any]:
     if not lines:
         yield Text("No step yet.", remark=True)
-    is_main = {name: any(record.stage.has_target_encoder for record in line[0].records) for name, line in lines.items()}
     for columns, main in ((1, True), (2, False)):
-        yield Charts([curves.loss_chart(line) for name, line in lines.items() if is_main[name] == main], columns)
+        yield Charts([curves.loss_chart(line) for line in lines.values() if line[0].trains_encoder == main], columns)
     if any(record.metrics.rows > POINTS for record in run.stages):
         yield Text(
             f"Curves of more than {POINTS:,} rows show the minimum and maximum of {POINTS // 2:,} equal parts.",

@@ -35,7 +35,7 @@ def tiles(run: RunRecord) -> list[Tile]:
     out.append(Tile(unit, f"{hours:,.2f}" if hours < 10 else f"{hours:,.0f}", "all stages and attempts"))
     begun = [record for record in run.stages if record.attempts]
     restarts = sum(len(record.attempts) - 1 for record in begun)
-    return [*out, Tile("restarts", str(restarts), f"in {len(begun)} stages")]
+    return [*out, Tile("restarts", str(restarts), f"of {len(begun)} stages" if len(begun) != 1 else "of 1 stage")]
 
 
 def _state(run: RunRecord) -> Tile:
