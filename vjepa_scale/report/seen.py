@@ -135,10 +135,13 @@ def feature_pictures(
 
 
 def _spread(checkpoints: Sequence[Path]) -> list[Path]:
-    """Returns the first, the last, and some between them."""
-    count = min(len(checkpoints), CHECKPOINTS)
-    places = np.linspace(0, len(checkpoints) - 1, count)
-    return [checkpoints[round(place)] for place in places]
+    """Returns the first checkpoint, the last one of each stage, and some between them: at most ``CHECKPOINTS``."""
+    last = {path.parent: place for place, path in enumerate(checkpoints)}
+    chosen = sorted({0, *last.values()})[-CHECKPOINTS:]
+    others = [place for place in range(len(checkpoints)) if place not in chosen]
+    free = min(CHECKPOINTS - len(chosen), len(others))
+    chosen += [others[(2 * number + 1) * len(others) // (2 * free)] for number in range(free)]
+    return [checkpoints[place] for place in sorted(chosen)]
 
 
 def _features(
