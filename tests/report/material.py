@@ -14,7 +14,7 @@ COLUMNS = {
     "data_loss/left": lambda x: 0.70 - 0.2 * x,
     "data_loss/right": lambda x: 0.83 - 0.2 * x,
     "update_ratio": lambda x: 4e-4 * (1.1 - x),
-    "collapse/context_rank": lambda x: max(0.5, 40 - 45 * x),  # collapses
+    "collapse/context_rank": lambda x: max(0.5, 40 - 60 * x),  # collapses
     "collapse/target_std": lambda x: 0.6 - 0.2 * x,
     "collapse/context_std": lambda x: 0.5 - 0.2 * x,
     "collapse/cosine": lambda x: 0.3 + 0.4 * x,

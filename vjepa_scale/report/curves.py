@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vjepa_scale.recipe.guard_sections import LIMITS, Limit
 from vjepa_scale.report.charts import COLOURS, Band, Chart, Curve, Panel, curves_chart
 from vjepa_scale.report.read import RunRecord, StageRecord
 from vjepa_scale.report.series import Series, smoothed, thinned
@@ -182,19 +183,36 @@ def described(name: str) -> str:
 
 
 def alarms(run: RunRecord) -> list[str]:
-    """Returns the columns whose last value is beyond its limit: signs of a collapse."""
-    out = []
-    for record in run.stages:
-        for name, series in record.metrics.columns.items():
-            column, last = column_of(name), series.last
-            if column is not None and last is not None and column.is_beyond(last):
-                limit = (
-                    f"below {column.below:g}"
-                    if column.below is not None and last < column.below
-                    else "beyond its limit"
-                )
-                out.append(f"`{name}` of {record.name} is {last:.3g}, {limit}")
-    return out
+    """Returns the columns whose last values are beyond their limit: signs of a collapse.
+
+    As ``guards`` of the recipe judges them: as many measurements as its patience, after the limit's time to settle.
+    """
+    return [words for record in run.stages for name in record.metrics.columns if (words := _alarm(record, name))]
+
+
+def _alarm(record: StageRecord, name: str) -> str:
+    limit, value = _limit(record, name)
+    if limit is None or value is None:
+        return ""
+    series = record.metrics.columns[name]
+    phases = record.phases
+    settled = phases[0].first + limit.settles * (phases[-1].end - phases[0].first)
+    last = series.values[series.steps >= settled][-record.stage.recipe.guards.patience :]
+    if len(last) < record.stage.recipe.guards.patience or not all(limit.is_passed(each, value) for each in last):
+        return ""
+    return f"`{name}` of {record.name} is {last[-1]:.3g}, {_side(limit)} {value:g}"
+
+
+def _limit(record: StageRecord, name: str) -> tuple[Limit | None, float | None]:
+    """Returns a column's limit and its value in this recipe; None: it has none."""
+    limit = LIMITS.get(name)
+    if limit is None:
+        return None, None
+    return limit, record.stage.recipe.guards.limits.get(name, limit.value)
+
+
+def _side(limit: Limit) -> str:
+    return "above" if limit.above else "below"
 
 
 def _small_charts(lines: Mapping[str, Sequence[Line]], columns: Sequence[str], *, from_zero: bool) -> Iterator[Chart]:
@@ -211,10 +229,8 @@ def _small_charts(lines: Mapping[str, Sequence[Line]], columns: Sequence[str], *
 def _small(lines: Sequence[Line], name: str, title: str, *, from_zero: bool) -> Chart:
     column, single = column_of(name), len(lines) == 1
     curves = [curve for line in lines for curve in line.curves(name, name, COLOURS[0], raw=single)]
-    limits: dict[float, str] = {}
-    if column is not None:
-        limits |= {column.below: f"collapse below {column.below:g}"} if column.below is not None else {}
-        limits |= {column.above: f"collapse above {column.above:g}"} if column.above is not None else {}
+    limit, value = _limit(lines[0].records[0], name)
+    limits = {value: f"collapse {_side(limit)} {value:g}"} if limit is not None and value is not None else {}
     panel = Panel(column.unit if column is not None else "", curves, limits, height=130, from_zero=from_zero)
     return curves_chart(title, [panel], lines[0].bands() if single else (), caption=described(name))
 

@@ -18,7 +18,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl
 from vjepa_scale.monitor.states import RunStatus, StageStatus
 from vjepa_scale.monitor.status import read_status, run_recipe
-from vjepa_scale.recipe import Phase, Recipe, Stage, recipe_yaml, stages_of
+from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
 from vjepa_scale.report.series import StageMetrics, read_metrics
 from vjepa_scale.run.events import Attempt, History, attempts
 
@@ -100,7 +100,8 @@ class RunRecord:
 
     @property
     def yaml(self) -> str:
-        return recipe_yaml(self.recipe)
+        """The recipe as it was resolved by the version that launched it."""
+        return (self.folder / "recipe.yaml").read_text()
 
 
 def read_run(folder: Path) -> RunRecord:
