@@ -39,12 +39,19 @@ def tiles(run: RunRecord) -> list[Tile]:
 
 
 def _state(run: RunRecord) -> Tile:
-    """Returns the state of the whole run: done, or the first stage that is not and its state."""
+    """Returns the state of the launched stages: done, or the first one that is not and its state."""
     bad = next((record for record in run.stages if record.status.state in UNFINISHED_ENDS), None)
     active = next((record for record in run.stages if record.status.state in ALIVE), None)
-    left = next((record for record in run.stages if record.status.state != "done"), None)
-    if (record := bad or active or left) is None:
-        return Tile("state", "done", "all stages", "good")
+    done = [record for record in run.stages if record.status.state == "done"]
+    if (record := bad or active) is None:
+        if not done:
+            return Tile("state", "not launched")
+        return Tile(
+            "state",
+            "done",
+            "all stages" if len(done) == len(run.stages) else f"{len(done)} of {len(run.stages)} stages",
+            "good",
+        )
     return Tile("state", record.status.state, record.name, "bad" if record is bad else "")
 
 
