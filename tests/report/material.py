@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vjepa_scale.checkpoint.manifest import identity, newest_first, read_manifest
+
 # Columns of metrics.jsonl, and a plausible value at a fraction x of the stage.
 COLUMNS = {
     "mask_loss/0": lambda x: 0.72 - 0.2 * x,
@@ -49,13 +51,8 @@ def enrich(run: Path, *, rows: int = 0) -> None:
         row |= {name: of(x) * (1 + draw.gauss(0, 0.03)) for name, of in COLUMNS.items()}
     metrics[len(metrics) // 2]["loss"] = math.nan
     (stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics) + '{"step": 1, "cut sho')
-    steps = [len(metrics) * part // 4 for part in (1, 2, 3)]
     write_rows(
-        stage / "evaluations.jsonl",
-        [
-            {"step": step, "knn": 0.2 + 0.1 * n, "linear": 0.25 + 0.1 * n, "held_out_loss": 0.7 - 0.1 * n}
-            for n, step in enumerate(steps)
-        ],
+        stage / "evaluations.jsonl", [_evaluated(path, n) for n, path in enumerate(newest_first(stage / "checkpoints"))]
     )
     history = [json.loads(line) for line in (stage / "history.jsonl").read_text().splitlines()]
     started = next(row for row in history if row["event"] == "started")
@@ -89,3 +86,15 @@ def copied(run: Path, folder: Path) -> Path:
 
 def _of(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("time", "event", "job", "step")}
+
+
+def _evaluated(checkpoint: Path, number: int) -> dict[str, Any]:
+    """A row of evaluations.jsonl; of number 1 the best. number: 0: the newest checkpoint"""
+    manifest = read_manifest(checkpoint)
+    figures = {"knn": (0.3, 0.4, 0.2)[number % 3], "linear": 0.35, "held_out_loss": 0.6, "effective_rank": 31.0}
+    return {
+        "step": manifest["step"],
+        "checkpoint": checkpoint.name,
+        "identity": identity(manifest),
+        "settings": {},
+    } | figures

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vjepa_scale.checkpoint.evaluations import results_of
 from vjepa_scale.checkpoint.manifest import newest_first, read_manifest
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json, read_jsonl
@@ -22,7 +23,7 @@ from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
 from vjepa_scale.report.series import StageMetrics, read_metrics
 from vjepa_scale.run.events import Attempt, History, attempts
 
-LEDGER, EVALUATIONS, SUMMARY, PICTURES = "ledger.jsonl", "evaluations.jsonl", "summary.json", "pictures"
+LEDGER, SUMMARY, PICTURES = "ledger.jsonl", "summary.json", "pictures"
 Json = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ class StageRecord:
 
     attempts:    of all launches, oldest first
     until:       the time at which each attempt was last known to be at work, seconds since 1970
-    evaluations: rows of evaluations.jsonl, by step
+    evaluations: comparable rows of evaluations.jsonl, by step
     evaluation:  evaluation.json of a probe
     """
 
@@ -140,7 +141,7 @@ def _stage(stage: Stage, status: StageStatus) -> StageRecord:
         metrics,
         tried,
         _ends(stage, tried),
-        _evaluations(stage.folder / EVALUATIONS),
+        results_of(stage).rows,
         _json(stage.evaluation),
     )
 
@@ -162,12 +163,6 @@ def _ends(stage: Stage, tried: Sequence[Attempt]) -> list[float]:
                 known.append((stage.folder / "metrics.jsonl").stat().st_mtime)
         out.append(max(known, default=start))
     return out
-
-
-def _evaluations(path: Path) -> list[Json]:
-    """Returns the last row of each step, by step."""
-    rows = {row["step"]: row for row in read_jsonl(path) if isinstance(row.get("step"), int)}
-    return [rows[step] for step in sorted(rows)]
 
 
 def _json(path: Path) -> Json | None:

@@ -56,17 +56,12 @@ def _state(run: RunRecord) -> Tile:
 
 
 def _best(run: RunRecord) -> Tile | None:
-    """Returns the best evaluated checkpoint: by k-NN where there are labels, else by the loss on held-out clips."""
-    rows = [(record.name, row) for record in run.stages for row in record.evaluations]
-    by_knn = [(name, row) for name, row in rows if isinstance(row.get("knn"), int | float)]
-    if by_knn:
-        name, row = max(by_knn, key=lambda item: (item[1]["knn"], item[1].get("linear") or 0, item[1]["step"]))
-        return Tile("best checkpoint", f"step {row['step']:,}", f"{name}, k-NN {row['knn']:.1%}")
-    by_loss = [(name, row) for name, row in rows if isinstance(row.get("held_out_loss"), int | float)]
-    if by_loss:
-        name, row = min(by_loss, key=lambda item: item[1]["held_out_loss"])
-        return Tile("best checkpoint", f"step {row['step']:,}", f"{name}, held-out loss {row['held_out_loss']:.4f}")
-    return None
+    """Returns the best evaluated checkpoint of the last stage that has one. Stages may have different geometries."""
+    found = [(record.name, best) for record in run.stages if (best := record.status.best) is not None]
+    if not found:
+        return None
+    name, best = found[-1]
+    return Tile("best checkpoint", f"step {best.step:,}", f"{name}, {best.words}")
 
 
 def stage_blocks(run: RunRecord) -> Iterator[Any]:
