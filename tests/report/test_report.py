@@ -19,8 +19,8 @@ from PIL import Image
 
 from tests.chain import tool
 from tests.report.material import copied, enrich
-from vjepa_scale.report.page import prose
-from vjepa_scale.report.series import Series, smoothed, thinned
+from vjepa_scale.report.read import Series, smoothed, thinned
+from vjepa_scale.report.write import prose
 
 
 class Page(HTMLParser):

@@ -5,7 +5,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vjepa_scale.report.charts import Chart
-from vjepa_scale.report.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of frames as one picture. pixelated: to be enlarged without smoothing"""
+
+    label: str
+    uri: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Rows that belong together, with a Markdown caption."""
+
+    caption: str
+    strips: tuple[Strip, ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vjepa_scale.report.series import Series
+from vjepa_scale.report.read import Series
 
 COLOURS = (
     *("#3f7fd0", "#d97a1f", "#2f9e78", "#a45cc0", "#c94a56", "#1d9bb0"),

@@ -7,7 +7,7 @@ from typing import Any
 from vjepa_scale.report import curves
 from vjepa_scale.report.blocks import Charts, Section, Table, Text
 from vjepa_scale.report.read import RunRecord, differences
-from vjepa_scale.report.results import headline_figures
+from vjepa_scale.report.run_page import headline_figures
 from vjepa_scale.report.stages import tiles
 
 # Figures that are of a stage, or of a step.

@@ -7,8 +7,7 @@ import numpy as np
 
 from vjepa_scale.recipe.guard_sections import LIMITS, Limit
 from vjepa_scale.report.charts import COLOURS, Band, Chart, Curve, Panel, curves_chart
-from vjepa_scale.report.read import RunRecord, StageRecord
-from vjepa_scale.report.series import Series, smoothed, thinned
+from vjepa_scale.report.read import RunRecord, Series, StageRecord, smoothed, thinned
 from vjepa_scale.run.columns import COLUMNS, Column, column_of
 
 # By kind of training, what is drawn with the loss: parts of it, or values on its scale.

@@ -13,10 +13,9 @@ from vjepa_scale.launch.estimate import GPUS, estimate, fits
 from vjepa_scale.recipe import Phase, Recipe, Stage, recipe_yaml
 from vjepa_scale.report.blocks import Charts, Code, Section, Table, Text
 from vjepa_scale.report.charts import Band, Chart, Curve, Panel, bars_chart, curves_chart
-from vjepa_scale.report.read import lineages
+from vjepa_scale.report.pictures import mask_pictures
+from vjepa_scale.report.read import Series, lineages
 from vjepa_scale.report.run_page import MASKS
-from vjepa_scale.report.seen import mask_pictures
-from vjepa_scale.report.series import Series
 from vjepa_scale.report.stages import phases_table
 from vjepa_scale.training.planned_start import planned_first, planned_order
 

@@ -8,8 +8,7 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.report.blocks import Charts, Table, Text, Tile
 from vjepa_scale.report.charts import timeline_chart
 from vjepa_scale.report.curves import alarms
-from vjepa_scale.report.read import RunRecord, StageRecord
-from vjepa_scale.report.series import smoothed
+from vjepa_scale.report.read import RunRecord, StageRecord, smoothed
 from vjepa_scale.run.events import Attempt
 
 
