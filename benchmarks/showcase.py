@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from vjepa_scale.recipe import load_recipe, recipe_yaml
+from vjepa_scale.report.write import write_comparison
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("clips", "val-clips", "trajectories", "episodes")  # of the demo
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, values in table.items():
         print(f"{path:<48}{mean(values):>10.4g}{spread(values):>10.2g}")
     print()
+    page = arguments.out / "report.html"
+    write_comparison([arguments.out / f"seed{seed}" for seed in arguments.seeds], page)
+    print(f"report of all seeds: {page}\n")
     if arguments.record:
         whole = merged(summaries, mean) | {"seeds": arguments.seeds, "std": merged(summaries, spread)}
         RESULT.write_text(json.dumps(whole, indent=1) + "\n")

@@ -14,6 +14,7 @@ import torch
 
 from tests.chain import launch, make_data, make_four_stage_data, write_four_stages, write_recipe
 from tests.processes import preload_once
+from tests.report import browser
 from tests.shared import made_once
 from tests.videos import VARIABLE_MS, audio_only, encoded, quiet
 from vjepa_scale.core import log
@@ -139,6 +140,7 @@ def _no_compiler() -> str:
 _NEEDS: dict[str, Callable[[], str]] = {
     "torchcodec": cache(_no_torchcodec),
     "compiler": cache(_no_compiler),
+    "chromium": browser.missing,
     "ffmpeg": lambda: "" if shutil.which("ffmpeg") else "the command ffmpeg: apt-get install ffmpeg",
 }
 

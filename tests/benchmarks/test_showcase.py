@@ -100,10 +100,14 @@ def test_showcase_runs_the_demo(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "run", here)
     monkeypatch.chdir(ROOT)
     (tmp_path / "seed31").mkdir()
+    recipe = load_recipe("recipes/demo.yaml", words_of(tmp_path, 31))
+    (tmp_path / "seed31" / "recipe.yaml").write_text(recipe_yaml(recipe))  # the launch's
     code, text, _ = run("showcase", "--seeds", 31, "--out", tmp_path, "--clips", 20, "--val-clips", 4, *OVERRIDES)
     assert code == 0
     assert [words[0] for words in steps][-4:] == ["launch", "launch", "consolidate", "consolidate"]
     assert steps[0][1:6] == (tmp_path / "data31" / "videos", "--clips", 20, "--val-clips", 4)
     assert steps[1][3:5] == ("--trajectories", 192)
     assert json.loads((tmp_path / "seed31" / "summary.json").read_text())["planning"] == RECORDED["planning"]
+    for page in (tmp_path / "seed31" / "report.html", tmp_path / "report.html"):
+        assert "</html>" in page.read_text()
     assert len(re.findall("^yes ", text, re.MULTILINE)) == 6

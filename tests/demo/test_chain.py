@@ -1,6 +1,8 @@
 """The newcomer's command, on less data and for fewer steps."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +12,7 @@ from unittest import mock
 import pytest
 
 from tests.chain import launch, tool
+from tests.report import browser
 
 
 def demo(*words: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +89,11 @@ def test_the_demo_runs_to_its_table_and_again(tmp_path: Path) -> None:
         assert line in done.stdout
     for picture in ("landscape.png", "episode.png", "masks.png", "features.png"):
         assert (tmp_path / "run" / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
+    report = tmp_path / "run" / "report.html"
+    assert f"{report} " in done.stdout
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("CI") or not browser.missing():
+            assert browser.problems_of(stack.enter_context(browser.chromium()), report) == []
     # A second run finds everything there and measures the same, also where the consolidated result is of another
     # checkpoint.
     shutil.rmtree(tmp_path / "run" / "consolidated")

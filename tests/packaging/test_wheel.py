@@ -95,10 +95,11 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     code = on_disk("vjepa_scale", "*.py", "vjepa_scale") | on_disk("vjepa_scale", "*.sh", "vjepa_scale")
     recipes = on_disk("recipes", "*.yaml", "vjepa_scale/recipes")
     profiles = on_disk("slurm/profiles", "*.yaml", "vjepa_scale/profiles")
-    assert names == code | recipes | profiles
+    page = {f"vjepa_scale/report/page.{kind}" for kind in ("html", "css", "js")}
+    assert names == code | recipes | profiles | page
     assert "vjepa_scale/launch/epilogue.sh" in names
     assert {"vjepa_scale/recipes/demo.yaml", "vjepa_scale/profiles/example_h100.yaml"} <= names
-    commands = "launch shards consolidate evaluate features surprise plan demo"
+    commands = "launch shards consolidate evaluate features surprise plan report demo"
     assert set(scripts["console_scripts"]) == {f"vjepa-{name}" for name in commands.split()}
     extras = set(re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE))
     assert extras == {

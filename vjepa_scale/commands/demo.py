@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print("\n5. Load them back and measure them on held-out clips and in episodes with the robot", flush=True)
     from vjepa_scale.demo.summary import measure_demo, table
+    from vjepa_scale.report.write import write_run_report
 
     summary = measure_demo(
         recipe, train, val, untrained=untrained, episodes=arguments.episodes, seed=arguments.data_seed
@@ -79,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for line in table(summary):
         print(line)
+    write_run_report(run, run / "report.html")
     print(f"""
 {summary["seconds"]:.0f} seconds. docs/learning.md says what to expect of these figures.
+  {run / "report.html"}    open this one in a browser: curves, masks, features, results
   {run / "consolidated"}   weights and config.json, for vjepa_scale.load_encoder
   {run / "world_model"}    the same for vjepa_scale.load_world_model
   {run / "pictures"}       masks.png: what is seen and what predicted; features.png: features as colours beside

@@ -23,6 +23,7 @@ _MODULES = {
     "evaluate": "evaluate",
     "surprise": "surprise",
     "plan": "plan",
+    "report": "report",
     "demo": "demo",
     "make_synthetic": "synthetic",
 }

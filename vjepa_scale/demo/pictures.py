@@ -4,22 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from vjepa_scale.data.trajectories import Floats
 from vjepa_scale.demo.synthetic import U8
 from vjepa_scale.masking.generator import Grid, Mask
+from vjepa_scale.report.pictures import masked_frames, principal_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-F32 = npt.NDArray[np.float32]
-
-_HIDDEN = 0.2  # brightness of places that the encoder does not see
-_TARGET = np.array([1.0, 0.55, 0.1])  # colour over the targets
 
 
 def draw_masks(path: Path, frames_THW3: U8, masks: Mapping[str, tuple[Mask, Mask]], grid: Grid) -> None:
@@ -30,15 +24,13 @@ def draw_masks(path: Path, frames_THW3: U8, masks: Mapping[str, tuple[Mask, Mask
     T = len(frames_THW3)
     every = T // grid[0]
     figure, rows = _figure(1 + len(masks), grid[0])
-    shown = frames_THW3[::every] / 255
+    shown = frames_THW3[::every]
     for plot, frame in zip(rows[0], shown, strict=True):
         plot.imshow(frame)
     _name(rows[0], "clip")
     for row, (name, (context, target)) in zip(rows[1:], masks.items(), strict=True):
-        over = [_over_pixels(mask.reshape(grid), frames_THW3.shape[1:3]) for mask in (context, target)]
-        for plot, frame, seen, wanted in zip(row, shown, *over, strict=True):
-            picture = np.where(seen[..., None], frame, _HIDDEN * frame)
-            plot.imshow(np.where(wanted[..., None], 0.45 * frame + 0.55 * _TARGET, picture))
+        for plot, frame in zip(row, masked_frames(shown, context.reshape(grid), target.reshape(grid)), strict=True):
+            plot.imshow(frame)
         _name(row, name)
     _save(figure, path, "What the encoder sees, and what is predicted (orange)")
 
@@ -61,26 +53,6 @@ def draw_features(path: Path, clips: U8, tokens: Mapping[str, Tensor], grid: Gri
                 plot.imshow(value, interpolation="nearest")
             _name(row, name)
     _save(figure, path, "Patch features: their first three principal components as colours")
-
-
-def principal_colours(tokens_BND: Tensor) -> F32:
-    """Returns projections on the first three principal components over all tokens, each scaled to [0, 1]: [B, N, 3].
-
-    The middle 98 % of a component's values cover the whole range, because outliers would leave the rest grey.
-    """
-    flat = tokens_BND.detach().flatten(0, 1).double()
-    centred = flat - flat.mean(0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    values = (centred @ vectors[:, -3:].flip(1)).numpy()
-    low, high = np.quantile(values, [0.01, 0.99], axis=0)
-    spread = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return spread.astype(np.float32).reshape(*tokens_BND.shape[:2], 3)
-
-
-def _over_pixels(tokens_thw: Mask, size: tuple[int, ...]) -> Mask:
-    """Upsamples a mask of tokens, [t, h, w], to the pixels of one frame per token step: [t, H, W]."""
-    patch = size[0] // tokens_thw.shape[1]
-    return tokens_thw.repeat(patch, 1).repeat(patch, 2)
 
 
 def _figure(rows: int, columns: int) -> tuple["Figure", npt.NDArray[Any]]:
