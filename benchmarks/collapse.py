@@ -1,6 +1,6 @@
 """Finds and tests the limits of a collapse (recipe/guard_sections.py): healthy runs, and runs made to collapse.
 
-python benchmarks/collapse.py [--seeds 11 12 13] [--steps 200] [--data runs/collapse/data] [--only VARIANT …] [--record]
+    python benchmarks/collapse.py [--seeds 11 12 13] [--steps 200] [--only VARIANT …] [--record]
 
 Trains the demo's pretraining on moving shapes and robots, once per seed and variant. Prints, for each figure with a
 limit, its range from the step on from which the limit holds, and the first step at which the run was flagged.
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vjepa_scale.core.errors import run_command
 from vjepa_scale.recipe.guard_sections import LIMITS
 from vjepa_scale.run.events import History
 
@@ -35,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--clips", type=int, default=1024, help="of the moving shapes")
     parser.add_argument("--data", type=Path, default=Path("runs/collapse/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/collapse.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
-    make_data(arguments.data)
+    make_data(arguments.data, arguments.clips)
     rows = []
     for name in arguments.only:
         changes, wanted = VARIANTS[name]
@@ -57,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row["as_it_should"] for row in rows) else 1
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, clips: int) -> None:
     """Renders the demo's worlds, once."""
     for name, options in (("train", LOOKS), ("robot", ("--robot", "--size", "48", "--fps", "8"))):
         shards, videos = folder / "shards" / name, folder / "videos" / name
         if shards.exists():
             continue
         robot = ("--trajectories", "192", "--val-trajectories", "0")
-        count = robot if name == "robot" else ("--clips", "1024", "--val-clips", "0")
+        count = robot if name == "robot" else ("--clips", str(clips), "--val-clips", "0")
         tool("make_synthetic.py", videos, *options, *count)
         tool("make_shards.py", videos / "train", shards, *(("--trajectories", "droid") if name == "robot" else ()))
 
@@ -109,4 +111,4 @@ def tool(name: str, *arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,6 +11,7 @@ from tests.benchmarks.running import BENCHMARKS, SCRIPTS
 RUN_BY = {
     "checkpoint": {"test_checkpoint_training", "test_checkpoint_consolidation"},
     "clock": {"step"},
+    "collapse": {"test_collapse"},
     "encoder": {"test_encoder"},
     "gpu": {"test_gpu_beside_the_published_code"},
     "gpu_book": {"gpu"},
@@ -26,6 +27,7 @@ RUN_BY = {
     "step": {"test_step", "test_step_beside_the_published_code"},
     "surprise": {"test_surprise"},
     "transcode": {"test_transcode"},
+    "watching": {"test_watching"},
 }
 TESTS = {
     node.name

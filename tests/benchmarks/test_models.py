@@ -47,6 +47,27 @@ def test_host(run: Run) -> None:
         assert numbers(row["this code"])[0] >= 0
 
 
+def test_watching(run: Run) -> None:
+    code, text, _ = run("watching", "--steps", 2, *SMALL, "pretrain.clip.size=32", "engine.threads=1")
+    assert code == 0
+    rows = table(text)
+    assert [row["step"] for row in rows] == ["plain", "counted", "measured", "mean, measured every 10"]
+    plain, counted, measured, usual = column(rows, "ms")
+    assert usual == pytest.approx(counted + (measured - counted) / 10, abs=0.02)
+    assert numbers(rows[2]["over plain"])[0] == pytest.approx(100 * (measured / plain - 1), abs=0.2)
+
+
+@pytest.mark.slow
+def test_collapse(tmp_path: Path) -> None:
+    """A run of twelve steps; whether all variants are judged as they should be is for the script's own sizes."""
+    sizes = ("--seeds", 5, "--steps", 12, "--clips", 16, "--data", tmp_path / "data", "--out", tmp_path / "runs")
+    only = ("--only", "target equals encoder", "--")
+    text = run_process("collapse", *sizes, *only, *SMALL, "data.workers=0", "log.effective_rank_every=1")
+    assert "target equals encoder, seed 5: flagged at step 2 by collapse/distance" in text
+    (line,) = [line.split() for line in text.splitlines() if line.startswith("  collapse/distance ")]
+    assert line == ["collapse/distance", "0", "to", "0", "limit", "1e-08"]
+
+
 def test_surprise(run: Run, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model")
     list(write_videos(tmp_path / "videos", World(size=SIZE, fps=8, seconds=2.0), seed=0, train=1, val=0, workers=1))

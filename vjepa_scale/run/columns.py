@@ -81,7 +81,7 @@ COLUMNS = (
     ),
     Column(
         "collapse/target_std", "", "standard deviation over tokens of the target's layer-normalised features, mean "
-        "over dimensions", "0.3 to 1; 0: all tokens are equal", at_interval=True,
+        "over dimensions", "0.5 to 1; 0: all tokens are equal", at_interval=True,
     ),
     Column(
         "collapse/context_std", "", "the same of the context encoder's features", "as `collapse/target_std`",
