@@ -32,7 +32,7 @@ def measured(observe: Observation) -> dict[str, float]:
 def of_target(values: Floats, parts: int = 1) -> dict[str, float]:
     observe = Observation()
     for part in np.array_split(values, parts):
-        observe.add_target(torch.from_numpy(part), GRID)
+        observe.add_target(torch.from_numpy(part.copy()), GRID)
     return measured(observe)
 
 

@@ -84,7 +84,7 @@ def test_a_job_submits_it_without_its_own_options(tmp_path: Path, monkeypatch: p
     programs.mkdir()
     for name, text in {
         "sbatch": f'echo "$@" > {tmp_path}/words; env > {tmp_path}/environment; echo "17;here"; exit $STATUS',
-        "squeue": f"[ ! -e {tmp_path}/queue ] || cat {tmp_path}/queue",
+        "squeue": f'case "$*" in *"--states PENDING"*) cat {tmp_path}/waiting;; esac',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
@@ -101,9 +101,8 @@ def test_a_job_submits_it_without_its_own_options(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="Slurm refused the evaluation"):
         submit_evaluation(stage)
 
-    # One runs and one waits: the one that waits will find what is due now.
-    script = f"{launches}/0002/evaluate-pretrain.sbatch"
-    (tmp_path / "queue").write_text(f"15 {script}\n16 {script}\n")
+    # One waits, and will find what is due now. One that runs may have looked for the last time.
+    (tmp_path / "waiting").write_text(f"16 {launches}/0002/evaluate-pretrain.sbatch\n")
     (tmp_path / "words").unlink()
     submit_evaluation(stage)
     assert not (tmp_path / "words").exists()

@@ -18,6 +18,7 @@ from vjepa_scale.launch.evaluator import Evaluator
 from vjepa_scale.monitor.status import render
 from vjepa_scale.recipe import Stage, load_recipe, stages_of
 from vjepa_scale.recipe.evaluate_section import evaluation_of, settings_of
+from vjepa_scale.training.signals import Interrupt
 
 
 def labelled(step: int, knn: float | None, linear: float | None = 0.5) -> dict[str, Any]:
@@ -174,6 +175,7 @@ def test_status_names_the_best(run: Run) -> None:
         ({"data": "left", "frames": 3}, "evaluate.frames"),
         ({"data": "left", "size": 12}, "evaluate.size"),
         ({"data": "left", "stages": ["pretrain", "none"]}, "evaluate.stages"),
+        ({"data": "left", "stages": ["none"]}, "no stage 'none' in the recipe"),
     ],
 )
 def test_a_section_that_cannot_work_is_refused(run: Run, evaluate: dict[str, Any], said: str) -> None:
@@ -191,7 +193,7 @@ def test_a_process_beside_rank_0_says_once_that_it_cannot_evaluate(run: Run, cap
     stage = stage_of(run, {"every": 1}, {"data": "left", "finish_s": LIMIT_S})
     for step in (1, 2):
         save(run, step)
-    evaluator = Evaluator(stage, detect_ranks())
+    evaluator = Evaluator(stage, detect_ranks(), Interrupt())
     evaluator.end(0)
     said = capfd.readouterr().err
     assert said.count("no more evaluations") == 1
@@ -203,10 +205,13 @@ def test_a_process_beside_rank_0_says_once_that_it_cannot_evaluate(run: Run, cap
 @pytest.mark.distributed
 def test_after_a_signal_nothing_is_waited_for(run: Run) -> None:
     stage = stage_of(run, {"every": 1}, {"data": "left", "finish_s": 1e6})
-    evaluator = Evaluator(stage, detect_ranks())
-    evaluator.end(EXIT_SAVED)
-    assert evaluator._process is not None
-    assert evaluator._process.poll() is not None
-    without = Evaluator(stage_of(run, {}, {"data": "left", "where": "off"}), detect_ranks())
+    told = Interrupt()
+    told.signal = "SIGUSR2"  # while it waits: the time limit is near
+    for code, interrupt in ((EXIT_SAVED, Interrupt()), (0, told)):
+        evaluator = Evaluator(stage, detect_ranks(), interrupt)
+        evaluator.end(code)
+        assert evaluator._process is not None
+        assert evaluator._process.poll() is not None
+    without = Evaluator(stage_of(run, {}, {"data": "left", "where": "off"}), detect_ranks(), Interrupt())
     assert without._process is None
     without.end(0)

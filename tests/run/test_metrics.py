@@ -49,3 +49,22 @@ def test_lines_of_steps_are_aligned(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().err.splitlines()
     for word in ("loss", "lr", "grad", "rank", "clips/s"):
         assert len({line.index(word) for line in lines}) == 1, lines
+
+
+def test_a_resume_keeps_the_rows_before_it_to_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(row(step, 20.5)) + " \n" for step in range(5)]
+    path.write_text("".join([*lines[:2], "not JSON\n", *lines[2:], '{"step": 5, "cut']))
+    kept: list[dict[str, Any]] = []
+    log = MetricsLog(path, step=3, last_step=9, console_every=100, kept=kept.append)
+    assert path.read_text() == "".join(lines[:3])
+    assert log.repeated == 2
+    assert [row["step"] for row in kept] == [0, 1, 2]
+
+
+def test_a_device_that_does_not_answer_costs_its_columns_and_not_the_row(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0, last_step=9, console_every=100)
+    log.write(row(0), Future())
+    log.write(row(1))
+    log.flush(patience_s=0.01)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]

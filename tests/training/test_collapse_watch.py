@@ -67,3 +67,27 @@ def test_columns_are_judged_apart() -> None:
 def test_what_has_to_be_learned_takes_a_share_of_the_steps_and_a_hundred(steps: int, done: int, holds: bool) -> None:
     watch = CollapseWatch(GuardsConfig(patience=1), first=7, steps=steps)
     assert bool(watch.judge({"step": 7 + done, TO_MEAN: 1.5})) == holds
+
+
+@pytest.mark.parametrize(
+    ("ranks", "standing"),
+    [
+        ((), None),
+        ((1.0, 1.0), None),
+        ((1.0, 1.5, 1.2), (1.2, SETTLED)),
+        ((1.0,) * 6 + (1.4,), (1.4, SETTLED)),
+        ((1.0, 1.0, 1.0, 9.0), None),  # it has recovered
+        ((9.0, 1.0, 1.0, 1.0), (1.0, SETTLED + 1)),
+    ],
+)
+def test_a_resume_knows_what_earlier_attempts_measured(
+    ranks: tuple[float, ...], standing: tuple[float, int] | None
+) -> None:
+    watch = CollapseWatch(GuardsConfig(), first=1000, steps=STEPS)
+    for row in rows(RANK, *ranks):
+        watch.replay(row | {"update_ratio": 1e-3})
+        watch.replay({"step": row["step"], RANK: None})  # a step that was not measured
+    found = [(sign.value, sign.since - 1000) for sign in watch.standing()]
+    assert found == ([] if standing is None else [standing])
+    if standing is not None:
+        assert not watch.judge(rows(RANK, 1.0, first=SETTLED + len(ranks))[0])  # said already

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from vjepa_scale.core.errors import UserError, run_command
 from vjepa_scale.core.installed import as_called, command, program, run_console_command
 from vjepa_scale.recipe import Recipe, Stage, stages_of
-from vjepa_scale.recipe.evaluate_section import EvaluateConfig, check_evaluate, evaluation_of
+from vjepa_scale.recipe.evaluate_section import EvaluateConfig, evaluation_of
 
 # Seconds to wait for another evaluation of the same stage; a job (--due) waits as long as such an evaluation may take.
 PATIENCE_S, PATIENCE_OF_A_JOB_S = 5.0, 3600.0
@@ -123,10 +123,6 @@ def _stages(recipe: Recipe, arguments: argparse.Namespace) -> list[Stage]:
             where=arguments.run / (arguments.stage or ""),
             fix="a stage of masked prediction, such as pretrain or cooldown, that has saved one",
         )
-    for stage in found:
-        config = evaluation_of(stage)
-        assert config is not None
-        check_evaluate(stage, config, arguments.run / "recipe.yaml")
     return found
 
 

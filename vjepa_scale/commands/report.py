@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.runs and arguments.preview is None:
         raise UserError("nothing to report on", where="command line", fix="give a run folder, or --preview RECIPE")
+    if arguments.features is not None and (arguments.preview is not None or len(arguments.runs) > 1):
+        option = "--features" if arguments.features else "--no-features"
+        raise UserError("only the report of one run draws features", where=option, fix="leave it out")
     out = write(arguments)
     print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

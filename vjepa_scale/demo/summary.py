@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_scale.checkpoint.evaluations import results_of
+from vjepa_scale.checkpoint.evaluations import in_words, results_of
 from vjepa_scale.core.files import read_json, read_jsonl
 from vjepa_scale.data.clips import short_videos
 from vjepa_scale.data.evaluation import evaluation_clips
@@ -151,8 +151,12 @@ def _best_checkpoint(stage: Stage) -> dict[str, Any] | None:
     found = results_of(stage)
     if found.best is None:
         return None
-    words = {"stage": stage.name, "checkpoint": found.best["checkpoint"], "evaluated": len(found.rows)}
-    return words | {key: found.best[key] for key in ("step", "knn", "linear", "val_clips")}
+    facts = {"stage": stage.name, "checkpoint": found.best["checkpoint"], "evaluated": len(found.rows)}
+    return (
+        facts
+        | {"words": in_words(found.best)}
+        | {key: found.best[key] for key in ("step", "knn", "linear", "val_clips")}
+    )
 
 
 def _stage(metrics: Path) -> dict[str, Any]:
@@ -256,8 +260,8 @@ def _meanings(summary: dict[str, Any]) -> Iterator[str]:
         rows["short videos"] = f"clips that repeat their last picture, since their video is shorter: {shares}"
     if best := summary.get("best_checkpoint"):
         rows["best checkpoint"] = (
-            f"of {best['evaluated']} of {best['stage']}: that of step {best['step']}, by k-NN on {best['val_clips']} "
-            f"held-out clips ({best['knn']:.1%})"
+            f"of {best['evaluated']} of {best['stage']}: that of step {best['step']}, on {best['val_clips']} held-out "
+            f"clips ({best['words']})"
         )
     for name, meaning in rows.items():
         yield f"{name:<17}{meaning}"

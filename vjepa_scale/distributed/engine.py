@@ -48,6 +48,7 @@ class Engine(ABC):
         self.dp_rank, self.dp_world_size = dist.get_rank(), dist.get_world_size()
         self.attention = ""  # the name of the kernel in use
         self._optimizer: torch.optim.Optimizer  # PyTorch's own, from start_optimizer on
+        self._sampled: tuple[list[tuple[int, int]], Tensor] = ([], torch.zeros(0, device=self.device))
         self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
 
     # -- from a plain network to a sharded one -------------------------------------------------------
@@ -188,14 +189,14 @@ class Engine(ABC):
     @torch.no_grad()
     def weight_sample(self, networks: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
         """Returns evenly spaced values of this rank's shards [n], and how many values each stands for [n]."""
-        values, counts = [], []
+        values, sizes = [torch.zeros(0, device=self.device)], []
         for weights in (each for network in networks for each in self._local_weights(network) if each.numel()):
-            stride = -(-weights.numel() // SAMPLED_WEIGHTS)
-            values.append(weights.flatten()[::stride])
-            counts.append(torch.full((len(values[-1]),), weights.numel() / len(values[-1])))
-        if not values:
-            return torch.zeros(0, device=self.device), torch.zeros(0, device=self.device)
-        return torch.cat(values), torch.cat(counts).to(self.device, non_blocking=True)
+            values.append(weights.flatten()[:: -(-weights.numel() // SAMPLED_WEIGHTS)])
+            sizes.append((len(values[-1]), weights.numel()))
+        if sizes != self._sampled[0]:  # they do not change, and a copy to a GPU would wait for it
+            counts = [torch.full((sampled,), whole / sampled, device=self.device) for sampled, whole in sizes]
+            self._sampled = sizes, torch.cat([values[0], *counts])
+        return torch.cat(values), self._sampled[1]
 
     def mean(self, x: Tensor) -> Tensor:
         """Returns the average of a float tensor over all ranks, equal on all of them, without gradient. Collective."""

@@ -5,8 +5,10 @@ the sums into the columns of metrics.jsonl (run/columns.py), so no step waits fo
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ _R2 = (0.7548776662466927, 0.5698402909980532)
 _ROUNDING = 1e-12
 
 Sums = dict[str, Tensor]
+Columns = dict[str, float]
 
 
 class Observation:
@@ -40,7 +43,8 @@ class Observation:
     def add_target(self, features_BND: Tensor, grid: tuple[int, int, int]) -> None:
         """Adds target features of whole clips. grid: time, height and width in tokens, N together"""
         T, h, w = grid
-        seen_BTPD = features_BND.detach().unflatten(1, (T, h * w))[:, :, _spread(h, w, max(1, OBSERVED_TOKENS // T))]
+        places = _places(h, w, max(1, OBSERVED_TOKENS // T), features_BND.device)
+        seen_BTPD = features_BND.detach().unflatten(1, (T, h * w)).index_select(2, places)
         self._add_rows("target", seen_BTPD.flatten(0, 2))
         seen_BTPD = seen_BTPD.double() * (T > 1)  # an image has no time; other ranks may have videos
         self._add("within", (seen_BTPD - seen_BTPD.mean((1, 2), keepdim=True)).square().sum())
@@ -92,7 +96,7 @@ class Observation:
         """Adds a figure of this rank; its largest value of all ranks is reported."""
         self._of_rank[name] = value
 
-    def measured(self, device: torch.device) -> "Future[dict[str, float]] | None":
+    def measured(self, device: torch.device) -> "Future[Columns] | None":
         """Computes the columns from the sums of all ranks. Collective; returns a future on rank 0, else None.
 
         device: for the collective
@@ -109,7 +113,7 @@ class Observation:
             if not process_group.is_main():
                 return None
 
-        def columns() -> dict[str, float]:
+        def columns() -> Columns:
             parts = whole.cpu().split([shape.numel() for shape in shapes])  # this thread alone waits for the device
             sums = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
             return _columns(sums, self._data_sets, list(self._of_rank))
@@ -121,21 +125,24 @@ class Observation:
         rows = features.detach().double()
         self._add(f"{name}_outer", rows.T @ rows)
         self._add(f"{name}_sum", rows.sum(0))
-        self._add(f"{name}_rows", rows.new_tensor(rows.shape[0]))
+        self._add(f"{name}_rows", rows.new_full((), rows.shape[0]))
 
     def _add(self, name: str, values: Tensor) -> None:
         values = values.double()
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
 
-def _spread(h: int, w: int, count: int) -> list[int]:
-    """Returns up to ``count`` positions of a raster, spread over rows and columns; an even stride can stay in one."""
-    if count >= h * w:
-        return list(range(h * w))
-    return sorted({int(i * _R2[0] % 1 * h) * w + int(i * _R2[1] % 1 * w) for i in range(1, count + 1)})
+@cache
+def _places(h: int, w: int, count: int, device: torch.device) -> Tensor:
+    """Returns up to ``count`` positions of a raster, spread over rows and columns; an even stride can stay in one.
+
+    Computed once, because a copy of indices to a GPU waits for it.
+    """
+    drawn = {int(i * _R2[0] % 1 * h) * w + int(i * _R2[1] % 1 * w) for i in range(1, count + 1)}
+    return torch.tensor(list(range(h * w)) if count >= h * w else sorted(drawn), device=device)
 
 
-def _columns(sums: Sums, data_sets: Sequence[str], of_rank: Sequence[str]) -> dict[str, float]:
+def _columns(sums: Sums, data_sets: Sequence[str], of_rank: Sequence[str]) -> Columns:
     found: dict[str, float | None] = {}
     for name, column in (("target", "effective_rank"), ("context", "collapse/context_rank")):
         if f"{name}_outer" in sums:
@@ -176,7 +183,30 @@ def _ratio(part: Tensor, whole: Tensor) -> float | None:
     return float(part / whole) if whole else None
 
 
-@cache
-def _thread(threads: int) -> ThreadPoolExecutor:
-    """Returns an executor of one thread with this number of PyTorch threads, a per-thread setting that affects bits."""
-    return ThreadPoolExecutor(1, "observation", initializer=torch.set_num_threads, initargs=(threads,))
+class _Thread:
+    """A thread that computes one result after another. A daemon: waiting for a device must not hold a rank's end.
+
+    threads: of PyTorch, a per-thread setting that affects bits
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._tasks: SimpleQueue[tuple[Future[Columns], Callable[[], Columns]]] = SimpleQueue()
+        Thread(target=self._run, name="observation", daemon=True).start()
+
+    def submit(self, compute: Callable[[], Columns]) -> "Future[Columns]":
+        future: Future[Columns] = Future()
+        self._tasks.put((future, compute))
+        return future
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while True:
+            future, compute = self._tasks.get()
+            try:
+                future.set_result(compute())
+            except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+                future.set_exception(error)
+
+
+_thread = cache(_Thread)

@@ -22,9 +22,6 @@ from vjepa_scale.recipe.evaluate_section import EvaluateConfig, evaluation_of
 
 _log = logging.getLogger(__name__)
 
-# One job runs, and another one waits for it: the second one will find everything that is due now.
-ENOUGH_JOBS = 2
-
 
 def script_name(stage: Stage) -> str:
     return f"evaluate-{stage.name}"
@@ -77,14 +74,14 @@ def _job_name(stage: Stage) -> str:
 
 
 def submit_evaluation(stage: Stage) -> None:
-    """Submits the script of the last launch, unless enough jobs are in the queue. Raises UserError where it cannot."""
+    """Submits the script of the last launch, unless one waits that will see all. Raises UserError where it cannot."""
     run = Path(stage.recipe.run.dir).absolute()
     scripts = sorted(run.glob(f"launches/*/{script_name(stage)}.sbatch"))
     by_hand = f"{command('evaluate')} {run} --stage {stage.name}"
     if not scripts:
         raise UserError("no batch script of an evaluation", where=run / "launches", fix=by_hand)
     try:
-        if len(jobs_of(run, name=_job_name(stage))) >= ENOUGH_JOBS:
+        if jobs_of(run, name=_job_name(stage), states="PENDING"):
             return
     except SlurmUnavailable:  # sbatch says why
         pass

@@ -31,18 +31,20 @@ from vjepa_scale.launch.evaluation_job import submit_evaluation
 from vjepa_scale.monitor.evaluate import StageEvaluator
 from vjepa_scale.recipe import Recipe, Stage, stages_of
 from vjepa_scale.recipe.evaluate_section import EvaluateConfig, evaluation_of
+from vjepa_scale.training.signals import Interrupt
 
 _log = logging.getLogger("vjepa_scale.launch.evaluator")  # not __name__: it runs as __main__
 
 POLL_S = 2.0
+_WAIT_S = 0.1
 NICE = 10
 
 
 class Evaluator:
     """The evaluating process of a stage, as a child of rank 0."""
 
-    def __init__(self, stage: Stage, ranks: Ranks) -> None:
-        self._stage, self._config = stage, evaluation_of(stage)
+    def __init__(self, stage: Stage, ranks: Ranks, interrupt: Interrupt) -> None:
+        self._stage, self._config, self._interrupt = stage, evaluation_of(stage), interrupt
         self._process: subprocess.Popen[bytes] | None = None
         if self._config is None or self._config.where == "off":
             return
@@ -66,22 +68,27 @@ class Evaluator:
             _log.warning("%s: no process for its evaluations can be started: %s", stage.name, error)
 
     def end(self, exit_code: int) -> None:
-        """After a stage that is done, waits for its last evaluations, at most ``evaluate.finish_s``; else ends them."""
+        """After a stage that is done, waits for its last evaluations, at most ``evaluate.finish_s``; else ends them.
+
+        A signal to this process ends the waiting.
+        """
         if self._process is None or self._config is None:
             return
         assert self._process.stdin is not None
         with suppress(OSError):  # it has ended
             self._process.stdin.write(b"%d\n" % exit_code)
             self._process.stdin.close()
-        try:
-            self._process.wait(self._config.finish_s if exit_code == 0 else 0)
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + (self._config.finish_s if exit_code == 0 else 0)
+        while self._process.poll() is None and time.monotonic() < deadline and self._interrupt.signal is None:
+            time.sleep(_WAIT_S)
+        if self._process.poll() is None:
             kill_processes(process_tree(self._process.pid))
             self._process.wait()
             if exit_code == 0:
                 _log.warning(
-                    "%s: not every checkpoint is evaluated after %g s (evaluate.finish_s); the rest: %s %s --stage %s",
-                    *(self._stage.name, self._config.finish_s, command("evaluate")),
+                    "%s: not every checkpoint is evaluated after %s; the rest: %s %s --stage %s",
+                    *(self._stage.name, self._interrupt.signal or f"{self._config.finish_s:g} s (evaluate.finish_s)"),
+                    command("evaluate"),
                     *(self._stage.recipe.run.dir, self._stage.name),
                 )
 
@@ -93,16 +100,17 @@ def _follow(stage: Stage, config: EvaluateConfig, over: threading.Event, *, subm
     """Evaluates, or has Slurm evaluate, what is due, until the stage is over."""
     evaluator = StageEvaluator(stage, config, device="cpu" if config.device == "auto" else config.device)
     seen: list[str] = []
+    refused = False
     submitted, said = set[str](), set[str]()
     while True:
         last = over.is_set()  # before the folder is read: what was saved until then is evaluated
         names = [path.name for path in newest_first(stage.checkpoints)]
-        if names != seen:  # only then are manifests read
+        if names != seen or (last and refused):  # only then are manifests read
             seen = names
             if submits:
                 due = {path.name for path in not_evaluated(stage, config, only_due=True)}
-                if due - submitted and _is_submitted(stage, said):
-                    submitted |= due
+                refused = bool(due - submitted) and not _is_submitted(stage, said)
+                submitted |= set() if refused else due
             else:
                 evaluator.evaluate_due(patience_s=math.inf)  # a user's command may be evaluating all checkpoints
         if last:

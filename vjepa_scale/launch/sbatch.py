@@ -280,14 +280,17 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def jobs_of(folder: Path, *, name: str | None = None, also: Collection[str] = ()) -> list[str]:
+def jobs_of(
+    folder: Path, *, name: str | None = None, states: str | None = None, also: Collection[str] = ()
+) -> list[str]:
     """Returns ids of this user's jobs, pending or running, whose script is below a folder, oldest first.
 
-    name: only jobs with this name
+    name: only jobs with this name; states: only in these of Slurm's states
     also: these ids too, if they are in the queue, since the folder may have had another path
     An array has one id. Raises SlurmUnavailable.
     """
     named = ["--name", name] if name is not None else []
+    named += ["--states", states] if states is not None else []
     asked = run_slurm(["squeue", "--me", "--noheader", *named, "--format", "%F %o"])
     if asked.returncode:
         raise SlurmUnavailable(" ".join(asked.stderr.split()) or f"squeue ended with {asked.returncode}")

@@ -60,7 +60,7 @@ def run_stage(stage: Stage) -> str:
         check_sinks_installed(sinks.sinks)
         if ranks.is_main:
             followers.append(Publishers(stage, sinks.sinks, timeout_s=sinks.sink_timeout_s, live=True))
-            followers.append(Evaluator(stage, ranks))
+            followers.append(Evaluator(stage, ranks, interrupt))
         train_stage(stage, ranks, interrupt=interrupt, progress=progress)
     except SavedAndStopped:
         _end(followers, EXIT_SAVED)

@@ -69,7 +69,7 @@ class Objective(ABC):
         """
 
     def observe_networks(self, observe: Observation) -> None:  # noqa: B027
-        """Adds figures of the networks, at an interval, after a step's gradients and before its update. Collective."""
+        """Adds figures of the networks, at an interval, after a step's gradients and before its update."""
 
     def figures(self, reported: Mapping[str, float]) -> dict[str, float]:
         """Returns further columns of metrics.jsonl from the means over all ranks of what ``loss`` returned."""

@@ -1,5 +1,8 @@
 """The section ``evaluate``: which checkpoints are evaluated on a fixed held-out set, where, and by which settings."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -106,8 +109,13 @@ def evaluation_of(stage: "Stage") -> EvaluateConfig | None:
 
 
 def settings_of(stage: "Stage", config: EvaluateConfig) -> dict[str, Any]:
-    """Returns what a result depends on besides the checkpoint, as JSON: only results with equal settings compare."""
-    first = stage.phases[0]
+    """Returns what a result depends on besides checkpoint and clips, as JSON: only results with equal settings compare.
+
+    recipe: of the masks, the loss and the normalisation of pixels, a hash
+    """
+    first, recipe = stage.phases[0], stage.recipe
+    also = recipe.masks.model_dump(mode="json"), recipe.jepa.loss_exponent, recipe.data.augment.mean
+    hashed = hashlib.sha256(json.dumps([*also, recipe.data.augment.std]).encode()).hexdigest()[:8]
     size = config.size or first.size
     labelled = config.data is None
     return {
@@ -116,23 +124,26 @@ def settings_of(stage: "Stage", config: EvaluateConfig) -> dict[str, Any]:
         "frames": config.frames or first.frames,
         "size": list(size),
         "fps": config.fps or stage.data.fps_of(config.held_out),
+        "recipe": hashed,
         **({"labels_per_class": config.labels_per_class, "neighbours": config.neighbours} if labelled else {}),
     }
 
 
-def check_evaluate(stage: "Stage", config: EvaluateConfig, source: object) -> None:
-    """Checks the section against the rest of the recipe. Raises UserError naming ``source:evaluate.key``."""
-    recipe, key = stage.recipe, f"{source}:evaluate"
+def check_evaluate(stages: Mapping[str, "Stage"], config: EvaluateConfig, source: object) -> None:
+    """Checks the section against the recipe's stages and data. Raises UserError naming ``source:evaluate.key``."""
+    key, recipe = f"{source}:evaluate", next(iter(stages.values())).recipe
     for word in ("train", "val", "data"):
         if (name := getattr(config, word)) is not None and name not in recipe.data.sets:
             raise UserError(
                 f"{name!r} is not in data.sets", where=f"{key}.{word}", fix=f"known: {', '.join(recipe.data.sets)}"
             )
+    able = [name for name, stage in stages.items() if stage.has_target_encoder]
+    if not able:
+        raise UserError("no stage of the recipe trains an encoder", where=key, fix="leave the section out")
     for name in config.stages or ():
-        if name not in recipe.stages():
-            raise UserError(
-                f"no stage {name!r} in the recipe", where=f"{key}.stages", fix=f"known: {', '.join(recipe.stages())}"
-            )
+        if name not in able:
+            what = f"the stage {name!r} trains no encoder" if name in stages else f"no stage {name!r} in the recipe"
+            raise UserError(what, where=f"{key}.stages", fix=f"known: {', '.join(able)}")
     if config.every is not None and config.every % recipe.checkpoint.every:
         raise UserError(
             f"evaluations read saved checkpoints, and {config.every} is no multiple of checkpoint.every "
@@ -140,7 +151,13 @@ def check_evaluate(stage: "Stage", config: EvaluateConfig, source: object) -> No
             where=f"{key}.every",
             fix=f"a multiple of {recipe.checkpoint.every}, or another checkpoint.every",
         )
-    settings = settings_of(stage, config)
+    for stage in stages.values():
+        if evaluation_of(stage) is not None:
+            _check_geometry(stage, config, key)
+
+
+def _check_geometry(stage: "Stage", config: EvaluateConfig, key: str) -> None:
+    recipe, settings = stage.recipe, settings_of(stage, config)
     if settings["frames"] % recipe.model.tubelet:
         raise UserError(
             f"{settings['frames']} frames do not divide into tubelets of {recipe.model.tubelet}",

@@ -42,7 +42,7 @@ LIMITS = {
     "collapse/distance": Limit(1e-8),
     "collapse/over_time": Limit(0.01),
     "collapse/to_mean": Limit(1.05, above=True, settles=0.3),
-    "collapse/to_copy": Limit(1.0, above=True, settles=0.3),
+    "collapse/to_copy": Limit(0.99, above=True, settles=0.7),
 }
 
 

@@ -27,7 +27,9 @@ class WandbConfig(Section):
 class LogConfig(Section):
     every: PositiveInt = Field(10, description="steps between console lines; metrics.jsonl has every step")
     effective_rank_every: PositiveInt = Field(
-        10, description="steps between measurements of the effective rank of the target features"
+        10,
+        description="steps between measurements of the effective rank and of all other figures that cost something: "
+        "of a collapse, losses of data sets, size of updates, memory (docs/watching.md)",
     )
     wandb: WandbConfig | None = None
     tensorboard: bool = Field(False, description="write event files below RUN/STAGE/tensorboard (docs/watching.md)")

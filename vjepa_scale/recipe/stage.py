@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import read_json
-from vjepa_scale.recipe.evaluate_section import check_evaluate, evaluation_of
+from vjepa_scale.recipe.evaluate_section import check_evaluate
 from vjepa_scale.recipe.networks import Network
 from vjepa_scale.recipe.phases import Phase, phase_steps
 from vjepa_scale.recipe.registry import DEFAULT_KINDS, STAGES, class_of, kind_of
@@ -262,8 +262,6 @@ class Stage(ABC):
         for phase in phases:
             self.check_clips(phase, source)
             self._check_phase(phase, key)
-        if (evaluate := evaluation_of(self)) is not None:
-            check_evaluate(self, evaluate, source)
 
     def check_clips(self, phase: Phase, source: object) -> None:
         """Checks that clips of a phase fit the networks: whole tubelets."""
@@ -425,5 +423,8 @@ def check_stages(recipe: Recipe, source: object) -> None:
     """Checks the keys of stages against each other and other sections. Raises UserError naming ``source:key``."""
     if not recipe.stages():
         raise UserError("no stage to run", where=source, fix="add a section pretrain:, cooldown:, action: or probe:")
-    for stage in stages_of(recipe).values():
+    stages = stages_of(recipe)
+    for stage in stages.values():
         stage.check(source)
+    if recipe.evaluate is not None:
+        check_evaluate(stages, recipe.evaluate, source)

@@ -191,13 +191,13 @@ def alarms(run: RunRecord) -> list[str]:
 
 def _alarm(record: StageRecord, name: str) -> str:
     limit, value = _limit(record, name)
-    if limit is None or value is None:
+    guards, phases = record.stage.recipe.guards, record.phases
+    if limit is None or value is None or guards.collapse == "off":
         return ""
-    series = record.metrics.columns[name]
-    phases = record.phases
-    settled = phases[0].first + limit.settles * (phases[-1].end - phases[0].first)
-    last = series.values[series.steps >= settled][-record.stage.recipe.guards.patience :]
-    if len(last) < record.stage.recipe.guards.patience or not all(limit.is_passed(each, value) for each in last):
+    series, first = record.metrics.columns[name], phases[0].first
+    held = [limit.holds(int(step) - first, phases[-1].end - first) for step in series.steps]
+    last = series.values[held][-guards.patience :]
+    if len(last) < guards.patience or not all(limit.is_passed(each, value) for each in last):
         return ""
     return f"`{name}` of {record.name} is {last[-1]:.3g}, {_side(limit)} {value:g}"
 

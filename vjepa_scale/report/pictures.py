@@ -202,8 +202,8 @@ def feature_pictures(
     try:
         phase, batches = _clips(stages[-1], set(), FEATURE_CLIPS)[-1]
         return [_features(recipe, phase, batches, _spread(checkpoints), device)]
-    except (UserError, OSError) as error:
-        return [Text(f"No features: {error}", remark=True)]
+    except (UserError, OSError, RuntimeError) as error:  # also a GPU that is full of training
+        return [Text(f"No features: {str(error).partition(chr(10))[0]}", remark=True)]
 
 
 def _spread(checkpoints: Sequence[Path]) -> list[Path]:

@@ -127,8 +127,8 @@ COLUMNS = (
         "`data.workers`, smaller videos (`--transcode`), or faster storage", of_machine=True,
     ),
     Column(
-        "saving", "share of the time since the last row", "time that training waited for a checkpoint", "0 in most "
-        "rows", of_machine=True,
+        "saving", "share of the time since the last row", "time that training waited for a checkpoint",
+        "near 0 in most rows", of_machine=True,
     ),
     Column(
         "memory/*", "GB", "of the rank with the most: `allocated`, `reserved`, `peak` of the device (on a GPU); "

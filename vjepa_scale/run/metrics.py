@@ -1,15 +1,16 @@
 """metrics.jsonl: one row per step, without gaps over restarts. Only the trainer's rank 0 writes it."""
 
-import json
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.files import append_jsonl, read_jsonl, write_atomic
+from vjepa_scale.core.files import append_jsonl, open_atomic, row_of
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class MetricsLog:
 
     Resuming at ``step`` removes the rows from that step on, which will be trained again. ``repeated`` is their number.
     seen: is called with each row that has measured columns, after it is written
+    kept: is called with each row of earlier attempts that stays
     """
 
     def __init__(
@@ -31,14 +33,23 @@ class MetricsLog:
         last_step: int,
         console_every: int,
         seen: Callable[[dict[str, Any]], None] = lambda row: None,
+        kept: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
         self._path, self._last, self._every, self._seen = path, last_step, console_every, seen
         self._held: deque[tuple[dict[str, Any], Measured | None]] = deque()
-        rows = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
-        kept = [row for row in rows if row["step"] < step]
-        self.repeated = len(rows) - len(kept)
-        if path.exists():
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.repeated = 0
+        if not path.exists():
+            return
+        # Line by line: a run of weeks has hundreds of megabytes.
+        with open(path, "rb") as lines, open_atomic(path) as file:
+            for line in lines:
+                if (row := row_of(line)) is None or not isinstance(row.get("step"), int):
+                    continue
+                if row["step"] >= step:
+                    self.repeated += 1
+                    continue
+                file.write(line)
+                kept(row)
 
     def write(self, row: dict[str, Any], measured: Measured | None = None) -> None:
         """Appends one row, and logs it if it is due.
@@ -48,12 +59,19 @@ class MetricsLog:
         self._held.append((row, measured))
         self.flush(wait=False)
 
-    def flush(self, *, wait: bool = True) -> None:
-        """Appends the held rows; without ``wait``, up to the first whose measured columns are not there yet."""
+    def flush(self, *, wait: bool = True, patience_s: float | None = None) -> None:
+        """Appends the held rows; without ``wait``, up to the first whose measured columns are not there yet.
+
+        patience_s: seconds to wait for each row, which then is written without them; None: no limit
+        """
         while self._held:
             row, measured = self._held[0]
             if measured is not None and not wait and not measured.done():
                 return
+            if measured is not None and patience_s is not None:
+                with suppress(FutureTimeout):
+                    measured.result(patience_s)
+                measured = measured if measured.done() else None
             whole = row if measured is None else row | measured.result()
             self._held.popleft()
             self._append(whole)

@@ -20,6 +20,8 @@ from vjepa_scale.training.start import Start
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE_S = 30.0
+
 
 class SupersededError(RuntimeError):
     """A later start of the same stage is running; this one must not write anything more."""
@@ -34,7 +36,6 @@ class AttemptLog:
         self._metrics: MetricsLog | None = None  # of rank 0, from ``begin`` on
         self._watch: CollapseWatch | None = None  # likewise
         self._restarts = 0
-        self._signs: list[Sign] = []
 
     def begin(self, start: Start, phases: Sequence[Phase], *, attention: str) -> None:
         """Opens rank 0's history and metrics files, and writes the ``started`` row. attention: the kernel in use"""
@@ -46,15 +47,17 @@ class AttemptLog:
         of_run = Path(stage.recipe.run.dir) / "recipe.yaml"
         for path in (stage.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
             write_atomic(path, recipe_yaml(stage.recipe))
+        first = phases[0].first
+        watch = self._watch = CollapseWatch(stage.recipe.guards, first=first, steps=phases[-1].end - first)
+        last = start.step - 1
         self._metrics = MetricsLog(
             stage.folder / "metrics.jsonl",
             step=start.step,
             last_step=phases[-1].end,
             console_every=stage.recipe.log.every,
             seen=self._judge,
+            kept=watch.replay,
         )
-        first = phases[0].first
-        self._watch = CollapseWatch(stage.recipe.guards, first=first, steps=phases[-1].end - first)
         self._restarts = sum(row["event"] == "started" for row in self._history.rows())
         self.event(
             "started",
@@ -67,6 +70,8 @@ class AttemptLog:
             attention=attention,
         )
         self.say(f"{stage.name}: attention by {attention}")
+        for sign in watch.standing():
+            self._tell(sign, last)
 
     def event(self, event: str, **values: object) -> None:
         """Appends a row to history.jsonl."""
@@ -91,11 +96,11 @@ class AttemptLog:
         if self._metrics is None or self._stage.recipe.guards.collapse != "stop":
             return False
         self._metrics.flush()
-        return bool(self._signs)
+        return bool(self._watch and self._watch.standing())
 
     def collapse(self) -> UserError:
         """Returns the error to stop with. Collective."""
-        signs = process_group.from_rank_0("; ".join(map(str, self._signs)))
+        signs = process_group.from_rank_0("; ".join(map(str, self._watch.standing())) if self._watch else "")
         return UserError(
             f"{self._stage.name} has collapsed: {signs}",
             where="guards.collapse: stop",
@@ -104,12 +109,14 @@ class AttemptLog:
 
     def _judge(self, row: dict[str, Any]) -> None:
         assert self._watch is not None
+        for sign in self._watch.judge(row):
+            self._tell(sign, row["step"])
+
+    def _tell(self, sign: Sign, step: int) -> None:
         if self._stage.recipe.guards.collapse == "off":
             return
-        for sign in self._watch.judge(row):
-            self._signs.append(sign)
-            self.event("collapse", column=sign.column, value=sign.value, limit=sign.limit, step=row["step"])
-            _log.warning("%s: a sign of collapse: %s (docs/watching.md#collapse)", self._stage.name, sign)
+        self.event("collapse", column=sign.column, value=sign.value, limit=sign.limit, step=step)
+        _log.warning("%s: a sign of collapse: %s (docs/watching.md#collapse)", self._stage.name, sign)
 
     def say(self, text: str) -> None:
         """Logs a line on rank 0."""
@@ -118,7 +125,8 @@ class AttemptLog:
 
     def stopped_by(self, error: Exception, step: int) -> None:
         """Records that the run stopped itself in this step: writes the held rows and the reason."""
-        self.flush()
+        if self._metrics is not None:
+            self._metrics.flush(patience_s=_PATIENCE_S)  # the device may be what has failed
         if self._ranks.is_main:
             row = {"event": "stop", "stage": self._stage.name, "step": step, "reason": str(error), "pid": os.getpid()}
             append_jsonl(Path(self._stage.recipe.run.dir) / LEDGER, row, durable=True)

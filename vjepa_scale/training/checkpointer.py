@@ -1,11 +1,15 @@
 """The checkpoints of a stage in training: when one is due, the facts in its manifest, and which ones to keep."""
 
+import logging
+
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.evaluations import kept_by_evaluation
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.distributed.process_group import is_main
 from vjepa_scale.recipe import Phase
 from vjepa_scale.training.setup import Training
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -58,7 +62,10 @@ class Checkpointer:
             return
         step, path = saved
         stage, log = self._training.stage, self._training.log
-        evaluated = kept_by_evaluation(stage) if is_main() else ()
-        store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep, also=evaluated)
+        try:
+            evaluated = kept_by_evaluation(stage) if is_main() else ()
+            store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep, also=evaluated)
+        except OSError as error:  # of the results: without them the best checkpoint would be removed
+            _log.warning("%s: no checkpoint is removed this time: %s", stage.name, error)
         log.event("saved", step=step)
         log.say(f"saved {path}")

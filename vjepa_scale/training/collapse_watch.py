@@ -31,7 +31,8 @@ class CollapseWatch:
         self._patience, self._first, self._steps = guards.patience, first, steps
         limits = {column: limit.value for column, limit in LIMITS.items()} | guards.limits
         self._limits = {column: limit for column, limit in limits.items() if limit is not None}
-        self._beyond: dict[str, list[int]] = {column: [] for column in self._limits}  # the steps of those in a row
+        # Step and value of the measurements in a row, by column.
+        self._beyond: dict[str, list[tuple[int, float]]] = {column: [] for column in self._limits}
 
     def judge(self, row: Mapping[str, Any]) -> list[Sign]:
         """Returns the signs that the figures of one measured row complete. A sign is returned once in a row."""
@@ -44,7 +45,21 @@ class CollapseWatch:
             if not LIMITS[column].is_passed(value, limit):
                 beyond.clear()
                 continue
-            beyond.append(row["step"])
+            beyond.append((row["step"], value))
+            del beyond[self._patience + 1 : -1]  # the first ones and the last
             if len(beyond) == self._patience:
-                found.append(Sign(column, value, limit, beyond[0]))
+                found.append(self._sign(column))
         return found
+
+    def replay(self, row: Mapping[str, Any]) -> None:
+        """Judges a row of an earlier attempt, if its step was measured."""
+        if "update_ratio" in row:
+            self.judge(row)
+
+    def standing(self) -> list[Sign]:
+        """Returns the signs that the last measurements have not taken back."""
+        return [self._sign(column) for column, beyond in self._beyond.items() if len(beyond) >= self._patience]
+
+    def _sign(self, column: str) -> Sign:
+        (since, _), (_, value) = self._beyond[column][0], self._beyond[column][-1]
+        return Sign(column, value, self._limits[column], since)

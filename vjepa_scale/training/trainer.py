@@ -87,6 +87,7 @@ class _Trainer:
         self.stage, self.recipe = training.stage, training.stage.recipe
         self.objective, self.engine, self.log = training.objective, training.engine, training.log
         self.checkpoints = Checkpointer(training)
+        self.saved_s = 0.0  # that the last checkpoint took, if there was one after the last step
         self.throughput = Throughput(training.stage, training.engine)
         profile, folder, rank = self.recipe.profile, self.stage.folder, training.ranks.rank
         self.profiler = StepProfiler(profile, folder=folder, rank=rank, device=self.engine.device)
@@ -111,7 +112,7 @@ class _Trainer:
         first = max(phase.first, self.training.start.step)
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
-        clock, saved_s = time.perf_counter(), 0.0
+        clock = time.perf_counter()
         with self._loader(phase, first) as loader:
             for step, batch in self._steps(range(first, phase.end), loader):
                 self.progress.step, self.progress.phase = step, phase.name
@@ -121,13 +122,16 @@ class _Trainer:
                     result = self._step(phase, step, batch, observe, waited_s)
                 now = time.perf_counter()
                 _log.debug("step %d: load %.4f s, %s", step, waited_s, result.laps)
-                self._record(phase, step, result, seconds=now - clock, saved_s=saved_s)
-                self.checkpoints.collect()
+                self._record(phase, step, result, seconds=now - clock)
                 self.slow.disarm(step, seconds=now - clock)
+                began = time.perf_counter()
+                self.checkpoints.collect()
                 if result.stop or self.checkpoints.due(phase, step + 1):
                     with region("save"):
                         self.checkpoints.save(phase, step + 1)
-                clock, saved_s = time.perf_counter(), time.perf_counter() - now
+                self.saved_s = time.perf_counter() - began
+                self.profiler.after(step)
+                clock = now + (time.perf_counter() - began)  # saving and writing a profile are no part of a step
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
 
@@ -141,7 +145,6 @@ class _Trainer:
             with region("load"):
                 batch = next(batches)
             yield step, batch
-            self.profiler.after(step)
 
     def _observation(self, step: int, loader: PhaseLoader) -> Observation | None:
         """Returns what collects a step's figures, in a step in which they are measured."""
@@ -215,7 +218,7 @@ class _Trainer:
         counts = ", ".join(f"{dataset}: {cause} {n}" for (dataset, cause), n in self.training.skipped.counts().items())
         self.log.say(f"{self.stage.name}: clips replaced so far: {counts}")
 
-    def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float, saved_s: float) -> None:
+    def _record(self, phase: Phase, step: int, result: StepResult, *, seconds: float) -> None:
         if result.lost:
             self.log.say(f"step {step}: {', '.join(result.lost)}: gradient not finite, set to 0")
         weight_decay = phase.weight_decay(step)
@@ -231,7 +234,7 @@ class _Trainer:
                 **result.parts,
                 "grad_norm": result.grad_norm,
                 "clips_per_s": phase.global_batch / seconds,
-                **self.throughput.columns(result, seconds=seconds, saved_s=saved_s),
+                **self.throughput.columns(result, seconds=seconds, saved_s=self.saved_s),
                 "effective_rank": None,
                 **self.training.skipped.substituted(step),
             },
