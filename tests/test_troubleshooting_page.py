@@ -139,7 +139,9 @@ def of_functions(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
     faults = FaultsConfig(max_rate=0)
     yield said_by(lambda: skipped.enter(broken, step=0, global_batch=8, faults=faults, write=False))
 
-    nan = StepGradients(float("nan"), {"all": 1.0}, {}, False, False, None)
+    nan = StepGradients(
+        float("nan"), {"all": 1.0}, {}, {}, [], stop=False, collapsed=False, failures=False, observe=None
+    )
     engine: Any = SimpleNamespace(discard_gradients=lambda: None)
     objective: Any = None
     yield said_by(lambda: apply_gradients(objective, engine, nan, lr=1.0))

@@ -19,6 +19,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MaskPair, MicroBatch
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.distributed.optim import named_parameters
+from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model import positions
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import Recipe, load_recipe, stages_of
@@ -176,12 +177,14 @@ def test_the_next_networks_weights_are_gathered_early(ahead: int) -> None:
 # -- the host --------------------------------------------------------------------------------------------
 
 
-def _waits(_: Ranks) -> list[str]:
+def _waits(_: Ranks, observed: bool) -> list[str]:
     """What a step reads from tensors, outside the optimiser, which on a GPU is one kernel that reads nothing."""
     recipe = recipe_of(ENGINE)
     with one_of_many(5, WORLD) as ranks:
         objective, engine = after_a_step(recipe, ranks)
+        training_step(objective, engine, [batch()], lr=1e-4, observe=Observation(["none"]))  # sets up what it measures
         found: list[str] = []
+        observe = Observation(["none"]) if observed else None
         with pytest.MonkeyPatch.context() as patch:
             for name in ("tolist", "item", "cpu", "__float__", "__int__", "__bool__", "numpy"):
                 patch.setattr(Tensor, name, _noting(found, name, getattr(Tensor, name)))
@@ -193,7 +196,7 @@ def _waits(_: Ranks) -> list[str]:
                 del found[before:]
 
             patch.setattr(engine, "step", step)
-            training_step(objective, engine, [batch(), batch()], lr=1e-4, clip_grad_norm=1.0)
+            training_step(objective, engine, [batch(), batch()], lr=1e-4, clip_grad_norm=1.0, observe=observe)
         return found
 
 
@@ -206,8 +209,10 @@ def _noting(found: list[str], name: str, method: Any) -> Any:
 
 
 @pytest.mark.distributed
-def test_a_step_waits_once_for_the_device() -> None:
-    assert run_processes(_waits, 1) == [["tolist"]]
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_step_waits_once_for_the_device(observed: bool) -> None:
+    """Also a step in which figures are measured: a thread of rank 0 reads them."""
+    assert run_processes(_waits, 1, observed) == [["tolist"]]
 
 
 class Blocking(TorchDispatchMode):
@@ -249,7 +254,8 @@ class OnStandIns:
         pass
 
 
-def test_no_copy_inside_the_loss_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("observed", [False, True])
+def test_no_copy_inside_the_loss_blocks(observed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From tensors on the CPU to such without memory. Tables of rotary positions are there: the next test."""
 
     def axis_tables(length: int, scale: float, channels: int, layout: str, device: torch.device) -> Tensor:
@@ -258,8 +264,11 @@ def test_no_copy_inside_the_loss_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(positions, "_axis_tables", axis_tables)
     objective = Jepa(stages_of(recipe_of(ENGINE))["pretrain"], OnStandIns())  # type: ignore[arg-type]
     given = batch()
+    if observed:
+        objective.loss(given, Observation(["none"]))  # indices of tokens, which are copied once
+    observe = Observation(["none"]) if observed else None
     with Blocking() as seen:
-        loss = objective.loss(given)["loss"]
+        loss = objective.loss(given, observe)["loss"]
         loss.backward()
     assert loss.device == OnStandIns.device
     assert seen.crossed == 1 + 4  # clips, and both masks of two generators

@@ -56,9 +56,10 @@ class Throughput:
             "mfu": flops_per_s / (self._peak * ranks),
             "waiting": min(1.0, max(result.waited_s) / seconds),
             "saving": saved_s / (saved_s + seconds),
-            "decode/seconds": counts["load_s"] / counts["clips"],
-            "decode/cores": counts["load_cpu_s"] / seconds / ranks,
         }
+        if counts["load_s"]:  # not of a stage that decodes nothing
+            found["decode/seconds"] = counts["load_s"] / counts["clips"]
+            found["decode/cores"] = counts["load_cpu_s"] / seconds / ranks
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
