@@ -66,7 +66,7 @@ def test_the_path_from_videos_to_a_model(tmp_path: Path, monkeypatch: pytest.Mon
     for number in range(4):
         (tmp_path / f"VIDEOS/{number}.mp4").write_bytes(encoded(60))
     lines = path.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         run_line(line, *(TOY if "vitb_1gpu.yaml" in line else ()), cwd=tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
