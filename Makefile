@@ -44,9 +44,10 @@ showcase: env
 test: dev
 	$(PYTEST) --numprocesses 3 -m "not slow and not slurm"
 
-# The tests that make test leaves out (kills, Slurm, long runs), and those that need a system package.
+# The tests that make test leaves out (kills, Slurm, long runs), and those that need a system package. Four workers on two
+# cores: they wait half of the time.
 test-full: dev
-	$(PYTEST) --numprocesses 3 -m "slow or slurm or system" --timeout 1800
+	$(PYTEST) --numprocesses 4 -m "slow or slurm or system" --timeout 1800
 
 lint: dev
 	$(BIN)/python -m ruff check .
