@@ -37,6 +37,7 @@ NAN = float("nan")
     [
         ([], None),
         ([labelled(1, 0.2), labelled(2, 0.4), labelled(3, 0.3)], 2),
+        ([labelled(1, 0.4, 0.1), labelled(2, 0.3, 0.9)], 1),  # k-NN before the linear probe
         ([labelled(1, 0.4, 0.6), labelled(2, 0.4, 0.5)], 1),  # equal k-NN: the linear probe
         ([labelled(1, 0.4, None), labelled(2, 0.4, 0.1)], 2),
         ([labelled(1, 0.4), labelled(2, 0.4), labelled(3, 0.1)], 2),  # equal in both: the later one
