@@ -55,6 +55,12 @@ def test_what_has_to_be_learned_first_is_judged_later() -> None:
     assert signs(rows(TIME, 0, 0, 0, first=0)) == [(2, TIME)]
 
 
+def test_a_predictor_that_repeats_the_last_frame_is_no_better_than_that() -> None:
+    """Its loss is that of copying: the quotient is 1, not above it."""
+    assert signs(rows("collapse/to_copy", 1.0, 1.0, 1.0, first=800)) == [(802, "collapse/to_copy")]
+    assert signs(rows("collapse/to_copy", 0.9, 0.9, 0.9, first=800)) == []
+
+
 def test_columns_are_judged_apart() -> None:
     both = [{"step": 1000 + SETTLED + n, RANK: 1.0, TIME: 0.0 if n else 0.5} for n in range(4)]
     assert signs(both) == [(SETTLED + 2, RANK), (SETTLED + 3, TIME)]
