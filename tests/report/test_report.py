@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.chain import tool
 from tests.report.material import copied, enrich
+from vjepa_scale.report.charts import COLOURS, bars_chart
 from vjepa_scale.report.read import Series, smoothed, thinned
 from vjepa_scale.report.write import prose
 
@@ -317,3 +318,10 @@ def test_smoothed_curves_are_means_around_a_row() -> None:
 )
 def test_prose(markdown: str, html: str) -> None:
     assert prose(markdown) == html
+
+
+def test_more_entries_than_colours_are_all_there() -> None:
+    """A recipe may have any number of data sets."""
+    values = {f"set {number}": [float(number)] for number in range(2 * len(COLOURS) + 1)}
+    chart = bars_chart("clips", ["all"], values, unit="%")
+    assert [name for name, _ in chart.legend] == list(values)

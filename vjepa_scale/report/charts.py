@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def bars_chart(
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=_layout(8 + _BOTTOM + (15 * (1 if stacked else len(values)) + 12) * len(names), top=8))
-    legend = list(zip(values, COLOURS, strict=False))
+    legend = list(zip(values, cycle(COLOURS)))
     for (entry, colour), of_names in zip(legend, values.values(), strict=True):
         hover = f"%{{x:.4g}} {unit}<extra>{entry}</extra>"
         figure.add_trace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def loss_chart(lines: Sequence[Line]) -> Chart:
     loss = [curve for line in lines for curve in line.curves("loss", "loss", COLOURS[0], raw=raw)]
     single = len(lines) == 1
     if single:
-        for colour, name in zip(_others(), lines[0].names(*_BESIDE_LOSS), strict=False):
+        for colour, name in zip(cycle(COLOURS[1:7]), lines[0].names(*_BESIDE_LOSS)):
             loss += lines[0].curves(name, name, colour)
         loss += _held_out(lines[0])
     panels = [
@@ -131,7 +132,7 @@ def data_loss_chart(lines: Sequence[Line]) -> Chart | None:
         return None
     curves = [
         curve
-        for colour, name in zip(COLOURS, names, strict=False)
+        for colour, name in zip(cycle(COLOURS), names)
         for curve in lines[0].curves(name, name.removeprefix("data_loss/"), colour)
     ]
     title = f"{title_of(lines)}: loss by data set"
@@ -293,10 +294,6 @@ def _names(lines: Sequence[Line], *patterns: str) -> list[str]:
 def _place(name: str) -> int:
     column = column_of(name)
     return COLUMNS.index(column) if column is not None else len(COLUMNS)
-
-
-def _others() -> Sequence[str]:
-    return COLOURS[1:7] * 3
 
 
 def _matches(column: Column, pattern: str) -> bool:
