@@ -31,6 +31,7 @@ from published import Published
 from torch.distributed.tensor import DTensor
 
 from vjepa_scale.core.errors import UserError, run_command
+from vjepa_scale.core.gpus import peak_of
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.batch import MicroBatch, draw_masks
 from vjepa_scale.distributed import process_group
@@ -43,7 +44,6 @@ ROOT = Path(__file__).parents[1]
 RANKS = Ranks(0, 1, 0, 1, "benchmark", "submitit-local", "benchmark")
 PARTS = ("target", "context", "predictor", "backward", "optimiser", "EMA", "rest")
 # Dense bf16 FLOPs per second by the makers' data sheets.
-NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 RATE = 1e-5
 SAME_LOSS = 1e-4  # relative; float32 with another order of operations differs by about 1e-7
 
@@ -310,8 +310,7 @@ def timed(
 
 def nominal_rate(device: torch.device) -> float | None:
     """Returns the device's dense bf16 FLOPs per second from its data sheet; None where it is unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for key, value in NOMINAL.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def random_batch(recipe: Recipe, phase: Phase, step: int) -> MicroBatch:

@@ -31,7 +31,7 @@ Columns = dict[str, float]
 class Observation:
     """Sums over the features of one step of one rank.
 
-    data_sets: those whose losses are told apart; the same on every rank
+    data_sets: those whose losses are measured separately; the same on every rank
     Every rank calls the same methods, equally often or not, and then ``measured``.
     """
 

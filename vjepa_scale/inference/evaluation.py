@@ -30,7 +30,7 @@ from vjepa_scale.eval import knn_linear
 from vjepa_scale.eval.observation import Observation
 from vjepa_scale.model import Encoder, Predictor
 from vjepa_scale.model.encoder import PixelNormaliser, pooled
-from vjepa_scale.objective.jepa import mask_tokens_of
+from vjepa_scale.objective.jepa import mask_tokens_of, tokens_of
 from vjepa_scale.objective.objective import lp_distance, normalised
 from vjepa_scale.recipe import Stage
 from vjepa_scale.recipe.evaluate_section import EvaluateConfig, settings_of
@@ -192,7 +192,7 @@ class _Networks:
             with self._precision():
                 seen_BKD = self._encoder(clips_BCTHW, pair.context)
                 predicted_BMD = self._predictor(seen_BKD, pair.context, pair.target, grid, mask_token)
-            wanted_BMD = targets_BND.gather(1, pair.target[..., None].expand(-1, -1, targets_BND.shape[-1]))
+            wanted_BMD = tokens_of(targets_BND, pair.target)
             losses.append(lp_distance(predicted_BMD.float(), wanted_BMD, recipe.jepa.loss_exponent))
         return torch.stack(losses).mean()
 

@@ -78,12 +78,12 @@ class Jepa(Objective):
             tokens_BKD = self.encoder(clips_BCTHW, context_BK)
             mask_token = self._mask_token_of[generator]
             predicted_BMD = self.predictor(tokens_BKD, context_BK, target_BM, grid, mask_token)
-            wanted_BMD = _tokens_of(targets_BND, target_BM)
+            wanted_BMD = tokens_of(targets_BND, target_BM)
             losses.append(lp_distance(predicted_BMD.float(), wanted_BMD, self._exponent))
             if observe is not None:
                 with torch.no_grad():
                     if generator == 0:
-                        observe.add_context(tokens_BKD.float(), _tokens_of(features_BND, context_BK))
+                        observe.add_context(tokens_BKD.float(), tokens_of(features_BND, context_BK))
                     distance = partial(lp_distance, exponent=self._exponent)
                     observe.add_losses(predicted_BMD.float(), wanted_BMD, batch.datasets, distance)
         of_masks = {f"mask_loss/{generator}": loss.detach() for generator, loss in enumerate(losses)}
@@ -97,6 +97,6 @@ class Jepa(Objective):
         self._engine.ema_update(self.target_encoder, self.encoder, self.ema_momentum)
 
 
-def _tokens_of(tokens_BND: Tensor, indices_BM: Tensor) -> Tensor:
+def tokens_of(tokens_BND: Tensor, indices_BM: Tensor) -> Tensor:
     """Returns the tokens with these indices: [B, M, D]."""
     return tokens_BND.gather(1, indices_BM[..., None].expand(-1, -1, tokens_BND.shape[-1]))

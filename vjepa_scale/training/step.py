@@ -151,7 +151,7 @@ def compute_gradients(
         loss,
         norms,
         reported=dict(zip(sums, parts, strict=True)),
-        counts=dict(zip(counts, summed, strict=False)),
+        counts=dict(zip(counts, summed[: len(counts)], strict=True)),
         waited_s=summed[len(counts) :],
         stop=stop > 0,
         collapsed=collapse > 0,
