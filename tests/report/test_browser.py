@@ -7,6 +7,9 @@ import pytest
 from tests.chain import tool
 from tests.report.browser import chromium, problems_of, requests_of
 from tests.report.material import copied, enrich
+from vjepa_scale.report.blocks import Charts, Section
+from vjepa_scale.report.charts import timeline_chart
+from vjepa_scale.report.write import write_page
 
 pytestmark = pytest.mark.system("chromium")
 
@@ -23,6 +26,21 @@ def test_reports_in_a_browser(four_stages: Path, tmp_path: Path) -> None:
         for page in (one, several, preview):
             assert problems_of(driver, page) == []
             assert driver.title
+
+
+def test_times_of_attempts_have_room(tmp_path: Path) -> None:
+    """From seconds to months, wherever the first tick falls: a date too long for its place was found by chance."""
+    begin = 1_764_462_720.0  # 2025-11-30, 00:32 UTC
+    charts = [
+        timeline_chart(f"{span} s", [("pretrain", begin + shift, begin + shift + span, "done", "text")])
+        for span in (3, 20, 70, 600, 5_000, 40_000, 90_000, 700_000, 9e6, 4e7)
+        for shift in (0, 0.1 * span, 0.37 * span, 0.73 * span)
+    ]
+    page = tmp_path / "page.html"
+    section = Section("times", "Times", [Charts([chart]) for chart in charts])
+    write_page(page, title="Times", subtitle=(), tiles=(), sections=[section], footer="")
+    with chromium() as driver:
+        assert problems_of(driver, page) == []
 
 
 def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:

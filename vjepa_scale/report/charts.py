@@ -6,6 +6,7 @@ visible on light and on dark ground.
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -20,6 +21,15 @@ COLOURS = (
     *("#8c7a2b", "#d0649a", "#6f7bd9", "#6f9a2c", "#b0683a", "#7d8794"),
 )
 GREY, ALARM = "#8a8f98", "#d64545"
+# Labels of a time axis by the distance of its ticks in ms: one line each, since Plotly's own put the date below the
+# first time, which is wider than its place on a narrow page.
+_DATES = [
+    {"dtickrange": [None, 60_000], "value": "%H:%M:%S"},
+    {"dtickrange": [60_000, 10_799_999], "value": "%H:%M"},
+    {"dtickrange": [10_800_000, 86_399_999], "value": "%b %-d %Hh"},
+    {"dtickrange": [86_400_000, "M1"], "value": "%b %-d"},
+    {"dtickrange": ["M1", None], "value": "%b %Y"},
+]
 _GAP, _TOP, _NAMES, _BOTTOM, _LEFT = 34, 22, 16, 42, 54  # pixels; _NAMES: of the phases, above the first panel
 
 
@@ -154,6 +164,7 @@ def timeline_chart(title: str, bars: Sequence[tuple[str, float, float, str, str]
     import plotly.graph_objects as go
 
     rows = list(dict.fromkeys(row for row, *_ in bars))
+    first = min((begin for _, begin, *_ in bars), default=0.0)
     kinds = list(dict.fromkeys(kind for *_, kind, _ in bars))
     figure = go.Figure(layout=_layout(8 + _BOTTOM + 30 * len(rows), top=8))
     colours = {"done": COLOURS[2], "running": COLOURS[0], "failed": ALARM, "interrupted": COLOURS[1]}
@@ -171,7 +182,13 @@ def timeline_chart(title: str, bars: Sequence[tuple[str, float, float, str, str]
     figure.update_layout(
         barmode="overlay",
         hovermode="closest",
-        xaxis={"type": "date", "nticks": 5},
+        xaxis={
+            "type": "date",
+            "title": {"text": f"UTC, from {time.strftime('%Y-%m-%d', time.gmtime(first))}", "standoff": 8},
+            "nticks": 4,
+            "tickformatstops": _DATES,
+            "ticklabeloverflow": "hide past domain",
+        },
         yaxis={"autorange": "reversed", "automargin": True},
     )
     legend = [(kind, colours.get(kind, GREY)) for kind in kinds]
