@@ -216,3 +216,60 @@ def test_twenty_million_records_cost_milliseconds():
         batch = data_order.batch(step)
     assert (time.process_time() - start) / 20 < 0.1
     assert batch.record[batch.dataset == 0].max() > 1_000_000
+
+
+# -- after a rollback --------------------------------------------------------------------------------
+
+
+def test_a_rollback_goes_on_behind_the_clips_before_it():
+    """One data set: the batches are those that would have followed."""
+    undisturbed, rolled_back = (order({"a": [9, 8, 7]}, [phase(0, 40, 6, {"a": 1.0})]) for _ in range(2))
+    rolled_back.leave_out(10, 14)
+    for step in range(40):
+        expected = undisturbed.batch(step + 4 * (step >= 10)) if step < 36 else None
+        if expected is not None:
+            assert rolled_back.batch(step).record.tolist() == expected.record.tolist()
+
+
+@given(st.integers(0, 30), st.integers(1, 20), st.integers(0, 30), st.integers(1, 20), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+@example(5, 10, 5, 3, 0)  # the second rollback goes to the checkpoint of the first one
+@example(20, 15, 10, 20, 1)  # and to an earlier one, over the end of a phase
+def test_no_clip_is_shown_twice_after_rollbacks(first, lost, second_first, second_lost, seed):
+    """Two rollbacks: what each of the three ways has drawn of a set follows what was drawn before it, and no record
+    comes twice in an epoch."""
+    phases = [phase(0, 30, 8, {"a": 2.0, "b": 1.0}), phase(30, 40, 4, {"a": 1.0, "b": 3.0, "c": 0.5})]
+    sets = {"a": [300, 211], "b": [400], "c": [97]}
+    end = min(70, first + lost)
+    second_end = min(70, max(second_first + second_lost, second_first + 1))
+    data_order = order(sets, phases, seed=seed)
+    shown: dict[int, list[int]] = {}
+
+    def show(begin, stop):
+        for dataset, records in taken(data_order, begin, stop).items():
+            shown.setdefault(dataset, []).extend(records)
+
+    show(0, end)
+    data_order.leave_out(first, end)
+    show(first, max(first, second_end) if second_end > first else first)
+    if second_end > first:  # else that step was not trained again
+        back = min(second_first, second_end)
+        data_order.leave_out(back, second_end)
+        show(back, 70)
+    for dataset, records in shown.items():
+        count, size = len(records), sum(list(sets.values())[dataset])
+        assert count <= size, "the example is too large for one epoch"
+        assert len(set(records)) == count
+    total = {name: len(shown.get(number, [])) for number, name in enumerate(sets)}
+    if second_end > first:
+        assert data_order.drawn(70) == total
+
+
+def test_a_resume_before_a_rollback_takes_the_same_clips_as_the_run():
+    """A checkpoint from before the one of the rollback: the steps up to it are those of then."""
+    rolled_back, undisturbed = (order({"a": [50], "b": [70]}, [phase(0, 30, 4, {"a": 1, "b": 1})]) for _ in range(2))
+    rolled_back.leave_out(12, 20)
+    assert all(rolled_back.batch(s).record.tolist() == undisturbed.batch(s).record.tolist() for s in range(12))
+    assert rolled_back.drawn(11) == undisturbed.drawn(11)
+    assert rolled_back.drawn(12) == undisturbed.drawn(20)
+    assert sum(rolled_back.drawn(30).values()) == 4 * (30 + 8)

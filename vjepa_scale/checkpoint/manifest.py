@@ -216,8 +216,8 @@ def refuse_older(found: Path | None, saved: list[Path], *, where: Path) -> None:
 
     An older checkpoint is used only where the user gives its own path.
     """
-    last = max(saved, key=_step, default=found)
-    if last is None or (found is not None and _step(last) <= _step(found)):
+    last = max(saved, key=step_of, default=found)
+    if last is None or (found is not None and step_of(last) <= step_of(found)):
         return
     older = f", or give {found} to use that one" if found is not None else ""
     raise UserError(
@@ -264,7 +264,8 @@ def aside(folder: Path) -> list[Path]:
     return [path for path, match in found if not (folder / match[1]).exists()]
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Returns the number of completed steps of a checkpoint, by its name."""
     return int(checkpoint.name.removesuffix(".damaged").removeprefix("step_"))
 
 

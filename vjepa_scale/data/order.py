@@ -12,7 +12,8 @@ A geometry is a number of frames: clips of a mask group have the same one. Where
 groups do not matter: the clips are dealt to the data sets one by one.
 
 An epoch contains each record exactly once, also across phases that change batch or mixture: ``base`` carries the
-counts over. All arithmetic is in integers, so every machine computes the same order.
+counts over. After a rollback (``leave_out``) the counts go on behind the clips that were drawn before it. All
+arithmetic is in integers, so every machine computes the same order.
 """
 
 from bisect import bisect_right
@@ -87,13 +88,18 @@ class DataOrder:
                         fix="a larger weight, more steps, or weight 0",
                     )
             self._base.append([b + n for b, n in zip(self._base[-1], given, strict=True)])
+        self._left_out: list[tuple[int, list[int]]] = []  # step, further draws of each set from it on; ascending
         self._last_step, self._last = -1, BatchOrder(np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def leave_out(self, first: int, end: int) -> None:
+        """From step ``first`` on, draws what would have been drawn from step ``end`` on: a rollback from there."""
+        skipped = [then - now for then, now in zip(self._counts(end), self._dealt(first), strict=True)]
+        self._left_out = [entry for entry in self._left_out if entry[0] < first] + [(first, skipped)]
+        self._last_step = -1
 
     def drawn(self, step: int) -> dict[str, int]:
         """Returns how many clips of each data set were drawn before a step, ``base`` included."""
-        if step == self._phases[-1].end:
-            return dict(zip(self.names, self._base[-1], strict=True))
-        return dict(zip(self.names, self._given(step, at_end=False), strict=True))
+        return dict(zip(self.names, self._counts(step), strict=True))
 
     def batch(self, step: int) -> BatchOrder:
         """Returns data set and record of every slot of one step."""
@@ -103,7 +109,7 @@ class DataOrder:
 
     def _batch(self, step: int) -> BatchOrder:
         deal = self._deals[self._number(step)]
-        first, end = (self._given(step, at_end=at_end) for at_end in (False, True))
+        first, end = self._counts(step), self._counts(step + 1, of=step)
         columns, group_rank, geometry_of = [], [], []
         for number, members in enumerate(deal.geometries):
             clips = self._spread(members, first, end)
@@ -136,10 +142,19 @@ class DataOrder:
             raise ValueError(f"step {step} is outside {self._phases[0].first} to {self._phases[-1].end - 1}")
         return bisect_right([phase.first for phase in self._phases], step) - 1
 
-    def _given(self, step: int, *, at_end: bool) -> list[int]:
-        """Returns the draws of each set before a step, or with ``at_end`` before the next one."""
+    def _counts(self, step: int, *, of: int | None = None) -> list[int]:
+        """Returns the draws of each set before a step, with what is left out up to the step ``of`` (default: it)."""
+        of = step if of is None else of
+        further = next((skipped for first, skipped in reversed(self._left_out) if first <= of), None)
+        dealt = self._dealt(step)
+        return dealt if further is None else [n + more for n, more in zip(dealt, further, strict=True)]
+
+    def _dealt(self, step: int) -> list[int]:
+        """Returns the draws of each set before a step if nothing is left out."""
+        if step == self._phases[-1].end:
+            return self._base[-1]
         number = self._number(step)
-        given = self._deals[number].given(step + at_end - self._phases[number].first)
+        given = self._deals[number].given(step - self._phases[number].first)
         return [b + n for b, n in zip(self._base[number], given, strict=True)]
 
 

@@ -166,8 +166,8 @@ def _stage(metrics: Path) -> dict[str, Any]:
     ranks = [row["effective_rank"] for row in rows if row["effective_rank"] is not None]
     return {
         "steps": len(rows),
-        "loss_start": mean(row["loss"] for row in rows[:few]),
-        "loss_end": mean(row["loss"] for row in rows[-few:]),
+        "loss_start": mean(row["loss"] for row in rows[:few] if row["loss"] is not None),
+        "loss_end": mean(row["loss"] for row in rows[-few:] if row["loss"] is not None),
         "effective_rank_start": ranks[0] if ranks else None,
         "effective_rank_end": ranks[-1] if ranks else None,
         "clips_per_s": mean(row["clips_per_s"] for row in rows),

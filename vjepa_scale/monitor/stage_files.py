@@ -1,6 +1,7 @@
 """Reads the files of one stage: its history, metrics, checkpoints, and the reports of its ranks."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vjepa_scale.monitor.states import BestCheckpoint, LastError, StageStatus
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
+from vjepa_scale.run.ledger import spike_of
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50
@@ -43,6 +45,7 @@ class StageFiles:
         self._read_checkpoint()
         self._read_steps()
         self.status.signs = self._signs()
+        self.status.spikes = self._spikes()
         self.status.error = self._error()
 
     @property
@@ -115,6 +118,15 @@ class StageFiles:
             for row in rows[begun:]
             if row["event"] == "collapse"
         ]
+
+    def _spikes(self) -> str | None:
+        """The stage's spikes in words; None without any."""
+        rows = [row for row in self._all_rows if row["event"] == "spike"]
+        if not rows:
+            return None
+        counts = Counter("steps skipped" if row["to"] is None else "rollbacks" for row in rows)
+        last = spike_of(rows[-1], where=self.folder)
+        return f"{', '.join(f'{count} {what}' for what, count in counts.items())}; the last: {last}"
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""
@@ -213,5 +225,5 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 
 def _is_of_a_step(row: dict[str, Any]) -> bool:
     """Does it have the values that are read here? Other lines are left out, like incomplete ones."""
-    kinds: dict[str, Any] = {"step": int, "phase": str, "loss": (int, float), "clips_per_s": (int, float)}
+    kinds: dict[str, Any] = {"step": int, "phase": str, "loss": (int, float, type(None)), "clips_per_s": (int, float)}
     return all(isinstance(row.get(key), kind) for key, kind in kinds.items())

@@ -174,6 +174,8 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
         out.append(f"best: step {best.step} ({best.words}{others})")
     if stage.signs:
         out.append(f"signs of a collapse: {', '.join(stage.signs)}")
+    if stage.spikes:
+        out.append(f"spikes: {stage.spikes}")
     if stage.still:
         out.append(f"running, but no step for {duration(stage.idle_s or 0.0)}")
     if stage.attempt > 1 or (stage.endings and stage.state in ALIVE):

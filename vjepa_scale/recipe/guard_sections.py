@@ -1,13 +1,14 @@
 """What warns, or ends a run, when training goes wrong."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from vjepa_scale.recipe.sections import PositiveInt, Section
+from vjepa_scale.recipe.sections import Positive, PositiveInt, Section
 
 SETTLES_STEPS = 100
+Above1 = Annotated[float, Field(gt=1)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,33 @@ LIMITS = {
 }
 
 
+class SpikesConfig(Section):
+    """What happens at a step whose loss or gradient norm is not finite, or far above the level of the steps before."""
+
+    action: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="skip: the step changes nothing; rollback: training goes on from the last good checkpoint, without "
+        "the clips since then; stop: the run ends (docs/watching.md)",
+    )
+    deviations: Positive | None = Field(
+        10.0,
+        description="robust standard deviations (1.4826 · MAD, of logarithms) above the median of the steps before, at "
+        "which a value is a spike; null: only values that are not finite are",
+    )
+    window: PositiveInt = Field(
+        128,
+        description="steps whose median and deviation are the level; and steps after a spike in which a checkpoint is "
+        "not good yet",
+    )
+    loss_factor: Above1 = Field(1.5, description="a loss below this multiple of the median is no spike")
+    grad_norm_factor: Above1 = Field(10.0, description="a gradient norm below this multiple of the median is no spike")
+    in_a_row: PositiveInt = Field(5, description="skipped steps in a row that are allowed; one more ends the run")
+    per_1000: PositiveInt = Field(20, description="skipped steps that are allowed in 1000; one more ends the run")
+    rollbacks: PositiveInt = Field(3, description="rollbacks that are allowed in 1000 steps; one more ends the run")
+
+
 class GuardsConfig(Section):
+    spikes: SpikesConfig = SpikesConfig()
     collapse: Literal["off", "warn", "stop"] = Field(
         "warn", description="what happens when a figure stays beyond its limit (docs/watching.md)"
     )

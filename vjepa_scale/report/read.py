@@ -27,6 +27,7 @@ from vjepa_scale.monitor.states import RunStatus, StageStatus
 from vjepa_scale.monitor.status import read_status, run_recipe
 from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
 from vjepa_scale.run.events import Attempt, History, attempts
+from vjepa_scale.run.ledger import LEDGER
 
 Floats = npt.NDArray[np.float64]
 
@@ -146,7 +147,7 @@ def thinned(series: Series, points: int = POINTS) -> Series:
 # -- a run -------------------------------------------------------------------------------------------
 
 
-LEDGER, SUMMARY, PICTURES = "ledger.jsonl", "summary.json", "pictures"
+SUMMARY, PICTURES = "summary.json", "pictures"
 Json = dict[str, Any]
 
 

@@ -10,6 +10,7 @@ A row has ``time`` (seconds since 1970) and ``event``:
                  stacks
     interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
     collapse     a figure has stayed beyond its limit: job, column, value, limit, step (training/collapse_watch.py)
+    spike        a step was skipped or training rolled back: job, step, action, to, saw (run/ledger.py)
     failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
     requeued     another attempt follows: reason, job_id
     gave_up      no other attempt follows: reason
@@ -49,6 +50,7 @@ _OF_EVENT: dict[str, dict[str, Any]] = {
         "report": _TEXT,
     },
     "collapse": {"column": str, "value": _NUMBER, "limit": _NUMBER, "step": int},
+    "spike": {"step": int, "action": str, "to": _STEP, "saw": str},
     "gave_up": {"reason": str},
     "done": {"step": int},
 }

@@ -1,6 +1,7 @@
 """metrics.jsonl: one row per step, without gaps over restarts. Only the trainer's rank 0 writes it."""
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -83,10 +84,11 @@ class MetricsLog:
         step = row["step"]
         if (step + 1) % self._every == 0 or step + 1 == self._last:
             rank = "" if row["effective_rank"] is None else f"  rank {row['effective_rank']:6.1f}"
+            loss, norm = (math.nan if row[name] is None else row[name] for name in ("loss", "grad_norm"))
             of_all = f"{step + 1}/{self._last}".ljust(2 * len(str(self._last)) + 1)  # columns stay below each other
             _log.info(
-                f"{row['stage']}/{row['phase']}  step {of_all}  loss {row['loss']:.4f}  "
-                f"lr {row['lr']:.2e}  grad {row['grad_norm']:6.3f}{rank}  {row['clips_per_s']:.1f} clips/s"
+                f"{row['stage']}/{row['phase']}  step {of_all}  loss {loss:.4f}  "
+                f"lr {row['lr']:.2e}  grad {norm:6.3f}{rank}  {row['clips_per_s']:.1f} clips/s"
             )
 
 

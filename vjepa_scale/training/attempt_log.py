@@ -13,9 +13,9 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe import Phase, Stage, recipe_yaml
 from vjepa_scale.run.events import History
+from vjepa_scale.run.ledger import LEDGER
 from vjepa_scale.run.metrics import Measured, MetricsLog
 from vjepa_scale.training.collapse_watch import CollapseWatch, Sign
-from vjepa_scale.training.skipped_clips import LEDGER
 from vjepa_scale.training.start import Start
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class AttemptLog:
         self._metrics: MetricsLog | None = None  # of rank 0, from ``begin`` on
         self._watch: CollapseWatch | None = None  # likewise
         self._restarts = 0
+        self._steps = range(0)  # of the stage, likewise
 
     def begin(self, start: Start, phases: Sequence[Phase], *, attention: str) -> None:
         """Opens rank 0's history and metrics files, and writes the ``started`` row. attention: the kernel in use"""
@@ -47,17 +48,8 @@ class AttemptLog:
         of_run = Path(stage.recipe.run.dir) / "recipe.yaml"
         for path in (stage.folder / "recipe.yaml", *([] if of_run.exists() else [of_run])):  # no launcher wrote it
             write_atomic(path, recipe_yaml(stage.recipe))
-        first = phases[0].first
-        watch = self._watch = CollapseWatch(stage.recipe.guards, first=first, steps=phases[-1].end - first)
-        last = start.step - 1
-        self._metrics = MetricsLog(
-            stage.folder / "metrics.jsonl",
-            step=start.step,
-            last_step=phases[-1].end,
-            console_every=stage.recipe.log.every,
-            seen=self._judge,
-            kept=watch.replay,
-        )
+        self._steps = range(phases[0].first, phases[-1].end)
+        watch, self._metrics = self._open_metrics(start.step)
         self._restarts = sum(row["event"] == "started" for row in self._history.rows())
         self.event(
             "started",
@@ -71,7 +63,27 @@ class AttemptLog:
         )
         self.say(f"{stage.name}: attention by {attention}")
         for sign in watch.standing():
-            self._tell(sign, last)
+            self._tell(sign, start.step - 1)
+
+    def _open_metrics(self, step: int) -> tuple[CollapseWatch, MetricsLog]:
+        """Returns the metrics of the steps before ``step``, to which rows are appended, and what has watched them."""
+        stage, steps = self._stage, self._steps
+        watch = self._watch = CollapseWatch(stage.recipe.guards, first=steps.start, steps=len(steps))
+        metrics = MetricsLog(
+            stage.folder / "metrics.jsonl",
+            step=step,
+            last_step=steps.stop,
+            console_every=stage.recipe.log.every,
+            seen=self._judge,
+            kept=watch.replay,
+        )
+        return watch, metrics
+
+    def rewind(self, step: int) -> None:
+        """Removes the rows of the steps from ``step`` on, which are trained again."""
+        if self._metrics is not None:
+            self._metrics.flush()
+            _, self._metrics = self._open_metrics(step)
 
     def event(self, event: str, **values: object) -> None:
         """Appends a row to history.jsonl."""

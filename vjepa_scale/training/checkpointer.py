@@ -4,6 +4,7 @@ import logging
 
 from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.evaluations import kept_by_evaluation
+from vjepa_scale.checkpoint.manifest import name_of, newest_first, step_of
 from vjepa_scale.checkpoint.saver import Saver
 from vjepa_scale.distributed.process_group import is_main
 from vjepa_scale.recipe import Phase
@@ -43,6 +44,8 @@ class Checkpointer:
             "origin": training.origin,
             "drawn": training.order.drawn(step),
             "optimizer_steps": training.engine.optimizer_steps,
+            "level": training.guard.state(),
+            "rollbacks": len(training.spikes.rollbacks),
             "ends_phase": step == phase.end,
             "fps": recipe.data.fps,
             "frames": phase.frames,
@@ -63,9 +66,18 @@ class Checkpointer:
         step, path = saved
         stage, log = self._training.stage, self._training.log
         try:
-            evaluated = kept_by_evaluation(stage) if is_main() else ()
-            store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep, also=evaluated)
+            also = kept_by_evaluation(stage) | self._for_a_rollback(step) if is_main() else set()
+            store.retain(stage.checkpoints, keep=stage.recipe.checkpoint.keep, also=also)
         except OSError as error:  # of the results: without them the best checkpoint would be removed
             _log.warning("%s: no checkpoint is removed this time: %s", stage.name, error)
         log.event("saved", step=step)
         log.say(f"saved {path}")
+
+    def _for_a_rollback(self, now: int) -> set[str]:
+        """Returns the name of the newest good checkpoint, which a rollback would need."""
+        cfg = self._training.stage.recipe.guards.spikes
+        if cfg.action != "rollback":
+            return set()
+        saved = {step_of(checkpoint) for checkpoint in newest_first(self._training.stage.checkpoints)}
+        good = self._training.spikes.good(saved, now=now, window=cfg.window)
+        return set() if good is None else {name_of(good)}

@@ -28,6 +28,8 @@ from vjepa_scale.recipe.load import validate_recipe
 from vjepa_scale.recipe.networks import refuse_other_model
 from vjepa_scale.recipe.schedules import scheduled_after
 from vjepa_scale.recipe.stage import CHECKPOINTS, UNTRAINED
+from vjepa_scale.run.ledger import LEDGER, read_spikes
+from vjepa_scale.training.spikes import SpikeLog
 
 
 def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -82,7 +84,10 @@ def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manif
         base = planned_order(stage.earlier[before])[1].drawn(phases[0].first)
     else:
         base = carried(stage, manifests, source_of(stage))
-    return phases, data_order(stage, manifests, phases, base), manifests
+    order = data_order(stage, manifests, phases, base)
+    for first, end in SpikeLog(read_spikes(Path(stage.recipe.run.dir) / LEDGER, stage.name)).left_out():
+        order.leave_out(first, end)
+    return phases, order, manifests
 
 
 def end_of(stage: Stage) -> int:

@@ -1,11 +1,15 @@
 """Sets up a stage before its first step: data, networks, optimiser, and the weights that it starts from."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vjepa_scale.checkpoint import store
+from vjepa_scale.checkpoint.manifest import newest_first
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.files import remove_dir
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.host_limits import check_limits
 from vjepa_scale.data.manifest import Manifest
@@ -15,10 +19,12 @@ from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.engine import Engine, build_engine
 from vjepa_scale.objective.objective import Objective
 from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.run.ledger import LEDGER, read_spikes
 from vjepa_scale.run.metrics import touch
 from vjepa_scale.training.attempt_log import AttemptLog
 from vjepa_scale.training.load_weights import load_foreign, load_initial
-from vjepa_scale.training.skipped_clips import LEDGER, SkippedClips
+from vjepa_scale.training.skipped_clips import SkippedClips
+from vjepa_scale.training.spikes import SpikeGuard, SpikeLog
 from vjepa_scale.training.start import Start, find_start, origin_of
 from vjepa_scale.video.decode import TORCHCODEC
 from vjepa_scale.video.torchcodec import import_torchcodec
@@ -32,6 +38,7 @@ class Training:
     phases:    by global steps, from ``start.first``
     manifests: of its data sets; records: those that it draws from, if not all
     skipped:   the clips that were replaced so far
+    spikes:    the spikes so far; guard: judges the next steps
     """
 
     stage: Stage
@@ -45,6 +52,8 @@ class Training:
     records: Mapping[str, Ints]
     order: DataOrder
     skipped: SkippedClips
+    spikes: SpikeLog
+    guard: SpikeGuard
     log: AttemptLog
 
     @property
@@ -67,6 +76,9 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     if recipe.data.decoder == TORCHCODEC:
         import_torchcodec()  # now, not in the first worker
     process_group.barrier()
+    ledger = Path(recipe.run.dir) / LEDGER
+    spikes = SpikeLog(process_group.from_rank_0(read_spikes(ledger, stage.name)))
+    remove_abandoned(stage.checkpoints, spikes)
     log.say(f"{stage.name}: {ranks.world_size} processes have joined on {engine.device.type}; opening the data")
     manifests = open_data(stage)
     start = find_start(stage, manifests)
@@ -78,7 +90,11 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     objective = stage.objective(engine, manifests, records)
     engine.start_optimizer(stage.optimizer_at_start(phases), objective.trained, objective.settings, objective.unreached)
     _load(stage, start, engine, objective, log)
-    objective.before_training(start.manifest if start.kind == "resume" else None)
+    resumed = start.manifest if start.kind == "resume" else None
+    objective.before_training(resumed)
+    order = data_order(stage, manifests, phases, start.base, records)
+    for first, end in spikes.left_out():
+        order.leave_out(first, end)
     return Training(
         stage=stage,
         ranks=ranks,
@@ -89,10 +105,21 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
         phases=phases,
         manifests=manifests,
         records=records,
-        order=data_order(stage, manifests, phases, start.base, records),
+        order=order,
         skipped=SkippedClips(Path(recipe.run.dir), stage.name),
+        spikes=spikes,
+        guard=SpikeGuard(recipe.guards.spikes, (resumed or {}).get("level")),
         log=log,
     )
+
+
+def remove_abandoned(checkpoints: Path, spikes: SpikeLog) -> None:
+    """On rank 0, removes checkpoints that a rollback has left behind: of steps that are trained again."""
+    for checkpoint in newest_first(checkpoints) if process_group.is_main() else ():
+        with suppress(UserError):  # one whose manifest cannot be read is not used either
+            manifest = store.read_manifest(checkpoint)
+            if spikes.is_abandoned(manifest["step"], manifest.get("rollbacks", 0)):
+                remove_dir(checkpoint)
 
 
 def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log: AttemptLog) -> None:

@@ -1,47 +1,39 @@
-"""ledger.jsonl of a run: the decode failures that its results depend on, in addition to recipe, seed and step.
-
-Rows have ``event``:
-
-    substituted  a clip was replaced: stage, and the fields of data/substitution.py's DecodeFailure. Written before the
-                 weights of the step change, and replayed on resume: the clip is then replaced without decoding
-    stop         the run stopped itself: stage, step, reason, pid. Does not affect results
-
-Only rank 0 writes.
-"""
+"""The clips of a stage that were replaced, since they do not decode, from the run's ledger (run/ledger.py)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from vjepa_scale.core.errors import UserError
-from vjepa_scale.core.files import append_jsonl, read_jsonl
+from vjepa_scale.core.files import append_jsonl
 from vjepa_scale.data.substitution import TIME_LIMIT, DecodeFailure, Place
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.schema import FaultsConfig
+from vjepa_scale.run.ledger import LEDGER, not_whole, rows_of, spike_of
 
-LEDGER = "ledger.jsonl"
 _NUMBERS = ("step", "slot", "record")
 _NAMED = 4  # clips that an error names
 
 
 class SkippedClips:
-    """A stage's rows of the run's ledger, equal on every rank.
+    """A stage's replaced clips, from the run's ledger, equal on every rank.
 
     Creating it is collective: rank 0 reads the file and sends the rows to all.
     """
 
     def __init__(self, run_dir: Path, stage: str) -> None:
         self.path, self._stage = run_dir / LEDGER, stage
-        rows = [row for row in read_jsonl(self.path) if row.get("event") == "substituted" and row.get("stage") == stage]
         names = [field.name for field in fields(DecodeFailure)]
-        for row in rows:
-            if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
-                raise UserError(
-                    f"a row of {stage!r} that is not whole: {row}",
-                    where=self.path,
-                    fix="restore this file from a copy: the results of the run depend on it",
-                )
+        rows: list[dict[str, Any]] = []
+        for row in rows_of(self.path, stage):
+            if row.get("event") == "substituted":
+                if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
+                    raise not_whole(row, where=self.path)
+                rows.append(row)
+            elif row.get("event") == "spike" and (to := spike_of(row, where=self.path).to) is not None:
+                rows = [earlier for earlier in rows if earlier["step"] < to]  # its slots show other clips now
         read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
         self._failures: dict[Place, DecodeFailure] = {}
         self._by_step: defaultdict[int, list[DecodeFailure]] = defaultdict(list)
@@ -50,6 +42,17 @@ class SkippedClips:
     def known(self) -> dict[Place, tuple[str, str]]:
         """Returns the clips to replace without decoding: place -> (cause, detail)."""
         return {place: (failure.cause, failure.detail) for place, failure in self._failures.items()}
+
+    def replacements(self, step: int) -> dict[int, int]:
+        """Returns the clips of a step that were replaced: slot -> the record that was shown."""
+        found = {failure.slot: failure.replacement for failure in self._by_step.get(step, ())}
+        return {slot: record for slot, record in found.items() if record is not None}
+
+    def forget_from(self, step: int) -> None:
+        """Forgets the failures from this step on: after a rollback its slots show other clips."""
+        kept = [failure for failure in self._failures.values() if failure.step < step]
+        self._failures, self._by_step = {}, defaultdict(list)
+        self._remember(kept)
 
     def new(self, failures: Iterable[DecodeFailure]) -> list[DecodeFailure]:
         """Returns the failures that are not recorded yet."""

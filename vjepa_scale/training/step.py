@@ -61,6 +61,7 @@ class StepResult:
     grad_norm: of all finite gradients together
     parts:     the objective's other scalars
     counts, waited_s: as in StepGradients
+    skipped:   the step has changed nothing, since it is a spike
     lost:      clip groups whose gradient was not finite; it was set to zero
     stop:      some rank has received a signal to save and stop
     laps:      of this rank: forward, backward, reduce, optimizer, ema. On a GPU, "reduce" includes waiting for it
@@ -73,6 +74,7 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     waited_s: list[float] = field(default_factory=list)
+    skipped: bool = False
     lost: tuple[str, ...] = ()
     stop: bool = False
     laps: Laps = field(default_factory=Laps)
@@ -158,6 +160,23 @@ def compute_gradients(
         failures=failed > 0,
         observe=observe,
         laps=laps,
+    )
+
+
+def skip_step(objective: Objective, engine: Engine, gradients: StepGradients, *, lr: float) -> StepResult:
+    """Discards the gradients: weights, optimiser and EMA do not move. The row of the step has what was seen."""
+    engine.discard_gradients()
+    return StepResult(
+        gradients.loss,
+        lr,
+        grad_norm=math.hypot(*gradients.norms.values()),
+        measured=None,
+        parts=gradients.reported | objective.figures(gradients.reported),
+        counts=gradients.counts,
+        waited_s=gradients.waited_s,
+        skipped=True,
+        stop=gradients.stop,
+        laps=gradients.laps,
     )
 
 

@@ -1,6 +1,7 @@
 """Trains one stage, from its start to its last checkpoint. Every rank runs the same function."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,16 @@ from vjepa_scale.training.profiling import StepProfiler
 from vjepa_scale.training.setup import Training, set_up
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 from vjepa_scale.training.slow_steps import SlowSteps
-from vjepa_scale.training.step import NonFiniteLossError, StepResult, apply_gradients, compute_gradients
+from vjepa_scale.training.spike_actions import SpikeActions
+from vjepa_scale.training.spikes import SpikeError
+from vjepa_scale.training.step import (
+    NonFiniteLossError,
+    StepGradients,
+    StepResult,
+    apply_gradients,
+    compute_gradients,
+    skip_step,
+)
 from vjepa_scale.training.throughput import Throughput, memory
 
 _log = logging.getLogger(__name__)
@@ -45,8 +55,8 @@ def train_stage(
 
     interrupt: a signal in it makes the stage save and stop after the current step
     progress:  updated with the current step, for failure reports
-    Raises UserError for user errors, NonFiniteLossError if the loss is not finite, SavedAndStopped after a signal to
-    any rank.
+    Raises UserError for user errors, NonFiniteLossError or SpikeError where ``guards.spikes`` ends the run,
+    SavedAndStopped after a signal to any rank.
     """
     progress = progress or Progress()
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +97,7 @@ class _Trainer:
         self.stage, self.recipe = training.stage, training.stage.recipe
         self.objective, self.engine, self.log = training.objective, training.engine, training.log
         self.checkpoints = Checkpointer(training)
+        self.spikes = SpikeActions(training, self.checkpoints)
         self.saved_s = 0.0  # that the last checkpoint took, if there was one after the last step
         self.throughput = Throughput(training.stage, training.engine)
         profile, folder, rank = self.recipe.profile, self.stage.folder, training.ranks.rank
@@ -95,21 +106,21 @@ class _Trainer:
 
     def train(self) -> None:
         start, end = self.training.start, self.training.end
+        step = start.step
         if start.step >= end and self.stage.is_complete(end):
             self.log.say(f"{self.stage.name} is complete at step {end}")
             return
         self.log.begin(start, self.training.phases, attention=self.engine.attention)
         with self.slow:
-            for phase in self.training.phases:
-                if phase.end > start.step:
-                    self._train_phase(phase)
+            while step < end:
+                step = self._train_phase(next(phase for phase in self.training.phases if phase.end > step), step)
         self.profiler.finish()
         if self.stage.evaluates:
             self._evaluate()
         self.log.event("done", step=end)
 
-    def _train_phase(self, phase: Phase) -> None:
-        first = max(phase.first, self.training.start.step)
+    def _train_phase(self, phase: Phase, first: int) -> int:
+        """Trains a phase from a step on. Returns the step to go on from: the phase's end, or a checkpoint's."""
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock = time.perf_counter()
@@ -119,7 +130,14 @@ class _Trainer:
                 waited_s = time.perf_counter() - clock
                 observe = self._observation(step, loader)
                 with self._ending_recorded(step):
-                    result = self._step(phase, step, batch, observe, waited_s)
+                    gradients = self._gradients(phase, step, batch, observe, waited_s)
+                    spike = self.spikes.met(phase, step, gradients)
+                    if spike is not None and spike.to is not None:
+                        self.engine.discard_gradients()
+                        self.slow.disarm(step, seconds=time.perf_counter() - clock)
+                        self.profiler.after(step)
+                        return self.spikes.roll_back(spike)
+                    result = self._updated(phase, step, gradients, skip=spike is not None)
                 now = time.perf_counter()
                 _log.debug("step %d: load %.4f s, %s", step, waited_s, result.laps)
                 self._record(phase, step, result, seconds=now - clock)
@@ -134,6 +152,7 @@ class _Trainer:
                 clock = now + (time.perf_counter() - began)  # saving and writing a profile are no part of a step
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
+        return phase.end
 
     def _steps(self, steps: range, loader: PhaseLoader) -> Iterator[tuple[int, StepBatch]]:
         """Yields each step with its batch. What is measured of a step begins before its batch is loaded."""
@@ -155,10 +174,10 @@ class _Trainer:
             observe.add_of_rank(name, value)
         return observe
 
-    def _step(
+    def _gradients(
         self, phase: Phase, step: int, batch: StepBatch, observe: Observation | None, waited_s: float
-    ) -> StepResult:
-        """Masks, target, context, prediction, loss; reduce; then, on all ranks or none, clip, step, EMA."""
+    ) -> StepGradients:
+        """Masks, target, context, prediction, loss; reduce. Nothing moves."""
         failures = self.training.skipped.new(failure for part in batch for failure in part.failures)
         gradients = compute_gradients(
             self.objective,
@@ -175,15 +194,22 @@ class _Trainer:
             raise self.log.collapse()
         if gradients.failures:
             self._enter(phase, step, failures)
+        return gradients
+
+    def _updated(self, phase: Phase, step: int, gradients: StepGradients, *, skip: bool) -> StepResult:
+        """On all ranks or none: clip, step, EMA."""
         if (weight_decay := phase.weight_decay(step)) is not None:
             self.engine.set_weight_decay(weight_decay)
         if (momentum := phase.ema_momentum(step)) is not None:
             self.objective.ema_momentum = momentum
+        lr = phase.lr(step)
+        if skip:
+            return skip_step(self.objective, self.engine, gradients, lr=lr)
         return apply_gradients(
             self.objective,
             self.engine,
             gradients,
-            lr=phase.lr(step),
+            lr=lr,
             clip_grad_norm=self.stage.optimizer.clip_grad_norm,
         )
 
@@ -227,12 +253,13 @@ class _Trainer:
                 "step": step,
                 "stage": self.stage.name,
                 "phase": phase.name,
-                "loss": result.loss,
+                "loss": _or_null(result.loss),
                 "lr": result.lr,
                 **({} if weight_decay is None else {"weight_decay": weight_decay}),
                 "ema": self.objective.ema_momentum,
-                **result.parts,
-                "grad_norm": result.grad_norm,
+                **{name: _or_null(value) for name, value in result.parts.items()},
+                "grad_norm": _or_null(result.grad_norm),
+                **({"skipped": 1} if result.skipped else {}),
                 "clips_per_s": phase.global_batch / seconds,
                 **self.throughput.columns(result, seconds=seconds, saved_s=self.saved_s),
                 "effective_rank": None,
@@ -258,7 +285,7 @@ class _Trainer:
         """If the run stops itself inside, records the reason and completes the checkpoint that is being written."""
         try:
             yield
-        except (NonFiniteLossError, UserError) as error:
+        except (NonFiniteLossError, SpikeError, UserError) as error:
             self.log.stopped_by(error, step)
             self.checkpoints.collect(wait=True)
             raise
@@ -277,3 +304,8 @@ class _Trainer:
         self.log.say(f"{self.stage.name}: stopped by {signal}: saved at step {step}; the same command resumes there")
         process_group.barrier()  # the first exit may end the other ranks, so the history must be complete before
         raise SavedAndStopped(f"{signal}: saved at step {step}")
+
+
+def _or_null(value: float) -> float | None:
+    """Returns what JSON has for a value: it has none for one that is not finite."""
+    return value if math.isfinite(value) else None
