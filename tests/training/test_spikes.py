@@ -201,5 +201,5 @@ def test_rows_of_a_ledger(tmp_path: Any) -> None:
 def test_a_row_that_is_not_whole(change: dict[str, Any], tmp_path: Any) -> None:
     book = tmp_path / "ledger.jsonl"
     book.write_text(json.dumps(ROW | change) + "\n")
-    with pytest.raises(UserError, match="ledger.jsonl: a row of 'pretrain' that is not whole"):
+    with pytest.raises(UserError, match=r"ledger.jsonl: a row of 'pretrain' that is not whole"):
         read_spikes(book, "pretrain")

@@ -1,7 +1,6 @@
 """Reads the files of one stage: its history, metrics, checkpoints, and the reports of its ranks."""
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +123,9 @@ class StageFiles:
         rows = [row for row in self._all_rows if row["event"] == "spike"]
         if not rows:
             return None
-        counts = Counter("steps skipped" if row["to"] is None else "rollbacks" for row in rows)
         last = spike_of(rows[-1], where=self.folder)
-        return f"{', '.join(f'{count} {what}' for what, count in counts.items())}; the last: {last}"
+        back = sum(row["to"] is not None for row in rows)
+        return f"{len(rows)} ({back} rolled back), the last: {last}"
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""

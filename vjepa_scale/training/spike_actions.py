@@ -44,10 +44,12 @@ class SpikeActions:
             if not all(map(math.isfinite, values.values())):
                 return None
             raise SpikeError(f"{saw}; nothing moved, since guards.spikes.action is stop")
-        to = self._good_checkpoint(step) if self._cfg.action == "rollback" else None
-        if self._cfg.action == "rollback" and to is None:
-            saw += "; no good checkpoint to roll back to"
-        if refusal := training.spikes.refusal(self._cfg, step, rollback=to is not None):
+        rollback, to = self._cfg.action == "rollback", None
+        if rollback and not training.spikes.refusal(self._cfg, step, rollback=True):
+            to = self._good_checkpoint(step)
+            rollback = to is not None
+            saw += "" if rollback else "; no good checkpoint to roll back to"
+        if refusal := training.spikes.refusal(self._cfg, step, rollback=rollback):
             raise SpikeError(f"{saw}; {refusal}; nothing moved")
         spike = Spike(step, "skip" if to is None else "rollback", saw, to)
         self._record(spike, values)

@@ -96,6 +96,7 @@ class SpikeLog:
     def __init__(self, spikes: Iterable[Spike] = ()) -> None:
         self.all: list[Spike] = []
         self._skipped: dict[int, Spike] = {}  # of the steps as they are now
+        self._tried: list[Spike] = []  # rollbacks to checkpoints as they are now
         for spike in spikes:
             self.add(spike)
 
@@ -104,7 +105,9 @@ class SpikeLog:
         if spike.to is None:
             self._skipped[spike.step] = spike
         else:
-            self._skipped = {step: skipped for step, skipped in self._skipped.items() if step < spike.to}
+            to = spike.to
+            self._skipped = {step: skipped for step, skipped in self._skipped.items() if step < to}
+            self._tried = [before for before in self._tried if before.to is not None and before.to <= to] + [spike]
 
     @property
     def rollbacks(self) -> list[Spike]:
@@ -131,7 +134,7 @@ class SpikeLog:
 
         def is_good(step: int) -> bool:
             suspect = [spike.step for spike in self._skipped.values() if spike.step < step]
-            suspect += [spike.step for spike in self.rollbacks if spike.to == step]
+            suspect += [spike.step for spike in self._tried if spike.to == step]
             return all(now >= spike + window for spike in suspect)
 
         return max((step for step in checkpoints if step <= now and is_good(step)), default=None)
