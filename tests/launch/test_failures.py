@@ -113,6 +113,7 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
         tmp_path / "recipe.yaml",
         tmp_path / "run",
         two_data_sets,
+        guards={"spikes": {"action": "stop"}},
         pretrain={
             "phases": [
                 {"name": "warmup", "steps": 5, "start_lr": 1e-4, "final_lr": 1e-3},

@@ -33,7 +33,6 @@ WOULD_BE_CALLED = {
     "Frozen teacher": r"teacher",
     "Distillation": r"distil|teacher",
     "Variance and covariance": r"vicreg|sigreg|variance|covariance_|contrastive|info_nce",
-    "Guards against loss spikes": r"spike|roll_?back|skip_step",
     "Optimisers other than AdamW": r"muon|\blars\b|layer_?wise|layer_decay",
     "Augmentation": r"jitter_|colou?r",
     "Separate patch and modality": r"modality|image_patch",

@@ -207,6 +207,17 @@ def test_a_damaged_run_is_reported_without_its_lost_parts(damage: str, finished:
     assert words in out.read_text().partition("<script>/**")[0]
 
 
+def test_spikes_are_named(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path / "run")
+    with open(run / "pretrain/history.jsonl", "a") as file:
+        for step, to in ((9, 8), (11, None)):
+            file.write(
+                json.dumps({"time": 1.0, "event": "spike", "step": step, "to": to, "action": "", "saw": "x"}) + "\n"
+            )
+    page = report(run, "--no-features", out=tmp_path / "report.html")
+    assert "Spikes of pretrain: 2 (1 rolled back), the last: step 11 skipped: x." in page.text
+
+
 def test_shards_that_are_gone(finished: Path, tmp_path: Path) -> None:
     run = copied(finished, tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

@@ -14,6 +14,7 @@ from tests.slurm.cluster import PATIENCE_S, Cluster
 Sets = dict[str, Path]
 # A rate that ruins the weights: the loss of step 6 is not a number, as often as it is tried.
 WARMUP = {"name": "warmup", "steps": 5, "start_lr": 1e-4, "final_lr": 1e-3}
+STOP = {"spikes": {"action": "stop"}}
 RUINOUS = {"phases": [WARMUP, {"name": "constant", "start_lr": 1e30}]}
 MENDED = "pretrain.phases.1.start_lr=1e-3"
 # Never finished; it saves only when it is told to, and where a phase ends.
@@ -63,7 +64,7 @@ def written(run: Run) -> list[object]:
 
 
 def test_a_stage_that_fails_for_good(cluster: Cluster, two_data_sets: Sets, tmp_path: Path) -> None:
-    run = make_run(cluster, tmp_path, two_data_sets, launch={"tasks_per_node": 1}, pretrain=RUINOUS)
+    run = make_run(cluster, tmp_path, two_data_sets, launch={"tasks_per_node": 1}, pretrain=RUINOUS, guards=STOP)
     launch(run)
     first, second = run.job_id(), run.job_id("cooldown")
     watching = cluster.popen(run.command("follow", run.folder), stdout=-1, stderr=-1)
@@ -285,7 +286,7 @@ def test_accounting_remembers(cluster_with_accounting: Cluster, two_data_sets: S
     """A failed job, a finished one and one that somebody has cancelled, after the controller forgot them."""
     cluster = cluster_with_accounting
     options = {"launch": {"tasks_per_node": 1, "max_restarts": 0}, "cooldown": None}
-    run = make_run(cluster, tmp_path, two_data_sets, pretrain=RUINOUS, **options)
+    run = make_run(cluster, tmp_path, two_data_sets, pretrain=RUINOUS, guards=STOP, **options)
     launch(run)
     failed = run.job_id()
     cluster.wait_for(failed, ("FAILED",))

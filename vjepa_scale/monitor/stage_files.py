@@ -12,7 +12,6 @@ from vjepa_scale.monitor.states import BestCheckpoint, LastError, StageStatus
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import Attempt, History, Row, attempts
 from vjepa_scale.run.failures import worst_failure
-from vjepa_scale.run.ledger import spike_of
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50
@@ -123,9 +122,9 @@ class StageFiles:
         rows = [row for row in self._all_rows if row["event"] == "spike"]
         if not rows:
             return None
-        last = spike_of(rows[-1], where=self.folder)
-        back = sum(row["to"] is not None for row in rows)
-        return f"{len(rows)} ({back} rolled back), the last: {last}"
+        last, back = rows[-1], sum(row["to"] is not None for row in rows)
+        done = "skipped" if last["to"] is None else f"rolled back to step {last['to']}"
+        return f"{len(rows)} ({back} rolled back), the last: step {last['step']} {done}: {last['saw']}"
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""
@@ -225,4 +224,4 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 def _is_of_a_step(row: dict[str, Any]) -> bool:
     """Does it have the values that are read here? Other lines are left out, like incomplete ones."""
     kinds: dict[str, Any] = {"step": int, "phase": str, "loss": (int, float, type(None)), "clips_per_s": (int, float)}
-    return all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+    return all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())

@@ -64,6 +64,8 @@ def _training(run: RunRecord, lines: dict[str, list[curves.Line]]) -> Iterator[A
             yield Text(
                 f"The loss of {record.name} is not finite in {count:,} of {len(loss):,} steps: gaps in its curve."
             )
+        if (spikes := record.status.spikes) is not None:
+            yield Text(f"Spikes of {record.name}: {spikes}.")
     yield from _lacking(run, "training")
 
 

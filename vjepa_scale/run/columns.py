@@ -144,8 +144,8 @@ COLUMNS = (
         "decode/cores", "cores per rank", "that time per second: cores that the loader keeps busy",
         "below the cores that a rank has", of_machine=True,
     ),
-    Column("skipped", "", "1 in the row of a step that changed nothing, since it was a spike: `loss` and `grad_norm` are "
-           "what was seen, null if not finite", "absent. [Spikes](watching.md#spikes)"),
+    Column("skipped", "", "1 in the row of a step that changed nothing, since it was a spike: `loss` and `grad_norm` "
+           "are what was seen, null if not finite", "absent. [Spikes](watching.md#spikes)"),
     Column("substituted", "clips", "clips of this step that were replaced since they do not decode",
            "0. [loader.md](loader.md)"),
     Column("substituted/*", "clips", "the same by cause, in rows that have some"),
