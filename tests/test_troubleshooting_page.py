@@ -85,6 +85,7 @@ def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
         [recipe, f"data.sets.left.path={cut}"],
         [recipe, "pretrain.micro_batch=3"],
         [recipe, "launch.tasks_per_node=3"],
+        [recipe, "launch.tasks_per_node=4", "engine.replicate=3"],
         [recipe, "--stages", "cooldown"],
         [recipe, "launch.nodes=2"],
         [recipe, "engine.device=cuda", f"launch.profile={profile}", "--cluster=slurm", "launch.tasks_per_node=2"],

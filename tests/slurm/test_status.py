@@ -151,10 +151,7 @@ def test_a_life_with_everything(cluster: Cluster, two_data_sets: Sets, tmp_path:
     assert errors == ""
     _followed(run, followed.read_text())
 
-    launch(run)
-    wait_for_states(run, ["running", "pending"])
-    wait_for_steps(run, run.steps() + 5)
-    assert run.events("started")[-1]["kind"] == "resume"
+    _on_fewer_nodes(run)
     _without_a_controller(run)
     _forgotten(run)
 
@@ -250,6 +247,19 @@ def _followed(run: Run, lines: str) -> None:
     assert "pretrain: cancelled" in lines
     assert "cooldown: cancelled" in lines
     assert not any(line.startswith("submitit ") for line in lines.splitlines())
+
+
+def _on_fewer_nodes(run: Run) -> None:
+    """A node is lost for good: the batch is kept. The jobs of later stages are submitted with the new number too."""
+    _, error = launch(run, "launch.nodes=3", code=2)
+    assert "which 3 ranks cannot share equally" in error
+    assert "(launch.nodes=2 or 4" in error
+    assert run.events("cancelled")
+    launch(run, "launch.nodes=1")
+    wait_for_states(run, ["running", "pending"])
+    wait_for_steps(run, run.steps() + 5)
+    assert [(row["kind"], row["world_size"]) for row in run.events("started")[-2:]] == [("resume", 2), ("resume", 1)]
+    assert [run.cluster.job(run.job_id(stage))["NumNodes"] for stage in ("pretrain", "cooldown")] == ["1", "1"]
 
 
 def _without_a_controller(run: Run) -> None:

@@ -45,7 +45,8 @@ def count_replicas(asked: int | Literal["auto", "all"], *, world_size: int, per_
         raise UserError(
             f"{world_size} processes do not divide into {replicas} replicas",
             where="engine.replicate",
-            fix="a divisor of launch.nodes × launch.tasks_per_node",
+            fix="auto (one per node) or another divisor of launch.nodes × launch.tasks_per_node: "
+            f"{', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}",
         )
     return replicas
 

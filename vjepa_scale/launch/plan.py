@@ -21,7 +21,8 @@ from vjepa_scale.monitor.stage_files import StageFiles
 from vjepa_scale.monitor.stage_state import who_runs
 from vjepa_scale.recipe import Phase, Recipe, Stage, stages_of
 from vjepa_scale.recipe.networks import NETWORKS
-from vjepa_scale.recipe.phases import Ramp, accumulation
+from vjepa_scale.recipe.phases import Ramp, accumulation, divides_among
+from vjepa_scale.recipe.rank_counts import refuse_uneven_batches
 from vjepa_scale.recipe.schema import LaunchConfig
 from vjepa_scale.run.lock import refuse_if_training
 from vjepa_scale.training.planned_start import planned_first, planned_order
@@ -69,6 +70,8 @@ def check(
 
 def _checked(stages: Sequence[Stage], source: object, repair: Callable[[str], object] | None) -> list[Stage]:
     recipe = stages[0].recipe
+    with errors_name(source):
+        refuse_uneven_batches([stage for stage in stages if not is_finished(stage)])
     remaining: list[Stage] = []
     damaged: list[tuple[Stage, Damage]] = []
     for stage in stages:
@@ -196,7 +199,9 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
     """Yields the lines of the plan: ranks, then every phase with its steps, rate, geometry and batch.
 
     where: the text of ``site``
+    Raises UserError if the ranks of a stage that is not finished cannot share its batches.
     """
+    refuse_uneven_batches([stage for stage in stages if not is_finished(stage)])
     recipe = stages[0].recipe
     model, encoder = recipe.model, recipe.model.encoder
     yield f"run     {recipe.run.dir}"
@@ -234,7 +239,7 @@ def describe(stages: Sequence[Stage], *, where: str) -> Iterator[str]:
                 yield f"  warning: {idle}"
         for phase in stage.phases_from(planned_first(stage)):
             yield "  " + _phase_line(stage, phase)
-            if recipe.engine.device != "cpu":
+            if recipe.engine.device != "cpu" and divides_among(phase, stage.world_size):
                 yield from (f"    {line}" for line in estimate_lines(stage, phase))
             short, share = short_videos(stage.data, phase, manifests)
             if short:
@@ -289,11 +294,14 @@ def site(recipe: Recipe) -> str:
 
 
 def _phase_line(stage: Stage, phase: Phase) -> str:
-    per_rank = accumulation(phase, dp_world_size=stage.world_size)
+    shared = ""  # of a finished stage that had other ranks
+    if divides_among(phase, stage.world_size):
+        per_rank = accumulation(phase, dp_world_size=stage.world_size)
+        shared = f" = {stage.world_size} ranks × {per_rank} × {phase.micro_batch}"
     return (
         f"{phase.name}: steps {phase.first} to {phase.end - 1}, {_schedules(phase)}, "
         f"{_geometries(stage, phase)}, "
-        f"batch {phase.global_batch} = {stage.world_size} ranks × {per_rank} × {phase.micro_batch}, "
+        f"batch {phase.global_batch}{shared}, "
         f"{_count(stage.step_flops(phase))}FLOPs a step"
     )
 

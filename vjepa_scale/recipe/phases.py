@@ -140,7 +140,7 @@ def phase_steps(stage: StageConfig) -> list[int]:
 def accumulation(phase: Phase, *, dp_world_size: int) -> int:
     """Returns the micro-batches per rank and step. Raises UserError if the ranks cannot share them equally."""
     micro_batches = phase.global_batch // phase.micro_batch
-    if micro_batches % dp_world_size:
+    if not divides_among(phase, dp_world_size):
         raise UserError(
             f"{phase.global_batch} clips in micro-batches of {phase.micro_batch} are {micro_batches}, "
             f"which {dp_world_size} ranks cannot share equally",
@@ -149,3 +149,8 @@ def accumulation(phase: Phase, *, dp_world_size: int) -> int:
             f"{phase.micro_batch * dp_world_size}",
         )
     return micro_batches // dp_world_size
+
+
+def divides_among(phase: Phase, ranks: int) -> bool:
+    """Returns whether so many ranks can share the micro-batches of each step equally."""
+    return phase.global_batch // phase.micro_batch % ranks == 0

@@ -27,7 +27,7 @@ from vjepa_scale.data.stage_data import data_order, open_data
 from vjepa_scale.recipe import Stage, stages_of
 from vjepa_scale.recipe.evaluate_section import evaluation_of
 from vjepa_scale.recipe.load import validate_recipe
-from vjepa_scale.recipe.phases import accumulation
+from vjepa_scale.recipe.rank_counts import refuse_uneven_batches
 from vjepa_scale.recipe.schema import EngineConfig
 from vjepa_scale.recipe.stage import UNTRAINED
 from vjepa_scale.training.planned_start import (
@@ -45,8 +45,7 @@ def preflight(stage: Stage, *, will_have_run: Collection[str]) -> None:
 
     will_have_run: stages that this launch runs before it, whose checkpoints need not exist yet
     """
-    for phase in stage.phases:
-        accumulation(phase, dp_world_size=stage.world_size)
+    refuse_uneven_batches([stage])
     stage.check_before_launch()
     check_installed(stage.recipe.engine)
     check_sinks_installed(stage.recipe.log.sinks)
