@@ -44,6 +44,7 @@ IN_SOURCE = {
     "the recipe differs from the one that trained …: … (put it back, choose another run.dir, …)": "training",
     "another process is training this stage (wait for it, or end it)": "run/lock.py",
     "step … has taken … s, the median is … s": "training/slow_steps.py",
+    "wrong results: rank … on …; since …": "training/device_watch.py",
     "the processes ended without an error message": "launch/retry_policy.py",
     "… twice in a row: it would come again": "launch/retry_policy.py",
     "Hugging Face's VJEPA2Model cannot express this model: … (use --to safetensors)": "checkpoint/formats",

@@ -259,7 +259,8 @@ def _on_fewer_nodes(run: Run) -> None:
     wait_for_states(run, ["running", "pending"])
     wait_for_steps(run, run.steps() + 5)
     assert [(row["kind"], row["world_size"]) for row in run.events("started")[-2:]] == [("resume", 2), ("resume", 1)]
-    assert [run.cluster.job(run.job_id(stage))["NumNodes"] for stage in ("pretrain", "cooldown")] == ["1", "1"]
+    for stage in ("pretrain", "cooldown"):  # of a job that waits Slurm says 1-1
+        assert run.cluster.job(run.job_id(stage))["NumNodes"].partition("-")[0] == "1"
 
 
 def _without_a_controller(run: Run) -> None:

@@ -49,7 +49,8 @@ class Engine(ABC):
         self.attention = ""  # the name of the kernel in use
         self._optimizer: torch.optim.Optimizer  # PyTorch's own, from start_optimizer on
         self._sampled: tuple[list[tuple[int, int]], Tensor] = ([], torch.zeros(0, device=self.device))
-        self._compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
+        # Of activations and matrix products.
+        self.compute_type = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
 
     # -- from a plain network to a sharded one -------------------------------------------------------
 
@@ -59,7 +60,7 @@ class Engine(ABC):
         assert not list(network.buffers()), "buffers are not initialised here: compute such tables in forward"
         if not trainable:  # a trained network keeps its flags: some layers have no gradient
             network.requires_grad_(False)
-        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self._compute_type)
+        self.attention = set_kernel(network, self._cfg.attention, device=self.device, dtype=self.compute_type)
 
     @abstractmethod
     def shard(

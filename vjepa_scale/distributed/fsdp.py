@@ -85,7 +85,7 @@ class FsdpEngine(Engine):
         # other inputs, float32 RoPE tables, are not cast. Only the root's output is float32: inside, LayerNorm
         # needs input and weights of one type.
         return MixedPrecisionPolicy(
-            param_dtype=None if self._compute_type == torch.float32 else self._compute_type,
+            param_dtype=None if self.compute_type == torch.float32 else self.compute_type,
             reduce_dtype=torch.float32,
             output_dtype=torch.float32 if root else None,
             cast_forward_inputs=root,

@@ -97,7 +97,7 @@ class ZeroEngine(Engine):
     ) -> None:
         self._named = {name: p for name, p in named_parameters(trained) if p.requires_grad}
         self._engine, self._zero, *_ = self._deepspeed.initialize(
-            model=_Composite(trained, self._compute_type, self.device),
+            model=_Composite(trained, self.compute_type, self.device),
             optimizer=make_optimizer(cfg, self._named.items(), _whole_shape, settings, unreached),
             config=self._config(),
             dist_init_required=False,

@@ -10,7 +10,7 @@ from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import row_of
 from vjepa_scale.monitor.states import BestCheckpoint, LastError, StageStatus
 from vjepa_scale.recipe import Stage
-from vjepa_scale.run.events import Attempt, History, Row, attempts
+from vjepa_scale.run.events import Attempt, History, Row, attempts, device_in_words
 from vjepa_scale.run.failures import worst_failure
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
@@ -43,6 +43,7 @@ class StageFiles:
         self._read_checkpoint()
         self._read_steps()
         self.status.signs = self._signs()
+        self.status.stragglers = self._stragglers()
         self.status.spikes = self._spikes()
         self.status.error = self._error()
 
@@ -125,6 +126,12 @@ class StageFiles:
         last, back = rows[-1], sum(row["to"] is not None for row in rows)
         done = "skipped" if last["to"] is None else f"rolled back to step {last['to']}"
         return f"{len(rows)} ({back} rolled back), the last: step {last['step']} {done}: {last['saw']}"
+
+    def _stragglers(self) -> list[str]:
+        """The ranks that hold up the others, since the last start: the last row about each of their problems."""
+        begun = max((index for index, row in enumerate(self.rows) if row["event"] == "started"), default=0)
+        last = {(row["rank"], row["problem"]): row for row in self.rows[begun:] if row["event"] == "device"}
+        return [device_in_words(row) for row in last.values() if not row["over"]]
 
     def _read_steps(self) -> None:
         """Step, loss and pace, from the end of metrics.jsonl."""

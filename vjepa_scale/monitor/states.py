@@ -79,6 +79,7 @@ class StageStatus:
     first, last_step: the global step it begins at, and the one it is finished at
     step_s:         seconds per step, recently; eta_s: for the remaining steps, at this rate
     signs:          of a collapse, in its last attempt
+    stragglers:     ranks that hold up the others now, in words
     spikes:         in all its attempts, in words
     idle_s:         since its last step; still: that is much longer than a step takes
     """
@@ -109,6 +110,7 @@ class StageStatus:
     checkpoint_age_s: float | None = None
     best: BestCheckpoint | None = None
     signs: list[str] = field(default_factory=list)
+    stragglers: list[str] = field(default_factory=list)
     spikes: str | None = None
     error: LastError | None = None
     log: str | None = None

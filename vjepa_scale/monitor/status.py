@@ -100,6 +100,7 @@ def launch_source(run_folder: Path, launch: str) -> dict[str, Any]:
 
 
 WIDTH = 100
+MOST_STRAGGLERS = 4
 
 
 def as_json(status: RunStatus) -> str:
@@ -176,6 +177,9 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
         out.append(f"signs of a collapse: {', '.join(stage.signs)}")
     if stage.spikes:
         out.append(f"spikes: {stage.spikes}")
+    out += [f"straggler: {words}" for words in stage.stragglers[:MOST_STRAGGLERS]]
+    if (more := len(stage.stragglers) - MOST_STRAGGLERS) > 0:
+        out.append(f"and {more} more ranks that hold up the others (--json has all)")
     if stage.still:
         out.append(f"running, but no step for {duration(stage.idle_s or 0.0)}")
     if stage.attempt > 1 or (stage.endings and stage.state in ALIVE):

@@ -72,8 +72,24 @@ class SpikesConfig(Section):
     rollbacks: PositiveInt = Field(3, description="rollbacks that are allowed in 1000 steps; one more ends the run")
 
 
+class DeviceCheckConfig(Section):
+    """Every rank computes the same small products, whose exact results are known; each is compared, and timed."""
+
+    every: PositiveInt | None = Field(
+        1000,
+        description="steps between checks of every rank's device, the first of them before the first step; a rank that "
+        "computes wrong ends the job; null: never (docs/watching.md)",
+    )
+    slow_factor: Above1 | None = Field(
+        1.3,
+        description="a GPU that takes more than this multiple of the other ranks' median time is slow; null: none is",
+    )
+    window: PositiveInt = Field(3, description="consecutive checks in which a GPU is slow until it is named")
+
+
 class GuardsConfig(Section):
     spikes: SpikesConfig = SpikesConfig()
+    check_devices: DeviceCheckConfig = DeviceCheckConfig()
     collapse: Literal["off", "warn", "stop"] = Field(
         "warn", description="what happens when a figure stays beyond its limit (docs/watching.md)"
     )

@@ -104,7 +104,7 @@ def _micro_batches(stage: Stage, ranks: int) -> list[str] | None:
     found = []
     for key, phases in phases_of.items():
         now = phases[0].micro_batch
-        largest = _first(range(now, 0, -1), lambda clips, phases=phases: _fits(phases, clips, ranks))
+        largest = next((clips for clips in range(now, 0, -1) if _fits(phases, clips, ranks)), None)
         if largest is None:
             return None
         found += [f"{key}={largest}"] * (largest != now)

@@ -11,6 +11,9 @@ A row has ``time`` (seconds since 1970) and ``event``:
     interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
     collapse     a figure has stayed beyond its limit: job, column, value, limit, step (training/collapse_watch.py)
     spike        a step was skipped or training rolled back: job, step, action, to, saw (run/ledger.py)
+    device       a rank holds up the others (training/device_watch.py): job, rank, node, device, problem (wrong: of its
+                 results; slow; data: it waits for its batches), times (the others' median), share (of the steps'
+                 time), over (it no longer does), step
     failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
     requeued     another attempt follows: reason, job_id
     gave_up      no other attempt follows: reason
@@ -51,6 +54,16 @@ _OF_EVENT: dict[str, dict[str, Any]] = {
     },
     "collapse": {"column": str, "value": _NUMBER, "limit": _NUMBER, "step": int},
     "spike": {"step": int, "action": str, "to": _STEP, "saw": str},
+    "device": {
+        "rank": int,
+        "node": str,
+        "device": str,
+        "problem": str,
+        "times": (int, float, type(None)),
+        "share": (int, float, type(None)),
+        "over": bool,
+        "step": int,
+    },
     "gave_up": {"reason": str},
     "done": {"step": int},
 }
@@ -142,3 +155,17 @@ def _attempt_of(row: Row, tried: Sequence[Attempt]) -> Attempt | None:
     if "job" in row:
         return next((attempt for attempt in reversed(tried) if attempt.is_of(row["job"])), None)
     return tried[-1] if tried else None
+
+
+def device_in_words(row: Row) -> str:
+    """Returns a ``device`` row as text: ``rank 5 on n07, cuda:1 (…): 1.42 times as slow as the other ranks, …``."""
+    times = "" if row["times"] is None else f", {row['times']:g} times as long as the other ranks"
+    said = {
+        "wrong": "computes wrong",
+        "slow": f"slow: its matrix products take{times.removeprefix(',')}",
+        "data": f"waits for its data{times}" + ("" if row["share"] is None else f", {row['share']:.0%} of the time"),
+    }.get(row["problem"], row["problem"])
+    who = f"rank {row['rank']} on {row['node']}, {row['device']}"
+    if row["over"]:
+        return f"{who}: no longer {'slow' if row['problem'] == 'slow' else 'waits for its data longer than the others'}"
+    return f"{who}: {said} (at step {row['step']})"

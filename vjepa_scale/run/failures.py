@@ -18,8 +18,8 @@ from vjepa_scale.core.ranks import Ranks
 
 Report = dict[str, Any]
 
-# Errors of a rank whose peer has ended. The peer's own exception names the cause.
-_BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+# Errors of a rank whose peer has ended, or ends the job. The peer's own exception names the cause.
+_BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerDeviceError")
 _KEYS = {"rank", "step", "kind", "message", "user_error", "bystander", "log"}
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 

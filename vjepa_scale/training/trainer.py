@@ -24,6 +24,7 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.run.failures import Progress
 from vjepa_scale.run.lock import HELD, stage_lock
 from vjepa_scale.training.checkpointer import Checkpointer
+from vjepa_scale.training.device_watch import DeviceWatch
 from vjepa_scale.training.out_of_memory import out_of_memory_explained
 from vjepa_scale.training.profiling import StepProfiler
 from vjepa_scale.training.setup import Training, set_up
@@ -103,6 +104,10 @@ class _Trainer:
         profile, folder, rank = self.recipe.profile, self.stage.folder, training.ranks.rank
         self.profiler = StepProfiler(profile, folder=folder, rank=rank, device=self.engine.device)
         self.slow = SlowSteps(profile, folder=folder, rank=rank, event=self.log.event)
+        check = self.recipe.guards.check_devices
+        self.devices = DeviceWatch(
+            check, device=self.engine.device, dtype=self.engine.compute_type, ranks=training.ranks, log=self.log
+        )
 
     def train(self) -> None:
         start, end = self.training.start, self.training.end
@@ -111,6 +116,7 @@ class _Trainer:
             self.log.say(f"{self.stage.name} is complete at step {end}")
             return
         self.log.begin(start, self.training.phases, attention=self.engine.attention)
+        self.devices.check(step)
         with self.slow:
             while step < end:
                 step = self._train_phase(next(phase for phase in self.training.phases if phase.end > step), step)
@@ -143,13 +149,14 @@ class _Trainer:
                 self._record(phase, step, result, seconds=now - clock)
                 self.slow.disarm(step, seconds=now - clock)
                 began = time.perf_counter()
+                self.devices.after(step, result.waited_s, seconds=now - clock)
                 self.checkpoints.collect()
                 if result.stop or self.checkpoints.due(phase, step + 1):
                     with region("save"):
                         self.checkpoints.save(phase, step + 1)
                 self.saved_s = time.perf_counter() - began
                 self.profiler.after(step)
-                clock = now + (time.perf_counter() - began)  # saving and writing a profile are no part of a step
+                clock = now + (time.perf_counter() - began)  # saving, checks and profiles are no part of a step
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
         return phase.end
