@@ -27,6 +27,11 @@ CASES = [
         ["launch.nodes=12", f"{OWN}=12", "cooldown=null", "action=null"],
         ["launch.nodes=8", "launch.nodes=16", f"pretrain.micro_batch=8 {OWN}=8"],
     ),
+    # Phases of other batches, 128 and 72 micro-batches: the numbers are for both.
+    (
+        ["launch.nodes=9", "pretrain.phases.1.global_batch=1728", "cooldown=null", "action=null"],
+        ["launch.nodes=1", "launch.nodes=8 pretrain.micro_batch=3"],
+    ),
     # Copies of the weights: 8 ranks do not make 16.
     (
         ["launch.nodes=3", "launch.tasks_per_node=8", "engine.replicate=16"],

@@ -295,7 +295,7 @@ def test_a_wrong_device_ends_the_training(two_data_sets: dict[str, Path], tmp_pa
         two_data_sets,
         data={"workers": 0},
         guards={"check_devices": {"every": 4}},
-        checkpoint={"every": 2, "keep": 9},
+        checkpoint={"every": 2, "keep": 9, "background": False},
         pretrain=RECIPE["pretrain"] | {"steps": 6, "phases": [{"name": "only", "start_lr": 1e-4}]},
         cooldown=None,
     )
