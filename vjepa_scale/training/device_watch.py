@@ -127,9 +127,9 @@ def _place(device: torch.device) -> Place:
     if device.type != "cuda":
         return Place(node, device.type)
     properties = torch.cuda.get_device_properties(device)
-    uuid = getattr(properties, "uuid", None)
+    uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}" if getattr(properties, "uuid", None) else ""
     # The number is the process's own: CUDA_VISIBLE_DEVICES may hide others. The UUID is nvidia-smi's too.
-    return Place(node, f"{device} ({properties.name}{f', GPU-{uuid}' if uuid else ''})")
+    return Place(node, f"{device} ({properties.name}{f', {uuid}' if uuid else ''})")
 
 
 def _rounded(value: float | None) -> float | None:
