@@ -11,7 +11,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.objective.jepa import Jepa
 from vjepa_scale.recipe import load_recipe, stages_of
-from vjepa_scale.run.failures import Progress
+from vjepa_scale.run.progress import Progress
 from vjepa_scale.training.out_of_memory import out_of_memory_explained
 from vjepa_scale.training.trainer import train_stage
 

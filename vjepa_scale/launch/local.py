@@ -99,6 +99,7 @@ class LocalChain:
             if verdict.kind == "stop":
                 history.add("gave_up", job_id=job.job_id, reason=verdict.why)
                 raise self._failure(stage, verdict, history)
+            print(f"{stage.name}: {verdict.ended}; another attempt", flush=True)
             job = self._start(stage)
             history.add("requeued", job_id=job.job_id, reason=verdict.ended)
 
@@ -152,7 +153,8 @@ class LocalChain:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
         if verdict.user_error or failed["kind"] == PassingError.__name__:  # it was not temporary
             return UserError(failed["message"])
-        who = f"rank {failed['rank']} failed with " if failed["rank"] is not None else ""
+        named = failed["rank"] is None or failed["message"].startswith("rank ")
+        who = "" if named else f"rank {failed['rank']} failed with "
         where = f"report in {failed['report']}, " if failed["report"] else ""
         return StageFailedError(
             f"{stage.name}: {who}{verdict.ended}; not started again, since {verdict.why}; {where}logs in {stage.logs}"

@@ -4,7 +4,8 @@ A stage may be restarted for weeks, after time limits and preemptions, as long a
 It is not restarted
 
 - after a user error,
-- after the same kind of failure at the same step twice in a row, which would occur again,
+- after the same kind of failure at the same step twice in a row, which would occur again (not if a rank was killed or
+  stopped from outside),
 - when more than ``launch.max_restarts`` restarts in a row brought no new checkpoint.
 
 Does not import PyTorch.
@@ -80,8 +81,12 @@ def end_of_attempt(
                 "report": None,
                 "log": str(log) if log.exists() else None,
             }
-        row = {key: value for key, value in report.items() if key != "traceback"}
-        history.add("failed", job=job, job_id=job_id or job, **row)
+        if "signal" in report:  # a rank has stopped without the others, and nothing was saved then
+            step = _last_saved(mine[-1]) if mine else None
+            history.add("interrupted", job=job, job_id=job_id or job, signal=report["signal"], step=step)
+        else:
+            row = {key: value for key, value in report.items() if key not in ("traceback", "account")}
+            history.add("failed", job=job, job_id=job_id or job, **row)
     tried = _tried(history, job_id)
     verdict = judge(tried, max_restarts=max_restarts)
     _log.debug(
@@ -90,6 +95,13 @@ def end_of_attempt(
     if verdict.kind == "again" and any(row["event"] == "cancelled" for row in history.since_submission()):
         return Verdict("stop", verdict.ended, "it was cancelled")
     return verdict
+
+
+def _last_saved(attempt: Attempt) -> int | None:
+    """Returns the step of the checkpoint at which the next attempt starts; None if there is none."""
+    started = attempt.started
+    begun = started["step"] if started is not None and started["kind"] == "resume" else None
+    return begun if attempt.saved is None else attempt.saved
 
 
 def _tried(history: History, job_id: str | None) -> list[Attempt]:
@@ -131,8 +143,11 @@ def refuse_endless_restarts(history: History, *, job_id: str, max_restarts: int)
 
 
 def _same_failure(before: Row, end: Row) -> bool:
-    """Returns whether both are the same failure at the same step. Errors of a lost peer are always equal: False."""
-    if before["event"] != "failed" or end.get("bystander"):
+    """Returns whether both are the same failure at the same step.
+
+    False for errors of a lost peer, which are always equal, and for what came from outside, such as SIGKILL.
+    """
+    if before["event"] != "failed" or end.get("bystander") or not end.get("recurs", True):
         return False
     same = (before["kind"], before["step"]) == (end["kind"], end["step"])
     # Before the first step a kind is less specific: the messages must be equal too.

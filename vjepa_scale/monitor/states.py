@@ -43,9 +43,9 @@ class LastError:
     @property
     def who(self) -> str:
         """One line: rank, exception, step, message."""
-        rank = "" if self.rank is None else f"rank {self.rank}: "
-        step = "" if self.step is None else f" at step {self.step}"
         first_line = self.message.partition("\n")[0]
+        rank = "" if self.rank is None or first_line.startswith("rank ") else f"rank {self.rank}: "
+        step = "" if self.step is None else f" at step {self.step}"
         return f"{rank}{self.kind}{step}: {first_line}" if first_line else f"{rank}{self.kind}{step}"
 
 

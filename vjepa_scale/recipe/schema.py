@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from vjepa_scale.recipe.evaluate_section import EvaluateConfig
+from vjepa_scale.recipe import limits
 from vjepa_scale.recipe.guard_sections import GuardsConfig
 from vjepa_scale.recipe.log_sections import LogConfig, ProfileConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig
@@ -181,6 +182,12 @@ class FaultsConfig(Section):
         30.0,
         description="a clip whose decoding takes longer is replaced and its worker killed (not with data.workers 0); "
         "must be less than engine.timeout_s",
+    )
+    item_timeout_s: Positive | None = Field(
+        None,
+        description="a loader worker whose batch is awaited and that reads no further clip for so long is killed, and "
+        "the attempt ends with its name and file (docs/loader.md); null: midway between decode_timeout_s and the limit "
+        "of a step, 255 s by default",
     )
 
 
@@ -424,12 +431,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _peers_can_wait(self) -> "Recipe":
-        limit = self.data.faults.decode_timeout_s
-        if limit >= self.engine.timeout_s:
-            raise ValueError(
-                f"data.faults.decode_timeout_s {limit:g} is not less than engine.timeout_s {self.engine.timeout_s}: "
-                "the other ranks would time out before the clip is replaced"
-            )
+        limits.check(self)
         return self
 
     def stages(self) -> dict[str, StageConfig]:

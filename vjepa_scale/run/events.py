@@ -8,13 +8,15 @@ A row has ``time`` (seconds since 1970) and ``event``:
     saved        a checkpoint is complete: job, step
     slow_step    a step takes many times the median, and rank 0 has written stacks: job, step, seconds, median,
                  stacks
-    interrupted  saved and stopped after a signal: job, signal, step (of the checkpoint that was saved then)
+    interrupted  stopped after a signal: job, signal, step (of the checkpoint that was saved then, or before it by a
+                 rank that waited in vain for data)
     collapse     a figure has stayed beyond its limit: job, column, value, limit, step (training/collapse_watch.py)
     spike        a step was skipped or training rolled back: job, step, action, to, saw (run/ledger.py)
     device       a rank holds up the others (training/device_watch.py): job, rank, node, device, problem (wrong: of its
                  results; slow; data: it waits for its batches), times (the others' median), share (of the steps'
                  time), over (it no longer does), step
-    failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report
+    failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report;
+                 recurs: False if it came from outside, such as SIGKILL
     requeued     another attempt follows: reason, job_id
     gave_up      no other attempt follows: reason
     cancelled    by tools/launch.py cancel, or by the launcher's Ctrl-C

@@ -1,6 +1,8 @@
 """Failure reports: each rank that fails writes one; ``worst_failure`` finds the one that names the cause.
 
-    <run>/<stage>/failures/JOB.RANK.json   rank, step, kind, message, user_error, bystander, traceback, log
+    <run>/<stage>/failures/JOB.RANK.json            rank, step, kind, message, user_error, bystander, traceback, log
+    <run>/<stage>/failures/JOB.RANK.supervisor.json the same and more, of the process that supervises the rank
+                                                    (launch/supervisor.py): recurs, and of a rank that hung account
 
 Does not import PyTorch.
 """
@@ -8,13 +10,14 @@ Does not import PyTorch.
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vjepa_scale.core.errors import FULL, PassingError, UserError, reason_of
 from vjepa_scale.core.files import read_json, write_json, write_last_words
 from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.run.blame import blamed
+from vjepa_scale.run.rank_places import places_of
 
 Report = dict[str, Any]
 
@@ -24,29 +27,29 @@ _KEYS = {"rank", "step", "kind", "message", "user_error", "bystander", "log"}
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 
-@dataclass
-class Progress:
-    """``step``: the step that is being computed, for failure reports; ``phase``: its phase's name. None before it."""
-
-    step: int | None = None
-    phase: str | None = None
-
-
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
     """Writes this rank's report. step: the one that was being computed; None before the first."""
-    log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
-    path = folder / f"{_file_name(ranks.job)}.{ranks.rank}.json"
     shown = reported_error(error)
-    report = {
-        "rank": ranks.rank,
-        "step": step,
-        "kind": type(shown).__name__,
-        "message": str(shown),
-        "user_error": isinstance(shown, UserError) and not isinstance(shown, PassingError),
-        "bystander": _is_bystander(shown),
-        "traceback": "".join(traceback.format_exception(error)),
-        "log": str(log) if log.exists() else None,
-    }
+    write_report(
+        folder,
+        ranks,
+        logs=logs,
+        step=step,
+        kind=type(shown).__name__,
+        message=str(shown),
+        user_error=isinstance(shown, UserError) and not isinstance(shown, PassingError),
+        bystander=_is_bystander(shown),
+        traceback="".join(traceback.format_exception(error)),
+        **({"signal": error.signal} if isinstance(error, NothingSaved) else {}),
+    )
+
+
+def write_report(folder: Path, ranks: Ranks, *, logs: Path, supervisor: bool = False, **values: Any) -> None:
+    """Writes a report with these values, of the rank itself or of its supervisor."""
+    log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
+    own = ".supervisor" if supervisor else ""
+    path = folder / f"{_file_name(ranks.job)}.{ranks.rank}{own}.json"
+    report = {"rank": ranks.rank, **values, "log": str(log) if log.exists() else None}
     write_last_words(folder.parent, lambda: write_json(path, report))
 
 
@@ -66,11 +69,21 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
     job: Ranks.job of the attempt, or a pattern for it
 
-    User errors come first, then other exceptions, then errors of ranks that only lost a peer.
+    User errors come first, then other exceptions and ends by a signal, then ranks that hung, then errors of ranks that
+    only lost a peer. Of the last two kinds the message is that of ``blamed``, which names the ranks that are missing.
     """
-    paths = folder.glob(f"{_file_name(job)}.*.json")
-    reports = [{**report, "report": str(path)} for path in paths for report in _read(path)]
-    return min(reports, key=lambda report: (_priority(report), report["rank"]), default=None)
+    found = reports_of(folder, job)
+    worst = min(found, key=lambda report: (_priority(report), report["rank"]), default=None)
+    return worst and blamed(worst, found, places_of(folder.parent, job))
+
+
+def reports_of(folder: Path, job: str) -> list[Report]:
+    """Returns the reports of an attempt, each with its path as ``report``."""
+    return [{**report, "report": str(path)} for path in report_files(folder, job) for report in _read(path)]
+
+
+def report_files(folder: Path, job: str) -> list[Path]:
+    return sorted(folder.glob(f"{_file_name(job)}.*.json"))
 
 
 def _read(path: Path) -> Iterator[Report]:
@@ -82,7 +95,18 @@ def _read(path: Path) -> Iterator[Report]:
 
 
 def _priority(report: Report) -> int:
-    return 0 if report["user_error"] else 2 if report["bystander"] else 1
+    return 0 if report["user_error"] else 3 if report["bystander"] else 2 if "account" in report else 1
+
+
+class NothingSaved(Exception):
+    """A signal came while this rank waited for data that did not come. No step has been completed since ``step``.
+
+    signal: its name
+    """
+
+    def __init__(self, signal: str, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def _is_bystander(error: BaseException) -> bool:

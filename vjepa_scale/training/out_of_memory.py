@@ -13,7 +13,7 @@ from vjepa_scale.core.errors import reason_of
 from vjepa_scale.core.files import write_atomic
 from vjepa_scale.core.installed import command
 from vjepa_scale.recipe import Phase, Stage
-from vjepa_scale.run.failures import Progress
+from vjepa_scale.run.progress import Progress
 from vjepa_scale.training.profiling import memory_snapshot
 
 # Allocations and frees that PyTorch keeps with their stacks, the newest ones.

@@ -2,15 +2,25 @@
 
 Python runs signal handlers between bytecodes, so a signal during a collective or a save is handled after it.
 All ranks save and stop together after the step: the flag is reduced with the loss (``compute_gradients``).
+
+A rank that waits for data in vain never comes to that. ``ends_wait`` ends its wait some seconds after the signal, and
+the attempt without a save: no step has been completed since the last one, and the peers wait in a collective.
 """
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from vjepa_scale.core.worker_pool import start_fork_server
+from vjepa_scale.run.failures import NothingSaved
 
 # USR2: from Slurm, before the time limit or a preemption (NCCL uses USR1). TERM: for sites that send only that.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+# After a signal, the time for data to come. It usually comes sooner, and its step is worth finishing and saving.
+DATA_PATIENCE_S = 10.0
 
 
 class SavedAndStopped(Exception):
@@ -22,6 +32,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._awaited: str | None = None
+        self._listens = False
 
     def listen(self, *, loader_workers: int) -> None:
         """Handles the signals from now on, and blocks them in the loader's workers. Call it in the main thread.
@@ -30,8 +42,36 @@ class Interrupt:
         """
         for number in SIGNALS:
             signal.signal(number, self._note)
+        signal.signal(signal.SIGALRM, self._end_wait)
+        self._listens = True
         if loader_workers:
             start_fork_server("vjepa_scale.data.loader", deaf_to=SIGNALS)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name
+        if self._awaited is not None and not any(signal.getitimer(signal.ITIMER_REAL)):
+            signal.setitimer(signal.ITIMER_REAL, DATA_PATIENCE_S)
+
+    @contextmanager
+    def ends_wait(self, awaited: str) -> Iterator[None]:
+        """Raises NothingSaved inside, DATA_PATIENCE_S seconds after a signal. awaited: the data, in words"""
+        if not self._listens or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._awaited = awaited
+        if self.signal is not None:
+            signal.setitimer(signal.ITIMER_REAL, DATA_PATIENCE_S)
+        try:
+            yield
+        finally:
+            self._awaited = None
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def _end_wait(self, _: int, __: FrameType | None) -> None:
+        if self._awaited is not None and self.signal is not None:
+            awaited, self._awaited = self._awaited, None
+            raise NothingSaved(
+                self.signal,
+                f"stopped by {self.signal} while it waited for {awaited}: nothing is saved, since no step was completed "
+                "meanwhile",
+            )

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,10 +20,12 @@ from vjepa_scale.data.host_limits import raise_open_files
 from vjepa_scale.data.loader import PhaseLoader
 from vjepa_scale.data.substitution import DecodeFailure
 from vjepa_scale.distributed import process_group
+from vjepa_scale.distributed.process_group import pick_device
 from vjepa_scale.eval.observation import Observation
 from vjepa_scale.recipe import Phase, Stage
-from vjepa_scale.run.failures import Progress
 from vjepa_scale.run.lock import HELD, stage_lock
+from vjepa_scale.run.progress import Progress
+from vjepa_scale.run.rank_places import place_of, write_places
 from vjepa_scale.training.checkpointer import Checkpointer
 from vjepa_scale.training.device_watch import DeviceWatch
 from vjepa_scale.training.out_of_memory import out_of_memory_explained
@@ -63,6 +66,7 @@ def train_stage(
     stage.folder.mkdir(parents=True, exist_ok=True)
     raise_open_files(stage, world_size=ranks.world_size)
     process_group.start(ranks, stage.recipe.engine, rendezvous=stage.folder / "rendezvous")
+    _register(stage, ranks)
     try:
         # Half of the timeout: the other ranks wait in a collective meanwhile, which must not time out first.
         with (
@@ -75,6 +79,14 @@ def train_stage(
         raise
     # Not after an error: with NCCL it may wait for peers that wait for this rank, and no rank would report the error.
     process_group.stop()
+
+
+def _register(stage: Stage, ranks: Ranks) -> None:
+    """Rank 0 writes where each rank runs, so that one that dies or hangs can be named. Collective."""
+    on_gpu = pick_device(stage.recipe.engine, ranks).type == "cuda"
+    places = process_group.from_all(place_of(ranks, pid=os.getpid(), on_gpu=on_gpu))
+    if ranks.is_main:
+        write_places(stage.folder, ranks.job, places)
 
 
 @contextmanager
@@ -127,6 +139,7 @@ class _Trainer:
 
     def _train_phase(self, phase: Phase, first: int) -> int:
         """Trains a phase from a step on. Returns the step to go on from: the phase's end, or a checkpoint's."""
+        self.progress.enter("evaluation")
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock = time.perf_counter()
@@ -142,6 +155,7 @@ class _Trainer:
                         self.engine.discard_gradients()
                         self.slow.disarm(step, seconds=time.perf_counter() - clock)
                         self.profiler.after(step)
+                        self.progress.enter("setup")
                         return self.spikes.roll_back(spike)
                     result = self._updated(phase, step, gradients, skip=spike is not None)
                 now = time.perf_counter()
@@ -168,7 +182,8 @@ class _Trainer:
         for step in steps:
             self.profiler.before(step)
             self.slow.arm(step)
-            with region("load"):
+            self.progress.begin(step, first=step == steps.start)
+            with region("load"), self.interrupt.ends_wait(f"the data of step {step}"):
                 batch = next(batches)
             yield step, batch
 
@@ -277,6 +292,7 @@ class _Trainer:
 
     def _evaluate(self) -> None:
         """Evaluates the objective and writes evaluation.json."""
+        self.progress.enter("evaluation")
         found = self.objective.evaluation(self.training.phases, partial(self._stop_if_asked, self.training.end))
         self.log.refuse_if_superseded()
         if found is not None:
@@ -299,6 +315,7 @@ class _Trainer:
 
     def _stop_if_asked(self, step: int) -> None:
         """Stops after a signal to any rank. Saves nothing, since no step has run since ``step``. Collective."""
+        self.progress.beat()
         asked = torch.tensor(float(self.interrupt.signal is not None), device=self.engine.device)
         if self.engine.mean(asked).item() > 0:
             self._stop(step)

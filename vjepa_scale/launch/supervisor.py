@@ -1,0 +1,340 @@
+"""Runs a rank as the child of a small process, which can tell of its end when the rank cannot.
+
+The process that the cluster manager has started forks before PyTorch is imported and before there are threads. The
+child is the rank. The parent, its supervisor, waits for it, passes signals on, and ends as it ends: the same value,
+exception or exit code. It writes a report (run/failures.py)
+
+- if a signal ends the rank: the rank itself writes nothing then;
+- if the rank's progress (run/progress.py) stops for longer than its limit, also if the rank is stopped or holds Python's
+  lock. Then it ends the rank;
+- if the rank makes no progress and a peer has failed: then the rank waits in a collective, maybe for ever.
+
+So a job ends soon after one of its ranks, also where no launcher ends the others. While steps take less than LOOK_S
+seconds, a supervisor reads no file. If a supervisor is killed, its rank dies with it. Does not import PyTorch.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import psutil
+
+from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.launch.oom_kills import oom_kills
+from vjepa_scale.run.failures import report_files, reports_of, write_report
+from vjepa_scale.run.progress import Page, part_of, shared_page, step_of
+from vjepa_scale.run.rank_places import in_words, place_of, places_of
+
+TICK_S = 0.25
+# Of a rank without progress: when its supervisor begins to look for reports of peers, and how often it does.
+LOOK_S, LOOK_EVERY_S = 5.0, 2.0
+# The rank's time to answer; a hung rank's peers' time to write their accounts; the time that a rank has to end by
+# itself after a peer's failure.
+ANSWER_S, ACCOUNTS_S, PEER_GRACE_S = 3.0, 5.0, 15.0
+# How long a rank that has only lost a peer stays: the cluster manager may end all others when it leaves, and who they
+# were waiting for is known from who has written a report.
+HOLD_S = 10.0
+# A rank whose outcome is written may take this long to end.
+EXIT_S = 60.0
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_FROM_TERMINAL = 0x80  # si_code SI_KERNEL: the terminal sends its signals to the rank, too
+_PR_SET_PDEATHSIG = 1
+# Signals that are an error of the code if they come twice at the same step. Others come from outside.
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_STOP_REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class RankError(RuntimeError):
+    """An exception of the rank, as text, so that its class (which may be PyTorch's) need not be imported here."""
+
+
+class _RankTraceback(Exception):
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return f"\n{self._text}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the rank's function ended. kind: value, exit or error; value: what it returned, its code, or its exception"""
+
+    kind: str
+    value: Any
+    trace: str = ""
+
+
+def supervised(run: Callable[[Page], Any], *, ranks: Ranks, failures: Path, logs: Path) -> Any:
+    """Calls ``run`` in a child process, the rank, with the page of its progress. Returns what it returns.
+
+    Raises its UserError or SystemExit; its other exceptions as RankError, with its traceback; SystemExit(128 + n) if
+    signal n ends it. Where the system has no sigtimedwait (macOS) it is called in this process.
+    """
+    page = shared_page()
+    if not hasattr(signal, "sigtimedwait"):
+        return run(page)
+    written = os.fdopen(os.memfd_create("vjepa_outcome"), "w+b")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*_FORWARDED, signal.SIGCHLD])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: NumPy's, which handles a fork
+        pid = os.fork()
+    if pid == 0:
+        _be_the_rank(run, page, written, parent, before)
+    supervisor = Supervisor(pid, page, ranks=ranks, failures=failures, logs=logs)
+    handlers = {number: signal.signal(number, supervisor.forward) for number in _FORWARDED}
+    try:
+        status = supervisor.wait()
+        with written:
+            outcome = _read(written)
+        supervisor.tell(status, outcome)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _as_the_rank(outcome, status)
+
+
+# -- the child -------------------------------------------------------------------------------------
+
+
+def _be_the_rank(
+    run: Callable[[Page], Any], page: Page, written: BinaryIO, parent: int, mask: set[signal.Signals]
+) -> NoReturn:
+    import atexit
+
+    code = 1
+    try:
+        _die_with(parent)
+        page.pid = os.getpid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            outcome, code = Outcome("value", run(page)), 0
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+            outcome = Outcome("exit", code)
+        except BaseException as error:  # noqa: BLE001 (the parent raises it)
+            shown = error if isinstance(error, (UserError, KeyboardInterrupt)) else _in_words(error)
+            outcome = Outcome("error", shown, "".join(traceback.format_exception(error)))
+        pickle.dump(outcome, written)
+        written.flush()
+        page.ended = 1
+        atexit._run_exitfuncs()  # may leave by os._exit
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _in_words(error: BaseException) -> RankError:
+    return RankError("".join(traceback.format_exception_only(error)).strip())
+
+
+def _die_with(parent: int) -> None:
+    """SIGKILL when the parent has ended, however it ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+# -- the parent ------------------------------------------------------------------------------------
+
+
+def _read(written: BinaryIO) -> Outcome | None:
+    """Returns the outcome; None if the rank ended before it was whole."""
+    written.seek(0)
+    try:
+        found = pickle.load(written)  # noqa: S301 (of our own child)
+    except (EOFError, pickle.UnpicklingError, AttributeError, IndexError):
+        return None
+    return found if isinstance(found, Outcome) else None
+
+
+def _as_the_rank(outcome: Outcome | None, status: int) -> Any:
+    if outcome is None:
+        code = os.waitstatus_to_exitcode(status)
+        raise SystemExit(128 - code if code < 0 else code or 1)
+    if outcome.kind == "value":
+        return outcome.value
+    if outcome.kind == "exit":
+        raise SystemExit(outcome.value)
+    raise outcome.value from _RankTraceback(outcome.trace)
+
+
+class Supervisor:
+    """Waits for a rank and judges its progress, one turn after another.
+
+    Seconds without progress are counted in turns, not by the clock: a job that is suspended as a whole has not hung.
+    """
+
+    def __init__(self, pid: int, page: Page, *, ranks: Ranks, failures: Path, logs: Path) -> None:
+        self.pid, self.page, self.ranks, self.failures, self.logs = pid, page, ranks, failures, logs
+        self.silent_s = 0.0
+        self._beats = page.beats
+        self._look_in_s = LOOK_S
+        self._oom_kills = oom_kills()
+        self._kill_in_s: float | None = None  # the rank is given up
+        self._earlier = self._peers_reports()  # of a run with the same name: torchrun's are equal
+
+    def forward(self, number: int, _: object = None) -> None:
+        """Passes a signal on to the rank."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Returns the rank's wait status, when it has ended."""
+        signals = (*_FORWARDED, signal.SIGCHLD)
+        then = time.monotonic()
+        while True:
+            came = signal.sigtimedwait(signals, TICK_S)
+            if came is not None and came.si_signo != signal.SIGCHLD:
+                if not (came.si_signo == signal.SIGINT and came.si_code == _FROM_TERMINAL):
+                    self.forward(came.si_signo)
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                return status
+            now = time.monotonic()
+            passed, then = min(now - then, 2 * TICK_S), now
+            self.turn(passed)
+
+    def turn(self, passed: float) -> None:
+        """Judges the rank after so many further seconds."""
+        page = self.page
+        if self._kill_in_s is not None:
+            self._kill_in_s -= passed
+            if self._kill_in_s <= 0:
+                self._kill_in_s = EXIT_S
+                self.forward(signal.SIGKILL)
+            return
+        if page.ended:
+            self._kill_in_s = EXIT_S
+            return
+        if page.beats != self._beats:
+            self._beats, self.silent_s, self._look_in_s = page.beats, 0.0, LOOK_S
+            return
+        self.silent_s += passed
+        self._look_in_s -= passed
+        if not page.limit_ms:  # it ends, or nothing limits it
+            return
+        if self.silent_s > page.limit_ms / 1000:
+            self._give_up(overdue=True, grace_s=ACCOUNTS_S if self.ranks.world_size > 1 else 0.0)
+        elif self._look_in_s <= 0 and self.ranks.world_size > 1:
+            self._look_in_s = LOOK_EVERY_S
+            if self._peers_reports() - self._earlier:
+                self._give_up(overdue=False, grace_s=PEER_GRACE_S)
+
+    def _peers_reports(self) -> set[tuple[str, int]]:
+        """Returns name and time of change of each report of another rank of this start of the job."""
+        found, own = set(), f".{self.ranks.rank}."
+        for path in report_files(self.failures, self.ranks.job):
+            if own in path.name.removeprefix(self.ranks.job.replace("/", "_")):
+                continue
+            with suppress(OSError):
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
+
+    def _give_up(self, *, overdue: bool, grace_s: float) -> None:
+        """Writes the account of a rank that does not go on. It is killed ``grace_s`` seconds later."""
+        answered = self._asked()
+        waits = answered and bool(self.page.waits)
+        step, part = step_of(self.page), part_of(self.page)
+        account = {
+            "place": self._place(),
+            "part": part,
+            "waited_s": self.silent_s,
+            "overdue": overdue,
+            "answered": answered,
+            "waits": waits,
+            "state": self._state(),
+        }
+        at = "before the first step" if step is None else f"in step {step}"
+        did = "waited for its peers" if waits else "did not go on" if answered else "did not answer"
+        self._report(
+            step=step,
+            kind="Hung",
+            message=f"{in_words(account['place'])} {did} for {self.silent_s:.0f} s {at} ({part})",
+            bystander=waits or (answered and not overdue),
+            recurs=answered,
+            account=account,
+        )
+        self._kill_in_s = grace_s
+
+    def _asked(self) -> bool:
+        """Asks the rank, which writes its stacks too. Returns whether it has answered."""
+        asked = self.page.asked = self.page.asked + 1
+        for _ in range(int(ANSWER_S / TICK_S)):
+            time.sleep(TICK_S)
+            if self.page.answered == asked:
+                return True
+        return False
+
+    def _state(self) -> str:
+        try:
+            return str(psutil.Process(self.pid).status())
+        except psutil.Error:
+            return "gone"
+
+    def _place(self) -> dict[str, Any]:
+        """Returns the rank's place as it has registered it; on which GPU it is, only the rank knows."""
+        for place in places_of(self.failures.parent, self.ranks.job):
+            if place["rank"] == self.ranks.rank:
+                return place
+        return place_of(self.ranks, pid=self.pid, on_gpu=False)
+
+    def tell(self, status: int, outcome: Outcome | None) -> None:
+        """Writes a report about a rank that has ended without its own. Holds the exit of one that has lost a peer."""
+        if outcome is None and self._kill_in_s is None:
+            self._report_end(os.waitstatus_to_exitcode(status))
+        elif outcome is not None and outcome.kind == "error" and self.ranks.world_size > 1:
+            self._hold()
+
+    def _report_end(self, code: int) -> None:
+        step, number = step_of(self.page), -code
+        if step is None and number in _STOP_REQUESTS:  # before it could handle it: no failure
+            return
+        who = in_words(self._place())
+        if code >= 0:
+            kind, how = "Ended", f"ended with exit code {code} and no error message"
+        else:
+            kind, how = "Killed", f"ended by {signal.Signals(number).name}"
+        if number == signal.SIGKILL and oom_kills() > self._oom_kills:
+            how += ": the kernel has ended a process of this job for lack of memory"
+        recurs = code >= 0 or number in _CRASHES
+        self._report(step=step, kind=kind, message=f"{who} {how}", bystander=False, recurs=recurs)
+        print(f"error: {who} {how}", file=sys.stderr, flush=True)
+
+    def _report(self, **values: Any) -> None:
+        try:
+            write_report(
+                self.failures, self.ranks, logs=self.logs, supervisor=True, user_error=False, traceback="", **values
+            )
+        except OSError as error:  # the rank's end must be seen nevertheless
+            with suppress(OSError):
+                print(f"error: {values['message']}; its report cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def _hold(self) -> None:
+        """Stays while all that is known is that a peer is lost, until the others have said so too."""
+        waited_s = 0.0
+        while waited_s < HOLD_S:
+            found = reports_of(self.failures, self.ranks.job)
+            said = {report["rank"] for report in found}
+            if not found or any(not report["bystander"] for report in found) or len(said) >= self.ranks.world_size:
+                return
+            time.sleep(2 * TICK_S)
+            waited_s += 2 * TICK_S
