@@ -1,7 +1,10 @@
 """What a user sees when a process of a run dies, stops or hangs: real processes, and the words that are recorded."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -93,3 +96,135 @@ def test_a_rank_that_is_killed_is_named(two_data_sets: Sets, tmp_path: Path) -> 
     assert failed["step"] in (run.steps() - 1, run.steps(), run.steps() + 1)
     assert done.stderr.startswith(f"error: pretrain: Killed at step {failed['step']}: {failed['message']}; not started")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
+    run = Run(tmp_path, two_data_sets, guards={"step_limit_s": 15})
+    done = run.launch(lambda run: run.send(1, signal.SIGSTOP))
+    assert done.returncode == 1
+    (failed,) = run.events("failed")
+    assert (failed["kind"], failed["rank"], failed["recurs"]) == ("Hung", 1, False)
+    said, _, noticed = failed["message"].partition("; noticed by ")
+    assert said.startswith(f"{place(run, 1)} did not answer for 15 s, last seen in step {failed['step']} (")
+    assert said.endswith(", stopped)")
+    assert noticed.startswith("rank 0 at step ")
+    assert failed["message"] in done.stderr
+    # Of the rank that waited, the stacks.
+    (stacks,) = (run.stage / "stacks").glob("hung_*")
+    assert stacks.name.endswith("_rank_0.txt")
+    assert stacks.read_text().startswith("rank 0 waits for its peers in step ")
+
+
+def test_a_rank_that_is_stopped_for_less_goes_on(two_data_sets: Sets, tmp_path: Path) -> None:
+    def stop_and_continue(run: Run) -> None:
+        run.send(1, signal.SIGSTOP)
+        time.sleep(7)  # peers have begun to look for reports by then
+        run.send(1, signal.SIGCONT)
+
+    run = Run(tmp_path, two_data_sets, pretrain={"steps": 12})
+    done = run.launch(stop_and_continue, at=3)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(run.folder, "pretrain")] == list(range(12))
+    assert not run.events("failed")
+    assert not (run.stage / "failures").exists()
+
+
+def test_a_rank_whose_supervisor_is_killed_is_named_by_its_absence(two_data_sets: Sets, tmp_path: Path) -> None:
+    run = Run(tmp_path, two_data_sets)
+    done = run.launch(lambda run: psutil.Process(run.rank(1).ppid()).kill())
+    assert done.returncode == 1
+    (failed,) = run.events("failed")
+    assert (failed["kind"], failed["rank"]) == ("Lost", 1)
+    assert failed["message"].startswith(f"{place(run, 1)} ended without a word; noticed by rank 0 at step ")
+    assert failed["message"] in done.stderr
+
+
+# -- loader workers --------------------------------------------------------------------------------
+
+DATA = {"workers": 1, "faults": {"decode_timeout_s": 14, "item_timeout_s": 15}}
+
+
+def own_copy(sets: Sets, folder: Path) -> Sets:
+    return {name: Path(shutil.copytree(shards, folder / name)) for name, shards in sets.items()}
+
+
+def make_the_file_server_hang(sets: Sets) -> None:
+    """Every further ``open`` of a shard waits for ever: each becomes a pipe into which nobody writes."""
+    for shards in sets.values():
+        for tar in shards.glob("*.tar"):
+            os.mkfifo(tar.with_suffix(".pipe"))
+            tar.with_suffix(".pipe").rename(tar)
+
+
+def loader_workers() -> list[psutil.Process]:
+    """By the file in memory for their stacks (core/stacks.py). They are children of the tests' fork server."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError, psutil.Error):
+            names = [os.readlink(handle) for handle in Path(f"/proc/{process.pid}/fd").iterdir()]
+            if any("vjepa_stacks of loader worker" in name for name in names):
+                found.append(process)
+    return found
+
+
+def test_a_file_server_that_hangs_ends_the_attempt_and_names_worker_and_shard(
+    two_data_sets: Sets, tmp_path: Path
+) -> None:
+    sets = own_copy(two_data_sets, tmp_path)
+    run = Run(tmp_path, sets, data=DATA, pretrain={"steps": 1000})
+    done = run.launch(lambda run: make_the_file_server_hang(sets))
+    assert done.returncode == 2
+    (failed,) = run.events("failed")
+    assert (failed["kind"], failed["user_error"]) == ("PassingError", False)  # with restarts, another attempt follows
+    assert re.search(
+        r"-shards|left|right.*\.tar: loader worker 0 \(pid \d+, sleeping\) has come no further for 15 s; "
+        r"it began record \d+ of '(left|right)' last",
+        failed["message"],
+    )
+    assert failed["message"] in done.stderr
+
+
+def test_a_loader_worker_that_is_stopped_ends_the_attempt_and_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
+    stopped: list[int] = []
+
+    def stop_a_worker(run: Run) -> None:
+        """Between two clips: while its rank stands still, it has nothing to do once it has loaded ahead."""
+        ranks = [run.rank(rank) for rank in range(2)]
+        for rank in ranks:
+            rank.suspend()
+        worker = loader_workers()[0]
+        used: list[float] = []
+        while len(used) < 5 or len(set(used[-5:])) > 1 or worker.status() != "sleeping":
+            used.append(sum(worker.cpu_times()[:2]))
+            time.sleep(0.2)
+        worker.suspend()
+        stopped.append(worker.pid)
+        for rank in ranks:
+            rank.resume()
+
+    run = Run(tmp_path, two_data_sets, data=DATA, pretrain={"steps": 1000})
+    run.launch(stop_a_worker)
+    (failed,) = run.events("failed")
+    assert failed["kind"] == "PassingError"
+    assert f"loader worker 0 (pid {stopped[0]}, stopped) has come no further for 15 s" in failed["message"]
+
+
+def test_ctrl_c_while_the_ranks_wait_for_data(two_data_sets: Sets, tmp_path: Path) -> None:
+    sets = own_copy(two_data_sets, tmp_path)
+
+    def interrupt(run: Run) -> None:
+        make_the_file_server_hang(sets)
+        seen = -1
+        while run.steps() != seen:
+            seen = run.steps()
+            time.sleep(3)
+        os.kill(os.getpid(), signal.SIGINT)  # the launcher's
+
+    run = Run(tmp_path, sets, data={"workers": 1}, pretrain={"steps": 1000})
+    done = run.launch(interrupt)
+    assert done.returncode == 130
+    (row,) = run.events("interrupted")
+    saved = [row["step"] for row in run.events("saved")]
+    assert (row["signal"], row["step"]) == ("SIGTERM", saved[-1])
+    assert run.events("cancelled")
+    assert not run.events("failed")

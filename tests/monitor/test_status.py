@@ -151,7 +151,27 @@ def test_running_without_a_step(run: Run) -> None:
     status = run.look(job("RUNNING"))
     assert status.stages[0].state == "running"
     assert status.stages[0].still
-    assert "running, but no step for 50 min" in render(status)
+    assert status.stages[0].late
+    assert "last step 50 min ago (its steps took 2 s)" in render(status)
+    assert status.stages[0].clips_per_s is None  # a rate of long ago is none
+    assert status.stages[0].eta_s is None
+
+
+@pytest.mark.parametrize(("ago", "late"), [(20, False), (62, True)])
+def test_a_rate_is_shown_until_a_step_is_late(run: Run, ago: float, late: bool) -> None:
+    run.submit("pretrain", ago=9000)
+    run.start("pretrain", ago=9000)
+    run.train("pretrain", 0, 3, ago=ago)
+    status = run.look(job("RUNNING"))
+    assert status.stages[0].late == late
+    assert (status.stages[0].clips_per_s is None) == late
+    assert ("(its steps took" in render(status)) == late
+
+
+def test_a_start_without_a_step_is_told(run: Run) -> None:
+    run.submit("pretrain", ago=900)
+    run.start("pretrain", ago=720)
+    assert "no step yet, 12 min after its start" in render(run.look(job("RUNNING")))
 
 
 def test_requeued_and_started_again(run: Run) -> None:

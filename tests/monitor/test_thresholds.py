@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 
 from tests.monitor.run_by_hand import NOW, Run, job
-from vjepa_scale.monitor.stage_state import _slurm_restart, _stands_still
+from vjepa_scale.monitor.stage_state import _is_late, _slurm_restart, _stands_still
 from vjepa_scale.monitor.states import StageStatus
 
 
@@ -28,6 +28,25 @@ def test_a_stage_stands_still_after_twenty_steps_and_five_minutes(
 ) -> None:
     status = SimpleNamespace(idle_s=idle_s, step_s=step_s)
     assert _stands_still(cast("StageStatus", status)) is still
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "step_s", "late"),
+    [
+        (None, 1.0, False),
+        (60.0, None, False),
+        (60.5, None, True),
+        (60.5, 12.0, True),
+        (60.5, 12.5, False),
+        (100.0, 20.0, False),
+        (100.5, 20.0, True),
+    ],
+)
+def test_a_step_is_late_after_five_of_them_and_a_minute(
+    idle_s: float | None, step_s: float | None, late: bool
+) -> None:
+    status = SimpleNamespace(idle_s=idle_s, step_s=step_s)
+    assert _is_late(cast("StageStatus", status)) is late
 
 
 @pytest.mark.parametrize(("restarts", "state"), [(0, "running"), (1, "running"), (2, "starting")])

@@ -102,13 +102,17 @@ def window(manifest: Manifest, record: int, draw: float, *, fps: float, frames: 
 
 
 class Timed(Protocol):
-    """Receives the clip that is being decoded."""
+    """Receives the clip that is being read, then decoded."""
+
+    def reading(self, ref: ClipRef) -> None: ...
 
     def decoding(self, ref: ClipRef) -> AbstractContextManager[Any]: ...
 
 
 def decode_ref(manifest: Manifest, ref: ClipRef, timed: Timed | None = None) -> list[npt.NDArray[np.uint8]]:
     """Decodes a clip: T pictures, uint8 [H, W, 3]. Raises UserError naming data set, shard and record if that fails."""
+    if timed is not None:
+        timed.reading(ref)
     data = manifest.read(ref.record)
     try:
         return pictures_of(ref, data, timed=timed)

@@ -8,6 +8,7 @@ has crashed a worker, new workers start at the rank's current step.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -15,15 +16,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core import log
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.stacks import answer_with_stacks
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.order import DataOrder, Ints
 from vjepa_scale.data.substitution import Known, Place
-from vjepa_scale.data.watchdog import DecodeStatus, WorkerWatchdog
+from vjepa_scale.data.watchdog import Awaited, DecodeStatus, Stuck, WorkerWatchdog
 from vjepa_scale.recipe import Phase, Stage
+from vjepa_scale.recipe.limits import item_limit_s
 from vjepa_scale.recipe.phases import accumulation
 
 Index = TypeVar("Index")
@@ -40,7 +42,8 @@ class PhaseLoader:
     records:                 for data sets of which the stage draws only some records, these records
     Use it in a ``with`` statement, which ends its workers. A clip that does not decode within
     data.faults.decode_timeout_s is replaced, and reported in its MicroBatch's ``failures``. Raises UserError where a
-    shard cannot be read, and where the replacements of a clip do not decode either.
+    shard cannot be read, and where the replacements of a clip do not decode either; PassingError where a worker comes
+    no further for data.faults.item_timeout_s while its batch is awaited.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PhaseLoader:
         self._per_step = accumulation(phase, dp_world_size=dp_world_size)
         mine = range(dp_rank * self._per_step, (dp_rank + 1) * self._per_step)
         self._data, self._pin_memory = stage.recipe.data, pin_memory
+        self._item_limit_s, self._manifests = item_limit_s(stage.recipe), manifests
         self._workers = self._data.workers if stage.decodes_clips else 0
         self._indices = _Indices(range(first_step, phase.end), mine)
         self._load = partial(
@@ -94,8 +98,14 @@ class PhaseLoader:
             pin_memory=self._pin_memory,
             board=board,
             limit_s=data.faults.decode_timeout_s,
+            item_limit_s=self._item_limit_s,
+            file_of=self._file_of,
         )
         return self._items
+
+    def _file_of(self, place: Place) -> Path:
+        manifest = self._manifests[place.dataset]
+        return manifest.folder / manifest.shard_of(place.record).name
 
     def worker_pids(self) -> list[int]:
         """Returns the processes that load now; none where clips are decoded in this process."""
@@ -127,6 +137,8 @@ class Prefetched(Generic[Index, Item]):
     """``load(index)`` for every index, in order, prefetched by worker processes (0: computed in this process).
 
     board:   status of the workers' decoding; a worker that decodes one clip for longer than ``limit_s`` s is killed
+    item_limit_s: of a worker that comes no further while its item is awaited; then raises PassingError
+    file_of: returns the file of a clip, for that error
     A UserError in a worker is raised here unchanged, without the worker's traceback. With a board, raises ClipsLost
     where clips have ended workers; all other workers are ended too.
     """
@@ -141,10 +153,13 @@ class Prefetched(Generic[Index, Item]):
         pin_memory: bool = False,
         board: DecodeStatus | None = None,
         limit_s: float = float("inf"),
+        item_limit_s: float = float("inf"),
+        file_of: Callable[[Place], Path] | None = None,
     ) -> None:
         assert isinstance(indices, Sized), "indices must have a length and be iterable more than once"
         self._iterator: Iterator[Any] | None = None
-        self._board, self._limit_s = board, limit_s
+        self._board, self._limit_s, self._item_limit_s, self._file_of = board, limit_s, item_limit_s, file_of
+        self._waits = False
         self._watch: WorkerWatchdog | None = None
         # One item of the DataLoader is a whole micro-batch, so it does no batching.
         self._loader: DataLoader[Item | UserError] = DataLoader(
@@ -163,21 +178,50 @@ class Prefetched(Generic[Index, Item]):
     def __iter__(self) -> Iterator[Item]:
         self._iterator = iterator = iter(self._loader)
         if self._board is not None:
-            self._watch = WorkerWatchdog(self._board, list(iterator._workers), limit_s=self._limit_s)  # type: ignore[attr-defined]
+            self._watch = WorkerWatchdog(
+                self._board,
+                list(iterator._workers),  # type: ignore[attr-defined]
+                limit_s=self._limit_s,
+                awaited=self._awaited,
+                item_limit_s=self._item_limit_s,
+            )
         while True:
             try:
+                self._waits = True
                 item = next(iterator)
             except StopIteration:
                 return
             except Exception:  # DataLoader raises many types, also when the connection to a dead worker breaks
+                if (stuck := self._watch.stuck if self._watch is not None else None) is not None:
+                    self.close()
+                    raise self._stuck_error(stuck) from None
                 if lost := self._watch.lost() if self._watch is not None else None:
                     self.close()
                     raise ClipsLost(lost) from None
                 raise
+            finally:
+                self._waits = False
             if isinstance(item, UserError):
                 self.close()
                 raise item
             yield item
+
+    def _awaited(self) -> Awaited | None:
+        """Of the thread of the watchdog. DataLoader gives items in order, and knows who loads each."""
+        iterator: Any = self._iterator
+        if not self._waits or iterator is None:
+            return None
+        number = iterator._rcvd_idx
+        task = iterator._task_info.get(number)
+        return None if task is None else Awaited(number, task[0])
+
+    def _stuck_error(self, stuck: Stuck) -> PassingError:
+        return PassingError(
+            str(stuck),
+            where=self._file_of(stuck.last) if self._file_of is not None and stuck.last is not None else None,
+            fix="if its file server does not answer, another attempt may succeed; data.faults.item_timeout_s is the "
+            "limit",
+        )
 
     def worker_pids(self) -> list[int]:
         return [worker.pid for worker in getattr(self._iterator, "_workers", ())]

@@ -109,6 +109,8 @@ def clip_or_substitute(
                     key,
                     manifest.folder / shard,
                 )
+            if timed is not None:
+                timed.reading(candidate)
             video = manifest.read(candidate.record)
             try:
                 return candidate, pictures_of(candidate, video, decoder=data.decoder, timed=timed), failures

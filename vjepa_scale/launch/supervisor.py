@@ -5,8 +5,8 @@ child is the rank. The parent, its supervisor, waits for it, passes signals on, 
 exception or exit code. It writes a report (run/failures.py)
 
 - if a signal ends the rank: the rank itself writes nothing then;
-- if the rank's progress (run/progress.py) stops for longer than its limit, also if the rank is stopped or holds Python's
-  lock. Then it ends the rank;
+- if the rank's progress (run/progress.py) stops for longer than its limit, also where the rank is stopped or holds
+  Python's lock. Then it ends the rank;
 - if the rank makes no progress and a peer has failed: then the rank waits in a collective, maybe for ever.
 
 So a job ends soon after one of its ranks, also where no launcher ends the others. While steps take less than LOOK_S
@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def supervised(run: Callable[[Page], Any], *, ranks: Ranks, failures: Path, logs
 
 
 def _be_the_rank(
-    run: Callable[[Page], Any], page: Page, written: BinaryIO, parent: int, mask: set[signal.Signals]
+    run: Callable[[Page], Any], page: Page, written: BinaryIO, parent: int, mask: Iterable[int]
 ) -> NoReturn:
     import atexit
 
@@ -177,6 +177,10 @@ def _as_the_rank(outcome: Outcome | None, status: int) -> Any:
     raise outcome.value from _RankTraceback(outcome.trace)
 
 
+def _is_from_terminal(came: signal.struct_siginfo) -> bool:
+    return came.si_signo == signal.SIGINT and came.si_code == _FROM_TERMINAL
+
+
 class Supervisor:
     """Waits for a rank and judges its progress, one turn after another.
 
@@ -203,9 +207,8 @@ class Supervisor:
         then = time.monotonic()
         while True:
             came = signal.sigtimedwait(signals, TICK_S)
-            if came is not None and came.si_signo != signal.SIGCHLD:
-                if not (came.si_signo == signal.SIGINT and came.si_code == _FROM_TERMINAL):
-                    self.forward(came.si_signo)
+            if came is not None and came.si_signo != signal.SIGCHLD and not _is_from_terminal(came):
+                self.forward(came.si_signo)
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
                 return status
@@ -254,8 +257,9 @@ class Supervisor:
         answered = self._asked()
         waits = answered and bool(self.page.waits)
         step, part = step_of(self.page), part_of(self.page)
+        place = self._place()
         account = {
-            "place": self._place(),
+            "place": place,
             "part": part,
             "waited_s": self.silent_s,
             "overdue": overdue,
@@ -268,7 +272,7 @@ class Supervisor:
         self._report(
             step=step,
             kind="Hung",
-            message=f"{in_words(account['place'])} {did} for {self.silent_s:.0f} s {at} ({part})",
+            message=f"{in_words(place)} {did} for {self.silent_s:.0f} s {at} ({part})",
             bystander=waits or (answered and not overdue),
             recurs=answered,
             account=account,

@@ -51,8 +51,9 @@ def run_supervised(stage: Stage) -> str:
 
 
 def _run_page(stage: Stage, ranks: Ranks, page: Page) -> str:
-    limits = {"step_s": step_limit_s(stage.recipe), "outside_s": outside_limit_s(stage.recipe)}
-    return run_stage(stage, ranks, Progress(page=page, **limits))
+    recipe = stage.recipe
+    progress = Progress(page=page, step_s=step_limit_s(recipe), outside_s=outside_limit_s(recipe))
+    return run_stage(stage, ranks, progress)
 
 
 def run_stage(stage: Stage, ranks: Ranks | None = None, progress: Progress | None = None) -> str:

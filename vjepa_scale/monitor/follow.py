@@ -99,7 +99,7 @@ def _good_for(answer: JobState | SlurmUnavailable | None) -> float:
 
 
 class _Follower:
-    """logs: as far as each has been shown. said: the last announcement of each stage."""
+    """logs: as far as each has been shown. said: the last announcement of each stage; errors: its time."""
 
     def __init__(self, run_folder: Path, stream: Say) -> None:
         self.run_folder, self.stream = run_folder, stream
@@ -107,6 +107,8 @@ class _Follower:
         self.ask = _PatientAsker()
         self.logs: dict[Path, GrowingFile] = {}
         self.said: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+        self.began = time.time()
         self.current: StageStatus | None = None
         self.verdict: tuple[int, float] | None = None
         self.problem: str | None = None
@@ -148,7 +150,18 @@ class _Follower:
                 self._say(stage)
             self._skip_earlier_launches(current)
         self.current = current
+        self._say_error(current)
         self._say(current)
+
+    def _say_error(self, stage: StageStatus) -> None:
+        """Say why an attempt failed after which another follows; the last one's error is said at the end."""
+        error = stage.error
+        if error is None or error.time is None or error.ended or stage.state not in ALIVE:
+            return
+        if self.began <= error.time and self.errors.get(stage.name) != error.time:
+            self.errors[stage.name] = error.time
+            self._copy_logs(whole_lines=True)
+            self.stream(f"{stage.name}: an attempt failed: {error.who}")
 
     def _say(self, stage: StageStatus) -> None:
         text = _announcement(stage)

@@ -141,6 +141,7 @@ class StageFiles:
         if started is not None:
             written = _changed(path) if rows else 0.0
             status.idle_s = max(0.0, self.now - max(written, started["time"]))
+            status.no_step_yet = written <= started["time"]
         if not rows:
             status.step = status.checkpoint_step
             return

@@ -12,6 +12,8 @@ from vjepa_scale.run.events import Attempt
 
 # Without a step for this many usual ones, and this long, a running stage is reported as still.
 STILL_STEPS, STILL_S = 20.0, 300.0
+# Without a step for this many usual ones, and this long, its rate is no longer its rate. A save may take as long.
+LATE_STEPS, LATE_S = 5.0, 60.0
 
 Ask = Callable[..., JobState | None]
 # State and detail, as in StageStatus.
@@ -56,9 +58,11 @@ def judge_stage(
     if status.error is not None:
         status.error.ended = files.ended_by_error and status.state in ("failed", "gave up", "ending")
     if status.state == "running":
-        if status.step_s is not None and status.last_step is not None and status.step is not None:
+        status.still, status.late = _stands_still(status), _is_late(status)
+        if status.late:
+            status.clips_per_s = None
+        elif status.step_s is not None and status.last_step is not None and status.step is not None:
             status.eta_s = max(0, status.last_step - status.step) * status.step_s
-        status.still = _stands_still(status)
     return status
 
 
@@ -287,6 +291,10 @@ def _slurm_restart(job: str) -> int | None:
 
 def _stands_still(status: StageStatus) -> bool:
     return status.idle_s is not None and status.idle_s > max(STILL_S, STILL_STEPS * (status.step_s or 0.0))
+
+
+def _is_late(status: StageStatus) -> bool:
+    return status.idle_s is not None and status.idle_s > max(LATE_S, LATE_STEPS * (status.step_s or 0.0))
 
 
 def _joined(*parts: str) -> str:

@@ -81,7 +81,8 @@ class StageStatus:
     signs:          of a collapse, in its last attempt
     stragglers:     ranks that hold up the others now, in words
     spikes:         in all its attempts, in words
-    idle_s:         since its last step; still: that is much longer than a step takes
+    idle_s:         since its last step, or since its attempt's start where there is no_step_yet
+    late:           it runs, and has been idle for longer than its steps take; still: for much longer
     """
 
     name: str
@@ -104,6 +105,8 @@ class StageStatus:
     step_s: float | None = None
     eta_s: float | None = None
     idle_s: float | None = None
+    no_step_yet: bool = False
+    late: bool = False
     still: bool = False
     checkpoint: str | None = None
     checkpoint_step: int | None = None

@@ -180,8 +180,13 @@ def _remarks(stage: StageStatus, now: float) -> list[str]:
     out += [f"straggler: {words}" for words in stage.stragglers[:MOST_STRAGGLERS]]
     if (more := len(stage.stragglers) - MOST_STRAGGLERS) > 0:
         out.append(f"and {more} more ranks that hold up the others (--json has all)")
-    if stage.still:
-        out.append(f"running, but no step for {duration(stage.idle_s or 0.0)}")
+    if stage.late and stage.idle_s is not None:
+        ago = duration(stage.idle_s)
+        if stage.no_step_yet:
+            out.append(f"no step yet, {ago} after its start")
+        else:
+            usual = "" if stage.step_s is None else f" (its steps took {stage.step_s:.2g} s)"
+            out.append(f"last step {ago} ago{usual}")
     if stage.attempt > 1 or (stage.endings and stage.state in ALIVE):
         # Weeks of time limits are one item, not hundreds.
         grouped = Counter(ending.partition(", saved")[0].partition(" at step")[0] for ending in stage.endings)

@@ -14,8 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from vjepa_scale.recipe.evaluate_section import EvaluateConfig
 from vjepa_scale.recipe import limits
+from vjepa_scale.recipe.evaluate_section import EvaluateConfig
 from vjepa_scale.recipe.guard_sections import GuardsConfig
 from vjepa_scale.recipe.log_sections import LogConfig, ProfileConfig
 from vjepa_scale.recipe.mask_sections import MasksConfig

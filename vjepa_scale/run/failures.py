@@ -30,6 +30,7 @@ _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection res
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
     """Writes this rank's report. step: the one that was being computed; None before the first."""
     shown = reported_error(error)
+    asked: Report = {"signal": error.signal} if isinstance(error, NothingSaved) else {}
     write_report(
         folder,
         ranks,
@@ -40,7 +41,7 @@ def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseExce
         user_error=isinstance(shown, UserError) and not isinstance(shown, PassingError),
         bystander=_is_bystander(shown),
         traceback="".join(traceback.format_exception(error)),
-        **({"signal": error.signal} if isinstance(error, NothingSaved) else {}),
+        **asked,
     )
 
 

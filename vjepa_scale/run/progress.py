@@ -27,7 +27,7 @@ class Page(ctypes.Structure):
         asked: grows when it asks the rank whether it is alive
     """
 
-    _fields_ = [  # noqa: RUF012 (ctypes reads it so)
+    _fields_ = [
         (name, ctypes.c_int64)
         for name in ("pid", "step", "part", "beats", "limit_ms", "answered", "waits", "ended", "asked")
     ]

@@ -1,7 +1,7 @@
 """Answers the supervisor of this rank when it asks whether the rank is alive, and writes the rank's stacks.
 
-The answer says whether the main thread is in a collective: then its peers are what it waits for. A rank that is stopped,
-or whose main thread holds Python's lock, does not answer, which is an answer too.
+The answer says whether the main thread is in a collective: then its peers are what it waits for. A rank that is
+stopped, or whose main thread holds Python's lock, does not answer, which is an answer too.
 """
 
 import logging

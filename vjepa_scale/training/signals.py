@@ -72,6 +72,6 @@ class Interrupt:
             awaited, self._awaited = self._awaited, None
             raise NothingSaved(
                 self.signal,
-                f"stopped by {self.signal} while it waited for {awaited}: nothing is saved, since no step was completed "
-                "meanwhile",
+                f"stopped by {self.signal} while it waited for {awaited}: nothing is saved, since no step was "
+                "completed meanwhile",
             )

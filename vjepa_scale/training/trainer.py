@@ -28,6 +28,7 @@ from vjepa_scale.run.progress import Progress
 from vjepa_scale.run.rank_places import place_of, write_places
 from vjepa_scale.training.checkpointer import Checkpointer
 from vjepa_scale.training.device_watch import DeviceWatch
+from vjepa_scale.training.garbage import SharedCollections
 from vjepa_scale.training.out_of_memory import out_of_memory_explained
 from vjepa_scale.training.profiling import StepProfiler
 from vjepa_scale.training.setup import Training, set_up
@@ -66,13 +67,13 @@ def train_stage(
     stage.folder.mkdir(parents=True, exist_ok=True)
     raise_open_files(stage, world_size=ranks.world_size)
     process_group.start(ranks, stage.recipe.engine, rendezvous=stage.folder / "rendezvous")
-    _register(stage, ranks)
     try:
         # Half of the timeout: the other ranks wait in a collective meanwhile, which must not time out first.
         with (
             _only_trainer_of(stage.folder, ranks, patience_s=stage.recipe.engine.timeout_s / 2),
             out_of_memory_explained(stage, rank=ranks.rank, progress=progress),
         ):
+            _register(stage, ranks)
             _Trainer(set_up(stage, ranks), interrupt or Interrupt(), progress).train()
     except SavedAndStopped:
         process_group.stop()
@@ -143,7 +144,7 @@ class _Trainer:
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock = time.perf_counter()
-        with self._loader(phase, first) as loader:
+        with self._loader(phase, first) as loader, SharedCollections() as garbage:
             for step, batch in self._steps(range(first, phase.end), loader):
                 self.progress.step, self.progress.phase = step, phase.name
                 waited_s = time.perf_counter() - clock
@@ -165,11 +166,12 @@ class _Trainer:
                 began = time.perf_counter()
                 self.devices.after(step, result.waited_s, seconds=now - clock)
                 self.checkpoints.collect()
-                if result.stop or self.checkpoints.due(phase, step + 1):
+                if saves := result.stop or self.checkpoints.due(phase, step + 1):
                     with region("save"):
                         self.checkpoints.save(phase, step + 1)
                 self.saved_s = time.perf_counter() - began
                 self.profiler.after(step)
+                garbage.after(step, saved=saves)
                 clock = now + (time.perf_counter() - began)  # saving, checks and profiles are no part of a step
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
