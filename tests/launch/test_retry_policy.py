@@ -16,6 +16,11 @@ def failed(step: int | None = 7, kind: str = "ValueError", saved: int | None = N
     return Attempt(saved=saved, end={"event": "failed", **row, **values})
 
 
+def killed(recurs: bool = False, saved: int | None = None) -> Attempt:
+    """By a signal: of SIGSEGV, SIGABRT and their like the report says that it recurs."""
+    return failed(kind="Killed", saved=saved, recurs=recurs)
+
+
 def interrupted(step: int | None, saved: int | None = None) -> Attempt:
     return Attempt(saved=saved, end={"event": "interrupted", "signal": "SIGUSR2", "step": step})
 
@@ -60,6 +65,13 @@ TWICE_BEFORE = "ValueError before the first step twice in a row: it would come a
         ([failed(step=None), failed(step=None, message="another clip")], 9, "again", ""),
         # What ranks see that have lost a peer says nothing.
         ([failed(bystander=True), failed(bystander=True)], 9, "again", ""),
+        # What comes from outside says nothing either, such as SIGKILL: but a crash of the code comes again.
+        ([killed(), killed()], 9, "again", ""),
+        ([failed(), killed()], 9, "again", ""),
+        ([killed(recurs=True), killed(recurs=True)], 9, "stop", "Killed at step 7 twice in a row: it would come again"),
+        ([killed(recurs=True), killed()], 9, "again", ""),
+        ([killed(), killed(), killed()], 2, "stop", "3 attempts in a row brought no new checkpoint"),
+        ([killed(saved=5)] * 9, 2, "again", ""),
         # Restarts that bring nothing: the first attempt and max_restarts more, not one fewer and not one more.
         ([failed(step=1)], 1, "again", ""),
         ([failed(step=1), failed(step=2)], 1, "stop", "2 attempts in a row brought no new checkpoint"),
@@ -144,6 +156,27 @@ def test_a_ranks_report_becomes_the_history_once(tmp_path: Path) -> None:
     started(History(tmp_path), 1)
     report(tmp_path / "failures", job="100.0-1")
     assert end(tmp_path, 1).why == TWICE
+
+
+def test_a_rank_that_stopped_alone_was_interrupted_at_its_last_checkpoint(tmp_path: Path) -> None:
+    """A signal came while it waited for data in vain: no failure, and nothing was saved then."""
+    history = History(tmp_path)
+    started(history, 0)
+    history.add("saved", job="100.0-0", step=8)
+    report(tmp_path / "failures", 1, kind="NothingSaved", signal="SIGUSR2", step=9)
+    report(tmp_path / "failures", 0, kind="RuntimeError", bystander=True, step=9)
+    assert end(tmp_path, max_restarts=0).kind == "again"
+    row = last(tmp_path)
+    assert (row["event"], row["signal"], row["step"]) == ("interrupted", "SIGUSR2", 8)
+    # Of an attempt that has saved nothing: the checkpoint that it resumed from, if there was one.
+    history.add("started", job="100.0-1", job_id="100", kind="resume", step=8)
+    report(tmp_path / "failures", 1, job="100.0-1", signal="SIGTERM")
+    end(tmp_path, 1)
+    assert (last(tmp_path)["signal"], last(tmp_path)["step"]) == ("SIGTERM", 8)
+    started(history, 2)
+    report(tmp_path / "failures", 1, job="100.0-2", signal="SIGTERM")
+    end(tmp_path, 2)
+    assert last(tmp_path)["step"] is None
 
 
 def test_ranks_without_a_word_are_tried_again_until_the_restarts_are_used_up(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def test_a_stage_stands_still_after_twenty_steps_and_five_minutes(
         (100.5, 20.0, True),
     ],
 )
-def test_a_step_is_late_after_five_of_them_and_a_minute(
-    idle_s: float | None, step_s: float | None, late: bool
-) -> None:
+def test_a_step_is_late_after_five_of_them_and_a_minute(idle_s: float | None, step_s: float | None, late: bool) -> None:
     status = SimpleNamespace(idle_s=idle_s, step_s=step_s)
     assert _is_late(cast("StageStatus", status)) is late
 

@@ -40,9 +40,7 @@ def blamed(worst: Report, reports: Sequence[Report], places: Sequence[Place]) ->
     if not said:
         return worst
     rank = stuck[0]["rank"] if stuck else missing[0]["rank"]
-    first_line = str(worst["message"]).partition("\n")[0] if "account" not in worst else ""
-    words = f": {worst['kind']}: {first_line}" if first_line else ""
-    message = "; ".join(said) + _noticed(witness) + words
+    message = "; ".join(said) + _noticed(witness) + _words_of_peers(reports)
     step = worst["step"] if witness is None else witness["step"]
     return {**worst, "rank": rank, "step": step, "kind": "Lost", "message": message, "recurs": False}
 
@@ -101,6 +99,16 @@ def _noticed(witness: Report | None) -> str:
         return ""
     at = "before its first step" if witness["step"] is None else f"at step {witness['step']}"
     return f"; noticed by rank {witness['rank']} {at}"
+
+
+def _words_of_peers(reports: Sequence[Report]) -> str:
+    """Returns the error of the first rank that has noticed it."""
+    own = [report for report in reports if report["bystander"] and "account" not in report]
+    if not own:
+        return ""
+    first = min(own, key=lambda report: report["rank"])
+    first_line = str(first["message"]).partition("\n")[0]
+    return f": {first['kind']}: {first_line}"
 
 
 def _names(places: Sequence[Place]) -> str:
