@@ -1,9 +1,11 @@
 """docs/troubleshooting.md quotes messages as they are: each is produced here, or found in the source."""
 
 import errno
+import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +18,19 @@ from tests.chain import ROOT, tool, write_recipe
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks, detect_ranks
 from vjepa_scale.data import host_limits
-from vjepa_scale.data.substitution import DecodeFailure
+from vjepa_scale.data.substitution import DecodeFailure, Place
+from vjepa_scale.data.watchdog import Stuck
 from vjepa_scale.distributed import process_group
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.sbatch import need_sbatch
+from vjepa_scale.launch.supervisor import Supervisor
 from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.run import failures, lock
+from vjepa_scale.run.blame import blamed
 from vjepa_scale.run.events import History
+from vjepa_scale.run.progress import shared_page
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.skipped_clips import SkippedClips
 from vjepa_scale.training.step import NonFiniteLossError, StepGradients, apply_gradients
@@ -112,6 +118,25 @@ def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
     yield done.stderr
 
 
+def of_lost_ranks(failures: Path) -> Iterator[str]:
+    ranks = Ranks(1, 2, 1, 2, "7", "submitit-local", "7")
+    supervisor = Supervisor(2**22 + 1, shared_page(), ranks=ranks, failures=failures, logs=failures)
+    supervisor.tell(signal.SIGKILL, None)
+    yield json.loads((failures / "7.1.supervisor.json").read_text())["message"]
+    places = [{"rank": rank, "node": "c1", "pid": 50 + rank, "gpu": None} for rank in range(2)]
+    words = {"step": 12, "kind": "RuntimeError", "message": "Connection closed by peer"}
+    for how in ({"answered": False}, {"answered": True}, {"answered": True, "waits": True}):
+        account = {"part": "forward", "waited_s": 480.0, "overdue": True, "waits": False, "state": "stopped", **how}
+        rows = [
+            {"rank": rank, **words, "bystander": account["waits"], "account": {**account, "place": places[rank]}}
+            for rank in range(2)
+        ]
+        yield blamed(rows[0], rows, places)["message"]
+    alone = {"rank": 0, **words, "bystander": True}
+    yield blamed(alone, [alone], places)["message"]
+    yield str(Stuck(0, 123, "sleeping", Place(12, 3, "k710", 17), 255.0))
+
+
 def of_functions(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
     def made(videos: Path, out: Path) -> str:
         return said_by(lambda: make_shards(videos, out, Settings(), workers=1, progress=lambda *_: None))
@@ -120,6 +145,7 @@ def of_functions(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
     for place in (texts, full):
         place.mkdir()
         (place / "notes.txt").write_text("not a video")
+    yield from of_lost_ranks(folder / "lost" / "failures")
     yield made(folder / "nowhere", folder / "shards")
     yield made(texts, folder / "shards")
     yield made(texts, full)

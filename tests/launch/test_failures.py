@@ -20,16 +20,10 @@ from tests.processes import LIMIT_S
 pytestmark = pytest.mark.distributed
 
 
-def rank_process(launcher: psutil.Process, rank: int) -> psutil.Process | None:
-    for process in launcher.children(recursive=True):
-        try:
-            if process.environ().get("SUBMITIT_LOCAL_GLOBALID") == str(rank) and "submitit" in " ".join(
-                process.cmdline()
-            ):
-                return process
-        except psutil.Error:  # it ended while we looked
-            continue
-    return None
+def rank_process(run: Path, rank: int) -> psutil.Process:
+    """The rank itself: its parent, which submitit has started, is its supervisor."""
+    places = json.loads((run / "pretrain" / "ranks.json").read_text())["ranks"]
+    return psutil.Process(places[rank]["pid"])
 
 
 def start(recipe: Path, *words: str) -> subprocess.Popen[str]:
@@ -81,8 +75,7 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
     )
     launcher = start(recipe)
     wait_for_steps(launcher, run, 6)
-    victim = rank_process(psutil.Process(launcher.pid), 1)
-    assert victim is not None
+    victim = rank_process(run, 1)
     family = psutil.Process(launcher.pid).children(recursive=True)
     victim.send_signal(signal.SIGKILL)
     stdout, stderr = launcher.communicate(timeout=LIMIT_S)
@@ -90,7 +83,8 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
     assert not alive, f"still running: {alive}"
     if max_restarts == 0:
         assert launcher.returncode == 1
-        assert stderr.startswith("error: pretrain: rank 0 failed with ")
+        assert stderr.startswith(f"error: pretrain: Killed at step {events(run)[-2]['step']}: rank 1 (node ")
+        assert f", pid {victim.pid}) ended by SIGKILL; not started again" in stderr
         assert str(run / "pretrain" / "failures") in stderr
         assert stderr.count("\n") == 1
         launch(recipe)
@@ -98,10 +92,11 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
         assert launcher.returncode == 0, stdout + stderr
         assert [row["kind"] for row in named(events(run), "started")] == ["fresh", "resume"]
         assert len(named(events(run), "requeued")) == 1
+        assert f", pid {victim.pid}) ended by SIGKILL; another attempt\n" in stdout
     assert [row["step"] for row in metrics(run, "pretrain")] == list(range(60))
     failed = named(events(run), "failed")
     assert len(failed) == 1
-    assert failed[0]["rank"] == 0  # rank 1 could not say anything
+    assert failed[0]["rank"] == 1  # by its supervisor
     assert Path(failed[0]["log"]).exists()
 
 

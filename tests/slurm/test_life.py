@@ -78,12 +78,14 @@ def check(undisturbed: Path, tmp_path: Path, record_property: Callable[[str, obj
 
 def ranks_of(run: Run) -> list[psutil.Process]:
     """The processes that train it: all nodes are this machine."""
-    every = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
-    return [
+    every = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline", "ppid"])]
+    found = [
         process
         for process, words in every
         if words[0] == sys.executable and "submitit.core._submit" in words and str(run.folder) in words[-1]
     ]
+    supervisors = {process.pid for process in found}
+    return [process for process in found if process.info["ppid"] in supervisors]
 
 
 @contextlib.contextmanager
