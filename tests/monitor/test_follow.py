@@ -114,6 +114,34 @@ def test_follow_a_failure(
 
 
 @pytest.mark.usefixtures("hasty")
+def test_follow_a_failure_after_which_another_attempt_comes(run: Run) -> None:
+    """Its reason is said once; the one of before the watching began is not."""
+    plan_both(run)
+    run.submit("pretrain", cluster="local", **this_process())
+    run.start("pretrain")
+    run.fail("pretrain", message="of long ago")
+    run.add("pretrain", "requeued", job_id="100", reason="x")
+    run.start("pretrain", restart=1)
+    said: list[str] = []
+
+    def go_on(text: str) -> None:
+        said.append(text)
+        if text.startswith("pretrain: running"):
+            run.fail("pretrain", restart=1, ago=-1000, message="rank 1 (node h, pid 5) ended by SIGKILL", kind="Killed")
+            run.add("pretrain", "requeued", ago=-1000, job_id="100", reason="x")
+        elif text.startswith("pretrain: an attempt failed"):
+            run.start("pretrain", restart=2)
+            run.finish("pretrain")
+            run.submit("cooldown", job="101", cluster="local", **this_process())
+            run.finish("cooldown")
+
+    assert follow(run.folder, stream=go_on) == 0
+    failed = "pretrain: an attempt failed: Killed at step 7: rank 1 (node h, pid 5) ended by SIGKILL"
+    assert said.count(failed) == 1
+    assert not any("long ago" in text for text in said)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_leaving_is_not_ending(run: Run) -> None:
     run.submit("pretrain", cluster="local", **this_process())
     said: list[str] = []

@@ -417,6 +417,21 @@ def test_without_the_launcher(run: Run) -> None:
     assert run.pretrain(job("RUNNING")).state == "stopped"
 
 
+def test_a_failure_under_torchrun(run: Run) -> None:
+    """Nobody writes the end of the attempt into the history; the report of a rank is what there is."""
+    job_id = "h:29500-0"
+    run.add("pretrain", "started", ago=900, job=job_id, job_id=job_id, host="h", kind="fresh", step=0)
+    run.train("pretrain", 0, 3)
+    reports = run.folder / "pretrain" / "failures"
+    reports.mkdir()
+    told = {"rank": 1, "step": 3, "kind": "Killed", "message": "rank 1 (node h, pid 5) ended by SIGKILL"}
+    rest = {"user_error": False, "bystander": False, "log": None}
+    (reports / f"{job_id}.1.supervisor.json").write_text(json.dumps({**told, **rest}))
+    status = run.look(None)
+    assert status.stages[0].state == "failed"
+    assert "error: Killed at step 3: rank 1 (node h, pid 5) ended by SIGKILL" in render(status)
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 

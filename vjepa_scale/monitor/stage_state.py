@@ -250,6 +250,8 @@ class _Judge:
             return "requeued", _joined(self._last_ending(), where)
         if last.end is not None:
             return "stopped", _joined(_ending(last), where)
+        if submitted is None and self.files.report is not None:
+            return "failed", ""  # of torchrun: whether that starts it again, only it knows
         if submitted is None and _stands_still(self.status):
             self.status.without_a_word = True
             idle = duration(self.status.idle_s or 0.0)
