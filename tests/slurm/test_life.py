@@ -224,6 +224,22 @@ def test_a_lost_node(
     assert len(starts) == 2
 
 
+def test_a_killed_rank_is_named(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
+    killed: list[psutil.Process] = []
+
+    def kill_one(run: Run, job: str) -> None:
+        killed.append(next(rank for rank in ranks_of(run) if rank.environ()["SLURM_PROCID"] == "1"))
+        killed[0].kill()
+        cluster.wait_until(lambda: len(run.events("started")) > 1, PATIENCE_S, "the next start", job_id=job)
+
+    run = disturbed(cluster, tmp_path, two_data_sets, kill_one)
+    check(run)
+    (failed,) = run.events("failed")
+    assert (failed["kind"], failed["rank"], failed["bystander"]) == ("Killed", 1, False)
+    assert f", pid {killed[0].pid}) ended by SIGKILL" in failed["message"]
+    assert failed["message"] in run.events("requeued")[0]["reason"]
+
+
 def short_run(cluster: Cluster, folder: Path, sets: Sets, finished: Path, **launch: Any) -> Run:
     """The pretraining of ``finished``, started once and completed by itself, with the same result."""
     launch = {"tasks_per_node": TASKS, **launch}

@@ -296,7 +296,7 @@ def _stands_still(status: StageStatus) -> bool:
 
 
 def _is_late(status: StageStatus) -> bool:
-    return status.idle_s is not None and status.idle_s > max(LATE_S, LATE_STEPS * (status.step_s or 0.0))
+    return (status.idle_s or 0.0) > max(LATE_S, LATE_STEPS * (status.step_s or 0.0))
 
 
 def _joined(*parts: str) -> str:
