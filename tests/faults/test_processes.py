@@ -98,6 +98,7 @@ def test_a_rank_that_is_killed_is_named(two_data_sets: Sets, tmp_path: Path) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
     run = Run(tmp_path, two_data_sets, guards={"step_limit_s": 15})
     done = run.launch(lambda run: run.send(1, signal.SIGSTOP))
@@ -167,6 +168,7 @@ def loader_workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_file_server_that_hangs_ends_the_attempt_and_names_worker_and_shard(
     two_data_sets: Sets, tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_file_server_that_hangs_ends_the_attempt_and_names_worker_and_shard(
     assert failed["message"] in done.stderr
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_is_stopped_ends_the_attempt_and_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
     stopped: list[int] = []
 
@@ -209,6 +212,7 @@ def test_a_loader_worker_that_is_stopped_ends_the_attempt_and_is_named(two_data_
     assert f"loader worker 0 (pid {stopped[0]}, stopped) has come no further for 15 s" in failed["message"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_ranks_wait_for_data(two_data_sets: Sets, tmp_path: Path) -> None:
     sets = own_copy(two_data_sets, tmp_path)
 

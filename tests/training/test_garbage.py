@@ -1,6 +1,7 @@
 """Garbage is collected between steps, by their numbers, and never by itself inside a run of steps."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -18,6 +19,28 @@ def test_which_steps_collect(monkeypatch: pytest.MonkeyPatch) -> None:
             garbage.after(step, saved=step == EVERY + 10)
     assert gc.isenabled() == was_on
     assert collected == [(-1, 2), (EVERY - 1, 1), (EVERY + 10, 2), (2 * EVERY - 1, 1)]
+
+
+def test_what_there_was_before_is_looked_at_again_only_afterwards() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    before = Cycle()
+    gone = weakref.ref(before)
+    with SharedCollections() as garbage:
+        assert gc.get_freeze_count() > 0
+        del before
+        garbage.after(0, saved=True)
+        assert gone() is not None
+        new = Cycle()
+        gone_too = weakref.ref(new)
+        del new
+        garbage.after(1, saved=True)
+        assert gone_too() is None
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert gone() is None
 
 
 def test_collection_is_on_again_after_an_error() -> None:

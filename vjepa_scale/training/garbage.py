@@ -1,13 +1,15 @@
 """Collects garbage on all ranks in the same step, between steps.
 
 Python collects when counters of allocations say so, on each rank at another time, in the middle of a step: the other
-ranks wait for the one that collects. A full collection looks at every object and takes tens of milliseconds.
+ranks wait for the one that collects. A full collection looks at every object, and PyTorch alone has hundreds of
+thousands: it takes longer than many a step. So what there is when the steps begin is left out of all collections in
+them (``gc.freeze``).
 """
 
 import gc
 from types import TracebackType
 
-# Steps between collections of young objects. A full one comes with each checkpoint, whose waits are longer.
+# Steps between collections of young objects. One of all new objects comes with each checkpoint.
 EVERY = 50
 
 
@@ -18,11 +20,13 @@ class SharedCollections:
         self._was_on = gc.isenabled()
         gc.disable()
         gc.collect()
+        gc.freeze()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gc.unfreeze()
         if self._was_on:
             gc.enable()
 
