@@ -22,8 +22,8 @@ _TICK_S, _PATIENCE_S = 0.25, 2.0
 _INNERMOST = 6
 # Where the code of a rank is while a collective blocks it.
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/vjepa_scale/distributed/process_group.py")
-# Activation checkpointing is in that folder, and computes.
-_NO_COLLECTIVES = ("/torch/distributed/algorithms/",)
+# In that folder activation checkpointing computes, and checkpoints are written to files.
+_NO_COLLECTIVES = ("/torch/distributed/algorithms/", "/torch/distributed/checkpoint/")
 
 _log = logging.getLogger(__name__)
 
