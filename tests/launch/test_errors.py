@@ -30,7 +30,7 @@ def test_each_mistake_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path
 
     error = refused(recipe, "--wait", "launch.tasks_per_node=3")
     assert f"{recipe}:pretrain.global_batch" in error
-    assert "a multiple of micro_batch × ranks = 6" in error
+    assert "launch.tasks_per_node=2 or 4" in error
 
     error = refused(recipe, "--wait", "pretrain.global_batch=10")
     assert "pretrain.global_batch" in error

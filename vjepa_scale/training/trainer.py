@@ -117,6 +117,7 @@ class _Trainer:
         profile, folder, rank = self.recipe.profile, self.stage.folder, training.ranks.rank
         self.profiler = StepProfiler(profile, folder=folder, rank=rank, device=self.engine.device)
         self.slow = SlowSteps(profile, folder=folder, rank=rank, event=self.log.event)
+        self.garbage = SharedCollections()
         check = self.recipe.guards.check_devices
         self.devices = DeviceWatch(
             check, device=self.engine.device, dtype=self.engine.compute_type, ranks=training.ranks, log=self.log
@@ -130,7 +131,7 @@ class _Trainer:
             return
         self.log.begin(start, self.training.phases, attention=self.engine.attention)
         self.devices.check(step)
-        with self.slow:
+        with self.slow, self.garbage:
             while step < end:
                 step = self._train_phase(next(phase for phase in self.training.phases if phase.end > step), step)
         self.profiler.finish()
@@ -144,7 +145,7 @@ class _Trainer:
         self.objective.before_phase(phase, partial(self._stop_if_asked, first))
         self.log.say(f"{self.stage.name}: {phase.name}, steps {first} to {phase.end - 1}: waiting for the first batch")
         clock = time.perf_counter()
-        with self._loader(phase, first) as loader, SharedCollections() as garbage:
+        with self._loader(phase, first) as loader:
             for step, batch in self._steps(range(first, phase.end), loader):
                 self.progress.step, self.progress.phase = step, phase.name
                 waited_s = time.perf_counter() - clock
@@ -171,7 +172,7 @@ class _Trainer:
                         self.checkpoints.save(phase, step + 1)
                 self.saved_s = time.perf_counter() - began
                 self.profiler.after(step)
-                garbage.after(step, saved=saves)
+                self.garbage.after(step, saved=saves)
                 clock = now + (time.perf_counter() - began)  # saving, checks and profiles are no part of a step
                 if result.stop and step + 1 < self.training.end:
                     self._stop(step + 1)
