@@ -90,7 +90,7 @@ def _rank(words: bytes, rank: int, ranks: int, folder: Path) -> None:
             "SUBMITIT_LOCAL_LOCALID": str(rank),
             "SUBMITIT_LOCAL_JOB_ID": job,
         }
-        util.spawnv_passfds = _forked_server  # type: ignore[attr-defined]
+        fork_servers()
         function, arguments = pickle.loads(words)  # noqa: S301 (from our own parent)
         function(*arguments)
         code = 0
@@ -105,6 +105,11 @@ def _rank(words: bytes, rank: int, ranks: int, folder: Path) -> None:
 
 
 _spawn = util.spawnv_passfds  # type: ignore[attr-defined]
+
+
+def fork_servers() -> None:
+    """From now on, the fork server that this process starts is a fork of it. For a process that has imported all."""
+    util.spawnv_passfds = _forked_server  # type: ignore[attr-defined]
 
 
 def _forked_server(path: str, args: Sequence[Any], passed: Sequence[int]) -> int:

@@ -99,6 +99,11 @@ def replaced(broken: Manifest) -> dict[int, list[MicroBatch]]:
     return load(broken)
 
 
+@pytest.mark.fault(
+    "data",
+    "a clip's bytes are damaged",
+    "another clip of the data set takes its place, as its ledger row says; no other slot changes",
+)
 def test_only_the_slots_of_broken_clips_change_and_show_what_the_rows_say(
     shards: Manifest, whole: dict[int, list[MicroBatch]], replaced: dict[int, list[MicroBatch]]
 ) -> None:
@@ -178,6 +183,11 @@ def test_evaluation_never_replaces(broken: Manifest, tmp_path: Path) -> None:
         list(evaluation_clips(Manifest.open(labelled), frames=2, size=SIZE, fps=4, batch=2))
 
 
+@pytest.mark.fault(
+    "data",
+    "a shard is removed or truncated during training",
+    "an error that names the shard; no clip is replaced for it",
+)
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_a_shard_that_is_gone_or_cut_is_no_clips_fault(shards: Manifest, tmp_path: Path, damage: str) -> None:
     shutil.copytree(shards.folder, tmp_path / "shards")
@@ -252,6 +262,12 @@ def faulty(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 CAUSES = [("HANG", "time limit"), ("DIES", "crashes the decoder")]
 
 
+@pytest.mark.fault(
+    "data",
+    "a clip makes the decoder hang, or crash its loader worker",
+    "the worker is ended after `data.faults.decode_timeout_s`, the clip replaced and named in the "
+    "ledger; a resume replays that without decoding",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("word", "cause"), CAUSES)
 def test_a_clip_that_takes_its_worker_with_it(
@@ -268,6 +284,11 @@ def test_a_clip_that_takes_its_worker_with_it(
     assert found["sums"] == [clips(batch).long().sum(dim=(1, 2, 3, 4)).tolist() for batch in expected.values()]
 
 
+@pytest.mark.fault(
+    "data",
+    "the same in an evaluation",
+    "an error that names the record: an evaluation never replaces clips",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("word", "cause"), CAUSES)
 def test_an_evaluation_names_the_clip_that_takes_its_worker_with_it(
@@ -293,6 +314,11 @@ def test_a_worker_computes_and_decodes_in_one_thread() -> None:
     loader.close()
 
 
+@pytest.mark.fault(
+    "disks",
+    "/dev/shm is too small for the loader's batches",
+    "refused before the first step, with the sizes and the keys that help",
+)
 def test_too_little_shared_memory_or_too_few_handles(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(shards, workers=3)
     host_limits.check_limits(stages_of(recipe)["pretrain"], ranks_on_node=2)
