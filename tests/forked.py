@@ -25,7 +25,7 @@ from vjepa_scale.monitor.jobs import this_process
 
 def ended_process() -> dict[str, Any]:
     """``this_process`` for launch.local: one that nobody will find alive, though this process goes on."""
-    return this_process() | {"created": 0.0}
+    return this_process() | {"started_ticks": 0}
 
 
 class ForkedExecutor:
@@ -127,6 +127,7 @@ def _forked_server(path: str, args: Sequence[Any], passed: Sequence[int]) -> int
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
+        forkserver._forkserver.__init__()  # type: ignore[misc]  # its lock is held by the call that brought us here
         forkserver.main(int(server[1]), int(server[2]), [])
     finally:
         os._exit(0)

@@ -1,5 +1,6 @@
 """Clips that do not decode: what is shown in their place depends on nothing but seed, step, slot and attempt."""
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from tests.data.faulty import with_faulty_decoder
 from tests.data.test_loader import as_global, recipe_for
 from tests.processes import LIMIT_S
 from tests.videos import encoded
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.data import host_limits
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs
@@ -188,14 +189,38 @@ def test_evaluation_never_replaces(broken: Manifest, tmp_path: Path) -> None:
     "a shard is removed or truncated during training",
     "an error that names the shard; no clip is replaced for it",
 )
-@pytest.mark.parametrize("damage", ["gone", "short"])
+@pytest.mark.fault(
+    "data",
+    "a shard is replaced during training by one of another size",
+    "an error that names the shard and both sizes; clips of another video are never taken for these",
+)
+@pytest.mark.parametrize("damage", ["gone", "short", "other"])
 def test_a_shard_that_is_gone_or_cut_is_no_clips_fault(shards: Manifest, tmp_path: Path, damage: str) -> None:
     shutil.copytree(shards.folder, tmp_path / "shards")
     opened = Manifest.open(tmp_path / "shards")
     for tar in (tmp_path / "shards").glob("*.tar"):
-        tar.unlink() if damage == "gone" else os.truncate(tar, 700)
-    with pytest.raises(UserError, match=r"\.tar: (cannot read record|the shard ends inside record)"):
+        if damage == "other":  # every record's place is in it
+            tar.write_bytes(bytes(512) + tar.read_bytes())
+        else:
+            tar.unlink() if damage == "gone" else os.truncate(tar, 700)
+    said = {"gone": "cannot read record", "short": "the shard ends inside record", "other": r"has \d+ bytes now"}
+    with pytest.raises(UserError, match=rf"\.tar: .*{said[damage]}"):
         load(opened)
+
+
+@pytest.mark.fault(
+    "data",
+    "a shard cannot be read: its file server has an I/O error",
+    "an error that may pass, so another attempt follows; no clip is replaced for it",
+)
+def test_an_io_error_may_pass(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    opened = Manifest.open(shards.folder)
+    monkeypatch.setattr("vjepa_scale.data.manifest.open", unreadable, raising=False)
+    with pytest.raises(PassingError, match=r"\.tar: cannot read record .*Input/output error"):
+        load(opened, workers=0)
 
 
 LOAD_AND_EVALUATE = """
