@@ -128,21 +128,24 @@ class Killer:
         due = sorted(dice.randrange(steps) for _ in range(count))
         kills: list[Kill] = []
         launcher = self._launch()
-        for number, step in enumerate(due, start=1):
-            victim, delay_s = dice.choice(VICTIMS), dice.uniform(0, DELAY_S)
-            while rows_of(self._run) < step and launcher.poll() is None:
-                time.sleep(0.005)
-            time.sleep(delay_s)
-            hit = self._kill(launcher, victim, dice)
-            if hit is None:
-                break
-            kills.append(hit)
-            print(f"{number:4} | {hit.victim:<22} | {hit.step:10}", flush=True)
-            if victim.startswith("launcher"):
-                launcher.wait()
-                launcher = self._launch_again()
-        if (code := launcher.wait()) != 0:
-            raise SystemExit(f"the killed run ended with {code}: see {self._log.name}")
+        try:
+            for number, step in enumerate(due, start=1):
+                victim, delay_s = dice.choice(VICTIMS), dice.uniform(0, DELAY_S)
+                while rows_of(self._run) < step and launcher.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(delay_s)
+                hit = self._kill(launcher, victim, dice)
+                if hit is None:
+                    break
+                kills.append(hit)
+                print(f"{number:4} | {hit.victim:<22} | {hit.step:10}", flush=True)
+                if victim.startswith("launcher"):
+                    launcher.wait()
+                    launcher = self._launch_again()
+            if (code := launcher.wait()) != 0:
+                raise SystemExit(f"the killed run ended with {code}: see {self._log.name}")
+        finally:
+            kill_processes(process_tree(launcher.pid))  # after an error or Ctrl-C
         return kills
 
     def _launch(self) -> Launcher:
@@ -150,18 +153,17 @@ class Killer:
         return self._start(recipe_of(self._run), self._log)
 
     def _launch_again(self) -> Launcher:
-        """Gives the same command again. If the launch before it has left ranks that train, it is refused."""
-        before = Path(self._log.name).stat().st_size
-        launcher = self._launch()
-        submitted = launches_of(self._run)
-        while launcher.poll() is None and launches_of(self._run) == submitted:
-            time.sleep(0.02)
-        said = Path(self._log.name).read_bytes()[before:].decode(errors="replace")
-        if launcher.poll() == EXIT_USER_ERROR and STILL_TRAINING in said:
+        """Gives the same command again. While a dead launcher's ranks train, it is refused: cancel ends them."""
+        while True:
+            before, submitted = Path(self._log.name).stat().st_size, launches_of(self._run)
+            launcher = self._launch()
+            while launcher.poll() is None and launches_of(self._run) == submitted:
+                time.sleep(0.02)
+            said = Path(self._log.name).read_bytes()[before:].decode(errors="replace")
+            if launcher.poll() != EXIT_USER_ERROR or STILL_TRAINING not in said:
+                return launcher
             self.refused += 1
             self._tool("launch", "cancel", self._run)
-            return self._launch()
-        return launcher
 
     def _kill(self, launcher: Launcher, victim: str, dice: random.Random) -> Kill | None:
         """Waits until there is such a process, and kills it; returns None if the run has ended before."""

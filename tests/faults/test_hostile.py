@@ -199,7 +199,8 @@ def playlists(folder: Path) -> dict[str, bytes]:
     secret = folder / "secret.ts"
     secret.write_bytes(encoded(40, container="mpegts"))
     mpd = (
-        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1S">'
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+        'mediaPresentationDuration="PT1S">'
         f'<Period><AdaptationSet mimeType="video/mp2t"><Representation id="1" bandwidth="1"><BaseURL>{secret}</BaseURL>'
         "</Representation></AdaptationSet></Period></MPD>"
     )
@@ -216,8 +217,8 @@ def playlists(folder: Path) -> dict[str, bytes]:
 @pytest.mark.fault(
     "hostile",
     "a playlist (HLS, DASH, FFmpeg's concat, SDP) among the videos or in a shard, which names another file or address",
-    "no video: rejected when shards are made; in a shard, replaced and named as a clip that does not decode. FFmpeg may "
-    "open no other file or address",
+    "no video: rejected when shards are made; in a shard, replaced and named as a clip that does not decode. FFmpeg "
+    "may open no other file or address",
 )
 def test_playlists_do_not_reach_other_files(tmp_path: Path) -> None:
     videos = tmp_path / "videos"

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from tests.benchmarks.running import load
-from tests.chain import launch, tool
+from tests.chain import launch
+from tests.chain import tool as run_tool
 from tests.forked import fork_servers
+from vjepa_scale.core.worker_pool import process_tree
 
 KILLS, STEPS, SEED = 8, 60, 1
 
@@ -50,6 +53,23 @@ def start(recipe: Path, log: IO[str]) -> ForkedLauncher:
     return ForkedLauncher(process)
 
 
+def tool(*words: object) -> None:
+    """``cancel`` knows the parent of a dead launcher's ranks by submitit's name in its command, which a fork lacks."""
+
+    def parent(started: dict[str, Any]) -> psutil.Process | None:
+        return next(iter(process_tree(int(started["job_id"]))), None)
+
+    with mock.patch("vjepa_scale.monitor.jobs.rank_starter", parent):
+        run_tool(*map(str, words))
+
+
+@pytest.mark.fault(
+    "processes",
+    "launcher, launcher with all ranks, single ranks and loader workers are killed at random moments, again and again",
+    "the launcher starts the ranks again, or the same command resumes (while a dead launcher's ranks still train it "
+    "is refused, and `cancel` ends them); weights and metrics are those of an undisturbed run, to the bit; no clip is "
+    "blamed for a killed worker",
+)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_random_kills(

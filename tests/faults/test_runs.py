@@ -91,7 +91,7 @@ def test_a_launcher_is_known_whatever_the_clock_says() -> None:
 @pytest.mark.fault(
     "data",
     "the manifest of another data set lies among the shards, or a data set was replaced since the run was killed",
-    "refused before anything starts: exit code 2, one line that names the shard or the data set",
+    "refused before anything starts: exit code 2, one line that names the shard, or the data set and the checkpoint",
 )
 @pytest.mark.distributed
 def test_data_that_do_not_belong_to_the_run(finished: Path, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_data_that_do_not_belong_to_the_run(finished: Path, two_data_sets: dict[
     shutil.copy(two_data_sets["right"] / "manifest.json", mixed)
     for path, said in (
         (mixed, "the manifest says"),
-        (two_data_sets["right"], "data set 'left'"),
+        (two_data_sets["right"], "data.sets.left.path: not the shards that"),
         (tmp_path / "nowhere", "no such data folder"),
     ):
         change_recipe(recipe, lambda tree, path=path: tree["data"]["sets"]["left"].update(path=str(path)))
