@@ -284,7 +284,8 @@ def launches_of(run: Path) -> int:
 def left_behind(run: Path) -> list[str]:
     """Describes what must not be there: unfinished checkpoints, and clips that were blamed for a killed worker."""
     unfinished = [f"left: {path}" for path in run.glob("*/checkpoints/.step_*")]
-    return unfinished + [f"a clip was replaced: {row}" for row in read_jsonl(run / "ledger.jsonl")]
+    ledger = [row for row in read_jsonl(run / "ledger.jsonl") if row.get("event") == "substituted"]
+    return unfinished + [f"a clip was replaced: {row}" for row in ledger]
 
 
 def differences(undisturbed: Path, killed: Path) -> list[str]:

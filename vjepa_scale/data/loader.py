@@ -5,9 +5,13 @@ and PyTorch's DataLoader between them: workers prefetch, results come in order. 
 has crashed a worker, new workers start at the rank's current step.
 """
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
+from multiprocessing import queues
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core import log
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.core.stacks import answer_with_stacks
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
@@ -26,8 +30,13 @@ from vjepa_scale.data.watchdog import DecodeStatus, WorkerWatchdog
 from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.phases import accumulation
 
+_log = logging.getLogger(__name__)
+
 Index = TypeVar("Index")
 Item = TypeVar("Item")
+
+# Exit code of a worker that cannot pass an item on (EX_IOERR).
+_NOT_SENT = 74
 
 
 class PhaseLoader:
@@ -173,6 +182,13 @@ class Prefetched(Generic[Index, Item]):
                 if lost := self._watch.lost() if self._watch is not None else None:
                     self.close()
                     raise ClipsLost(lost) from None
+                if any(_ended_unsent(worker) for worker in iterator._workers):  # type: ignore[attr-defined]
+                    self.close()
+                    raise PassingError(
+                        "a loader worker cannot pass a batch on through shared memory; its error is in the log",
+                        where="/dev/shm",
+                        fix="free space there, or use fewer data.workers or a smaller data.prefetch",
+                    ) from None
                 raise
             if isinstance(item, UserError):
                 self.close()
@@ -248,5 +264,20 @@ def _as_is(item: Item) -> Item:
 
 def _start_loader_worker(rank: log.Process, number: int) -> None:
     start_worker(rank.worker(number))
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     answer_with_stacks(f"loader worker {number}")
     keep_freed_memory()
+
+
+def _ended_unsent(worker: BaseProcess) -> bool:
+    worker.join(0.25)  # its connection may close before its exit status is available
+    return worker.exitcode == _NOT_SENT
+
+
+def _end_unsent(error: Exception, item: object) -> None:
+    """Ends a worker whose item cannot be sent, since shared memory is full, say.
+
+    multiprocessing only prints the error and drops the item, for which the rank would wait for ever.
+    """
+    _log.error(f"an item cannot be sent: {error}")
+    os._exit(_NOT_SENT)
