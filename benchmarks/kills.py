@@ -126,11 +126,11 @@ class Killer:
     def run(self, dice: random.Random, count: int, steps: int) -> list[Kill]:
         """Returns the kills; fewer than ``count`` if the run was complete before."""
         due = sorted(dice.randrange(steps) for _ in range(count))
+        planned = [(step, dice.choice(VICTIMS), dice.uniform(0, DELAY_S)) for step in due]
         kills: list[Kill] = []
         launcher = self._launch()
         try:
-            for number, step in enumerate(due, start=1):
-                victim, delay_s = dice.choice(VICTIMS), dice.uniform(0, DELAY_S)
+            for number, (step, victim, delay_s) in enumerate(planned, start=1):
                 while rows_of(self._run) < step and launcher.poll() is None:
                     time.sleep(0.005)
                 time.sleep(delay_s)
