@@ -25,9 +25,8 @@ def _batch_beyond_the_limit(size: int) -> torch.Tensor:
     "worker's own error",
 )
 @pytest.mark.distributed
-def test_a_batch_that_shared_memory_cannot_hold_ends_the_worker(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_shared_memory_cannot_hold_ends_the_worker() -> None:
     loader = Prefetched(_batch_beyond_the_limit, [10, 3_000_000, 10], workers=1, prefetch=2)
     with pytest.raises(PassingError, match=r"/dev/shm: a loader worker cannot pass a batch on .*data\.workers"):
         list(loader)
     loader.close()
-    assert "an item cannot be sent: unable to" in capfd.readouterr().err
