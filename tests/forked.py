@@ -2,15 +2,19 @@
 
 submitit starts a process for a job and one for each rank, 2.6 s of CPU each. A job here is a process of the tests'
 fork server, and its ranks are forks of that: the same environment, folder, logs, exit codes and failure reports.
+The server that a rank starts for its loader workers is a fork of the rank.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +25,7 @@ from vjepa_scale.monitor.jobs import this_process
 
 def ended_process() -> dict[str, Any]:
     """``this_process`` for launch.local: one that nobody will find alive, though this process goes on."""
-    return this_process() | {"created": 0.0}
+    return this_process() | {"started_ticks": 0}
 
 
 class ForkedExecutor:
@@ -86,6 +90,7 @@ def _rank(words: bytes, rank: int, ranks: int, folder: Path) -> None:
             "SUBMITIT_LOCAL_LOCALID": str(rank),
             "SUBMITIT_LOCAL_JOB_ID": job,
         }
+        fork_servers()
         function, arguments = pickle.loads(words)  # noqa: S301 (from our own parent)
         function(*arguments)
         code = 0
@@ -97,3 +102,32 @@ def _rank(words: bytes, rank: int, ranks: int, folder: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+_spawn = util.spawnv_passfds  # type: ignore[attr-defined]
+
+
+def fork_servers() -> None:
+    """From now on, the fork server that this process starts is a fork of it. For a process that has imported all."""
+    util.spawnv_passfds = _forked_server  # type: ignore[attr-defined]
+
+
+def _forked_server(path: str, args: Sequence[Any], passed: Sequence[int]) -> int:
+    """In place of multiprocessing's start of a process: of its fork server, a fork. Returns its id."""
+    server = re.match(r"from multiprocessing\.forkserver import main; main\((\d+), (\d+), ", str(args[-1]))
+    if server is None:
+        return _spawn(path, args, passed)  # type: ignore[no-any-return]
+    if (pid := os.fork()) != 0:
+        return pid
+    try:
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2 and descriptor not in passed:
+                with contextlib.suppress(OSError):  # the one that listed them
+                    os.close(descriptor)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        forkserver._forkserver.__init__()  # type: ignore[misc]  # its lock is held by the call that brought us here
+        forkserver.main(int(server[1]), int(server[2]), [])
+    finally:
+        os._exit(0)

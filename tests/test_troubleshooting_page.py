@@ -48,7 +48,7 @@ IN_SOURCE = {
     "Slurm refused the job of '…': …": "launch/slurm.py",
     "every stage is already complete": "launch",
     "the recipe differs from the one that trained …: … (put it back, choose another run.dir, …)": "training",
-    "another process is training this stage (wait for it, or end it)": "run/lock.py",
+    "another process is training this stage (wait for it, or end it: …)": "run/lock.py",
     "step … has taken … s, the median is … s": "training/slow_steps.py",
     "wrong results: rank … on …; since …": "training/device_watch.py",
     "the processes ended without an error message": "launch/retry_policy.py",

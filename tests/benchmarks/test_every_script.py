@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks.running import BENCHMARKS, SCRIPTS
 
-# Which tests of this folder run it; for a module that is no command: which commands use it.
+# Which tests of this folder, or of faults/, run it; for a module that is no command: which commands use it.
 RUN_BY = {
     "checkpoint": {"test_checkpoint_training", "test_checkpoint_consolidation"},
     "clock": {"step"},
@@ -18,6 +18,7 @@ RUN_BY = {
     "gpu_resume": {"gpu"},
     "gpu_rows": {"gpu"},
     "host": {"test_host"},
+    "kills": {"test_random_kills"},
     "loader": {"test_loader"},
     "order": {"test_order"},
     "precision": {"test_precision"},
@@ -31,7 +32,8 @@ RUN_BY = {
 }
 TESTS = {
     node.name
-    for path in Path(__file__).parent.glob("test_*.py")
+    for folder in (Path(__file__).parent, Path(__file__).parents[1] / "faults")
+    for path in folder.glob("test_*.py")
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
 }

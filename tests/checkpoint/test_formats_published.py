@@ -147,6 +147,11 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a `.pt` file that would run code when it is loaded",
+    "refused; the code does not run",
+)
 @pytest.mark.parametrize("new", [True, False])
 def test_a_malicious_pickle_is_refused_without_running(tmp_path: Path, tensors: dict[str, Tensor], new: bool) -> None:
     content = published_dict(tensors) | {"loss": Malicious(tmp_path / "ran")}
@@ -229,6 +234,11 @@ def test_damaged_and_unknown_files_are_one_clear_error(
     assert str(path) in str(error.value)
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a `.pt` of any bytes",
+    "one error that names the file",
+)
 def test_any_bytes_are_one_clear_error(tmp_path: Path) -> None:
     generator, path = random.Random(0), tmp_path / "x.pt"
     for _ in range(300):

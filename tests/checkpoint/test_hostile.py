@@ -50,6 +50,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- JSON ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "hostile",
+    "JSON of 100,000 levels, of numbers with 5,000 digits, or none, in the place of any JSON",
+    "one error that names the file, at once",
+)
 @pytest.mark.parametrize("text", [DEEP, '{"a": ' * 100_000, DIGITS, "\0", ""], ids=lambda text: text[:12] or "empty")
 def test_json_that_is_none(text: str, exported: Path, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
@@ -109,6 +114,11 @@ def _with_right_checksums(checkpoint: Path) -> None:
     write_manifest(checkpoint, step=manifest["step"], world_size=1, files=files, extra=extra)
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a checkpoint with right checksums and other content",
+    "one error that names it",
+)
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -178,6 +188,11 @@ ABSURD: dict[str, Any] = {
 }
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a `config.json` with absurd sizes",
+    "one error that names the key, before memory is taken",
+)
 @pytest.mark.parametrize("key", ABSURD)
 def test_absurd_values_in_a_config_of_hugging_face(key: str, exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported / "huggingface", tmp_path / "hf"))

@@ -137,6 +137,11 @@ def test_plans_of_two_savers_are_their_own(tmp_path: Path) -> None:
             assert torch.equal(held["w"], torch.full(shape, float(step)))
 
 
+@pytest.mark.fault(
+    "disks",
+    "a checkpoint cannot be written, in the background or not",
+    "an error that may pass, so another attempt follows; the checkpoint before stays",
+)
 @pytest.mark.parametrize("background", [True, False])
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(tmp_path: Path, background: bool) -> None:
     folder = tmp_path / "checkpoints"

@@ -95,6 +95,11 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 # -- damage ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "any file of a checkpoint is flipped in a byte, truncated or missing",
+    "the warning names checkpoint and file; loading it is refused",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["one byte flipped", "truncated", "removed"])
 @pytest.mark.parametrize("name", FILES)
@@ -112,6 +117,11 @@ def test_damage_is_named_and_the_previous_checkpoint_used(
         loaded(folder / "step_00000002")
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "any one byte of a manifest is flipped",
+    "it is seen",
+)
 def test_any_flipped_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
     path = save(tmp_path, 1, text="ü") / "manifest.json"
     whole = path.read_bytes()
@@ -129,6 +139,11 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> Non
         store.find_latest(tmp_path)
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "no checkpoint is good",
+    "an error; a run never starts from the beginning by itself",
+)
 def test_no_checkpoints_is_none_but_none_good_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert store.find_latest(tmp_path / "absent") is None
     assert store.find_latest(tmp_path) is None
@@ -203,6 +218,11 @@ def test_only_allowed_names_may_be_left_out(tmp_path: Path) -> None:
     assert float(tensors["a.weight"].sum()) == 600
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a checkpoint's index (a pickle) that would run code",
+    "refused; the code does not run",
+)
 def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, 1)
     (checkpoint / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/pwned'\ntR.")
@@ -221,6 +241,11 @@ def test_an_index_that_python_3_11_2_wrote_is_read() -> None:
     assert holds(checkpoint, 3.0)
 
 
+@pytest.mark.fault(
+    "hostile",
+    "a checkpoint's index that reaches for other objects through `getattr`",
+    "refused",
+)
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -267,6 +292,11 @@ def _save_and_hang(ranks: Ranks, folder: str, function: str) -> None:
     save(Path(folder), 2)
 
 
+@pytest.mark.fault(
+    "processes",
+    "a rank is killed inside a save: while it writes, before the manifest, at the rename",
+    "what is unfinished is removed with a warning; the run resumes from the checkpoint before",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize("moment", ["describe_file", "write_manifest", "_rename"])
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "replacing"])
@@ -310,6 +340,11 @@ def _save_for_ever(ranks: Ranks, folder: str, first: int) -> None:
         save(Path(folder), step)
 
 
+@pytest.mark.fault(
+    "processes",
+    "ranks that save all the time are killed at any moment",
+    "the newest checkpoint is whole",
+)
 @pytest.mark.distributed
 def test_kill_9_at_any_time(tmp_path: Path) -> None:
     first = 1

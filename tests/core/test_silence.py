@@ -74,6 +74,11 @@ def results(
     return ["Silent" if isinstance(value, Silent) else value for value in told], stage
 
 
+@pytest.mark.fault(
+    "data",
+    "a decoder hangs while shards are made",
+    "the worker is ended after its limit, the video rejected with the reason",
+)
 @pytest.mark.parametrize(
     ("script", "expected"),
     [

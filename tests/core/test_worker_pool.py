@@ -140,6 +140,11 @@ def test_sockets_lie_in_the_temporary_folder_if_they_fit(
         assert tempfile.gettempdir() == str(usual)  # of anybody else
 
 
+@pytest.mark.fault(
+    "disks",
+    "no temporary folder can hold the workers' sockets",
+    "one error that names TMPDIR",
+)
 @pytest.mark.usefixtures("first_socket")
 def test_no_folder_for_sockets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:

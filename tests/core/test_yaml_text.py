@@ -38,6 +38,11 @@ def line_of(raised: pytest.ExceptionInfo[UserError]) -> str:
     return line
 
 
+@pytest.mark.fault(
+    "hostile",
+    "YAML with aliases that expand to a billion values, that contain themselves, with double keys, or too deep",
+    "one error that names file and key",
+)
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:30])
 def test_what_is_lost_or_fails_is_one_line(text: str) -> None:
     where, what = REFUSED[text]

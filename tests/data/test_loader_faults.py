@@ -1,5 +1,6 @@
 """Clips that do not decode: what is shown in their place depends on nothing but seed, step, slot and attempt."""
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from tests.data.faulty import with_faulty_decoder
 from tests.data.test_loader import as_global, recipe_for
 from tests.processes import LIMIT_S
 from tests.videos import encoded
-from vjepa_scale.core.errors import UserError
+from vjepa_scale.core.errors import PassingError, UserError
 from vjepa_scale.data import host_limits
 from vjepa_scale.data.batch import MicroBatch
 from vjepa_scale.data.clips import ClipRef, clip_refs
@@ -99,6 +100,11 @@ def replaced(broken: Manifest) -> dict[int, list[MicroBatch]]:
     return load(broken)
 
 
+@pytest.mark.fault(
+    "data",
+    "a clip's bytes are damaged",
+    "another clip of the data set takes its place, as its ledger row says; no other slot changes",
+)
 def test_only_the_slots_of_broken_clips_change_and_show_what_the_rows_say(
     shards: Manifest, whole: dict[int, list[MicroBatch]], replaced: dict[int, list[MicroBatch]]
 ) -> None:
@@ -178,14 +184,43 @@ def test_evaluation_never_replaces(broken: Manifest, tmp_path: Path) -> None:
         list(evaluation_clips(Manifest.open(labelled), frames=2, size=SIZE, fps=4, batch=2))
 
 
-@pytest.mark.parametrize("damage", ["gone", "short"])
+@pytest.mark.fault(
+    "data",
+    "a shard is removed or truncated during training",
+    "an error that names the shard; no clip is replaced for it",
+)
+@pytest.mark.fault(
+    "data",
+    "a shard is replaced during training by one of another size",
+    "an error that names the shard and both sizes; clips of another video are never taken for these",
+)
+@pytest.mark.parametrize("damage", ["gone", "short", "other"])
 def test_a_shard_that_is_gone_or_cut_is_no_clips_fault(shards: Manifest, tmp_path: Path, damage: str) -> None:
     shutil.copytree(shards.folder, tmp_path / "shards")
     opened = Manifest.open(tmp_path / "shards")
     for tar in (tmp_path / "shards").glob("*.tar"):
-        tar.unlink() if damage == "gone" else os.truncate(tar, 700)
-    with pytest.raises(UserError, match=r"\.tar: (cannot read record|the shard ends inside record)"):
+        if damage == "other":  # every record's place is in it
+            tar.write_bytes(bytes(512) + tar.read_bytes())
+        else:
+            tar.unlink() if damage == "gone" else os.truncate(tar, 700)
+    said = {"gone": "cannot read record", "short": "the shard ends inside record", "other": r"has \d+ bytes now"}
+    with pytest.raises(UserError, match=rf"\.tar: .*{said[damage]}"):
         load(opened)
+
+
+@pytest.mark.fault(
+    "data",
+    "a shard cannot be read: its file server has an I/O error",
+    "an error that may pass, so another attempt follows; no clip is replaced for it",
+)
+def test_an_io_error_may_pass(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    opened = Manifest.open(shards.folder)
+    monkeypatch.setattr("vjepa_scale.data.manifest.open", unreadable, raising=False)
+    with pytest.raises(PassingError, match=r"\.tar: cannot read record .*Input/output error"):
+        load(opened, workers=0)
 
 
 LOAD_AND_EVALUATE = """
@@ -252,6 +287,12 @@ def faulty(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 CAUSES = [("HANG", "time limit"), ("DIES", "crashes the decoder")]
 
 
+@pytest.mark.fault(
+    "data",
+    "a clip makes the decoder hang, or crash its loader worker",
+    "the worker is ended after `data.faults.decode_timeout_s`, the clip replaced and named in the "
+    "ledger; a resume replays that without decoding",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("word", "cause"), CAUSES)
 def test_a_clip_that_takes_its_worker_with_it(
@@ -268,6 +309,11 @@ def test_a_clip_that_takes_its_worker_with_it(
     assert found["sums"] == [clips(batch).long().sum(dim=(1, 2, 3, 4)).tolist() for batch in expected.values()]
 
 
+@pytest.mark.fault(
+    "data",
+    "the same in an evaluation",
+    "an error that names the record: an evaluation never replaces clips",
+)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("word", "cause"), CAUSES)
 def test_an_evaluation_names_the_clip_that_takes_its_worker_with_it(
@@ -293,6 +339,11 @@ def test_a_worker_computes_and_decodes_in_one_thread() -> None:
     loader.close()
 
 
+@pytest.mark.fault(
+    "disks",
+    "/dev/shm is too small for the loader's batches",
+    "refused before the first step, with the sizes and the keys that help",
+)
 def test_too_little_shared_memory_or_too_few_handles(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(shards, workers=3)
     host_limits.check_limits(stages_of(recipe)["pretrain"], ranks_on_node=2)

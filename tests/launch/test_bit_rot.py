@@ -45,6 +45,11 @@ def states(run: Path) -> dict[str, str]:
     return {stage.name: stage.state for stage in read_status(run).stages}
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "the last checkpoint of a finished stage has rotted",
+    "the launch sets it aside and trains it again from the one before, to the same bits",
+)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_finished_stage_is_trained_again_from_the_checkpoint_before(run: Path, recipe: Path, finished: Path) -> None:
@@ -111,6 +116,11 @@ def test_what_a_launch_does_before_anything_starts(run: Path, recipe: Path, monk
     assert (run / PRETRAIN_END).is_dir()
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "it rots between the launch and the next stage's start",
+    "the next stage refuses to start from it or an older one; `status` says damaged",
+)
 def test_the_next_stage_finds_it_and_status_knows(run: Path, recipe: Path) -> None:
     """Damage between the launch and the start of the stage after it."""
     shutil.rmtree(run / "cooldown")
@@ -125,6 +135,11 @@ def test_the_next_stage_finds_it_and_status_knows(run: Path, recipe: Path) -> No
         find_start(stages_of(loaded)["cooldown"], {})
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "the last checkpoint of another run, from which one starts, is damaged",
+    "an error that names it; an older one is used only if its own path is given",
+)
 @pytest.mark.parametrize("word", ["continue_from", "init_from"])
 def test_an_older_checkpoint_of_another_run_is_not_taken_in_its_place(
     run: Path, two_data_sets: dict[str, Path], tmp_path: Path, word: str
@@ -154,6 +169,11 @@ def test_a_manifest_that_is_a_folder_is_damage(run: Path, capsys: pytest.Capture
         last_name(folder)
 
 
+@pytest.mark.fault(
+    "checkpoints",
+    "the disk does not give back a file's bytes (EIO)",
+    "as damage",
+)
 def test_bytes_that_the_disk_does_not_give_back_are_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(path: Path) -> str:
         raise OSError(number, "Input/output error")

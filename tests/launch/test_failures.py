@@ -56,6 +56,12 @@ def named(rows: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["event"] == event]
 
 
+@pytest.mark.fault(
+    "processes",
+    "a rank is killed (SIGKILL) in a step or a collective",
+    "all ranks of the job end; the launcher starts them again and they resume; with `launch.max_restarts=0` it ends "
+    "with 1, and one line that names the log",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("max_restarts", [0, 3])
 def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -100,6 +106,11 @@ def test_a_killed_rank(max_restarts: int, two_data_sets: dict[str, Path], tmp_pa
     assert Path(failed[0]["log"]).exists()
 
 
+@pytest.mark.fault(
+    "training",
+    "the loss is not finite twice at the same step",
+    "the run is not started a third time; the error names the step",
+)
 @pytest.mark.slow
 def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     two_data_sets: dict[str, Path], tmp_path: Path
@@ -130,6 +141,11 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
 
 
+@pytest.mark.fault(
+    "signals",
+    "Ctrl-C or TERM to the local launcher",
+    "ranks save and stop; exit code 128 + the signal's number; the same command goes on",
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_launcher_that_is_told_to_stop_saves_first(
     number: signal.Signals, two_data_sets: dict[str, Path], tmp_path: Path
@@ -156,6 +172,11 @@ def test_a_launcher_that_is_told_to_stop_saves_first(
     assert not (run / "cooldown").exists()
 
 
+@pytest.mark.fault(
+    "data",
+    "more clips are damaged than `data.faults.max_rate` allows",
+    "exit code 2 and one line with the clips",
+)
 def test_a_clip_that_does_not_decode_stops_the_run_and_is_named(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(two_data_sets["left"], shards)
@@ -178,6 +199,11 @@ def test_a_clip_that_does_not_decode_stops_the_run_and_is_named(two_data_sets: d
     assert any(report["user_error"] for report in reports)
 
 
+@pytest.mark.fault(
+    "launches",
+    "a run that is at work is launched again",
+    "the second launch ends with 2, names the process and changes nothing; the first goes on",
+)
 def test_two_launches_cannot_train_the_same_run(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path / "recipe.yaml",

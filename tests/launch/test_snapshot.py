@@ -127,6 +127,11 @@ def test_the_digest_is_of_names_and_bytes(checkout: Path, tmp_path: Path) -> Non
     assert run(checkout, "print(code_folder(run))", "relative", cwd=tmp_path) == f"{tmp_path}/relative/code/{first}"
 
 
+@pytest.mark.fault(
+    "launches",
+    "several launches at the same moment",
+    "each has its own record and a whole copy of the code",
+)
 def test_several_launches_at_once(checkout: Path, tmp_path: Path) -> None:
     start = time.time() + 1.0
     code = f"import time; time.sleep(max(0, {start} - time.time())); print(snapshot_code(run), new_launch_folder(run))"
@@ -170,6 +175,11 @@ Path.write_bytes = write_bytes
     assert same_files(folder / "vjepa_scale", checkout / "vjepa_scale")
 
 
+@pytest.mark.fault(
+    "launches",
+    "a run's copy of the code is damaged",
+    "it is made again",
+)
 def test_a_damaged_copy_is_made_anew(checkout: Path, tmp_path: Path) -> None:
     folder = Path(run(checkout, "print(snapshot_code(run))", tmp_path))
     for damage in (

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.chain import write_recipe
 from vjepa_scale.checkpoint.manifest import describe_file, write_manifest
 from vjepa_scale.monitor.jobs import (
     JobState,
     SlurmUnavailable,
-    this_process,
+    process_facts,
 )
 from vjepa_scale.monitor.states import RunStatus, StageStatus
 from vjepa_scale.monitor.status import as_json, read_status, render
@@ -101,7 +99,7 @@ def no_answer(job_id: str, *, name: str | None = None) -> JobState | None:
 
 
 def as_launcher(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    return this_process() | {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+    return process_facts(process.pid)
 
 
 def plan_both(run: Run) -> None:

@@ -22,7 +22,9 @@ def test_who_is_alive(sleeper: subprocess.Popen[bytes]) -> None:
     row: Row = as_launcher(sleeper)
     assert local_launcher(row) is True
     assert local_launcher(this_process()) is True
-    assert local_launcher(row | {"created": row["created"] - 60}) is False  # its number was another's before
+    assert (
+        local_launcher(row | {"started_ticks": row["started_ticks"] - 60}) is False
+    )  # its number was another's before
     assert local_launcher(row | {"host": "elsewhere"}) is None
     sleeper.kill()
     assert local_launcher(row) is False or psutil.Process(sleeper.pid).status() != psutil.STATUS_ZOMBIE

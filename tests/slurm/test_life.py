@@ -122,6 +122,11 @@ def until_signalled(run: Run, job: str, send: Callable[[], object]) -> None:
         run.cluster.wait_until(lambda: all(map(is_signalled, ranks)), PATIENCE_S, "a signal to the ranks", job_id=job)
 
 
+@pytest.mark.fault(
+    "signals",
+    "USR2, or `scontrol requeue`",
+    "the step ends, a checkpoint is saved, the job is queued again; no step is trained twice",
+)
 def test_usr2_and_a_bare_requeue_save_and_queue_again(
     cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
 ) -> None:
@@ -141,6 +146,11 @@ def test_usr2_and_a_bare_requeue_save_and_queue_again(
     assert cluster.job(run.job_id())["Restarts"] == "2"  # once each, not once by Slurm and once by us
 
 
+@pytest.mark.fault(
+    "signals",
+    "TERM in the middle of a save",
+    "the save is completed, the job is queued again",
+)
 def test_a_signal_in_the_middle_of_a_save(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
     inside: list[int] = []
 
@@ -162,6 +172,11 @@ def test_a_signal_in_the_middle_of_a_save(cluster: Cluster, two_data_sets: Sets,
     assert not any((run.folder / "pretrain" / "checkpoints").glob(".step_*"))
 
 
+@pytest.mark.fault(
+    "signals",
+    "the job's time limit comes near",
+    "as after USR2",
+)
 def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
     """The limit is lowered while the job runs, so that its signal comes soon on a machine of any speed."""
     profile = tmp_path / "short.yaml"
@@ -189,6 +204,11 @@ def test_the_time_limit(cluster: Cluster, two_data_sets: Sets, check: Check, tmp
     assert [row["signal"] for row in run.events("interrupted")] == ["SIGUSR2"]
 
 
+@pytest.mark.fault(
+    "signals",
+    "a more important job preempts this one",
+    "as after USR2",
+)
 def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path) -> None:
     def someone_more_important(run: Run, job: str) -> None:
         others: list[str] = []
@@ -203,6 +223,11 @@ def test_preemption(cluster: Cluster, two_data_sets: Sets, check: Check, tmp_pat
     assert len(run.events("interrupted")) == 1
 
 
+@pytest.mark.fault(
+    "processes",
+    "a node of a Slurm job is lost, with its processes or without",
+    "Slurm queues the job again, which resumes to the same bits",
+)
 @pytest.mark.parametrize(("node", "power_off"), [("first", True), ("first", False), ("last", False)])
 def test_a_lost_node(
     node: str, power_off: bool, cluster: Cluster, two_data_sets: Sets, check: Check, tmp_path: Path
@@ -251,6 +276,11 @@ def short_run(cluster: Cluster, folder: Path, sets: Sets, finished: Path, **laun
     return run
 
 
+@pytest.mark.fault(
+    "processes",
+    "the site's setup lines fail on a node",
+    "the job is queued again; the failing line is in the history",
+)
 def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, finished: Path, tmp_path: Path) -> None:
     """A module that does not load, a scratch disk that is not mounted: on the next node it may work."""
     profile = tmp_path / "fails.yaml"
@@ -262,6 +292,11 @@ def test_a_setup_that_fails_once(cluster: Cluster, two_data_sets: Sets, finished
     assert said in Path(failed["log"]).read_text()
 
 
+@pytest.mark.fault(
+    "signals",
+    "a signal before PyTorch is imported",
+    "an interruption, not a failure: the job is queued again",
+)
 def test_a_signal_before_the_ranks_can_listen(
     cluster: Cluster, two_data_sets: Sets, finished: Path, tmp_path: Path
 ) -> None:

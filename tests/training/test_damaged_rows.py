@@ -51,6 +51,11 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault(
+    "launches",
+    "history and metrics have rows that are damaged",
+    "`status` shows the rest",
+)
 def test_status_of_histories_and_metrics_with_rows_of_something_else(run: Path) -> None:
     """Each key of each row taken away, or of another type: no row makes status fail."""
     rows = [{"time": 1000.0 + number, **row} for number, row in enumerate(ROWS)]
@@ -84,6 +89,11 @@ def test_status_of_histories_and_metrics_with_rows_of_something_else(run: Path) 
         assert tool("launch", "status", run, check=False).returncode in (0, 1)
 
 
+@pytest.mark.fault(
+    "launches",
+    "metrics have a damaged row at a resume",
+    "the run resumes",
+)
 def test_metrics_without_a_step_do_not_prevent_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [METRICS, {"loss": 1.0}, [], {**METRICS, "step": 1}])
@@ -102,6 +112,11 @@ def test_reports_of_ranks_that_are_none(tmp_path: Path) -> None:
     assert found["kind"] == "ValueError"
 
 
+@pytest.mark.fault(
+    "launches",
+    "a row of the ledger is damaged",
+    "an error before the first step: results depend on it",
+)
 def test_a_row_of_the_ledger_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
     """Numbers depend on it: it is never left out."""
     row = {"event": "substituted", "stage": "pretrain", "step": 1, "slot": 2, "dataset": "a", "record": 3, "key": "k"}

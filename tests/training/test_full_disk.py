@@ -81,6 +81,11 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault(
+    "disks",
+    "the run folder's disk is full, for any file that a run or an export writes",
+    "an error that names the file; nothing half written",
+)
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_error_names_the_file_and_nothing_is_left(name: str, tmp_path: Path) -> None:
     with no_file_larger_than(10_000), pytest.raises(OSError, match="File too large") as raised:
@@ -97,6 +102,11 @@ def test_an_export_names_its_file(tmp_path: Path) -> None:
     assert raised.value.filename == str(tmp_path / "model.pt")
 
 
+@pytest.mark.fault(
+    "disks",
+    "the disk is full while a row of a log is written",
+    "the row is whole or absent",
+)
 def test_a_row_is_written_whole_or_an_error(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     append_jsonl(path, {"row": 1})
@@ -107,6 +117,11 @@ def test_a_row_is_written_whole_or_an_error(tmp_path: Path) -> None:
     assert list(read_jsonl(path)) == [{"row": 1}, {"row": 3}]
 
 
+@pytest.mark.fault(
+    "disks",
+    "the disk is full while shards are made",
+    "exit code 2, one line; no manifest, so the shards cannot be trained on; the same command goes on",
+)
 def test_make_shards_on_a_full_disk_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     videos, out = two_data_sets["left"].parent / "left", tmp_path / "out"
     with no_file_larger_than(1000):
@@ -131,6 +146,11 @@ def _one_rank_fails(ranks: Ranks, folder: str) -> str:
     return str(raised.value)
 
 
+@pytest.mark.fault(
+    "disks",
+    "one rank of several finds the disk full in a save",
+    "the same error on all ranks, nothing partial is left",
+)
 @pytest.mark.distributed
 def test_what_one_rank_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
     assert len(set(run_processes(_one_rank_fails, 2, str(tmp_path)))) == 1
@@ -153,6 +173,11 @@ def test_commands_end_with_2_and_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "error: the system refused a read or write: Input/output error\n"
 
 
+@pytest.mark.fault(
+    "disks",
+    "the disk is full at a launch",
+    "exit code 2, one line, nothing started",
+)
 def test_a_launch_that_finds_the_disk_full_is_one_line(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", two_data_sets)
     for limit in (10_000, 100_000):  # no room for a file of the code; for what a stage's last words need
@@ -201,6 +226,11 @@ def test_last_words_are_written_in_the_reserve(disk: Path) -> None:
     assert (disk / ".reserve").stat().st_size == 256 * 1024
 
 
+@pytest.mark.fault(
+    "disks",
+    "the disk is full in a step",
+    "the failure is reported in a reserve of 256 KiB; another attempt follows, and after it exit code 2 and one line",
+)
 def test_a_rank_that_finds_the_disk_full_reports_it(
     disk: Path, two_data_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,12 @@ def newest_step(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") - 1 if path.exists() else -1
 
 
+@pytest.mark.fault(
+    "processes",
+    "launcher, ranks and workers are killed together: at a change of phases, inside a save in the background, at "
+    "random moments",
+    "the same command resumes; metrics and all tensors of the checkpoints are those of an undisturbed run, to the bit",
+)
 def test_five_kills_change_nothing(two_data_sets: dict[str, Path], tmp_path: Path) -> None:
     undisturbed = write_recipe(tmp_path / "undisturbed.yaml", tmp_path / "undisturbed", two_data_sets, **LONG)
     began = time.monotonic()

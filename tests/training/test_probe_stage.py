@@ -309,6 +309,11 @@ def test_of_many_labelled_clips_no_features_are_kept(probed: Recipe, tmp_path: P
     assert list(table(result(recipe)))[-1].startswith("chance 33.3% (no k-NN")
 
 
+@pytest.mark.fault(
+    "processes",
+    "a probe stage is killed after its last step, before its result",
+    "the same command evaluates, without training again",
+)
 def test_killed_before_the_result_the_next_start_evaluates(probed: Recipe, sets: Sets, tmp_path: Path) -> None:
     recipe = probe_recipe(tmp_path, sets)
     with pytest.raises(AssertionError, match="died without a word"):

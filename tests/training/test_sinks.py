@@ -34,6 +34,11 @@ def publishers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.fault(
+    "processes",
+    "trainer and publishers are killed again and again",
+    "W&B and TensorBoard show one series, without gaps and doubles",
+)
 def test_kills_of_trainer_and_publishers_leave_one_gapless_series(
     two_data_sets: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -72,6 +77,11 @@ def test_kills_of_trainer_and_publishers_leave_one_gapless_series(
     assert not [path for path in run_dir.rglob("*") if path.is_file() and secret in path.read_bytes()]
 
 
+@pytest.mark.fault(
+    "launches",
+    "the server of W&B never answers",
+    "no step waits for it",
+)
 def test_a_server_that_never_answers_delays_nothing(
     two_data_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,12 @@ def disturbed(
     return runs
 
 
+@pytest.mark.fault(
+    "training",
+    "a clip of garbage with a huge loss; a NaN in the gradient of one rank only",
+    "with the action `skip` or `rollback` all ranks leave out the same step or clips; the end is within the spread of "
+    "seeds",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,6 +188,11 @@ def test_without_the_guard_the_garbage_shows(
     assert last_mean(run) - mean(whole) > 2 * stdev(whole)
 
 
+@pytest.mark.fault(
+    "training",
+    "the same, with the action `stop`",
+    "the run stops at that step, before anything moves, and names it",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_stop_it_stops_at_that_step(
     kind: str, two_data_sets: Sets, clips: list[tuple[str, int]], tmp_path: Path
@@ -194,6 +205,11 @@ def test_with_stop_it_stops_at_that_step(
     assert (row["event"], row["step"], row["reason"]) == ("stop", TROUBLE_AT, error)
 
 
+@pytest.mark.fault(
+    "training",
+    "a run is killed after such a decision",
+    "the resumed run repeats the decision from the ledger: the same bits",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "action"), [("garbage", "skip"), ("garbage", "rollback"), ("nan", "rollback")])
 def test_a_kill_after_the_decision_and_a_resume_change_no_bit(
@@ -223,6 +239,11 @@ def test_a_kill_after_the_decision_and_a_resume_change_no_bit(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.fault(
+    "training",
+    "a learning rate ten times too high",
+    "the bound on skips or rollbacks ends the run; the error says what it saw",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "bound"),

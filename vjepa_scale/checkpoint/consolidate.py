@@ -199,7 +199,7 @@ def check_against_transformers(folder: Path, source: WeightSource, probe: Attent
     logging.disable_progress_bar()
     kind: Any = VJEPA2Model if probe is None else VJEPA2ForVideoClassification
     try:
-        theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load the result: {error}", where=source.where) from None
     if extra := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:

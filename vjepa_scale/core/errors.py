@@ -43,6 +43,10 @@ class PassingError(UserError):
     """A user error that may be temporary, such as a file server that does not answer: the stage is restarted."""
 
 
+class OutsideError(PassingError):
+    """Something outside this program ended a part of it, as SIGKILL does: the same may happen twice at one step."""
+
+
 def _rebuild(kind: type[UserError], what: str, where: object, fix: str | None) -> UserError:
     return kind(what, where=where, fix=fix)
 

@@ -5,9 +5,14 @@ and PyTorch's DataLoader between them: workers prefetch, results come in order. 
 has crashed a worker, new workers start at the rank's current step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import islice
+from multiprocessing import queues
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -16,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vjepa_scale.core import log
-from vjepa_scale.core.errors import PassingError, UserError
+from vjepa_scale.core.errors import OutsideError, PassingError, UserError
 from vjepa_scale.core.stacks import answer_with_stacks
 from vjepa_scale.core.worker_pool import keep_freed_memory, start_worker, worker_context
 from vjepa_scale.data.batch import MicroBatch, StepBatch, load_micro_batch
@@ -28,8 +33,13 @@ from vjepa_scale.recipe import Phase, Stage
 from vjepa_scale.recipe.limits import item_limit_s
 from vjepa_scale.recipe.phases import accumulation
 
+_log = logging.getLogger(__name__)
+
 Index = TypeVar("Index")
 Item = TypeVar("Item")
+
+# Exit code of a worker that cannot pass an item on (EX_IOERR).
+_NOT_SENT = 74
 
 
 class PhaseLoader:
@@ -198,6 +208,9 @@ class Prefetched(Generic[Index, Item]):
                 if lost := self._watch.lost() if self._watch is not None else None:
                     self.close()
                     raise ClipsLost(lost) from None
+                if (explained := _explained(iterator._workers)) is not None:  # type: ignore[attr-defined]
+                    self.close()
+                    raise explained from None
                 raise
             finally:
                 self._waits = False
@@ -292,5 +305,34 @@ def _as_is(item: Item) -> Item:
 
 def _start_loader_worker(rank: log.Process, number: int) -> None:
     start_worker(rank.worker(number))
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     answer_with_stacks(f"loader worker {number}")
     keep_freed_memory()
+
+
+def _explained(workers: Sequence[BaseProcess]) -> UserError | None:
+    """Returns why the first worker that has ended has ended, where that is known."""
+    for number, worker in enumerate(workers):
+        worker.join(0.25)  # its connection may close before its exit status is available
+        if worker.exitcode == _NOT_SENT:
+            return PassingError(
+                "a loader worker cannot pass a batch on through shared memory; its error is in the log",
+                where="/dev/shm",
+                fix="free space there, or use fewer data.workers or a smaller data.prefetch",
+            )
+        if worker.exitcode == -signal.SIGKILL:
+            return OutsideError(
+                f"loader worker {number} (pid {worker.pid}) was ended by SIGKILL",
+                where="data.workers",
+                fix="if the node's memory was full, use fewer, or a smaller data.prefetch",
+            )
+    return None
+
+
+def _end_unsent(error: Exception, item: object) -> None:
+    """Ends a worker whose item cannot be sent, since shared memory is full, say.
+
+    multiprocessing only prints the error and drops the item, for which the rank would wait for ever.
+    """
+    _log.error(f"an item cannot be sent: {error}")
+    os._exit(_NOT_SENT)

@@ -142,10 +142,12 @@ class Manifest:
 
     def read(self, record: int, member: str = "video") -> bytes:
         """Reads the bytes of one member (``video``, ``json``, …) of a record, and no other part of the shard."""
-        path = self.folder / self.shard_of(record).name
+        shard = self.shard_of(record)
+        path = self.folder / shard.name
         offset, size = self.place(record, member)
         try:
             with open(path, "rb") as file:  # buffered, because one system call reads at most 2 GiB
+                length = os.fstat(file.fileno()).st_size
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -154,6 +156,12 @@ class Manifest:
             raise kind(f"cannot read record {self.key(record)}: {reason_of(error)}", where=path) from None
         if len(data) != size:
             raise UserError(f"the shard ends inside record {self.key(record)}", where=path, fix="copy it again")
+        if length != shard.bytes:  # replaced since it was opened: the bytes at this place are of another video
+            raise UserError(
+                f"the shard has {length} bytes now, the manifest says {shard.bytes}",
+                where=path,
+                fix="put back the shard that was there when the stage started",
+            )
         return data
 
     def _column_path(self, name: str) -> Path:

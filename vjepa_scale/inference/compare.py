@@ -299,7 +299,7 @@ def _run_theirs(
     kind: Any = VJEPA2ForVideoClassification if classifier else VJEPA2Model
     try:
         loaded, info = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load it: {error}", where=folder) from None

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -177,7 +178,26 @@ def _seconds(text: str) -> float | None:
 
 def this_process() -> dict[str, Any]:
     """What a ``submitted`` row keeps of the launcher, so that local_launcher finds exactly this process again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+    return process_facts(os.getpid())
+
+
+def process_facts(pid: int) -> dict[str, Any]:
+    """Returns what tells a process of this machine from all others, before and after it."""
+    created = psutil.Process(pid).create_time()
+    return {"host": socket.gethostname(), "pid": pid, "created": created, **_since_boot(pid)}
+
+
+def _since_boot(pid: int) -> dict[str, Any]:
+    """The boot, and the clock ticks from it to the process's start; empty where the system has no /proc.
+
+    Unlike the time of creation, they do not change when the clock is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return {}
+    return {"boot": boot, "started_ticks": int(stat.rpartition(")")[2].split()[19])}
 
 
 def local_launcher(row: dict[str, Any]) -> bool | None:
@@ -192,9 +212,14 @@ def launcher_process(row: dict[str, Any]) -> psutil.Process | None:
     if row.get("host") != socket.gethostname() or not isinstance(row.get("pid"), int):
         return None
     process = _process(row["pid"])
-    if process is None or abs(process.create_time() - float(row.get("created") or 0)) > SAME_PROCESS_S:
+    if process is None:
         return None
-    return process
+    now = _since_boot(row["pid"])
+    if now and "started_ticks" in row:
+        same = all(row.get(key) == value for key, value in now.items())
+    else:  # of an earlier version
+        same = abs(process.create_time() - float(row.get("created") or 0)) <= SAME_PROCESS_S
+    return process if same else None
 
 
 def rank_starter(started: dict[str, Any]) -> psutil.Process | None:

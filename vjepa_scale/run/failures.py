@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vjepa_scale.core.errors import FULL, PassingError, UserError, reason_of
+from vjepa_scale.core.errors import FULL, OutsideError, PassingError, UserError, reason_of
 from vjepa_scale.core.files import read_json, write_json, write_last_words
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.run.blame import blamed
@@ -30,7 +30,9 @@ _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection res
 def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseException, *, logs: Path) -> None:
     """Writes this rank's report. step: the one that was being computed; None before the first."""
     shown = reported_error(error)
-    asked: Report = {"signal": error.signal} if isinstance(error, NothingSaved) else {}
+    more: Report = {"signal": error.signal} if isinstance(error, NothingSaved) else {}
+    if isinstance(shown, OutsideError):
+        more["recurs"] = False
     write_report(
         folder,
         ranks,
@@ -41,7 +43,7 @@ def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseExce
         user_error=isinstance(shown, UserError) and not isinstance(shown, PassingError),
         bystander=_is_bystander(shown),
         traceback="".join(traceback.format_exception(error)),
-        **asked,
+        **more,
     )
 
 

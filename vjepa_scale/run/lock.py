@@ -24,7 +24,8 @@ def refuse_if_training(stage_folder: Path) -> None:
     if (stage_folder / ".lock").exists():
         with stage_lock(stage_folder, patience_s=PATIENCE_S) as held:
             if not held:
-                raise UserError(HELD, where=stage_folder, fix="wait for it, or end it")
+                cancel = f"{command('launch')} cancel '{stage_folder.parent}'"
+                raise UserError(HELD, where=stage_folder, fix=f"wait for it, or end it: {cancel}")
 
 
 @contextmanager
