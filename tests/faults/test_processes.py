@@ -86,6 +86,12 @@ def place(run: Run, rank: int) -> str:
     return f"rank {rank} (node {found['node']}, pid {found['pid']})"
 
 
+@pytest.mark.fault(
+    "processes",
+    "one rank is killed (SIGKILL), and no restart is allowed",
+    "the job ends with 1: `Killed at step 12: rank 1 (node c1, pid 123) ended by SIGKILL`, in history, "
+    "`status` and on the console",
+)
 def test_a_rank_that_is_killed_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
     run = Run(tmp_path, two_data_sets)
     done = run.launch(lambda run: run.send(1, signal.SIGKILL))
@@ -98,6 +104,12 @@ def test_a_rank_that_is_killed_is_named(two_data_sets: Sets, tmp_path: Path) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.fault(
+    "processes",
+    "a rank is stopped (SIGSTOP) for longer than `guards.step_limit_s`",
+    "the job ends: `rank 1 (…) did not answer for 15 s, last seen in step 12 "
+    "(forward, stopped); noticed by rank 0 at step 12`; the stacks of the ranks that waited are in `RUN/STAGE/stacks`",
+)
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
     run = Run(tmp_path, two_data_sets, guards={"step_limit_s": 15})
@@ -116,6 +128,11 @@ def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets
     assert stacks.read_text().startswith("rank 0 waits for its peers in step ")
 
 
+@pytest.mark.fault(
+    "processes",
+    "a rank is stopped for less than the limit",
+    "nothing: it goes on",
+)
 def test_a_rank_that_is_stopped_for_less_goes_on(two_data_sets: Sets, tmp_path: Path) -> None:
     def stop_and_continue(run: Run) -> None:
         run.send(1, signal.SIGSTOP)
@@ -130,6 +147,11 @@ def test_a_rank_that_is_stopped_for_less_goes_on(two_data_sets: Sets, tmp_path: 
     assert not (run.stage / "failures").exists()
 
 
+@pytest.mark.fault(
+    "processes",
+    "a rank is gone with the process that supervises it, as with its node",
+    "`Lost at step 12: rank 1 (…) ended without a word; noticed by rank 0 at step 12`",
+)
 def test_a_rank_whose_supervisor_is_killed_is_named_by_its_absence(two_data_sets: Sets, tmp_path: Path) -> None:
     run = Run(tmp_path, two_data_sets)
     done = run.launch(lambda run: psutil.Process(run.rank(1).ppid()).kill())
@@ -168,6 +190,11 @@ def loader_workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.fault(
+    "data",
+    "the file server of the shards hangs",
+    "the attempt ends after `data.faults.item_timeout_s` and names shard, record and loader worker; restarts follow",
+)
 @pytest.mark.slow
 def test_a_file_server_that_hangs_ends_the_attempt_and_names_worker_and_shard(
     two_data_sets: Sets, tmp_path: Path
@@ -179,13 +206,18 @@ def test_a_file_server_that_hangs_ends_the_attempt_and_names_worker_and_shard(
     (failed,) = run.events("failed")
     assert (failed["kind"], failed["user_error"]) == ("PassingError", False)  # with restarts, another attempt follows
     assert re.search(
-        r"-shards|left|right.*\.tar: loader worker 0 \(pid \d+, sleeping\) has come no further for 15 s; "
+        r"(left|right)/[^/ ]*\.tar: loader worker 0 \(pid \d+, sleeping\) has come no further for 15 s; "
         r"it began record \d+ of '(left|right)' last",
         failed["message"],
     )
     assert failed["message"] in done.stderr
 
 
+@pytest.mark.fault(
+    "processes",
+    "a loader worker is stopped between two clips",
+    "the attempt ends after `data.faults.item_timeout_s` and names the worker; restarts follow",
+)
 @pytest.mark.slow
 def test_a_loader_worker_that_is_stopped_ends_the_attempt_and_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
     stopped: list[int] = []
@@ -212,6 +244,11 @@ def test_a_loader_worker_that_is_stopped_ends_the_attempt_and_is_named(two_data_
     assert f"loader worker 0 (pid {stopped[0]}, stopped) has come no further for 15 s" in failed["message"]
 
 
+@pytest.mark.fault(
+    "signals",
+    "Ctrl-C while the ranks wait for data that does not come",
+    "ranks end within seconds, at the last checkpoint; exit code 130",
+)
 @pytest.mark.slow
 def test_ctrl_c_while_the_ranks_wait_for_data(two_data_sets: Sets, tmp_path: Path) -> None:
     sets = own_copy(two_data_sets, tmp_path)
