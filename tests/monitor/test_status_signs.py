@@ -1,6 +1,6 @@
 """What status says of a run that is alive and not well: signs of a collapse, ranks that hold up the others."""
 
-from tests.monitor.run_by_hand import Run
+from tests.monitor.run_by_hand import Run, job
 from vjepa_scale.monitor.status import render
 
 
