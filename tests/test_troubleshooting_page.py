@@ -26,13 +26,16 @@ from vjepa_scale.launch.sbatch import need_sbatch
 from vjepa_scale.launch.supervisor import Supervisor
 from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.recipe import load_recipe, stages_of
+from vjepa_scale.recipe.guard_sections import SpikesConfig
 from vjepa_scale.recipe.schema import FaultsConfig
 from vjepa_scale.run import failures, lock
 from vjepa_scale.run.blame import blamed
 from vjepa_scale.run.events import History
+from vjepa_scale.run.ledger import Spike
 from vjepa_scale.run.progress import shared_page
 from vjepa_scale.shards.make import Settings, make_shards
 from vjepa_scale.training.skipped_clips import SkippedClips
+from vjepa_scale.training.spikes import SpikeLog
 from vjepa_scale.training.step import NonFiniteLossError, StepGradients, apply_gradients
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -62,6 +65,14 @@ def pattern(message: str) -> re.Pattern[str]:
     return re.compile(".+?".join(map(re.escape, message.split("…"))))
 
 
+def of_spikes() -> Iterator[str]:
+    """What ends a run that has too many."""
+    skips = SpikeLog(Spike(step, "skip", "seen") for step in range(5))
+    yield str(skips.refusal(SpikesConfig(), 5, rollback=False))
+    rollbacks = SpikeLog(Spike(step, "rollback", "seen", 2) for step in range(3, 6))
+    yield str(rollbacks.refusal(SpikesConfig(), 6, rollback=True))
+
+
 def said_by(call: Callable[[], object]) -> str:
     with pytest.raises((UserError, NonFiniteLossError, RuntimeError)) as refused:
         call()
@@ -72,7 +83,7 @@ def said_by(call: Callable[[], object]) -> str:
 def said(two_data_sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """What commands and functions say of each mistake, a line each."""
     folder = tmp_path_factory.mktemp("mistakes")
-    return "\n".join([*of_commands(folder, two_data_sets), *of_functions(folder, two_data_sets)])
+    return "\n".join([*of_commands(folder, two_data_sets), *of_functions(folder, two_data_sets), *of_spikes()])
 
 
 def of_commands(folder: Path, sets: dict[str, Path]) -> Iterator[str]:
