@@ -232,7 +232,7 @@ def test_a_rollback_goes_on_behind_the_clips_before_it():
 
 
 @given(st.integers(0, 30), st.integers(1, 20), st.integers(0, 30), st.integers(1, 20), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @example(5, 10, 5, 3, 0)  # the second rollback goes to the checkpoint of the first one
 @example(20, 15, 10, 20, 1)  # and to an earlier one, over the end of a phase
 def test_no_clip_is_shown_twice_after_rollbacks(first, lost, second_first, second_lost, seed):

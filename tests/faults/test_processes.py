@@ -128,6 +128,7 @@ def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets
     assert stacks.read_text().startswith("rank 0 waits for its peers in step ")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "processes",
     "a rank is stopped for less than the limit",
@@ -147,6 +148,7 @@ def test_a_rank_that_is_stopped_for_less_goes_on(two_data_sets: Sets, tmp_path: 
     assert not (run.stage / "failures").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "processes",
     "a rank is gone with the process that supervises it, as with its node",

@@ -19,21 +19,20 @@ from vjepa_scale.monitor.states import RunStatus, StageStatus
 from vjepa_scale.monitor.status import as_json, read_status, render
 
 # The chain's stages: pretrain has steps 0 to 11, cooldown 12 to 17. 8 clips per step.
-NOW = time.time()
 
 
 class Run:
     """A run folder whose files are written by hand."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.now = folder, time.time()
         write_recipe(folder / "recipe.yaml", folder, {"left": folder / "no", "right": folder / "data"})
 
     def add(self, stage: str, event: str, *, ago: float = 100.0, **values: Any) -> None:
         path = self.folder / stage / "history.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
-            file.write(json.dumps({"time": NOW - ago, "event": event, **values}) + "\n")
+            file.write(json.dumps({"time": self.now - ago, "event": event, **values}) + "\n")
 
     def submit(
         self, stage: str, *, job: str = "100", cluster: str = "slurm", ago: float = 1000.0, **values: Any

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.chain import ROOT
-from tests.monitor.run_by_hand import NOW, Run, job, no_answer
+from tests.monitor.run_by_hand import Run, job, no_answer
 from tests.processes import LIMIT_S
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.monitor import cancel as cancel_module
@@ -83,7 +83,7 @@ def test_pending(run: Run) -> None:
 def test_starting_and_running(run: Run) -> None:
     run.submit("pretrain")
     assert run.pretrain(job("CONFIGURING")).state == "starting"
-    assert run.pretrain(job("RUNNING", start_time=NOW - 950)).state == "starting"
+    assert run.pretrain(job("RUNNING", start_time=run.now - 950)).state == "starting"
     run.start("pretrain")
     run.train("pretrain", 0, 8)
     run.save("pretrain", 4)
@@ -144,7 +144,7 @@ def test_requeued_and_started_again(run: Run) -> None:
     assert run.pretrain(job("COMPLETING")).state == "ending"
     stage = run.pretrain(job("PENDING", reason="BeginTime", restarts=1))
     assert (stage.state, stage.detail) == ("requeued", "SIGUSR2, saved at step 7; BeginTime")
-    assert run.pretrain(job("RUNNING", restarts=1, start_time=NOW)).state == "starting"
+    assert run.pretrain(job("RUNNING", restarts=1, start_time=run.now)).state == "starting"
     run.start("pretrain", restart=1, step=7, ago=50)
     status = run.look(job("RUNNING", restarts=1))
     assert status.stages[0].state == "running"

@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from tests.monitor.run_by_hand import NOW, Run, job
+from tests.monitor.run_by_hand import Run, job
 from vjepa_scale.monitor.stage_state import _is_late, _slurm_restart, _stands_still
 from vjepa_scale.monitor.states import StageStatus
 
@@ -77,7 +77,7 @@ def test_attempts_are_those_of_the_history_or_of_slurm_whichever_are_more(
 @pytest.mark.parametrize(("later_s", "told"), [(3600.0, True), (-3600.0, False), (None, False)])
 def test_a_start_is_expected_only_in_the_future(later_s: float | None, told: bool, run: Run) -> None:
     run.submit("pretrain")
-    start_time = None if later_s is None else NOW + later_s
+    start_time = None if later_s is None else run.now + later_s
     stage = run.pretrain(job("PENDING", reason="Priority", start_time=start_time))
     assert stage.state == "pending"
     assert stage.detail.startswith("Priority, expected to start ") is told
