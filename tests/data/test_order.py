@@ -224,7 +224,7 @@ def test_twenty_million_records_cost_milliseconds():
 def test_a_rollback_goes_on_behind_the_clips_before_it():
     """One data set: the batches are those that would have followed."""
     undisturbed, rolled_back = (order({"a": [9, 8, 7]}, [phase(0, 40, 6, {"a": 1.0})]) for _ in range(2))
-    rolled_back.leave_out(10, 14)
+    rolled_back.leave_out(10, rolled_back.behind(10, 14))
     for step in range(40):
         expected = undisturbed.batch(step + 4 * (step >= 10)) if step < 36 else None
         if expected is not None:
@@ -250,11 +250,11 @@ def test_no_clip_is_shown_twice_after_rollbacks(first, lost, second_first, secon
             shown.setdefault(dataset, []).extend(records)
 
     show(0, end)
-    data_order.leave_out(first, end)
+    data_order.leave_out(first, data_order.behind(first, end))
     show(first, max(first, second_end) if second_end > first else first)
     if second_end > first:  # else that step was not trained again
         back = min(second_first, second_end)
-        data_order.leave_out(back, second_end)
+        data_order.leave_out(back, data_order.behind(back, second_end))
         show(back, 70)
     for dataset, records in shown.items():
         count, size = len(records), sum(list(sets.values())[dataset])
@@ -268,7 +268,7 @@ def test_no_clip_is_shown_twice_after_rollbacks(first, lost, second_first, secon
 def test_a_resume_before_a_rollback_takes_the_same_clips_as_the_run():
     """A checkpoint from before the one of the rollback: the steps up to it are those of then."""
     rolled_back, undisturbed = (order({"a": [50], "b": [70]}, [phase(0, 30, 4, {"a": 1, "b": 1})]) for _ in range(2))
-    rolled_back.leave_out(12, 20)
+    rolled_back.leave_out(12, rolled_back.behind(12, 20))
     assert all(rolled_back.batch(s).record.tolist() == undisturbed.batch(s).record.tolist() for s in range(12))
     assert rolled_back.drawn(11) == undisturbed.drawn(11)
     assert rolled_back.drawn(12) == undisturbed.drawn(20)

@@ -209,11 +209,12 @@ def test_a_damaged_run_is_reported_without_its_lost_parts(damage: str, finished:
 
 def test_spikes_are_named(finished: Path, tmp_path: Path) -> None:
     run = copied(finished, tmp_path / "run")
-    with open(run / "pretrain/history.jsonl", "a") as file:
-        for step, to in ((9, 8), (11, None)):
-            file.write(
-                json.dumps({"time": 1.0, "event": "spike", "step": step, "to": to, "action": "", "saw": "x"}) + "\n"
-            )
+    with open(run / "ledger.jsonl", "a") as file:
+        for row in (
+            {"step": 9, "to": 8, "action": "rollback", "left_out": {}},
+            {"step": 11, "to": None, "action": "skip"},
+        ):
+            file.write(json.dumps({"event": "spike", "stage": "pretrain", "saw": "x", **row}) + "\n")
     page = report(run, "--no-features", out=tmp_path / "report.html")
     assert "Spikes of pretrain: 2 (1 rolled back), the last: step 11 skipped: x." in page.text
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,13 +115,13 @@ def skip(step: int) -> Spike:
 
 
 def rollback(step: int, to: int) -> Spike:
-    return Spike(step, "rollback", "seen", to)
+    return Spike(step, "rollback", "seen", to, {"a": step - to})
 
 
 def test_steps_are_skipped_again_unless_a_rollback_has_gone_behind_them() -> None:
     log = SpikeLog([skip(150), skip(90), rollback(180, 100), skip(120)])
     assert [step for step in range(200) if log.skipped(step)] == [90, 120]
-    assert log.left_out() == [(100, 181)]
+    assert log.left_out() == [(100, {"a": 80})]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,11 @@ def test_bounds(spikes: list[Spike], step: int, *, back: bool, told: str | None)
 
 
 ROW: dict[str, Any] = {"event": "spike", "stage": "pretrain", "step": 7, "action": "skip", "to": None, "saw": "seen"}
+BACK: dict[str, Any] = {"action": "rollback", "to": 4, "left_out": {"a": 3}}
+NOT_WHOLE: list[dict[str, Any]] = [
+    *({"step": "7"}, {"step": None}, {"saw": 3}, {"action": "go"}, {"to": 4}, {"action": "rollback"}),
+    *({**BACK, "left_out": None}, {**BACK, "left_out": {"a": "3"}}, {**BACK, "to": "4"}),
+]
 
 
 def test_rows_of_a_ledger(tmp_path: Any) -> None:
@@ -188,7 +194,7 @@ def test_rows_of_a_ledger(tmp_path: Any) -> None:
         ROW,
         {**ROW, "stage": "cooldown"},
         {"event": "stop", "stage": "pretrain"},
-        {**ROW, "action": "rollback", "to": 4},
+        {**ROW, **BACK},
     ]
     book.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_spikes(book, "pretrain") == [skip(7), rollback(7, 4)]
@@ -196,8 +202,24 @@ def test_rows_of_a_ledger(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": "7"}, {"step": None}, {"saw": 3}, {"action": "go"}, {"to": 4}, {"action": "rollback"}]
+    ("kind", "counted"), [("SpikeError", False), ("NonFiniteLossError", False), ("UserError", True)]
 )
+def test_bounds_begin_anew_where_the_run_has_ended_itself_over_spikes(
+    kind: str, *, counted: bool, tmp_path: Path
+) -> None:
+    """A lower rate is a new chance. What was skipped stays skipped."""
+    book = tmp_path / "ledger.jsonl"
+    rows = [*({**ROW, "step": step} for step in range(5, 10)), {"event": "stop", "stage": "pretrain", "kind": kind}]
+    book.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = SpikeLog(read_spikes(book, "pretrain"))
+    assert (log.refusal(CFG, 10, rollback=False) is not None) == counted
+    assert [step for step in range(20) if log.skipped(step)] == [5, 6, 7, 8, 9]
+    for step in range(10, 15):
+        log.add(skip(step))
+    assert "steps in a row were skipped" in str(log.refusal(CFG, 15, rollback=False))
+
+
+@pytest.mark.parametrize("change", NOT_WHOLE)
 def test_a_row_that_is_not_whole(change: dict[str, Any], tmp_path: Any) -> None:
     book = tmp_path / "ledger.jsonl"
     book.write_text(json.dumps(ROW | change) + "\n")

@@ -91,9 +91,14 @@ class DataOrder:
         self._left_out: list[tuple[int, list[int]]] = []  # step, further draws of each set from it on; ascending
         self._last_step, self._last = -1, BatchOrder(np.empty(0, np.int64), np.empty(0, np.int64))
 
-    def leave_out(self, first: int, end: int) -> None:
-        """From step ``first`` on, draws what would have been drawn from step ``end`` on: a rollback from there."""
-        skipped = [then - now for then, now in zip(self._counts(end), self._dealt(first), strict=True)]
+    def behind(self, first: int, end: int) -> dict[str, int]:
+        """Returns how many clips of each set to leave out from ``first`` on, to go on behind those before ``end``."""
+        counts = zip(self._counts(end), self._dealt(first), strict=True)
+        return dict(zip(self.names, (then - now for then, now in counts), strict=True))
+
+    def leave_out(self, first: int, draws: Mapping[str, int]) -> None:
+        """After a rollback to step ``first``, leaves out so many clips of each data set from there on."""
+        skipped = [draws.get(name, 0) for name in self.names]
         self._left_out = [entry for entry in self._left_out if entry[0] < first] + [(first, skipped)]
         self._last_step = -1
 

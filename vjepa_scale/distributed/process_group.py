@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,21 @@ def from_rank_0(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def read_on_rank_0(read: Callable[[], T]) -> T:
+    """Returns what ``read`` returns on rank 0, or raises its UserError, on every rank."""
+    found: list[T] = []
+    failed: UserError | None = None
+    if is_main():
+        try:
+            found.append(read())
+        except UserError as error:
+            failed = error
+    found, failed = from_rank_0((found, failed))
+    if failed is not None:
+        raise failed
+    return found[0]
 
 
 def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:

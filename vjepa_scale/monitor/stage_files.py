@@ -12,6 +12,7 @@ from vjepa_scale.monitor.states import BestCheckpoint, LastError, StageStatus
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import Attempt, History, Row, attempts, device_in_words
 from vjepa_scale.run.failures import worst_failure
+from vjepa_scale.run.ledger import LEDGER, read_spikes
 
 # As many of the last steps say how fast it goes; their rows fit in the last TAIL_BYTES of metrics.jsonl.
 RECENT_STEPS = 50
@@ -120,12 +121,12 @@ class StageFiles:
 
     def _spikes(self) -> str | None:
         """The stage's spikes in words; None without any."""
-        rows = [row for row in self._all_rows if row["event"] == "spike"]
-        if not rows:
+        try:
+            spikes = read_spikes(self.folder.parent / LEDGER, self.stage.name)
+        except UserError:  # a resume names the row
             return None
-        last, back = rows[-1], sum(row["to"] is not None for row in rows)
-        done = "skipped" if last["to"] is None else f"rolled back to step {last['to']}"
-        return f"{len(rows)} ({back} rolled back), the last: step {last['step']} {done}: {last['saw']}"
+        back = sum(spike.to is not None for spike in spikes)
+        return f"{len(spikes)} ({back} rolled back), the last: {spikes[-1]}" if spikes else None
 
     def _stragglers(self) -> list[str]:
         """The ranks that hold up the others, since the last start: the last row about each of their problems."""

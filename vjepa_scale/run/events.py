@@ -11,7 +11,7 @@ A row has ``time`` (seconds since 1970) and ``event``:
     interrupted  stopped after a signal: job, signal, step (of the checkpoint that was saved then, or before it by a
                  rank that waited in vain for data)
     collapse     a figure has stayed beyond its limit: job, column, value, limit, step (training/collapse_watch.py)
-    spike        a step was skipped or training rolled back: job, step, action, to, saw (run/ledger.py)
+    spike        a step was skipped or training rolled back: job, step, action, to, saw; run/ledger.py has more
     device       a rank holds up the others (training/device_watch.py): job, rank, node, device, problem (wrong: of its
                  results; slow; data: it waits for its batches), times (the others' median), share (of the steps'
                  time), over (it no longer does), step

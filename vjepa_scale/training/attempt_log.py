@@ -140,7 +140,14 @@ class AttemptLog:
         if self._metrics is not None:
             self._metrics.flush(patience_s=_PATIENCE_S)  # the device may be what has failed
         if self._ranks.is_main:
-            row = {"event": "stop", "stage": self._stage.name, "step": step, "reason": str(error), "pid": os.getpid()}
+            row = {
+                "event": "stop",
+                "stage": self._stage.name,
+                "step": step,
+                "kind": type(error).__name__,
+                "reason": str(error),
+                "pid": os.getpid(),
+            }
             append_jsonl(Path(self._stage.recipe.run.dir) / LEDGER, row, durable=True)
 
     def refuse_if_superseded(self) -> None:

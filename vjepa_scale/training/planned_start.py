@@ -85,8 +85,8 @@ def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manif
     else:
         base = carried(stage, manifests, source_of(stage))
     order = data_order(stage, manifests, phases, base)
-    for first, end in SpikeLog(read_spikes(Path(stage.recipe.run.dir) / LEDGER, stage.name)).left_out():
-        order.leave_out(first, end)
+    for first, draws in SpikeLog(read_spikes(Path(stage.recipe.run.dir) / LEDGER, stage.name)).left_out():
+        order.leave_out(first, draws)
     return phases, order, manifests
 
 

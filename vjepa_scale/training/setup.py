@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
         import_torchcodec()  # now, not in the first worker
     process_group.barrier()
     ledger = Path(recipe.run.dir) / LEDGER
-    spikes = SpikeLog(process_group.from_rank_0(read_spikes(ledger, stage.name)))
+    spikes = SpikeLog(process_group.read_on_rank_0(partial(read_spikes, ledger, stage.name)))
     remove_abandoned(stage.checkpoints, spikes)
     log.say(f"{stage.name}: {ranks.world_size} processes have joined on {engine.device.type}; opening the data")
     manifests = open_data(stage)
@@ -93,8 +94,8 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     resumed = start.manifest if start.kind == "resume" else None
     objective.before_training(resumed)
     order = data_order(stage, manifests, phases, start.base, records)
-    for first, end in spikes.left_out():
-        order.leave_out(first, end)
+    for first, draws in spikes.left_out():
+        order.leave_out(first, draws)
     return Training(
         stage=stage,
         ranks=ranks,

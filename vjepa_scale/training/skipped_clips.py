@@ -25,19 +25,23 @@ class SkippedClips:
 
     def __init__(self, run_dir: Path, stage: str) -> None:
         self.path, self._stage = run_dir / LEDGER, stage
-        names = [field.name for field in fields(DecodeFailure)]
-        rows: list[dict[str, Any]] = []
-        for row in rows_of(self.path, stage):
-            if row.get("event") == "substituted":
-                if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
-                    raise not_whole(row, where=self.path)
-                rows.append(row)
-            elif row.get("event") == "spike" and (to := spike_of(row, where=self.path).to) is not None:
-                rows = [earlier for earlier in rows if earlier["step"] < to]  # its slots show other clips now
-        read = process_group.from_rank_0([{name: row[name] for name in names} for row in rows])
+        read = process_group.read_on_rank_0(self._rows)
         self._failures: dict[Place, DecodeFailure] = {}
         self._by_step: defaultdict[int, list[DecodeFailure]] = defaultdict(list)
         self._remember(DecodeFailure(**row) for row in read)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Returns the failures that still hold, as the fields of DecodeFailure."""
+        names = [field.name for field in fields(DecodeFailure)]
+        rows: list[dict[str, Any]] = []
+        for row in rows_of(self.path, self._stage):
+            if row.get("event") == "substituted":
+                if not all(name in row for name in names) or not all(isinstance(row[name], int) for name in _NUMBERS):
+                    raise not_whole(row, where=self.path)
+                rows.append({name: row[name] for name in names})
+            elif row.get("event") == "spike" and (to := spike_of(row, where=self.path).to) is not None:
+                rows = [earlier for earlier in rows if earlier["step"] < to]  # its slots show other clips now
+        return rows
 
     def known(self) -> dict[Place, tuple[str, str]]:
         """Returns the clips to replace without decoding: place -> (cause, detail)."""

@@ -7,6 +7,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.manifest import name_of, newest_first, step_of
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import append_jsonl
+from vjepa_scale.core.log import region
 from vjepa_scale.distributed import process_group
 from vjepa_scale.distributed.optim import TOGETHER
 from vjepa_scale.recipe import Phase
@@ -17,6 +18,11 @@ from vjepa_scale.training.spikes import GRAD_NORM, LOSS, SpikeError
 from vjepa_scale.training.step import StepGradients
 
 _log = logging.getLogger(__name__)
+
+_FIX = (
+    "see the clips of these steps in ledger.jsonl; a lower rate from an earlier checkpoint on; or, where the level has "
+    "changed for good, a larger guards.spikes.loss_factor or grad_norm_factor (docs/watching.md#spikes)"
+)
 
 
 class SpikeActions:
@@ -43,15 +49,18 @@ class SpikeActions:
         if self._cfg.action == "stop":
             if not all(map(math.isfinite, values.values())):
                 return None
-            raise SpikeError(f"{saw}; nothing moved, since guards.spikes.action is stop")
+            raise SpikeError(f"step {step}: {saw}; nothing moved", where="guards.spikes.action: stop", fix=_FIX)
         rollback, to = self._cfg.action == "rollback", None
         if rollback and not training.spikes.refusal(self._cfg, step, rollback=True):
             to = self._good_checkpoint(step)
             rollback = to is not None
             saw += "" if rollback else "; no good checkpoint to roll back to"
         if refusal := training.spikes.refusal(self._cfg, step, rollback=rollback):
-            raise SpikeError(f"{saw}; {refusal}; nothing moved")
-        spike = Spike(step, "skip" if to is None else "rollback", saw, to)
+            raise SpikeError(f"step {step}: {saw}; {refusal}; nothing moved", where="guards.spikes", fix=_FIX)
+        if to is None:
+            spike = Spike(step, "skip", saw)
+        else:
+            spike = Spike(step, "rollback", saw, to, training.order.behind(to, step + 1))
         self._record(spike, values)
         return spike
 
@@ -60,7 +69,7 @@ class SpikeActions:
         training, engine = self._training, self._training.engine
         assert spike.to is not None
         remove_abandoned(training.stage.checkpoints, training.spikes)
-        training.order.leave_out(spike.to, spike.step + 1)
+        training.order.leave_out(spike.to, spike.left_out)
         training.skipped.forget_from(spike.to)
         checkpoint = training.stage.checkpoints / name_of(spike.to)
         manifest = store.read_manifest(checkpoint)
@@ -74,7 +83,11 @@ class SpikeActions:
 
     def _good_checkpoint(self, step: int) -> int | None:
         """Returns the step of the newest good checkpoint whose files are whole; None if there is none."""
-        self._checkpoints.collect(wait=True)
+        with region("save"):  # it may take longer than a step
+            self._checkpoints.collect(wait=True)
+            return self._whole_checkpoint(step)
+
+    def _whole_checkpoint(self, step: int) -> int | None:
         folder = self._training.stage.checkpoints
         saved = set(process_group.from_rank_0([step_of(checkpoint) for checkpoint in newest_first(folder)]))
         while (found := self._training.spikes.good(saved, now=step, window=self._cfg.window)) is not None:
@@ -97,6 +110,7 @@ class SpikeActions:
                 "action": spike.action,
                 "to": spike.to,
                 "saw": spike.saw,
+                "left_out": spike.left_out if spike.to is not None else None,
                 **{name: value if math.isfinite(value) else None for name, value in values.items()},
                 "clips": self._clips(spike.step),
             }

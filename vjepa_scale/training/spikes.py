@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from vjepa_scale.core.errors import UserError
 from vjepa_scale.recipe.guard_sections import SpikesConfig
 from vjepa_scale.run.ledger import Spike
 
@@ -21,8 +22,8 @@ _NAMED = 3  # spikes that an error names
 _SIGMA = 1.4826  # of a normal distribution, divided by its MAD
 
 
-class SpikeError(RuntimeError):
-    """The run stops itself at a spike: guards.spikes says so, or more of them were allowed than there are."""
+class SpikeError(UserError):
+    """The run ends itself at a spike: guards.spikes says so, or there are more than it allows."""
 
 
 class SpikeGuard:
@@ -117,9 +118,9 @@ class SpikeLog:
         """Returns the recorded spike of a step that was skipped, which a resume skips again."""
         return self._skipped.get(step)
 
-    def left_out(self) -> list[tuple[int, int]]:
-        """Returns, for each rollback in order, the steps FIRST and END between which its clips are left out."""
-        return [(spike.to, spike.step + 1) for spike in self.all if spike.to is not None]
+    def left_out(self) -> list[tuple[int, Mapping[str, int]]]:
+        """Returns, for each rollback in order, the step that it went to and the clips that are left out from there."""
+        return [(spike.to, spike.left_out) for spike in self.all if spike.to is not None]
 
     def is_abandoned(self, step: int, rollbacks: int) -> bool:
         """Returns whether a rollback has left a checkpoint behind. rollbacks: of the run when it was saved"""
@@ -142,12 +143,12 @@ class SpikeLog:
     def refusal(self, cfg: SpikesConfig, step: int, *, rollback: bool) -> str | None:
         """Returns the bound that one more skip or rollback at ``step`` would break, in words; None: it is allowed."""
         if rollback:
-            recent = [spike for spike in self.rollbacks if spike.step > step - COUNTED_STEPS]
+            recent = [spike for spike in self.rollbacks if spike.step > step - COUNTED_STEPS and spike.counts]
             return _bound("rollbacks", recent, cfg.rollbacks, f"rollbacks in {COUNTED_STEPS} steps")
         row: list[Spike] = []
-        while (before := self._skipped.get(step - 1 - len(row))) is not None:
+        while (before := self._skipped.get(step - 1 - len(row))) is not None and before.counts:
             row.append(before)
-        recent = [spike for spike in self._skipped.values() if spike.step > step - COUNTED_STEPS]
+        recent = [spike for spike in self._skipped.values() if spike.step > step - COUNTED_STEPS and spike.counts]
         return _bound("in_a_row", row[::-1], cfg.in_a_row, "steps in a row were skipped") or _bound(
             "per_1000", recent, cfg.per_1000, f"of {COUNTED_STEPS} steps were skipped"
         )

@@ -35,7 +35,6 @@ from vjepa_scale.training.setup import Training, set_up
 from vjepa_scale.training.signals import Interrupt, SavedAndStopped
 from vjepa_scale.training.slow_steps import SlowSteps
 from vjepa_scale.training.spike_actions import SpikeActions
-from vjepa_scale.training.spikes import SpikeError
 from vjepa_scale.training.step import (
     NonFiniteLossError,
     StepGradients,
@@ -60,7 +59,7 @@ def train_stage(
 
     interrupt: a signal in it makes the stage save and stop after the current step
     progress:  updated with the current step, for failure reports
-    Raises UserError for user errors, NonFiniteLossError or SpikeError where ``guards.spikes`` ends the run,
+    Raises UserError for user errors and where ``guards.spikes`` ends the run, NonFiniteLossError by its ``stop``,
     SavedAndStopped after a signal to any rank.
     """
     progress = progress or Progress()
@@ -311,9 +310,10 @@ class _Trainer:
         """If the run stops itself inside, records the reason and completes the checkpoint that is being written."""
         try:
             yield
-        except (NonFiniteLossError, SpikeError, UserError) as error:
+        except (NonFiniteLossError, UserError) as error:
             self.log.stopped_by(error, step)
-            self.checkpoints.collect(wait=True)
+            with region("save"):
+                self.checkpoints.collect(wait=True)
             raise
 
     def _stop_if_asked(self, step: int) -> None:
