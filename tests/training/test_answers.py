@@ -5,12 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from tests.processes import LIMIT_S
 from vjepa_scale.run.progress import Page, Progress
+from vjepa_scale.training import answers
 from vjepa_scale.training.answers import answering, is_in_a_collective
 
 SITE = "/env/lib/python3.11/site-packages"
@@ -64,3 +65,25 @@ def test_a_rank_answers_each_question_once_and_writes_its_stacks(part: str, wait
             assert page.waits == waits
     assert "test_a_rank_answers_each_question_once" in path.read_text()
     assert not any(thread.name == "answers" for thread in threading.enumerate())
+
+
+def test_the_ranks_own_stacks_are_on_disk_before_its_workers_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that does not go on is killed soon after it was asked."""
+    path = tmp_path / "stacks" / "hung_step_7_rank_3.txt"
+    seen: list[str] = []
+
+    def workers(file: BinaryIO) -> None:
+        seen.append(path.read_text())
+        file.write(b"of a worker")
+
+    monkeypatch.setattr(answers, "write_worker_stacks", workers)
+    page = Page(step=7, asked=1)
+    with answering(page, folder=tmp_path, rank=3):
+        deadline = time.monotonic() + LIMIT_S
+        while not seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert "in test_the_ranks_own_stacks_are_on_disk" in seen[0]
+    assert path.read_text() == seen[0] + "of a worker"

@@ -33,17 +33,39 @@ def answer_with_stacks(name: str) -> None:
 def write_stacks(file: BinaryIO, *, patience_s: float = 2.0) -> None:
     """Writes the stacks of this process and of its workers that answer. file: open for writing, on disk
 
-    patience_s: seconds in which a worker has to answer. One that does not is stopped, or blocked in the kernel: its
-                state is written instead
+    patience_s: as of ``write_worker_stacks``
     """
+    write_own_stacks(file)
+    write_worker_stacks(file, patience_s=patience_s)
+
+
+def write_own_stacks(file: BinaryIO) -> None:
+    """Writes the stacks of this process, at once. file: open for writing, on disk"""
     names = ", ".join(f"{thread.ident:#x} {thread.name}" for thread in threading.enumerate() if thread.ident)
     file.write(f"-- this process, {os.getpid()} (threads: {names})\n".encode())
     file.flush()
     faulthandler.dump_traceback(file.fileno(), all_threads=True)
     file.seek(0, os.SEEK_END)
+
+
+def write_worker_stacks(file: BinaryIO, *, patience_s: float = 2.0) -> None:
+    """Writes the stacks of the workers of this process, which are asked at the same time.
+
+    patience_s: seconds in which all workers have to answer. One that does not is stopped, or blocked in the kernel: its
+                state is written instead
+    """
+    asked = []
     for worker, name, answer in _workers():
         with suppress(psutil.Error, OSError):  # it has ended meanwhile
-            file.write(f"\n-- {name}, process {worker.pid}\n".encode() + _stacks_of(worker, answer, patience_s))
+            before = len(answer.read_bytes())
+            worker.send_signal(_SIGNAL)
+            asked.append((worker, name, answer, before))
+    deadline = time.monotonic() + patience_s
+    for worker, name, answer, before in asked:
+        with suppress(psutil.Error, OSError):
+            printed = _printed(answer, before, deadline)
+            words = printed or f"no answer in {patience_s:g} s: the process is {worker.status()}\n".encode()
+            file.write(f"\n-- {name}, process {worker.pid}\n".encode() + words)
     file.flush()
 
 
@@ -67,13 +89,12 @@ def _handles_the_signal(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (_SIGNAL - 1) & 1)
 
 
-def _stacks_of(worker: psutil.Process, answer: Path, patience_s: float) -> bytes:
-    before = len(answer.read_bytes())
-    worker.send_signal(_SIGNAL)
-    printed, deadline = b"", time.monotonic() + patience_s
+def _printed(answer: Path, before: int, deadline: float) -> bytes:
+    """Returns what a worker prints after so many bytes, when it has finished or at the deadline."""
+    printed = answer.read_bytes()[before:]
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)
         earlier, printed = printed, answer.read_bytes()[before:]
         if printed and printed == earlier:  # it has finished
-            return printed
-    return printed or f"no answer in {patience_s:g} s: the process is {worker.status()}\n".encode()
+            break
+    return printed

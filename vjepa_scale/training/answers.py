@@ -15,7 +15,7 @@ from types import FrameType
 
 from vjepa_scale.core.errors import reason_of
 from vjepa_scale.core.files import open_atomic
-from vjepa_scale.core.stacks import write_stacks
+from vjepa_scale.core.stacks import write_own_stacks, write_worker_stacks
 from vjepa_scale.run.progress import Page, part_of, step_of
 
 _TICK_S, _PATIENCE_S = 0.25, 2.0
@@ -67,13 +67,16 @@ def _files(frame: FrameType | None) -> Iterator[str]:
 
 
 def _write(folder: Path, step: int | None, rank: int, waits: bool) -> None:
+    """Writes the rank's own stacks, then appends those of its workers: the rank may be killed while they answer."""
     at = "before the first step" if step is None else f"in step {step}"
     path = folder / "stacks" / f"hung_{'start' if step is None else f'step_{step}'}_rank_{rank}.txt"
     try:
         with open_atomic(path) as file:
             why = "waits for its peers" if waits else "does not go on"
             file.write(f"rank {rank} {why} {at}; its stacks, innermost call first\n\n".encode())
-            write_stacks(file)
+            write_own_stacks(file)
         _log.warning("rank %d %s %s: its stacks are in %s", rank, why, at, path)
+        with open(path, "ab") as file:
+            write_worker_stacks(file)
     except OSError as error:
         _log.warning("the stacks of rank %d cannot be written: %s", rank, reason_of(error))
