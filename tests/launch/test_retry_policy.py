@@ -63,6 +63,14 @@ TWICE_BEFORE = "ValueError before the first step twice in a row: it would come a
         # Before the first step, the kind is not enough.
         ([failed(step=None), failed(step=None)], 9, "stop", TWICE_BEFORE),
         ([failed(step=None), failed(step=None, message="another clip")], 9, "again", ""),
+        # A supervisor's words have process ids and seconds; its cause has none.
+        (
+            [failed(None, "Killed", message=f"pid {n} ended", cause="SIGSEGV, setup") for n in (1, 2)],
+            9,
+            "stop",
+            "Killed before the first step twice in a row",
+        ),
+        ([failed(None, "Killed", cause=name) for name in ("SIGSEGV, setup", "SIGBUS, setup")], 9, "again", ""),
         # What ranks see that have lost a peer says nothing.
         ([failed(bystander=True), failed(bystander=True)], 9, "again", ""),
         # What comes from outside says nothing either, such as SIGKILL: but a crash of the code comes again.

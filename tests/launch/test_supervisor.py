@@ -64,6 +64,10 @@ run_command(main)
 """
 
 
+# What two attempts have in common, whatever their process ids.
+CAUSES = {"quiet": "exit code 3, load", "SIGKILL": "SIGKILL, load", "SIGSEGV": "SIGSEGV, load"}
+
+
 def start(folder: Path, how: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", PROGRAM, str(folder), how]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -93,6 +97,7 @@ def test_a_supervisor_ends_as_its_rank(
         assert 'raise KeyError("x")' in said[1] or "in rank" in said[1]  # the rank's own traceback
     reports = [json.loads(path.read_text()) for path in (tmp_path / "failures").glob("*.json")]
     assert [(row["kind"], row["recurs"]) for row in reports] == ([] if kind is None else [kind])
+    assert [row["cause"] for row in reports] == ([] if kind is None else [CAUSES[how]])
     assert all((row["rank"], row["step"], row["bystander"]) == (1, 3, False) for row in reports)
 
 

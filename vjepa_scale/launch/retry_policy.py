@@ -150,8 +150,12 @@ def _same_failure(before: Row, end: Row) -> bool:
     if before["event"] != "failed" or end.get("bystander") or not end.get("recurs", True):
         return False
     same = (before["kind"], before["step"]) == (end["kind"], end["step"])
-    # Before the first step a kind is less specific: the messages must be equal too.
-    return same and (end["step"] is not None or before["message"] == end["message"])
+    # Before the first step a kind is less specific: the causes must be equal too. Words may have process ids.
+    return same and (end["step"] is not None or _cause(before) == _cause(end))
+
+
+def _cause(end: Row) -> str:
+    return str(end.get("cause", end["message"]))
 
 
 def _at(end: Row) -> str:

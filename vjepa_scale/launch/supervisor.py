@@ -275,6 +275,7 @@ class Supervisor:
             message=f"{in_words(place)} {did} for {self.silent_s:.0f} s {at} ({part})",
             bystander=waits or (answered and not overdue),
             recurs=answered,
+            cause=f"Hung, {part}",
             account=account,
         )
         self._kill_in_s = grace_s
@@ -312,15 +313,17 @@ class Supervisor:
         step, number = step_of(self.page), -code
         if step is None and number in _STOP_REQUESTS:  # before it could handle it: no failure
             return
-        who = in_words(self._place())
+        who, part = in_words(self._place()), part_of(self.page)
         if code >= 0:
             kind, how = "Ended", f"ended with exit code {code} and no error message"
+            cause = f"exit code {code}, {part}"
         else:
             kind, how = "Killed", f"ended by {signal.Signals(number).name}"
+            cause = f"{signal.Signals(number).name}, {part}"
         if number == signal.SIGKILL and oom_kills() > self._oom_kills:
             how += ": the kernel has ended a process of this job for lack of memory"
         recurs = code >= 0 or number in _CRASHES
-        self._report(step=step, kind=kind, message=f"{who} {how}", bystander=False, recurs=recurs)
+        self._report(step=step, kind=kind, message=f"{who} {how}", bystander=False, recurs=recurs, cause=cause)
         print(f"error: {who} {how}", file=sys.stderr, flush=True)
 
     def _report(self, **values: Any) -> None:

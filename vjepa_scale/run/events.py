@@ -16,7 +16,8 @@ A row has ``time`` (seconds since 1970) and ``event``:
                  results; slow; data: it waits for its batches), times (the others' median), share (of the steps'
                  time), over (it no longer does), step
     failed       an attempt failed: job, job_id, kind, message, rank, step, user_error, bystander, log, report;
-                 recurs: False if it came from outside, such as SIGKILL
+                 recurs: False if it came from outside, such as SIGKILL; cause: of ends and hangs, as words without
+                 process ids and seconds, which are compared
     requeued     another attempt follows: reason, job_id
     gave_up      no other attempt follows: reason
     cancelled    by tools/launch.py cancel, or by the launcher's Ctrl-C

@@ -2,7 +2,7 @@
 
     <run>/<stage>/failures/JOB.RANK.json            rank, step, kind, message, user_error, bystander, traceback, log
     <run>/<stage>/failures/JOB.RANK.supervisor.json the same and more, of the process that supervises the rank
-                                                    (launch/supervisor.py): recurs, and of a rank that hung account
+                                                    (launch/supervisor.py): recurs, cause, and of a rank that hung account
 
 Does not import PyTorch.
 """
