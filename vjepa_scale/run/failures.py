@@ -2,7 +2,7 @@
 
     <run>/<stage>/failures/JOB.RANK.json            rank, step, kind, message, user_error, bystander, traceback, log
     <run>/<stage>/failures/JOB.RANK.supervisor.json the same and more, of the process that supervises the rank
-                                                    (launch/supervisor.py): recurs, cause, and of a rank that hung account
+                                                    (launch/supervisor.py): recurs, cause; of a rank that hung, account
 
 Does not import PyTorch.
 """
@@ -17,7 +17,7 @@ from vjepa_scale.core.errors import FULL, OutsideError, PassingError, UserError,
 from vjepa_scale.core.files import read_json, write_json, write_last_words
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.run.blame import blamed
-from vjepa_scale.run.rank_places import places_of
+from vjepa_scale.run.rank_places import pattern_of, places_of
 
 Report = dict[str, Any]
 
@@ -72,12 +72,17 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
     job: Ranks.job of the attempt, or a pattern for it
 
-    User errors come first, then other exceptions and ends by a signal, then ranks that hung, then errors of ranks that
-    only lost a peer. Of the last two kinds the message is that of ``blamed``, which names the ranks that are missing.
+    User errors come first, then other exceptions and ends by a signal, then ends by SIGABRT, then ranks that hung, then
+    errors of ranks that only lost a peer; of equals the earliest, and if several ranks say the same, the first rank.
+    Of the last two kinds the message is that of ``blamed``, which names the ranks that are missing.
     """
     found = reports_of(folder, job)
-    worst = min(found, key=lambda report: (_priority(report), report["rank"]), default=None)
-    return worst and blamed(worst, found, places_of(folder.parent, job))
+    if not found:
+        return None
+    earliest = min(found, key=lambda report: (_priority(report), _written(report), report["rank"]))
+    alike = [report for report in found if _said(report) == _said(earliest)]
+    worst = min(alike, key=lambda report: report["rank"])
+    return blamed(worst, found, places_of(folder.parent, job))
 
 
 def reports_of(folder: Path, job: str) -> list[Report]:
@@ -86,7 +91,7 @@ def reports_of(folder: Path, job: str) -> list[Report]:
 
 
 def report_files(folder: Path, job: str) -> list[Path]:
-    return sorted(folder.glob(f"{_file_name(job)}.*.json"))
+    return sorted(folder.glob(f"{pattern_of(_file_name(job))}.*.json"))
 
 
 def _read(path: Path) -> Iterator[Report]:
@@ -98,7 +103,22 @@ def _read(path: Path) -> Iterator[Report]:
 
 
 def _priority(report: Report) -> int:
-    return 0 if report["user_error"] else 3 if report["bystander"] else 2 if "account" in report else 1
+    if report["user_error"]:
+        return 0
+    if report["bystander"]:
+        return 4
+    # A collective that fails ends the innocent ranks, too, by SIGABRT.
+    return 3 if "account" in report else 2 if str(report.get("cause")).startswith("SIGABRT") else 1
+
+
+def _written(report: Report) -> float:
+    with suppress(OSError):
+        return Path(report["report"]).stat().st_mtime
+    return 0.0
+
+
+def _said(report: Report) -> tuple[Any, ...]:
+    return _priority(report), report["kind"], report["step"], report["message"]
 
 
 class NothingSaved(Exception):

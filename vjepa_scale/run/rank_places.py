@@ -42,11 +42,16 @@ def places_of(stage_folder: Path, job: str) -> list[Place]:
     """
     try:
         content = read_json(stage_folder / FILE)
-        if not fnmatchcase(content["job"], job):
+        if not fnmatchcase(content["job"], pattern_of(job)):
             return []
         return [place for place in content["ranks"] if place.keys() >= {"rank", "node", "pid", "gpu"}]
     except (UserError, TypeError, KeyError, AttributeError):
         return []
+
+
+def pattern_of(job: str) -> str:
+    """Returns the pattern of a job's name, or of a pattern with ``*``. Names of torchrun's jobs may have brackets."""
+    return job.replace("[", "[[]")
 
 
 def in_words(place: Place) -> str:
