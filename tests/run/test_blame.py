@@ -1,6 +1,7 @@
 """Which ranks are named when the others have lost them: reports of ranks and of their supervisors, by hand."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ ONE = "rank 1 (node c0, pid 51, GPU 1)"
             2,
             "Lost",
             False,
-            "rank 2 (node c1, pid 52, GPU 0), rank 3 (node c1, pid 53, GPU 1) ended without a word; noticed by rank 0 "
-            "at step 12: RuntimeError: Connection closed by peer",
+            "node c1 (ranks 2, 3) ended without a word; noticed by rank 0 at step 12: "
+            "RuntimeError: Connection closed by peer",
         ),
         # A collective's own time-out came first: the one that does not answer is to blame, not one that computes.
         (
@@ -149,8 +150,133 @@ def test_of_many_ranks_some_are_named(tmp_path: Path) -> None:
     (tmp_path / "ranks.json").write_text(json.dumps({"job": JOB, "ranks": [place(n) for n in range(512)]}))
     found = worst_failure(failures, JOB)
     assert found is not None
+    # So many are not the cause: they were ended before they could say anything.
+    assert found["rank"] is None
+    assert found["message"].startswith("511 of 512 ranks left no report; noticed by rank 0 at step 12: RuntimeError")
+    for rank in range(300):
+        (failures / f"{JOB}.{rank}.json").write_text(json.dumps(bystander(rank)))
+    found = worst_failure(failures, JOB)
+    assert found is not None
+    assert found["rank"] == 300
     assert found["message"].count("rank ") == 9  # eight, and the one that has noticed it
-    assert "rank 8 (node c4, pid 58, GPU 0) and 503 more ended without a word" in found["message"]
+    assert "rank 307 (node c153, pid 357, GPU 1) and 204 more ended without a word" in found["message"]
+
+
+# On the GPUs of 16 ranks. Innocent ranks block where they launch kernels; NCCL's watchdog aborts them.
+ON_GPU = {"part": "backward"}
+OF_16 = "rank 15 (node c7, pid 65, GPU 1)"
+
+
+def aborted(rank: int, **values: Any) -> dict[str, Any]:
+    cause = {"cause": "SIGABRT, backward", "message": f"rank {rank} ended by SIGABRT"}
+    return report(rank, "Killed", **{**cause, "bystander": True, "recurs": False, **values})
+
+
+@pytest.mark.parametrize(
+    ("reports", "rank", "kind", "recurs", "message"),
+    [
+        # The node of two ranks, or a rank, is gone.
+        ([aborted(n) for n in range(14)], 14, "Lost", False, "node c7 (ranks 14, 15) ended without a word; noticed"),
+        ([aborted(n) for n in range(15)], 15, "Lost", False, f"{OF_16} ended without a word; noticed by rank 0"),
+        ([aborted(n) for n in range(8, 15)], None, "Lost", False, "9 of 16 ranks left no report; noticed by rank 8"),
+        # One that tells its end is the cause, whichever wrote first.
+        (
+            [*(aborted(n) for n in range(15)), report(15, "Killed", cause="SIGSEGV, backward")],
+            15,
+            "Killed",
+            True,
+            "words",
+        ),
+        ([*(aborted(n) for n in range(15)), report(15)], 15, "ValueError", True, "words"),
+        ([*(aborted(n, bystander=False) for n in range(15)), report(15)], 15, "ValueError", True, "words"),
+        ([aborted(n) for n in range(16)], 0, "Killed", False, "rank 0 ended by SIGABRT"),
+        # One does not answer; all others, which are overdue, too, launch kernels behind a collective.
+        (
+            [*(account(n, **ON_GPU) for n in range(15)), account(15, part="reduce", **{"answered": False})],
+            15,
+            "Hung",
+            False,
+            f"{OF_16} did not answer for 20 s, last seen in step 12 (reduce); noticed by rank 0 at step 12",
+        ),
+        # One is behind, and one of those loads.
+        (
+            [*(account(n, 13, **ON_GPU) for n in range(15)), account(15, 12, **ON_GPU)],
+            15,
+            "Hung",
+            True,
+            f"{OF_16} has not come further for 20 s, last seen in step 12 (backward); noticed by rank 0 at step 13",
+        ),
+        (
+            [*(account(n, **ON_GPU) for n in range(15)), account(15, part="load")],
+            15,
+            "Hung",
+            True,
+            f"{OF_16} has not come further for 20 s, last seen in step 12 (load); noticed by rank 0 at step 12",
+        ),
+        # A kernel that never ends: nobody knows whose.
+        (
+            [account(n, part="forward" if n else "backward") for n in range(16)],
+            0,
+            "Hung",
+            False,
+            "16 ranks waited for 20 s for collectives or devices, in backward, forward",
+        ),
+        # By number, not by the names of files: 2 before 10. Several that load may have a file server in common.
+        (
+            [account(n, part="load") if n in (2, 10) else account(n, **ON_GPU) for n in range(16)],
+            2,
+            "Hung",
+            False,
+            "rank 2 (node c1, pid 52, GPU 0) has not come further for 20 s, last seen in step 12 (load); "
+            "rank 10 (node c5, pid 60, GPU 0) has not come further for 20 s, last seen in step 12 (load); noticed",
+        ),
+        # Of the ranks that hang, the one that is least far.
+        (
+            [
+                account(n, 12 + (n != 15), part="ema", answered=False) if n > 5 else account(n, **WAITS)
+                for n in range(16)
+            ],
+            15,
+            "Hung",
+            False,
+            f"{OF_16} did not answer for 20 s, last seen in step 12 (ema); rank 6 (",
+        ),
+    ],
+)
+def test_of_16_ranks_on_gpus(
+    reports: list[dict[str, Any]], rank: int | None, kind: str, recurs: bool, message: str, tmp_path: Path
+) -> None:
+    failures = tmp_path / "failures"
+    failures.mkdir()
+    for row in sorted(reports, key=lambda row: str(row["rank"])):
+        (failures / f"{JOB}.{row['rank']}.supervisor.json").write_text(json.dumps(row))
+    (tmp_path / "ranks.json").write_text(json.dumps({"job": JOB, "ranks": [place(n) for n in range(16)]}))
+    found = worst_failure(failures, JOB)
+    assert found is not None
+    assert (found["rank"], found["kind"], found.get("recurs", True)) == (rank, kind, recurs)
+    assert found["message"].startswith(message)
+
+
+def test_of_equal_failures_the_earliest_is_named_and_of_the_same_the_first_rank(tmp_path: Path) -> None:
+    rows = [report(2, message="lost"), report(10, message="nan"), report(11, message="nan")]
+    for seconds, row in zip((50, 30, 20), rows, strict=True):
+        path = tmp_path / f"{JOB}.{row['rank']}.json"
+        path.write_text(json.dumps(row))
+        os.utime(path, (seconds, seconds))
+    found = worst_failure(tmp_path, JOB)
+    assert found is not None
+    assert found["rank"] == 10
+
+
+def test_jobs_of_torchrun_may_have_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "failures"
+    folder.mkdir()
+    (folder / "[::1]:29500-0.0.json").write_text(json.dumps(bystander(0)))
+    places = {"job": "[::1]:29500-0", "ranks": [place(0), place(1)]}
+    (tmp_path / "ranks.json").write_text(json.dumps(places))
+    found = worst_failure(folder, "[::1]:29500-0")
+    assert found is not None
+    assert (found["kind"], found["rank"]) == ("Lost", 1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"job": "7", "ranks": []}', '{"job": "100.0-0"}', '{"ranks": 3}'])
