@@ -1,12 +1,17 @@
 """The process above a rank: it ends as the rank ends, and judges the rank's progress in a time of its own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +19,6 @@ import pytest
 from tests.processes import LIMIT_S, ROOT
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.launch import supervisor
-from vjepa_scale.launch.oom_kills import oom_kills
 from vjepa_scale.launch.supervisor import PEER_GRACE_S, Supervisor
 from vjepa_scale.run.progress import PARTS, Page, Progress, part_of, step_of
 
@@ -101,6 +105,15 @@ def test_a_supervisor_ends_as_its_rank(
     assert all((row["rank"], row["step"], row["bystander"]) == (1, 3, False) for row in reports)
 
 
+def test_the_end_of_a_rank_is_told_while_the_file_server_hangs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ranks.json")  # whoever opens it waits for ever
+    process = start(tmp_path, "SIGKILL")
+    _, said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 137
+    assert said.startswith("error: rank 1 (node ")
+    assert said.endswith("ended by SIGKILL\n")
+
+
 def test_signals_reach_the_rank_and_it_dies_with_its_supervisor(tmp_path: Path) -> None:
     process = start(tmp_path, "listen")
     wait_for(lambda: (tmp_path / "listens").exists())
@@ -132,12 +145,20 @@ def wait_for(condition: Callable[[], bool]) -> None:
 class Rank:
     """A rank by hand, and its supervisor. Its peer is rank 0."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, answers: bool = True, waits: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        patch: pytest.MonkeyPatch,
+        *,
+        answers: bool = True,
+        waits: bool = False,
+        ranks: Ranks = RANKS,
+    ) -> None:
         self.failures = folder / "failures"
-        self.failures.mkdir()
+        self.failures.mkdir(parents=True, exist_ok=True)
         self.page = Page(step=-1)
         self.progress = Progress(page=self.page, step_s=20, outside_s=80)
-        self.supervisor = Supervisor(2**22 + 1, self.page, ranks=RANKS, failures=self.failures, logs=folder / "logs")
+        self.supervisor = Supervisor(2**22 + 1, self.page, ranks=ranks, failures=self.failures, logs=folder / "logs")
         self.sent: list[int] = []
 
         def asked(_: float) -> None:
@@ -145,6 +166,8 @@ class Rank:
                 self.page.answered, self.page.waits = self.page.asked, int(waits)
 
         patch.setattr(supervisor.time, "sleep", asked)
+        patch.setattr(supervisor, "LOOK_WAIT_S", LIMIT_S)
+        patch.setattr(supervisor, "FILES_S", LIMIT_S)
         patch.setattr(self.supervisor, "forward", lambda number, _=None: self.sent.append(number))
 
     def turns(self, seconds: float) -> list[int]:
@@ -228,10 +251,37 @@ def test_a_peers_failure_ends_a_rank_that_waits(tmp_path: Path, monkeypatch: pyt
 
 def test_steps_that_are_quick_read_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(tmp_path, monkeypatch)
-    monkeypatch.setattr(rank.supervisor, "_peers_reports", lambda: pytest.fail("it has looked"))
+    looks: list[int] = []
+    monkeypatch.setattr(rank.supervisor._peers, "have_failed", lambda: bool(looks.append(0)))
     for step in range(1, 9):
         rank.progress.begin(step, first=False)
         rank.turns(4.5)
+    assert not looks
+    # Nor do steps that usually take longer.
+    for step in range(9, 20):
+        rank.progress.begin(step, first=False)
+        rank.turns(8)
+        if step < 14:
+            looks.clear()
+    assert not looks
+    rank.turns(5)
+    assert looks
+
+
+def test_many_ranks_look_seldom_and_each_at_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: list[float] = []
+    for number in (0, 256, 511):
+        looks: list[float] = []
+        rank = Rank(tmp_path / str(number), monkeypatch, ranks=replace(RANKS, rank=number, world_size=512))
+        rank.progress.begin(1, first=False)
+        rank.progress.enter("save")  # with a longer limit
+        for turn in range(140):
+            look = partial(lambda looks, at: bool(looks.append(at)), looks, turn / 2)
+            monkeypatch.setattr(rank.supervisor._peers, "have_failed", look)
+            rank.turns(0.5)
+        first.append(looks[0])
+        assert {b - a for a, b in pairwise(looks)} == {16.0}
+    assert first == pytest.approx([5, 13, 21], abs=0.5)
 
 
 def test_reports_of_an_earlier_run_of_the_same_name_do_not_count(
@@ -240,11 +290,102 @@ def test_reports_of_an_earlier_run_of_the_same_name_do_not_count(
     """torchrun's: address, port and count of restarts."""
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "7.0.json").write_text("{}")
-    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
-    rank = Rank(tmp_path, monkeypatch)
+    rank = Rank(tmp_path, monkeypatch, ranks=replace(RANKS, source="torchrun"))
     rank.progress.begin(1, first=False)
     rank.turns(15)
     assert rank.account() is None
+    rank.peer_fails("7.0.supervisor.json")
+    rank.turns(3)
+    assert rank.account() is not None
+
+
+def test_a_file_server_that_hangs_does_not_keep_a_rank_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rank = Rank(tmp_path, monkeypatch)
+    for name in ("LOOK_WAIT_S", "FILES_S"):
+        monkeypatch.setattr(supervisor, name, 0.01)
+    hangs, looks = Event(), []
+
+    def hang(*_: Any, **__: Any) -> bool:
+        looks.append(0)
+        return hangs.wait()
+
+    monkeypatch.setattr(rank.supervisor._peers, "have_failed", hang)
+    for name in ("write_report", "places_of"):
+        monkeypatch.setattr(supervisor, name, lambda *_, **__: hangs.wait())
+    rank.progress.begin(1, first=False)
+    rank.turns(21)
+    assert len(looks) == 1  # one thread waits, not one per look
+    assert rank.turns(6) == [signal.SIGKILL]
+    rank.supervisor.tell(signal.SIGKILL, None)
+    wait_for(lambda: "(load); its report cannot be written: the file system does not answer" in capfd.readouterr().err)
+    hangs.set()
+
+
+def test_a_rank_that_sigkill_does_not_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(tmp_path, monkeypatch)
+    rank.progress.begin(1, first=False)
+    rank.turns(26)
+    assert rank.turns(29) == [signal.SIGKILL]
+    assert rank.turns(29) == [signal.SIGKILL] * 2
+    assert not rank.supervisor.cannot_be_ended
+    assert rank.turns(5) == [signal.SIGKILL] * 2
+    assert rank.supervisor.cannot_be_ended
+
+
+LOST = "[rank1]:[E1130] [PG 0 Rank 1] ProcessGroupNCCL's watchdog got an error\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "part", "before", "log", "world", "bystander", "recurs"),
+    [
+        (signal.SIGABRT, "reduce", "", "", 2, True, False),
+        (signal.SIGABRT, "backward", "", LOST, 2, True, False),
+        (signal.SIGABRT, "backward", "x" * 90_000, LOST, 2, True, False),
+        (
+            signal.SIGABRT,
+            "backward",
+            "",
+            "terminate called after throwing an instance of 'c10::DistBackendError'",
+            2,
+            True,
+            False,
+        ),
+        # Of an earlier attempt; its own device; another error; alone; another signal.
+        (signal.SIGABRT, "backward", LOST, "double free or corruption\n", 2, False, True),
+        (signal.SIGABRT, "backward", "", LOST + "CUDA error: an illegal memory access", 2, False, True),
+        (signal.SIGABRT, "backward", "", "double free or corruption\n", 2, False, True),
+        (signal.SIGABRT, "backward", "", LOST, 1, False, True),
+        (signal.SIGSEGV, "reduce", "", LOST, 2, False, True),
+    ],
+)
+def test_who_was_aborted_by_a_collective(
+    number: int,
+    part: str,
+    before: str,
+    log: str,
+    world: int,
+    bystander: bool,
+    recurs: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL's watchdog ends all ranks whose peer is gone. They stay until all have said so."""
+    path = tmp_path / "logs" / "7_1_log.err"
+    path.parent.mkdir()
+    path.write_text(before)
+    rank = Rank(tmp_path, monkeypatch, ranks=replace(RANKS, world_size=world))
+    path.write_text(before + log)
+    stayed: list[float] = []
+    monkeypatch.setattr(rank.supervisor._peers, "wait_for_words", lambda patience_s, **_: stayed.append(patience_s))
+    rank.progress.begin(5, first=False)
+    rank.progress.enter(part)
+    rank.supervisor.tell(number, None)
+    found = rank.account()
+    assert found is not None
+    assert (found["kind"], found["step"], found["bystander"], found["recurs"]) == ("Killed", 5, bystander, recurs)
+    assert bool(stayed) is bystander
 
 
 def test_a_page_is_read_as_it_was_written() -> None:
@@ -258,25 +399,3 @@ def test_a_page_is_read_as_it_was_written() -> None:
         assert part_of(page) == part
     progress.enter("a region of a profile")
     assert part_of(page) == PARTS[-1]
-
-
-# -- the kernel's counter ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("groups", "file", "content", "count"),
-    [
-        ("0::/job_7/step_0\n", "job_7/step_0/memory.events", "low 0\noom 3\noom_kill 2\n", 2),
-        ("0::/../elsewhere\n", "memory.events", "oom_kill 1\n", 1),  # a container sees its own group as the mount
-        ("5:cpu,memory:/slurm/job_7\n", "memory/slurm/job_7/memory.oom_control", "under_oom 0\noom_kill 4\n", 4),
-        ("0::/\n", "memory.other", "oom_kill 1\n", 0),
-        ("", "memory.events", "oom_kill 1\n", 0),
-    ],
-)
-def test_the_kernels_counter_of_kills(groups: str, file: str, content: str, count: int, tmp_path: Path) -> None:
-    (tmp_path / "cgroup").write_text(groups)
-    path = tmp_path / "mount" / file
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    assert oom_kills(tmp_path / "cgroup", tmp_path / "mount") == count
-    assert oom_kills(tmp_path / "none", tmp_path / "mount") == 0

@@ -10,7 +10,9 @@ exception or exit code. It writes a report (run/failures.py)
 - if the rank makes no progress and a peer has failed: then the rank waits in a collective, maybe for ever.
 
 So a job ends soon after one of its ranks, also where no launcher ends the others. While steps take less than LOOK_S
-seconds, a supervisor reads no file. If a supervisor is killed, its rank dies with it. Does not import PyTorch.
+seconds, or as long as usual, a supervisor reads no file. What it reads and writes then it does in threads: while the
+file server hangs it goes on to judge, and to end, its rank. If a supervisor is killed, its rank dies with it. Does not
+import PyTorch.
 """
 
 import ctypes
@@ -21,10 +23,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, BinaryIO, NoReturn
 
 import psutil
@@ -32,21 +38,25 @@ import psutil
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.launch.oom_kills import oom_kills
-from vjepa_scale.run.failures import report_files, reports_of, write_report
+from vjepa_scale.launch.peers import Peers, aside, result_of, say, size_of, tells_of_a_lost_peer
+from vjepa_scale.run.failures import write_report
 from vjepa_scale.run.progress import Page, part_of, shared_page, step_of
 from vjepa_scale.run.rank_places import in_words, place_of, places_of
 
 TICK_S = 0.25
-# Of a rank without progress: when its supervisor begins to look for reports of peers, and how often it does.
-LOOK_S, LOOK_EVERY_S = 5.0, 2.0
+# Of a rank without progress: when its supervisor begins to look for reports of peers, and how often it does. Not before
+# so many times the usual time of a step; with many ranks less often, all together 32 times per second.
+LOOK_S, LOOK_STEPS, LOOK_EVERY_S, LOOKS_PER_S = 5.0, 3.0, 2.0, 32.0
+# How long a turn waits for files, and in total for a report, after which its words go to stderr.
+LOOK_WAIT_S, FILES_S = TICK_S, 2.0
 # The rank's time to answer; a hung rank's peers' time to write their accounts; the time that a rank has to end by
 # itself after a peer's failure.
 ANSWER_S, ACCOUNTS_S, PEER_GRACE_S = 3.0, 5.0, 15.0
 # How long a rank that has only lost a peer stays: the cluster manager may end all others when it leaves, and who they
 # were waiting for is known from who has written a report.
 HOLD_S = 10.0
-# A rank whose outcome is written may take this long to end.
-EXIT_S = 60.0
+# A rank whose outcome is written may take this long to end, and one that was sent SIGKILL, which is sent twice.
+EXIT_S, KILLED_S = 60.0, 30.0
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = 0x80  # si_code SI_KERNEL: the terminal sends its signals to the rank, too
@@ -191,18 +201,29 @@ class Supervisor:
         self.pid, self.page, self.ranks, self.failures, self.logs = pid, page, ranks, failures, logs
         self.silent_s = 0.0
         self._beats = page.beats
-        self._look_in_s = LOOK_S
+        self._beats_s: deque[float] = deque([0.0], maxlen=9)  # between beats
+        self._look: Future[bool] | None = None
+        self._look_every_s = max(LOOK_EVERY_S, ranks.world_size / LOOKS_PER_S)
+        self._look_in_s = self._first_look_s()
         self._oom_kills = oom_kills()
         self._kill_in_s: float | None = None  # the rank is given up
-        self._earlier = self._peers_reports()  # of a run with the same name: torchrun's are equal
+        self._kills = 0
+        self._reaped = False
+        self._reports: list[Future[None]] = []
+        self._peers = Peers(failures, ranks)
+        if ranks.source == "torchrun":  # whose jobs' names are equal if the address is
+            result_of(aside(self._peers.forget_earlier), None, patience_s=FILES_S)
+        self._log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
+        self._log_before = result_of(aside(partial(size_of, self._log)), 0, patience_s=FILES_S)
 
     def forward(self, number: int, _: object = None) -> None:
-        """Passes a signal on to the rank."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        """Passes a signal on to the rank. Its pid may be another process's once it has been waited for."""
+        if not self._reaped:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Returns the rank's wait status, when it has ended."""
+        """Returns the rank's wait status, when it has ended; that of SIGKILL if the kernel does not end it."""
         signals = (*_FORWARDED, signal.SIGCHLD)
         then = time.monotonic()
         while True:
@@ -211,25 +232,36 @@ class Supervisor:
                 self.forward(came.si_signo)
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
+                self._reaped = True
                 return status
+            if self.cannot_be_ended:
+                say(f"error: {in_words(self._place())} cannot be ended (state {self._state()})", patience_s=FILES_S)
+                return signal.SIGKILL
             now = time.monotonic()
             passed, then = min(now - then, 2 * TICK_S), now
             self.turn(passed)
+
+    @property
+    def cannot_be_ended(self) -> bool:
+        """SIGKILL has had no effect, twice: the rank is in a call of the kernel that does not return."""
+        return self._kills == 2 and self._kill_in_s is not None and self._kill_in_s <= 0
 
     def turn(self, passed: float) -> None:
         """Judges the rank after so many further seconds."""
         page = self.page
         if self._kill_in_s is not None:
             self._kill_in_s -= passed
-            if self._kill_in_s <= 0:
-                self._kill_in_s = EXIT_S
+            if self._kill_in_s <= 0 and self._kills < 2:
+                self._kill_in_s = KILLED_S
+                self._kills += 1
                 self.forward(signal.SIGKILL)
             return
         if page.ended:
             self._kill_in_s = EXIT_S
             return
         if page.beats != self._beats:
-            self._beats, self.silent_s, self._look_in_s = page.beats, 0.0, LOOK_S
+            self._beats_s.append(self.silent_s)
+            self._beats, self.silent_s, self._look_in_s = page.beats, 0.0, self._first_look_s()
             return
         self.silent_s += passed
         self._look_in_s -= passed
@@ -237,23 +269,28 @@ class Supervisor:
             return
         if self.silent_s > page.limit_ms / 1000:
             self._give_up(overdue=True, grace_s=ACCOUNTS_S if self.ranks.world_size > 1 else 0.0)
-        elif self._look_in_s <= 0 and self.ranks.world_size > 1:
-            self._look_in_s = LOOK_EVERY_S
-            if self._peers_reports() - self._earlier:
-                self._give_up(overdue=False, grace_s=PEER_GRACE_S)
+        elif self._look_in_s <= 0 and self.ranks.world_size > 1 and self._a_peer_has_failed():
+            self._give_up(overdue=False, grace_s=PEER_GRACE_S)
 
-    def _peers_reports(self) -> set[tuple[str, int]]:
-        """Returns name and time of change of each report of another rank of this start of the job."""
-        found, own = set(), f".{self.ranks.rank}."
-        for path in report_files(self.failures, self.ranks.job):
-            if own in path.name.removeprefix(self.ranks.job.replace("/", "_")):
-                continue
-            with suppress(OSError):
-                found.add((path.name, path.stat().st_mtime_ns))
+    def _first_look_s(self) -> float:
+        """Returns the seconds without progress before the first look, another time for each rank."""
+        unusual = min(LOOK_STEPS * median(self._beats_s), self.page.limit_ms / 2000)
+        return max(LOOK_S, unusual) + self._look_every_s * self.ranks.rank / self.ranks.world_size
+
+    def _a_peer_has_failed(self) -> bool:
+        """Looks for reports of peers, or waits on for a look that has not returned."""
+        look = self._look = self._look or aside(self._peers.have_failed)
+        found = result_of(look, False, patience_s=LOOK_WAIT_S)
+        if look.done():
+            self._look, self._look_in_s = None, self._look_every_s
         return found
 
     def _give_up(self, *, overdue: bool, grace_s: float) -> None:
         """Writes the account of a rank that does not go on. It is killed ``grace_s`` seconds later."""
+        self._kill_in_s = grace_s  # first of all: whatever becomes of the account
+        self._account(overdue=overdue)
+
+    def _account(self, *, overdue: bool) -> None:
         answered = self._asked()
         waits = answered and bool(self.page.waits)
         step, part = step_of(self.page), part_of(self.page)
@@ -278,7 +315,6 @@ class Supervisor:
             cause=f"Hung, {part}",
             account=account,
         )
-        self._kill_in_s = grace_s
 
     def _asked(self) -> bool:
         """Asks the rank, which writes its stacks too. Returns whether it has answered."""
@@ -297,22 +333,29 @@ class Supervisor:
 
     def _place(self) -> dict[str, Any]:
         """Returns the rank's place as it has registered it; on which GPU it is, only the rank knows."""
-        for place in places_of(self.failures.parent, self.ranks.job):
+        look = aside(partial(places_of, self.failures.parent, self.ranks.job))
+        for place in result_of(look, [], patience_s=FILES_S):
             if place["rank"] == self.ranks.rank:
                 return place
         return place_of(self.ranks, pid=self.pid, on_gpu=False)
 
     def tell(self, status: int, outcome: Outcome | None) -> None:
         """Writes a report about a rank that has ended without its own. Holds the exit of one that has lost a peer."""
+        lost_a_peer = outcome is not None and outcome.kind == "error" and self.ranks.world_size > 1
         if outcome is None and self._kill_in_s is None:
-            self._report_end(os.waitstatus_to_exitcode(status))
-        elif outcome is not None and outcome.kind == "error" and self.ranks.world_size > 1:
-            self._hold()
+            lost_a_peer = self._report_end(os.waitstatus_to_exitcode(status))
+        if lost_a_peer:
+            # At most 128 ranks per second read the folder, each at its time.
+            every_s = max(2 * TICK_S, self.ranks.world_size / 128) * (1 + self.ranks.rank / self.ranks.world_size) / 2
+            hold = aside(partial(self._peers.wait_for_words, HOLD_S, every_s=every_s))
+            result_of(hold, None, patience_s=HOLD_S + FILES_S)
+        wait(self._reports, FILES_S)
 
-    def _report_end(self, code: int) -> None:
+    def _report_end(self, code: int) -> bool:
+        """Reports how a rank has ended. Returns whether it had lost a peer."""
         step, number = step_of(self.page), -code
         if step is None and number in _STOP_REQUESTS:  # before it could handle it: no failure
-            return
+            return False
         who, part = in_words(self._place()), part_of(self.page)
         if code >= 0:
             kind, how = "Ended", f"ended with exit code {code} and no error message"
@@ -322,26 +365,29 @@ class Supervisor:
             cause = f"{signal.Signals(number).name}, {part}"
         if number == signal.SIGKILL and oom_kills() > self._oom_kills:
             how += ": the kernel has ended a process of this job for lack of memory"
-        recurs = code >= 0 or number in _CRASHES
-        self._report(step=step, kind=kind, message=f"{who} {how}", bystander=False, recurs=recurs, cause=cause)
-        print(f"error: {who} {how}", file=sys.stderr, flush=True)
+        lost_a_peer = number == signal.SIGABRT and self._was_aborted_for_a_peer()
+        if lost_a_peer:
+            how += " in a collective, as after the loss of a peer"
+        recurs = (code >= 0 or number in _CRASHES) and not lost_a_peer
+        self._report(step=step, kind=kind, message=f"{who} {how}", bystander=lost_a_peer, recurs=recurs, cause=cause)
+        say(f"error: {who} {how}", patience_s=FILES_S)
+        return lost_a_peer
+
+    def _was_aborted_for_a_peer(self) -> bool:
+        """Returns whether a collective has ended the rank: NCCL's watchdog aborts all ranks whose peer is gone."""
+        if self.ranks.world_size == 1:
+            return False
+        if part_of(self.page) == "reduce":
+            return True
+        look = aside(partial(tells_of_a_lost_peer, self._log, self._log_before))
+        return result_of(look, False, patience_s=FILES_S)
 
     def _report(self, **values: Any) -> None:
-        try:
-            write_report(
-                self.failures, self.ranks, logs=self.logs, supervisor=True, user_error=False, traceback="", **values
-            )
-        except OSError as error:  # the rank's end must be seen nevertheless
-            with suppress(OSError):
-                print(f"error: {values['message']}; its report cannot be written: {error}", file=sys.stderr, flush=True)
-
-    def _hold(self) -> None:
-        """Stays while all that is known is that a peer is lost, until the others have said so too."""
-        waited_s = 0.0
-        while waited_s < HOLD_S:
-            found = reports_of(self.failures, self.ranks.job)
-            said = {report["rank"] for report in found}
-            if not found or any(not report["bystander"] for report in found) or len(said) >= self.ranks.world_size:
-                return
-            time.sleep(2 * TICK_S)
-            waited_s += 2 * TICK_S
+        """Writes a report; if that fails or takes long, its message goes to stderr: the rank's end must be seen."""
+        more: dict[str, Any] = {"logs": self.logs, "supervisor": True, "user_error": False, "traceback": ""}
+        report = aside(partial(write_report, self.failures, self.ranks, **more, **values))
+        self._reports.append(report)
+        wait([report], FILES_S)
+        error = report.exception() if report.done() else "the file system does not answer"
+        if error is not None:
+            say(f"error: {values['message']}; its report cannot be written: {error}", patience_s=FILES_S)

@@ -8,7 +8,6 @@ Does not import PyTorch.
 """
 
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def write_report(folder: Path, ranks: Ranks, *, logs: Path, supervisor: bool = F
     """Writes a report with these values, of the rank itself or of its supervisor."""
     log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
     own = ".supervisor" if supervisor else ""
-    path = folder / f"{_file_name(ranks.job)}.{ranks.rank}{own}.json"
+    path = folder / f"{file_name(ranks.job)}.{ranks.rank}{own}.json"
     report = {"rank": ranks.rank, **values, "log": str(log) if log.exists() else None}
     write_last_words(folder.parent, lambda: write_json(path, report))
 
@@ -87,19 +86,24 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
 def reports_of(folder: Path, job: str) -> list[Report]:
     """Returns the reports of an attempt, each with its path as ``report``."""
-    return [{**report, "report": str(path)} for path in report_files(folder, job) for report in _read(path)]
+    return [
+        {**report, "report": str(path)}
+        for path in report_files(folder, job)
+        if (report := read_report(path)) is not None
+    ]
 
 
 def report_files(folder: Path, job: str) -> list[Path]:
-    return sorted(folder.glob(f"{pattern_of(_file_name(job))}.*.json"))
+    return sorted(folder.glob(f"{pattern_of(file_name(job))}.*.json"))
 
 
-def _read(path: Path) -> Iterator[Report]:
-    """Yields the report of a file; nothing if the file is damaged or not a report."""
+def read_report(path: Path) -> Report | None:
+    """Returns the report of a file; None if the file is damaged or not a report."""
     with suppress(UserError):
         found = read_json(path)
         if isinstance(found, dict) and found.keys() >= _KEYS and isinstance(found["rank"], int):
-            yield found
+            return found
+    return None
 
 
 def _priority(report: Report) -> int:
@@ -137,5 +141,6 @@ def _is_bystander(error: BaseException) -> bool:
     return type(error).__name__ in _BYSTANDERS or any(word in message for word in _BYSTANDER_WORDS)
 
 
-def _file_name(job: str) -> str:
+def file_name(job: str) -> str:
+    """Returns the part of a report's file name that is the job's."""
     return job.replace("/", "_")
