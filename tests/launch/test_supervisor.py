@@ -19,7 +19,9 @@ import pytest
 from tests.processes import LIMIT_S, ROOT
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.launch import supervisor
+from vjepa_scale.launch.peers import Peers
 from vjepa_scale.launch.supervisor import PEER_GRACE_S, Supervisor
+from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.run.progress import PARTS, Page, Progress, part_of, step_of
 
 RANKS = Ranks(1, 2, 1, 2, "7", "submitit-local", "7")
@@ -142,6 +144,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 # -- its judgement, turn by turn; nothing here waits ---------------------------------------------------------------
 
 
+PEERS = {"rank": 0, "step": 1, "kind": "E", "message": "", "user_error": False, "bystander": False, "log": None}
+
+
 class Rank:
     """A rank by hand, and its supervisor. Its peer is rank 0."""
 
@@ -177,8 +182,7 @@ class Rank:
         return self.sent
 
     def peer_fails(self, name: str = "7.0.json") -> None:
-        row = {"rank": 0, "step": 1, "kind": "E", "message": "", "user_error": False, "bystander": False, "log": None}
-        (self.failures / name).write_text(json.dumps(row))
+        (self.failures / name).write_text(json.dumps(PEERS))
 
     def account(self) -> dict[str, Any] | None:
         path = self.failures / "7.1.supervisor.json"
@@ -321,6 +325,35 @@ def test_a_file_server_that_hangs_does_not_keep_a_rank_alive(
     rank.supervisor.tell(signal.SIGKILL, None)
     wait_for(lambda: "(load); its report cannot be written: the file system does not answer" in capfd.readouterr().err)
     hangs.set()
+
+
+@pytest.mark.parametrize(
+    ("part", "silent_s", "step_s", "told"),
+    [("backward", 6, 0, True), ("backward", 3, 0, False), ("backward", 4, 3, False), ("save", 30, 0, False)],
+)
+def test_a_silent_rank_is_told_of_before_the_job_ends(
+    part: str, silent_s: int, step_s: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun ends a job in which a rank has failed: TERM, and soon KILL. A rank may also save now, and go on."""
+    rank = Rank(tmp_path, monkeypatch, waits=True)
+    for step in range(1, 8):
+        rank.progress.begin(step, first=False)
+        rank.turns(step_s)
+    rank.progress.enter(part)
+    rank.turns(silent_s)
+    rank.supervisor.pass_on(signal.SIGTERM)
+    rank.turns(1)
+    assert rank.sent == [signal.SIGTERM]
+    assert [path.name for path in rank.failures.iterdir()] == (["7.1.supervisor.told"] if told else [])
+    found = worst_failure(rank.failures, "7")
+    assert (found is not None) is told
+    # A peer does not take that for a failure.
+    assert not Peers(rank.failures, replace(RANKS, rank=0)).have_failed()
+    # What the rank says itself counts.
+    (rank.failures / "7.1.json").write_text(json.dumps({**PEERS, "rank": 1, "kind": "KeyError"}))
+    found = worst_failure(rank.failures, "7")
+    assert found is not None
+    assert found["kind"] == "KeyError"
 
 
 def test_a_rank_that_sigkill_does_not_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

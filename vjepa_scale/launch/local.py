@@ -66,7 +66,7 @@ class LocalChain:
 
     def _run_stage(self, stage: Stage) -> None:
         folder = stage.folder
-        for leftover in (*folder.glob("failures/*.json"), *folder.glob("rendezvous/*")):
+        for leftover in (*folder.glob("failures/*.*"), *folder.glob("rendezvous/*")):
             leftover.unlink()  # a local job's name is a process id, which may be reused
         history = History(folder)
         folder.mkdir(parents=True, exist_ok=True)

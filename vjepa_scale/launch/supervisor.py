@@ -7,7 +7,8 @@ exception or exit code. It writes a report (run/failures.py)
 - if a signal ends the rank: the rank itself writes nothing then;
 - if the rank's progress (run/progress.py) stops for longer than its limit, also where the rank is stopped or holds
   Python's lock. Then it ends the rank;
-- if the rank makes no progress and a peer has failed: then the rank waits in a collective, maybe for ever.
+- if the rank makes no progress and a peer has failed: then the rank waits in a collective, maybe for ever;
+- if the rank makes no progress and the job is told to end: the rank may be killed before anything else is known of it.
 
 So a job ends soon after one of its ranks, also where no launcher ends the others. While steps take less than LOOK_S
 seconds, or as long as usual, a supervisor reads no file. What it reads and writes then it does in threads: while the
@@ -40,7 +41,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.launch.oom_kills import oom_kills
 from vjepa_scale.launch.peers import Peers, aside, result_of, say, size_of, tells_of_a_lost_peer
 from vjepa_scale.run.failures import write_report
-from vjepa_scale.run.progress import Page, part_of, shared_page, step_of
+from vjepa_scale.run.progress import OUTSIDE_STEPS, Page, part_of, shared_page, step_of
 from vjepa_scale.run.rank_places import in_words, place_of, places_of
 
 TICK_S = 0.25
@@ -207,6 +208,7 @@ class Supervisor:
         self._look_in_s = self._first_look_s()
         self._oom_kills = oom_kills()
         self._kill_in_s: float | None = None  # the rank is given up
+        self._told_to_end = False
         self._kills = 0
         self._reaped = False
         self._reports: list[Future[None]] = []
@@ -229,7 +231,7 @@ class Supervisor:
         while True:
             came = signal.sigtimedwait(signals, TICK_S)
             if came is not None and came.si_signo != signal.SIGCHLD and not _is_from_terminal(came):
-                self.forward(came.si_signo)
+                self.pass_on(came.si_signo)
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
                 self._reaped = True
@@ -245,6 +247,11 @@ class Supervisor:
     def cannot_be_ended(self) -> bool:
         """SIGKILL has had no effect, twice: the rank is in a call of the kernel that does not return."""
         return self._kills == 2 and self._kill_in_s is not None and self._kill_in_s <= 0
+
+    def pass_on(self, number: int) -> None:
+        """Passes on a signal that somebody has sent to the job."""
+        self._told_to_end = self._told_to_end or number == signal.SIGTERM
+        self.forward(number)
 
     def turn(self, passed: float) -> None:
         """Judges the rank after so many further seconds."""
@@ -269,13 +276,20 @@ class Supervisor:
             return
         if self.silent_s > page.limit_ms / 1000:
             self._give_up(overdue=True, grace_s=ACCOUNTS_S if self.ranks.world_size > 1 else 0.0)
+        elif self._told_to_end and self.silent_s >= self._unusual_s() and part_of(page) not in OUTSIDE_STEPS:
+            self._told_to_end = False
+            if self.ranks.world_size > 1:
+                self._account(overdue=False, told_to_end=True)
         elif self._look_in_s <= 0 and self.ranks.world_size > 1 and self._a_peer_has_failed():
             self._give_up(overdue=False, grace_s=PEER_GRACE_S)
 
     def _first_look_s(self) -> float:
         """Returns the seconds without progress before the first look, another time for each rank."""
-        unusual = min(LOOK_STEPS * median(self._beats_s), self.page.limit_ms / 2000)
-        return max(LOOK_S, unusual) + self._look_every_s * self.ranks.rank / self.ranks.world_size
+        return self._unusual_s() + self._look_every_s * self.ranks.rank / self.ranks.world_size
+
+    def _unusual_s(self) -> float:
+        """Returns the seconds without progress after which a step takes longer than usual."""
+        return max(LOOK_S, min(LOOK_STEPS * median(self._beats_s), self.page.limit_ms / 2000))
 
     def _a_peer_has_failed(self) -> bool:
         """Looks for reports of peers, or waits on for a look that has not returned."""
@@ -290,7 +304,8 @@ class Supervisor:
         self._kill_in_s = grace_s  # first of all: whatever becomes of the account
         self._account(overdue=overdue)
 
-    def _account(self, *, overdue: bool) -> None:
+    def _account(self, *, overdue: bool, told_to_end: bool = False) -> None:
+        """Reports what a rank does that does not go on."""
         answered = self._asked()
         waits = answered and bool(self.page.waits)
         step, part = step_of(self.page), part_of(self.page)
@@ -314,6 +329,7 @@ class Supervisor:
             recurs=answered,
             cause=f"Hung, {part}",
             account=account,
+            told_to_end=told_to_end,
         )
 
     def _asked(self) -> bool:

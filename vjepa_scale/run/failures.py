@@ -3,6 +3,9 @@
     <run>/<stage>/failures/JOB.RANK.json            rank, step, kind, message, user_error, bystander, traceback, log
     <run>/<stage>/failures/JOB.RANK.supervisor.json the same and more, of the process that supervises the rank
                                                     (launch/supervisor.py): recurs, cause; of a rank that hung, account
+    <run>/<stage>/failures/JOB.RANK.supervisor.told the same, of a rank that made no progress when the job was told to
+                                                    end. It counts if the rank leaves no other report: then it was
+                                                    ended before. It is no failure, so it does not end other ranks
 
 Does not import PyTorch.
 """
@@ -23,6 +26,7 @@ Report = dict[str, Any]
 # Errors of a rank whose peer has ended, or ends the job. The peer's own exception names the cause.
 _BYSTANDERS = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerDeviceError")
 _KEYS = {"rank", "step", "kind", "message", "user_error", "bystander", "log"}
+_TOLD = ".told"
 _BYSTANDER_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 
@@ -46,11 +50,13 @@ def report_failure(folder: Path, ranks: Ranks, step: int | None, error: BaseExce
     )
 
 
-def write_report(folder: Path, ranks: Ranks, *, logs: Path, supervisor: bool = False, **values: Any) -> None:
+def write_report(
+    folder: Path, ranks: Ranks, *, logs: Path, supervisor: bool = False, told_to_end: bool = False, **values: Any
+) -> None:
     """Writes a report with these values, of the rank itself or of its supervisor."""
     log = logs / f"{ranks.job_id}_{ranks.rank}_log.err"
     own = ".supervisor" if supervisor else ""
-    path = folder / f"{file_name(ranks.job)}.{ranks.rank}{own}.json"
+    path = folder / f"{file_name(ranks.job)}.{ranks.rank}{own}{_TOLD if told_to_end else '.json'}"
     report = {"rank": ranks.rank, **values, "log": str(log) if log.exists() else None}
     write_last_words(folder.parent, lambda: write_json(path, report))
 
@@ -86,15 +92,14 @@ def worst_failure(folder: Path, job: str) -> Report | None:
 
 def reports_of(folder: Path, job: str) -> list[Report]:
     """Returns the reports of an attempt, each with its path as ``report``."""
-    return [
-        {**report, "report": str(path)}
-        for path in report_files(folder, job)
-        if (report := read_report(path)) is not None
-    ]
+    found = _read_all(folder, job, ".json")
+    said = {report["rank"] for report in found}
+    return found + [report for report in _read_all(folder, job, _TOLD) if report["rank"] not in said]
 
 
-def report_files(folder: Path, job: str) -> list[Path]:
-    return sorted(folder.glob(f"{pattern_of(file_name(job))}.*.json"))
+def _read_all(folder: Path, job: str, ending: str) -> list[Report]:
+    paths = sorted(folder.glob(f"{pattern_of(file_name(job))}.*{ending}"))
+    return [{**report, "report": str(path)} for path in paths if (report := read_report(path)) is not None]
 
 
 def read_report(path: Path) -> Report | None:

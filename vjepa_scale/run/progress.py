@@ -8,6 +8,7 @@ import ctypes
 import mmap
 
 PARTS = ("setup", "load", "forward", "backward", "observe", "reduce", "optimizer", "ema", "save", "evaluation")
+OUTSIDE_STEPS = ("setup", "save", "evaluation")
 _NO_STEP = -1
 
 
@@ -70,7 +71,7 @@ class Progress:
         if part not in PARTS:
             return
         self.page.part = PARTS.index(part)
-        if part in ("save", "evaluation", "setup"):
+        if part in OUTSIDE_STEPS:
             self._beat(self._outside_ms)
 
     def beat(self) -> None:
