@@ -329,7 +329,7 @@ def test_a_file_server_that_hangs_does_not_keep_a_rank_alive(
 
 @pytest.mark.parametrize(
     ("part", "silent_s", "step_s", "told"),
-    [("backward", 6, 0, True), ("backward", 3, 0, False), ("backward", 4, 3, False), ("save", 30, 0, False)],
+    [("backward", 6, 0, True), ("backward", 3, 0, False), ("backward", 3, 3, False), ("save", 30, 0, False)],
 )
 def test_a_silent_rank_is_told_of_before_the_job_ends(
     part: str, silent_s: int, step_s: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
