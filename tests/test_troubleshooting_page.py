@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from vjepa_scale.data import host_limits
 from vjepa_scale.data.substitution import DecodeFailure, Place
 from vjepa_scale.data.watchdog import Stuck
 from vjepa_scale.distributed import process_group
+from vjepa_scale.launch import supervisor as supervisor_module
 from vjepa_scale.launch.profile import load_profile
 from vjepa_scale.launch.sbatch import need_sbatch
 from vjepa_scale.launch.supervisor import Supervisor
@@ -145,7 +147,26 @@ def of_lost_ranks(failures: Path) -> Iterator[str]:
         yield blamed(rows[0], rows, places)["message"]
     alone = {"rank": 0, **words, "bystander": True}
     yield blamed(alone, [alone], places)["message"]
+    places = [{"rank": rank, "node": f"c{rank // 2}", "pid": 50 + rank, "gpu": None} for rank in range(6)]
+    yield blamed(alone, [alone], places)["message"]
+    yield blamed(alone, [{**alone, "rank": rank} for rank in range(4)], places)["message"]
     yield str(Stuck(0, 123, "sleeping", Place(12, 3, "k710", 17), 255.0))
+    yield from of_supervisors_that_cannot(failures / "7.1.supervisor.json", ranks)
+
+
+def of_supervisors_that_cannot(file: Path, ranks: Ranks) -> list[str]:
+    """End their rank, or write below a file."""
+    said: list[str] = []
+    child = subprocess.Popen(["sleep", "600"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor_module, "say", lambda text, **_: said.append(text))
+        patch.setattr(Supervisor, "cannot_be_ended", True)
+        supervisor = Supervisor(child.pid, shared_page(), ranks=ranks, failures=file / "failures", logs=file)
+        supervisor.wait()
+        supervisor.tell(signal.SIGBUS, None)
+    child.kill()
+    child.wait()
+    return said
 
 
 def of_functions(folder: Path, sets: dict[str, Path]) -> Iterator[str]:

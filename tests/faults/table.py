@@ -32,6 +32,9 @@ goes on by itself from its last good checkpoint, to the same bits; or a command 
 wrong, and an exit code that is not 0. No fault may end in a hang, a silent start from the beginning, a damaged file, or
 the execution of code from a file.
 
+Faults of processes were tested with gloo on CPUs. With NCCL the same is expected only by reading its code, as
+[slurm.md](slurm.md#which-rank-it-was) says.
+
 The messages are explained in [troubleshooting.md](troubleshooting.md), what a run writes in [launch.md](launch.md).
 `python -m pytest -m fault` runs all of these tests. `python benchmarks/kills.py` kills a run at random moments for as
 long as you like, and compares it with an undisturbed one.
