@@ -361,7 +361,7 @@ class Supervisor:
         if outcome is None and self._kill_in_s is None:
             lost_a_peer = self._report_end(os.waitstatus_to_exitcode(status))
         if lost_a_peer:
-            # At most 128 ranks per second read the folder, each at its time.
+            # Of many ranks each reads the folder every few seconds, at another time.
             every_s = max(2 * TICK_S, self.ranks.world_size / 128) * (1 + self.ranks.rank / self.ranks.world_size) / 2
             hold = aside(partial(self._peers.wait_for_words, HOLD_S, every_s=every_s))
             result_of(hold, None, patience_s=HOLD_S + FILES_S)
