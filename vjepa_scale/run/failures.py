@@ -101,7 +101,7 @@ def _priority(report: Report) -> int:
     return 0 if report["user_error"] else 3 if report["bystander"] else 2 if "account" in report else 1
 
 
-class NothingSaved(Exception):
+class NothingSaved(BaseException):  # an ``except Exception`` of DataLoader or of a decoder must not take it for its own
     """A signal came while this rank waited for data that did not come. No step has been completed since ``step``.
 
     signal: its name
