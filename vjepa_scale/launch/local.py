@@ -25,6 +25,7 @@ from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
+from vjepa_scale.training.signals import SIGNAL_DELAY
 
 FAILURE_GRACE_S = 15.0
 # A signal during submitit's start of the ranks is lost, so it is repeated. Ranks ignore repetitions.
@@ -192,10 +193,12 @@ def _inherited(code: Path) -> Iterator[None]:
 
     A terminal sends Ctrl-C to every process. Only the launcher handles it, so that ranks can save.
     """
-    ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL")}
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL", SIGNAL_DELAY)
+    ours = {name: os.environ.get(name) for name in names}
     os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{ours['PYTHONPATH']}" if ours["PYTHONPATH"] else str(code)
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR2"  # the ranks' signal; the shell may have another
+    os.environ[SIGNAL_DELAY] = str(SIGNAL_DELAY_S)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
