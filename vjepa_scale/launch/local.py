@@ -14,7 +14,7 @@ from types import FrameType
 
 import submitit
 
-from vjepa_scale.core.errors import PassingError, UserError
+from vjepa_scale.core.errors import OutsideError, PassingError, UserError
 from vjepa_scale.core.files import GrowingFile, keep_reserve
 from vjepa_scale.core.worker_pool import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
@@ -152,7 +152,8 @@ class LocalChain:
 
     def _failure(self, stage: Stage, verdict: Verdict, history: History) -> Exception:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
-        if verdict.user_error or failed["kind"] == PassingError.__name__:  # it was not temporary
+        passing = (PassingError.__name__, OutsideError.__name__)
+        if verdict.user_error or failed["kind"] in passing:  # it was not temporary
             return UserError(failed["message"])
         named = failed["rank"] is None or failed["message"].startswith("rank ")
         who = "" if named else f"rank {failed['rank']} failed with "
