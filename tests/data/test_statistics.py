@@ -7,8 +7,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from tests.data.robots import robots
+from vjepa_scale.core import log
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.data.trajectories import Moments, merged, read_trajectory, trajectory_statistics
+from vjepa_scale.run.progress import Page, Progress, part_of
 
 FPS = 5.0
 
@@ -51,6 +53,17 @@ def test_statistics_are_numpys_on_everything_at_once(made: Manifest) -> None:
     assert json.loads(json.dumps(found)) == found
     hardly_slower = trajectory_statistics(made, range(made.records), FPS * (1 - 1e-9))
     assert hardly_slower["states"]["count"] == found["states"]["count"], "durations are sums of floats"
+
+
+def test_each_record_begins_the_time_limit_of_set_up_anew(made: Manifest) -> None:
+    """A large data set takes longer than one limit."""
+    page = Page()
+    log.tell_regions(Progress(page=page, outside_s=60).enter)
+    try:
+        trajectory_statistics(made, range(made.records), FPS)
+    finally:
+        log.tell_regions(None)
+    assert (page.beats, page.limit_ms, part_of(page)) == (made.records, 60_000, "setup")
 
 
 def test_ranks_add_up(made: Manifest) -> None:

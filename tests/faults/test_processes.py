@@ -112,7 +112,8 @@ def test_a_rank_that_is_killed_is_named(two_data_sets: Sets, tmp_path: Path) -> 
 )
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_for_longer_than_the_limit_is_named(two_data_sets: Sets, tmp_path: Path) -> None:
-    run = Run(tmp_path, two_data_sets, guards={"step_limit_s": 15})
+    data = {"workers": 0, "faults": {"decode_timeout_s": 10}}
+    run = Run(tmp_path, two_data_sets, data=data, guards={"step_limit_s": 15})
     done = run.launch(lambda run: run.send(1, signal.SIGSTOP))
     assert done.returncode == 1
     (failed,) = run.events("failed")

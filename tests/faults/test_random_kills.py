@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
@@ -82,3 +83,4 @@ def test_random_kills(
     said = capsys.readouterr().out
     assert code == 0, said + (tmp_path / "killed.log").read_text()
     assert "equal to the bit" in said
+    assert re.search(r"^[1-9]\d* rollbacks", said, re.MULTILINE), said

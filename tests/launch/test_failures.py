@@ -16,6 +16,14 @@ import pytest
 
 from tests.chain import ROOT, launch, metrics, tool, write_recipe
 from tests.processes import LIMIT_S
+from vjepa_scale.core.errors import OutsideError, PassingError, UserError
+from vjepa_scale.core.ranks import Ranks
+from vjepa_scale.launch.local import LocalChain
+from vjepa_scale.launch.record import Launch
+from vjepa_scale.launch.retry_policy import end_of_attempt
+from vjepa_scale.recipe import load_recipe, stages_of
+from vjepa_scale.run.events import History
+from vjepa_scale.run.failures import report_failure
 
 pytestmark = pytest.mark.distributed
 
@@ -139,6 +147,30 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(
     # The rate of steps that are not trained yet may change: the run goes on.
     launch(recipe, "pretrain.phases.1.start_lr=1e-3")
     assert [row["step"] for row in metrics(tmp_path / "run", "pretrain")] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("error", "one_line"),
+    [
+        (UserError("no such key", where="a.yaml"), True),
+        (PassingError("a file server does not answer", where="a.tar"), True),
+        (OutsideError("loader worker 0 was ended by SIGKILL", where="data.workers"), True),
+        (RuntimeError("a bug"), False),
+    ],
+)
+def test_what_the_local_launcher_ends_with(error: Exception, one_line: bool, tmp_path: Path) -> None:
+    """An error that a user can mend, also one that may pass and did not: its own line, and exit code 2."""
+    folders = dict.fromkeys(("left", "right"), tmp_path)
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", folders, cooldown=None))
+    stage = stages_of(recipe)["pretrain"]
+    report_failure(stage.failures, Ranks(0, 1, 0, 1, "7", "submitit-local", "7"), 3, error, logs=stage.logs)
+    history = History(stage.folder)
+    for _ in range(2):
+        verdict = end_of_attempt(history, stage.failures, job="7", job_id=None, max_restarts=0, log=tmp_path / "log")
+    failure = LocalChain(Launch(tmp_path, tmp_path))._failure(stage, verdict, history)
+    assert isinstance(failure, UserError) == one_line
+    assert (str(failure) == str(error)) == one_line
+    assert str(error) in str(failure)
 
 
 @pytest.mark.fault(

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.chain import write_recipe
 from tests.processes import LIMIT_S, ROOT
 from vjepa_scale.core.ranks import Ranks
-from vjepa_scale.launch import supervisor
+from vjepa_scale.launch import supervisor, worker
 from vjepa_scale.launch.peers import Peers
 from vjepa_scale.launch.supervisor import PEER_GRACE_S, Supervisor
+from vjepa_scale.recipe import load_recipe, stages_of
 from vjepa_scale.run.failures import worst_failure
 from vjepa_scale.run.progress import PARTS, Page, Progress, part_of, step_of
 
@@ -432,3 +434,17 @@ def test_a_page_is_read_as_it_was_written() -> None:
         assert part_of(page) == part
     progress.enter("a region of a profile")
     assert part_of(page) == PARTS[-1]
+
+
+@pytest.mark.parametrize(("ranks", "own", "limit_s"), [(1, None, 0), (2, None, 480), (1, 100, 100), (2, 100, 100)])
+def test_a_single_rank_has_no_step_limit_of_its_own_accord(
+    ranks: int, own: float | None, limit_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its collectives cannot time out: a step may take as long as it takes."""
+    page = Page()
+    monkeypatch.setattr(worker, "run_stage", lambda *given: given[2].begin(3, first=False))
+    own_section = {"engine": {"timeout_s": 600}, "guards": {"step_limit_s": own}}
+    recipe = write_recipe(tmp_path / "a.yaml", tmp_path / "run", {"left": tmp_path, "right": tmp_path}, **own_section)
+    stage = stages_of(load_recipe(recipe))["pretrain"]
+    worker._run_page(stage, Ranks(0, ranks, 0, ranks, "7", "slurm", "7"), page)
+    assert page.limit_ms == 1000 * limit_s

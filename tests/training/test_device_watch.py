@@ -104,8 +104,8 @@ def test_a_gpu_is_named_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid="5f3c0000-0000")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setenv("SLURMD_NODENAME", "n07")
-    place = device_watch._place(torch.device("cuda", 1))
-    assert place == device_watch.Place("n07", "cuda:1 (NVIDIA H100 80GB HBM3, GPU-5f3c0000-0000)")
+    found = device_watch._rank_device(torch.device("cuda", 1))
+    assert found == device_watch.RankDevice("n07", "cuda:1 (NVIDIA H100 80GB HBM3, GPU-5f3c0000-0000)")
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_rank_1_of_three_is_named(trouble: str, found: tuple[str, int, float | N
 def test_a_problem_that_comes_and_goes_is_not_reported_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = []
     log: Any = SimpleNamespace(event=lambda kind, **row: rows.append(row))
-    places = [device_watch.Place("n1", "cpu"), device_watch.Place("n2", "cpu")]
+    places = [device_watch.RankDevice("n1", "cpu"), device_watch.RankDevice("n2", "cpu")]
     monkeypatch.setattr(process_group, "from_all", lambda _: places)
     ranks = Ranks(0, 2, 0, 2, "job", "single", "job")
     watch = DeviceWatch(DeviceCheckConfig(every=None), device=CPU, dtype=torch.float32, ranks=ranks, log=log)

@@ -186,15 +186,20 @@ _tell: Callable[[str], object] | None = None
 
 def region(name: str) -> AbstractContextManager[object]:
     """Returns a context whose inside has this name in a profile; without a profiler, one that does nothing."""
-    if _tell is not None:
-        _tell(name)
+    tell(name)
     return nullcontext() if _annotate is None else _annotate(name)
 
 
-def tell_regions(tell: Callable[[str], object] | None) -> None:
+def tell(name: str) -> None:
+    """Tells who gets the names of regions that this process goes on with this one, such as long work in it does."""
+    if _tell is not None:
+        _tell(name)
+
+
+def tell_regions(listener: Callable[[str], object] | None) -> None:
     """Sets who gets the name of each ``region`` as it begins; None: nobody. One per process."""
     global _tell
-    _tell = tell
+    _tell = listener
 
 
 def annotate_by(annotate: Callable[[str], AbstractContextManager[object]] | None) -> None:

@@ -203,7 +203,7 @@ class Prefetched(Generic[Index, Item]):
                 return
             except Exception:  # DataLoader raises many types, also when the connection to a dead worker breaks
                 if (stuck := self._watch.stuck if self._watch is not None else None) is not None:
-                    self.close()
+                    self.close(at_once=True)
                     raise self._stuck_error(stuck) from None
                 if lost := self._watch.lost() if self._watch is not None else None:
                     self.close()
@@ -211,6 +211,9 @@ class Prefetched(Generic[Index, Item]):
                 if (explained := _explained(iterator._workers)) is not None:  # type: ignore[attr-defined]
                     self.close()
                     raise explained from None
+                raise
+            except BaseException:  # a signal has ended the wait
+                self.close(at_once=True)
                 raise
             finally:
                 self._waits = False
@@ -229,8 +232,9 @@ class Prefetched(Generic[Index, Item]):
         return None if task is None else Awaited(number, task[0])
 
     def _stuck_error(self, stuck: Stuck) -> PassingError:
+        pins = "; if it has nothing to do, the thread that pins memory hangs" if self._loader.pin_memory else ""
         return PassingError(
-            str(stuck),
+            f"{stuck}{pins}",
             where=self._file_of(stuck.last) if self._file_of is not None and stuck.last is not None else None,
             fix="if its file server does not answer, another attempt may succeed; data.faults.item_timeout_s is the "
             "limit",
@@ -239,7 +243,11 @@ class Prefetched(Generic[Index, Item]):
     def worker_pids(self) -> list[int]:
         return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the workers.
+
+        at_once: kills them first, since some hang: DataLoader waits 10 s for each, and its SIGTERM is blocked in them
+        """
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -247,6 +255,8 @@ class Prefetched(Generic[Index, Item]):
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             workers = list(self._iterator._workers)  # type: ignore[union-attr]
+            for worker in workers if at_once else ():
+                worker.kill()
             shutdown()
             for worker in workers:  # a worker that hangs in a decoder may not react to SIGTERM
                 if worker.is_alive():

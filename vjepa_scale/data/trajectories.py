@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.installed import as_called
+from vjepa_scale.core.log import tell
 from vjepa_scale.data.clips import ClipRef
 from vjepa_scale.data.manifest import Manifest
 from vjepa_scale.video.container import DecodeError
@@ -234,10 +235,12 @@ def trajectory_statistics(manifest: Manifest, records: Sequence[int] | npt.NDArr
     """Returns statistics of whole records, at times k/fps from their start; actions are from each time to the next.
 
     The result is JSON: ``fps``, ``records``, and ``Moments.as_json`` for ``states`` and ``actions``.
-    Holds one record in memory at a time. Raises UserError as ``read_trajectory`` does.
+    Holds one record in memory at a time; each begins the time limit of set-up anew. Raises UserError as
+    ``read_trajectory`` does.
     """
     found = {kind: Moments.of([]) for kind in _KINDS}
     for record in records:
+        tell("setup")
         rows = _rows(manifest, int(record), fps)
         found = {kind: found[kind].joined(Moments.of(rows[kind])) for kind in _KINDS}
     return {"fps": fps, "records": len(records)} | {kind: found[kind].as_json() for kind in _KINDS}

@@ -14,7 +14,7 @@ from types import FrameType
 
 import submitit
 
-from vjepa_scale.core.errors import PassingError, UserError
+from vjepa_scale.core.errors import OutsideError, PassingError, UserError
 from vjepa_scale.core.files import GrowingFile, keep_reserve
 from vjepa_scale.core.worker_pool import kill_processes, process_tree
 from vjepa_scale.launch.record import Launch
@@ -25,6 +25,7 @@ from vjepa_scale.monitor.jobs import this_process
 from vjepa_scale.recipe import Stage
 from vjepa_scale.run.events import History
 from vjepa_scale.training.preflight import is_finished
+from vjepa_scale.training.signals import SIGNAL_DELAY
 
 FAILURE_GRACE_S = 15.0
 # A signal during submitit's start of the ranks is lost, so it is repeated. Ranks ignore repetitions.
@@ -151,7 +152,8 @@ class LocalChain:
 
     def _failure(self, stage: Stage, verdict: Verdict, history: History) -> Exception:
         failed = next(row for row in reversed(history.rows()) if row["event"] == "failed")
-        if verdict.user_error or failed["kind"] == PassingError.__name__:  # it was not temporary
+        passing = (PassingError.__name__, OutsideError.__name__)
+        if verdict.user_error or failed["kind"] in passing:  # it was not temporary
             return UserError(failed["message"])
         named = failed["rank"] is None or failed["message"].startswith("rank ")
         who = "" if named else f"rank {failed['rank']} failed with "
@@ -192,10 +194,12 @@ def _inherited(code: Path) -> Iterator[None]:
 
     A terminal sends Ctrl-C to every process. Only the launcher handles it, so that ranks can save.
     """
-    ours = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL")}
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "SUBMITIT_PREEMPT_SIGNAL", SIGNAL_DELAY)
+    ours = {name: os.environ.get(name) for name in names}
     os.environ["PYTHONPATH"] = f"{code}{os.pathsep}{ours['PYTHONPATH']}" if ours["PYTHONPATH"] else str(code)
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR2"  # the ranks' signal; the shell may have another
+    os.environ[SIGNAL_DELAY] = str(SIGNAL_DELAY_S)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -25,6 +25,7 @@ from vjepa_scale.launch.profile import Profile, guarded
 from vjepa_scale.launch.profile_values import VARIABLE
 from vjepa_scale.launch.snapshot import import_lines
 from vjepa_scale.monitor.jobs import SlurmUnavailable, run_slurm
+from vjepa_scale.training.signals import SIGNAL_DELAY
 
 # -- from a profile: parameters of submitit, arguments of srun, lines of the script -----------------
 
@@ -204,7 +205,8 @@ def job_executor(
     additional["signal"] = f"{SIGNAL}@{profile.signal_delay_s}"  # submitit's follows a variable of the user's shell
     imports = import_lines(code)
     before_site = ["finish() {", *(f"  {line}" for line in [*imports, *finish, "exit"]), "}", f"trap : TERM {SIGNAL}"]
-    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", *_log_level()]
+    delay = f"export {SIGNAL_DELAY}={profile.signal_delay_s}"
+    after_site = [*imports, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", delay, *_log_level()]
     executor = ScriptExecutor(folder=logs, python=python_command(profile))
     executor.update_parameters(
         **site | {"setup": [*before_site, *site["setup"], *after_site]},

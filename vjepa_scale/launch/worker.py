@@ -52,7 +52,8 @@ def run_supervised(stage: Stage) -> str:
 
 def _run_page(stage: Stage, ranks: Ranks, page: Page) -> str:
     recipe = stage.recipe
-    progress = Progress(page=page, step_s=step_limit_s(recipe), outside_s=outside_limit_s(recipe))
+    step_s = step_limit_s(recipe, world_size=ranks.world_size)
+    progress = Progress(page=page, step_s=step_s, outside_s=outside_limit_s(recipe))
     return run_stage(stage, ranks, progress)
 
 

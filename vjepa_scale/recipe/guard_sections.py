@@ -97,8 +97,9 @@ class GuardsConfig(Section):
     step_limit_s: Positive | None = Field(
         None,
         description="a step that takes longer ends the attempt, and the ranks that did not arrive are named "
-        "(docs/slurm.md); must be less than engine.timeout_s; null: four fifths of it, 480 s by default. Set-up, a "
-        "phase's first step, saves and evaluations may take 4 × engine.timeout_s",
+        "(docs/slurm.md); must be less than engine.timeout_s, and more than data.faults' limits; null: four fifths of "
+        "engine.timeout_s, 480 s by default, and none for a single rank. Set-up, a phase's first step, saves and "
+        "evaluations may take 4 × engine.timeout_s",
     )
     limits: dict[str, float | None] = Field(
         {}, description="other limits, by column; null: none, as `collapse/over_time` for videos in which nothing moves"

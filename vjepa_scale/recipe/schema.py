@@ -186,8 +186,8 @@ class FaultsConfig(Section):
     item_timeout_s: Positive | None = Field(
         None,
         description="a loader worker whose batch is awaited and that reads no further clip for so long is killed, and "
-        "the attempt ends with its name and file (docs/loader.md); null: midway between decode_timeout_s and the limit "
-        "of a step, 255 s by default",
+        "the attempt ends with its name and file (docs/loader.md); null: midway between decode_timeout_s and "
+        "guards.step_limit_s, 255 s by default",
     )
 
 

@@ -130,7 +130,7 @@ def _said(report: Report) -> tuple[Any, ...]:
     return _priority(report), report["kind"], report["step"], report["message"]
 
 
-class NothingSaved(Exception):
+class NothingSaved(BaseException):  # an ``except Exception`` of DataLoader or of a decoder must not take it for its own
     """A signal came while this rank waited for data that did not come. No step has been completed since ``step``.
 
     signal: its name

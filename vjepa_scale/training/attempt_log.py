@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from vjepa_scale.recipe import Phase, Stage, recipe_yaml
 from vjepa_scale.run.events import History
 from vjepa_scale.run.ledger import LEDGER
 from vjepa_scale.run.metrics import Measured, MetricsLog
+from vjepa_scale.run.rank_places import node_name
 from vjepa_scale.training.collapse_watch import CollapseWatch, Sign
 from vjepa_scale.training.start import Start
 
@@ -54,7 +54,7 @@ class AttemptLog:
         self.event(
             "started",
             job_id=self._ranks.job_id,
-            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            host=node_name(),
             world_size=self._ranks.world_size,
             kind=start.kind,
             step=start.step,

@@ -5,8 +5,6 @@ the history, which ``status`` shows.
 """
 
 import logging
-import os
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.distributed import process_group
 from vjepa_scale.recipe.guard_sections import DeviceCheckConfig
 from vjepa_scale.run.events import device_in_words
+from vjepa_scale.run.rank_places import node_name
 from vjepa_scale.training.attempt_log import AttemptLog
 from vjepa_scale.training.device_check import CheckResult, DeviceProducts
 from vjepa_scale.training.stragglers import Finding, LateData, Reference, SlowDevices
@@ -34,8 +33,8 @@ class PeerDeviceError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank runs. device: ``cpu``, or ``cuda:0 (NVIDIA H100 80GB HBM3, GPU-…)`` with the GPU's UUID"""
+class RankDevice:
+    """A rank's node and device. device: ``cpu``, or ``cuda:0 (NVIDIA H100 80GB HBM3, GPU-…)``, with the GPU's UUID"""
 
     node: str
     device: str
@@ -51,7 +50,7 @@ class DeviceWatch:
         self, cfg: DeviceCheckConfig, *, device: torch.device, dtype: torch.dtype, ranks: Ranks, log: AttemptLog
     ) -> None:
         self._cfg, self._ranks, self._log = cfg, ranks, log
-        self._places = process_group.from_all(_place(device))
+        self._devices = process_group.from_all(_rank_device(device))
         self._products = None if cfg.every is None else DeviceProducts(device, dtype)
         self._reference = Reference(self._products.expected if self._products else ())
         # Processes on CPU share cores: their times say nothing about a device.
@@ -91,7 +90,7 @@ class DeviceWatch:
     def _error(self, wrong: dict[int, int]) -> RuntimeError:
         assert self._products is not None
         parts = [
-            f"rank {rank} on {self._places[rank].node}, {self._places[rank].device}: {self._products.in_words(index)}"
+            f"rank {rank} on {self._devices[rank].node}, {self._devices[rank].device}: {self._products.in_words(index)}"
             for rank, index in wrong.items()
         ]
         since = "its first check" if self._passed is None else f"the check at step {self._passed}, which it passed"
@@ -107,11 +106,11 @@ class DeviceWatch:
             self._rows[key] = self._rows.get(key, 0) + 1
             if self._rows[key] > MOST_ROWS or not self._ranks.is_main:
                 continue
-            place = self._places[finding.rank]
+            found = self._devices[finding.rank]
             row = {
                 "rank": finding.rank,
-                "node": place.node,
-                "device": place.device,
+                "node": found.node,
+                "device": found.device,
                 "problem": finding.problem,
                 "times": _rounded(finding.times),
                 "share": _rounded(finding.share),
@@ -122,14 +121,14 @@ class DeviceWatch:
             (_log.info if finding.over else _log.warning)("%s", device_in_words(row))
 
 
-def _place(device: torch.device) -> Place:
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+def _rank_device(device: torch.device) -> RankDevice:
+    node = node_name()
     if device.type != "cuda":
-        return Place(node, device.type)
+        return RankDevice(node, device.type)
     properties = torch.cuda.get_device_properties(device)
     uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}" if getattr(properties, "uuid", None) else ""
     # The number is the process's own: CUDA_VISIBLE_DEVICES may hide others. The UUID is nvidia-smi's too.
-    return Place(node, f"{device} ({properties.name}{f', {uuid}' if uuid else ''})")
+    return RankDevice(node, f"{device} ({properties.name}{f', {uuid}' if uuid else ''})")
 
 
 def _rounded(value: float | None) -> float | None:

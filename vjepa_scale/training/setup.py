@@ -11,6 +11,7 @@ from vjepa_scale.checkpoint import store
 from vjepa_scale.checkpoint.manifest import newest_first
 from vjepa_scale.core.errors import UserError
 from vjepa_scale.core.files import remove_dir
+from vjepa_scale.core.log import tell
 from vjepa_scale.core.ranks import Ranks
 from vjepa_scale.data.host_limits import check_limits
 from vjepa_scale.data.manifest import Manifest
@@ -66,6 +67,7 @@ class Training:
 def set_up(stage: Stage, ranks: Ranks) -> Training:
     """Opens the data, builds the networks, and loads the weights that the stage starts from. Collective.
 
+    Each part has the time limit of set-up for itself (``tell``).
     Raises UserError for errors in data or checkpoints, and for limits of the node.
     """
     recipe, log = stage.recipe, AttemptLog(stage, ranks)
@@ -76,23 +78,31 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     check_limits(stage, ranks_on_node=ranks.local_world_size)
     if recipe.data.decoder == TORCHCODEC:
         import_torchcodec()  # now, not in the first worker
+    tell("setup")
     process_group.barrier()
     ledger = Path(recipe.run.dir) / LEDGER
     spikes = SpikeLog(process_group.read_on_rank_0(partial(read_spikes, ledger, stage.name)))
     remove_abandoned(stage.checkpoints, spikes)
     log.say(f"{stage.name}: {ranks.world_size} processes have joined on {engine.device.type}; opening the data")
+    tell("setup")
     manifests = open_data(stage)
+    tell("setup")
     start = find_start(stage, manifests)
     origin = origin_of(start)  # now, since that checkpoint may be removed during training
     phases = stage.phases_from(start.first)
     records = stage.records(manifests)
     counts = ", ".join(f"{name} {len(records.get(name, range(m.records)))}" for name, m in manifests.items())
     log.say(f"{stage.name}: records: {counts}; building the networks")
+    tell("setup")
     objective = stage.objective(engine, manifests, records)
+    tell("setup")
     engine.start_optimizer(stage.optimizer_at_start(phases), objective.trained, objective.settings, objective.unreached)
+    tell("setup")
     _load(stage, start, engine, objective, log)
     resumed = start.manifest if start.kind == "resume" else None
+    tell("setup")
     objective.before_training(resumed)
+    tell("setup")
     order = data_order(stage, manifests, phases, start.base, records)
     for first, draws in spikes.left_out():
         order.leave_out(first, draws)
