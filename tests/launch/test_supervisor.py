@@ -309,7 +309,7 @@ def test_a_file_server_that_hangs_does_not_keep_a_rank_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rank = Rank(tmp_path, monkeypatch)
-    for name in ("LOOK_WAIT_S", "FILES_S"):
+    for name in ("LOOK_WAIT_S", "FILES_S", "HOLD_S"):
         monkeypatch.setattr(supervisor, name, 0.01)
     hangs, looks = Event(), []
 

@@ -74,6 +74,16 @@ ONE = "rank 1 (node c0, pid 51, GPU 1)"
             f"{ONE} did not answer for 20 s, last seen in step 12 (forward, stopped); noticed by rank 0 at step 12: "
             "RuntimeError: Connection closed by peer",
         ),
+        # One that computes, and had time left, is not the cause.
+        (
+            [bystander(0), account(1, overdue=False, part="ema")],
+            3,
+            2,
+            "Lost",
+            False,
+            "rank 2 (node c1, pid 52, GPU 0) ended without a word; noticed by rank 0 at step 12: RuntimeError: "
+            "Connection closed by peer",
+        ),
         ([bystander(0), bystander(1)], 2, 0, "RuntimeError", True, "Connection closed by peer\nmore"),
         ([bystander(0)], None, 0, "RuntimeError", True, "Connection closed by peer\nmore"),  # of a run without places
         # Nobody has come further for too long.

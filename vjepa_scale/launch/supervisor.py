@@ -365,7 +365,7 @@ class Supervisor:
             every_s = max(2 * TICK_S, self.ranks.world_size / 128) * (1 + self.ranks.rank / self.ranks.world_size) / 2
             hold = aside(partial(self._peers.wait_for_words, HOLD_S, every_s=every_s))
             result_of(hold, None, patience_s=HOLD_S + FILES_S)
-        wait(self._reports, FILES_S)
+        wait(self._reports, HOLD_S)  # a file server may be slow
 
     def _report_end(self, code: int) -> bool:
         """Reports how a rank has ended. Returns whether it had lost a peer."""
