@@ -124,6 +124,8 @@ def _forked_server(path: str, args: Sequence[Any], passed: Sequence[int]) -> int
             if descriptor > 2 and descriptor not in passed:
                 with contextlib.suppress(OSError):  # the one that listed them
                     os.close(descriptor)
+        # The rank's own streams are among the closed ones.
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
