@@ -195,7 +195,8 @@ def test_an_interrupted_run_goes_on_to_the_bit(earlier: Earlier, begun: Path, tm
     for run in (begun, whole):
         told = without_ages(tool("launch", "status", run, "--json").stdout)
         for stage in told["stages"]:
-            assert (stage.pop("best"), stage.pop("signs")) == (None, [])  # what it did not know
+            new = ("best", "spikes", "signs", "stragglers", "late", "no_step_yet")  # what it did not know
+            assert [stage.pop(name) for name in new] == [None, None, [], [], False, False]
         assert told == without_ages(earlier.tool("launch", "status", run, "--json"))
     assert [stage["state"] for stage in told["stages"]] == ["done"] * 4
 
