@@ -22,6 +22,12 @@ MAY = {
     ],
     "micro_batch": ["pretrain.micro_batch=4"],
     "data.workers": ["data.workers=3", "data.prefetch=5", "data.faults.max_rate=0.5"],
+    "guards.*": [
+        "guards.spikes.action=rollback",
+        "guards.spikes.deviations=null",
+        "guards.check_devices.every=null",
+        "guards.step_limit_s=50",
+    ],
     "checkpoint.*": [
         "checkpoint.every=7",
         "checkpoint.keep=9",
