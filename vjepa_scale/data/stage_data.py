@@ -1,6 +1,6 @@
 """The data of a stage: the manifests of its data sets, and the order in which their records are drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vjepa_scale.core.errors import UserError
@@ -39,14 +39,16 @@ def data_order(
     phases: Sequence[Phase],
     base: Mapping[str, int],
     records: Mapping[str, Ints] | None = None,
+    left_out: Iterable[tuple[int, Mapping[str, int]]] = (),
 ) -> DataOrder:
     """Returns the order of a stage's records over its phases.
 
     base:    clips of each data set that were drawn before the stage
     records: the result of ``Stage.records``, which is called where this is not given
+    left_out: of each rollback, the step that it went to, and the clips of each data set that are left out from there on
     """
     records = stage.records(manifests) if records is None else records
-    return DataOrder(
+    order = DataOrder(
         seed=stage.recipe.data.seed,
         sets=[(name, manifest.records_of_shards(records.get(name))) for name, manifest in manifests.items()],
         phases=list(phases),
@@ -54,3 +56,6 @@ def data_order(
         lanes=stage.recipe.data.lanes,
         kept=records,
     )
+    for first, draws in left_out:
+        order.leave_out(first, draws)
+    return order

@@ -84,10 +84,8 @@ def planned_order(stage: Stage) -> tuple[list[Phase], DataOrder, dict[str, Manif
         base = planned_order(stage.earlier[before])[1].drawn(phases[0].first)
     else:
         base = carried(stage, manifests, source_of(stage))
-    order = data_order(stage, manifests, phases, base)
-    for first, draws in SpikeLog(read_spikes(Path(stage.recipe.run.dir) / LEDGER, stage.name)).left_out():
-        order.leave_out(first, draws)
-    return phases, order, manifests
+    spikes = SpikeLog(read_spikes(Path(stage.recipe.run.dir) / LEDGER, stage.name))
+    return phases, data_order(stage, manifests, phases, base, left_out=spikes.left_out()), manifests
 
 
 def end_of(stage: Stage) -> int:

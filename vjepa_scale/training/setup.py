@@ -103,9 +103,7 @@ def set_up(stage: Stage, ranks: Ranks) -> Training:
     tell("setup")
     objective.before_training(resumed)
     tell("setup")
-    order = data_order(stage, manifests, phases, start.base, records)
-    for first, draws in spikes.left_out():
-        order.leave_out(first, draws)
+    order = data_order(stage, manifests, phases, start.base, records, spikes.left_out())
     return Training(
         stage=stage,
         ranks=ranks,
@@ -133,21 +131,30 @@ def remove_abandoned(checkpoints: Path, spikes: SpikeLog) -> None:
                 remove_dir(checkpoint)
 
 
+def load_own(checkpoint: Path, manifest: Mapping[str, Any], engine: Engine, objective: Objective) -> store.LoadReport:
+    """Loads networks and optimiser from a checkpoint of ours, whose files have just been verified. Collective."""
+    tensors = engine.tensors(objective.networks, optimizer=True)
+    report = store.load(checkpoint, tensors, check=False)
+    engine.restore(objective.networks, tensors)
+    engine.optimizer_steps = manifest["optimizer_steps"]
+    return report
+
+
 def _load(stage: Stage, start: Start, engine: Engine, objective: Objective, log: AttemptLog) -> None:
     """Loads the networks, and for resume and ``continue_from`` the optimiser, from where the stage starts."""
     if start.checkpoint is None:
         log.say(f"{stage.name} starts fresh")
         return
-    tensors = engine.tensors(objective.networks, optimizer=start.kind != "init")
-    if start.foreign:
-        report = load_foreign(stage, start.checkpoint, tensors)
-        engine.optimizer_steps = start.step
-    elif start.kind == "init":
-        report = str(load_initial(stage, start.checkpoint, tensors))
+    if not start.foreign and start.kind != "init":
+        report = str(load_own(start.checkpoint, start.manifest, engine, objective))
     else:
-        report = str(store.load(start.checkpoint, tensors, check=False))  # find_start has just verified the files
-        engine.optimizer_steps = start.manifest["optimizer_steps"]
-    engine.restore(objective.networks, tensors)
+        tensors = engine.tensors(objective.networks, optimizer=start.kind != "init")
+        if start.foreign:
+            report = load_foreign(stage, start.checkpoint, tensors)
+            engine.optimizer_steps = start.step
+        else:
+            report = str(load_initial(stage, start.checkpoint, tensors))
+        engine.restore(objective.networks, tensors)
     log.say(f"{stage.name}: {start.kind} from {start.checkpoint} at step {start.step}: {report}")
     then = start.manifest.get("attention") if start.kind == "resume" else None
     if then not in (None, engine.attention):

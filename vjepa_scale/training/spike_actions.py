@@ -13,7 +13,7 @@ from vjepa_scale.distributed.optim import TOGETHER
 from vjepa_scale.recipe import Phase
 from vjepa_scale.run.ledger import Spike
 from vjepa_scale.training.checkpointer import Checkpointer
-from vjepa_scale.training.setup import Training, remove_abandoned
+from vjepa_scale.training.setup import Training, load_own, remove_abandoned
 from vjepa_scale.training.spikes import GRAD_NORM, LOSS, SpikeError
 from vjepa_scale.training.step import StepGradients
 
@@ -66,17 +66,14 @@ class SpikeActions:
 
     def roll_back(self, spike: Spike) -> int:
         """Restores weights, EMA, optimiser and level of the spike's checkpoint. Returns the step to go on from."""
-        training, engine = self._training, self._training.engine
+        training = self._training
         assert spike.to is not None
         remove_abandoned(training.stage.checkpoints, training.spikes)
         training.order.leave_out(spike.to, spike.left_out)
         training.skipped.forget_from(spike.to)
         checkpoint = training.stage.checkpoints / name_of(spike.to)
         manifest = store.read_manifest(checkpoint)
-        tensors = engine.tensors(training.objective.networks, optimizer=True)
-        store.load(checkpoint, tensors, check=False)  # _good_checkpoint has just verified the files
-        engine.restore(training.objective.networks, tensors)
-        engine.optimizer_steps = manifest["optimizer_steps"]
+        load_own(checkpoint, manifest, training.engine, training.objective)  # _good_checkpoint has verified it
         training.guard.restore(manifest.get("level", {}))
         training.log.rewind(spike.to)
         return spike.to

@@ -166,18 +166,7 @@ def compute_gradients(
 def skip_step(objective: Objective, engine: Engine, gradients: StepGradients, *, lr: float) -> StepResult:
     """Discards the gradients: weights, optimiser and EMA do not move. The row of the step has what was seen."""
     engine.discard_gradients()
-    return StepResult(
-        gradients.loss,
-        lr,
-        grad_norm=math.hypot(*gradients.norms.values()),
-        measured=None,
-        parts=gradients.reported | objective.figures(gradients.reported),
-        counts=gradients.counts,
-        waited_s=gradients.waited_s,
-        skipped=True,
-        stop=gradients.stop,
-        laps=gradients.laps,
-    )
+    return _result(objective, gradients, lr, grad_norm=math.hypot(*gradients.norms.values()), skipped=True)
 
 
 def apply_gradients(
@@ -221,14 +210,28 @@ def apply_gradients(
             observe.add_update(before[0], after, counts)
             measured = observe.measured(engine.device)
         gradients.laps.lap("observe")
+    return _result(objective, gradients, lr, grad_norm=math.hypot(*finite.values()), measured=measured, lost=lost)
+
+
+def _result(
+    objective: Objective,
+    gradients: StepGradients,
+    lr: float,
+    *,
+    grad_norm: float,
+    measured: Future[dict[str, float]] | None = None,
+    lost: tuple[str, ...] = (),
+    skipped: bool = False,
+) -> StepResult:
     return StepResult(
         gradients.loss,
         lr,
-        grad_norm=math.hypot(*finite.values()),
+        grad_norm=grad_norm,
         measured=measured,
         parts=gradients.reported | objective.figures(gradients.reported),
         counts=gradients.counts,
         waited_s=gradients.waited_s,
+        skipped=skipped,
         lost=lost,
         stop=gradients.stop,
         laps=gradients.laps,

@@ -125,7 +125,7 @@ class _Trainer:
     def train(self) -> None:
         start, end = self.training.start, self.training.end
         step = start.step
-        if start.step >= end and self.stage.is_complete(end):
+        if step >= end and self.stage.is_complete(end):
             self.log.say(f"{self.stage.name} is complete at step {end}")
             return
         self.log.begin(start, self.training.phases, attention=self.engine.attention)
